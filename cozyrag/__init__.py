@@ -1,0 +1,21 @@
+"""CoZyRAG: fine-tune a small retriever and a small generator together on your own questions and passages."""
+
+import os
+import sys
+
+__version__ = "0.1.0"
+
+if sys.platform == "darwin":
+    # PyTorch and FAISS each bring an OpenMP runtime; on macOS the second one to load aborts the process without this.
+    os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
+
+__all__ = ["Answer", "CozyRAG", "Source", "__version__"]
+
+
+def __getattr__(name: str):
+    """`from cozyrag import CozyRAG` without paying for torch when only the version is wanted."""
+    if name in ("Answer", "CozyRAG", "Source"):
+        from cozyrag import pipeline
+
+        return vars(pipeline)[name]
+    raise AttributeError(f"module 'cozyrag' has no attribute {name!r}")

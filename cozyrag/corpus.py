@@ -1,0 +1,82 @@
+"""The three tables a run works on: training questions, questions to examine with, passages.
+
+It puts together what the readers give: passages from a file of their own or from the contexts that questions carry,
+held-out questions when none were given, samples when fewer are wanted. Left out: the file formats (tables.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from cozyrag.errors import InputError
+from cozyrag.passages import merge_passages, read_passages
+from cozyrag.questions import hold_out, read_questions, take
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tables with the columns of questions.py and passages.py."""
+
+    questions: Dataset
+    eval_questions: Dataset
+    passages: Dataset
+
+
+def load_corpus(
+    *,
+    questions: str,
+    eval_questions: str | None,
+    passages: str | None,
+    questions_split: str,
+    eval_split: str,
+    passages_split: str,
+    columns: dict[str, str],
+    text_column: str,
+    max_questions: int | None,
+    max_eval_questions: int | None,
+    eval_share: float,
+    skip_bad_rows: bool,
+    seed: int,
+    say: Callable[[str], None],
+) -> Corpus:
+    """Read the tables; `columns` names the question file's columns as `read_questions` takes them.
+
+    Raises:
+        InputError: a file that cannot be used; no passages anywhere; a gold passage that no passage has.
+    """
+    train = read_questions(questions, split=questions_split, skip_bad_rows=skip_bad_rows, **columns)
+    asked = train if eval_questions is None else read_questions(eval_questions, split=eval_split, skip_bad_rows=skip_bad_rows, **columns)
+    for report in dict.fromkeys((train.report, asked.report)):
+        if report:
+            say(report)
+    if passages is not None:
+        names = {name: columns[name] for name in ("id_column", "title_column")}
+        pool, report = read_passages(passages, split=passages_split, text_column=text_column, skip_bad_rows=skip_bad_rows, **names)
+        if report:
+            say(report)
+    else:
+        carried = [table for table in (train.passages, asked.passages) if table is not None]
+        if not carried:
+            raise InputError(
+                f"Expected passages to search: {questions} carries no contexts (column {columns['context_column']!r}) and --passages was not given. "
+                "Give --passages FILE, or a question file with contexts."
+            )
+        pool = merge_passages(carried)
+    _check_gold(train.table, pool, questions)
+    _check_gold(asked.table, pool, eval_questions or questions)
+    train_table, asked_table = train.table, asked.table
+    if eval_questions is None:
+        train_table, asked_table = hold_out(train.table, share=eval_share, limit=max_eval_questions or len(train.table), seed=seed)
+    return Corpus(take(train_table, max_questions, seed), take(asked_table, max_eval_questions, seed), pool)
+
+
+def _check_gold(questions: Dataset, passages: Dataset, source: str) -> None:
+    """A gold passage that is not there would silently turn into "unknown"."""
+    columns, known = questions.select_columns(["id", "passage_id"])[:], set(passages[:]["id"])
+    for row_id, gold in zip(columns["id"], columns["passage_id"], strict=True):
+        if gold is not None and gold not in known:
+            raise InputError(
+                f"{source}, question {row_id!r}: its gold passage {gold!r} is not among the {len(known)} passages. "
+                "Give the passage file that belongs to the questions, or remove the passage_id column."
+            )

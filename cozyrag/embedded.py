@@ -1,0 +1,21 @@
+"""Where the things that come with the package lie: the quickstart set and the small generator.
+
+They make the first run independent of the network. Left out: reading them, which the ordinary readers do.
+"""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+QUICKSTART_FOLDER = _PACKAGE / "data" / "quickstart"
+QUICKSTART = {
+    "questions": str(QUICKSTART_FOLDER / "train.jsonl"),
+    "eval_questions": str(QUICKSTART_FOLDER / "validation.jsonl"),
+    "passages": str(QUICKSTART_FOLDER / "passages.jsonl"),
+}
+EMBEDDED_GENERATOR = _PACKAGE / "data" / "generator"
+
+
+def shipped_folder(name: str) -> Path:
+    """`model_cards` or `accelerate_configs`: inside an installed package, or beside it in a checkout."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name

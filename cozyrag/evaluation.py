@@ -1,0 +1,99 @@
+"""Examine a pair: let it answer, compare with the references, and say what went wrong where.
+
+Left out: retrieval itself (contexts.py), the arithmetic of the metrics (metrics.py), drawing and tables for the web.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object, tqdm
+from datasets import Dataset
+
+from cozyrag.generator import Generator
+from cozyrag.metrics import bootstrap_interval, exact_match, f1, rank_of, recall_at, reciprocal_rank
+
+RECALL_DEPTHS = (1, 5, 20)
+SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
+
+
+def examine(
+    accelerator: Accelerator,
+    generator: Generator,
+    contexts: Dataset,
+    *,
+    top_k: int,
+    context_tokens: int,
+    answer_tokens: int,
+    batch_size: int,
+    desc: str | None = None,
+) -> tuple[dict, list[dict]]:
+    """Greedy answers to all questions, scored.
+
+    Returns:
+        a summary (means in percent, 95 % bootstrap intervals of EM and F1), and one row for each question with its
+        prediction, scores and verdict. Every process answers its share and all get the same result.
+    """
+    columns = contexts[:]
+    with accelerator.split_between_processes(list(range(len(contexts)))) as mine:
+        predictions = generator.answer(
+            [columns["question"][row] for row in mine],
+            [columns["context"][row] for row in mine],
+            context_tokens=context_tokens,
+            max_new_tokens=answer_tokens,
+            batch_size=batch_size,
+            progress=lambda batches: tqdm(batches, desc=desc, unit="batch"),
+        )
+    predictions = gather_object(predictions)
+    rows = [_examined({name: column[row] for name, column in columns.items()}, predictions[row], top_k) for row in range(len(contexts))]
+    return summarize(rows), rows
+
+
+def _examined(question: dict, prediction: str, top_k: int) -> dict:
+    """Scores of one prediction, 0 to 1, and where it went wrong."""
+    rank = rank_of([str(row) for row in question["rows"]], {str(question["positive"])})
+    row = {
+        "id": question["id"],
+        "question": question["question"],
+        "answers": question["answers"],
+        "prediction": prediction,
+        "em": exact_match(prediction, question["answers"]),
+        "f1": f1(prediction, question["answers"]),
+        **{f"recall@{depth}": recall_at(rank, depth) for depth in RECALL_DEPTHS},
+        "mrr@10": reciprocal_rank(rank, cutoff=10),
+        "answer_in_context": float(question["answer_in_context"]),
+        "context": question["context"],
+    }
+    return row | {"verdict": _verdict(row, found=rank is not None and rank <= top_k)}
+
+
+def _verdict(row: dict, *, found: bool) -> str:
+    if row["em"]:
+        return "right"
+    if row["answer_in_context"]:
+        return "reader missed"
+    return "filter dropped it" if found else "retrieval missed"
+
+
+def summarize(rows: Sequence[dict]) -> dict:
+    """Means in percent over the questions, with 95 % intervals of EM and F1 (percentile bootstrap)."""
+    summary: dict = {"questions": len(rows)}
+    for name in SHOWN:
+        values = np.array([row[name] for row in rows])
+        summary[name] = round(100 * float(values.mean()), 2)
+        if name in ("em", "f1"):
+            summary[f"{name}_interval"] = [round(100 * float(end), 2) for end in bootstrap_interval(values)]
+    return summary
+
+
+def table(summaries: Sequence[tuple[str, dict]]) -> str:
+    """A Markdown table, one line for each (name, summary), with the change from the first line to the last."""
+    lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---:|" * len(SHOWN)]
+    for name, summary in summaries:
+        lines.append(f"| {name} | " + " | ".join(f"{summary[metric]:.1f}" for metric in SHOWN) + " |")
+    if len(summaries) > 1:
+        first, last = summaries[0][1], summaries[-1][1]
+        lines.append("| change | " + " | ".join(f"{last[metric] - first[metric]:+.1f}" for metric in SHOWN) + " |")
+    last = summaries[-1][1]
+    intervals = ", ".join(f"{name.upper()} {last[f'{name}_interval'][0]:.1f} to {last[f'{name}_interval'][1]:.1f}" for name in ("em", "f1"))
+    return "\n".join(lines) + f"\n\nPercent of {last['questions']} questions; 95 % intervals of the last line: {intervals}."

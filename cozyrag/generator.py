@@ -1,0 +1,197 @@
+"""The generator: a causal language model that reads a context and a question and writes the answer.
+
+It loads, computes the loss of answers, writes answers and saves; what to train and when is the trainer's business.
+Left out: optimizers, processes, devices beyond "where the model already is".
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cozyrag.batches import collate
+from cozyrag.errors import InputError
+from cozyrag.prompts import encode_examples, encode_prompts
+
+SCRATCH = "scratch"
+DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
+
+
+class TokenLosses(nn.Module):
+    """Cross-entropy of each target token, with the LM head computed only where there is a target.
+
+    On GPT-2's vocabulary the head costs more than a transformer layer for every position, and only the few answer
+    positions carry loss. Hidden states are picked before the head, a form that every transformers version accepts.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, positions, targets, position_ids=None) -> torch.Tensor:
+        """Losses of shape (n_targets,) in nats; arguments as `batches.collate` makes them."""
+        hidden = self.model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+class Generator:
+    """A causal LM with its tokenizer."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.loss_type = "ForCausalLM"  # silences a warning about the default being used
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens the model can see at once."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Length of each text in this generator's tokens."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
+
+    @classmethod
+    def load(cls, name: str, *, revision: str | None = None, dropout: float = 0.0, token: str | None = None) -> "Generator":
+        """Load a checkpoint folder or a Hub id, weights in float32.
+
+        Raises:
+            InputError: nothing can be had under that name; the message names the ways out.
+        """
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision, token=token)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, config=_training_config(config, dropout), revision=revision, token=token, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(_not_to_be_had("generator", name, error, "--generator scratch trains a small GPT-2 from nothing")) from error
+        _check_head(model)
+        return cls(model, tokenizer)
+
+    @classmethod
+    def from_scratch(cls, texts: Iterable[str], *, config: GPT2Config | None = None, vocab_size: int = 8192) -> "Generator":
+        """A small untrained GPT-2 with a byte-level BPE tokenizer of its own, trained on `texts`."""
+        tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+        config = config or GPT2Config(n_embd=256, n_layer=4, n_head=4, n_positions=512)
+        config.vocab_size = len(tokenizer)
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+        return cls(GPT2LMHeadModel(_training_config(config, 0.0)), tokenizer)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        context_tokens: int,
+        max_new_tokens: int,
+        batch_size: int = 32,
+        progress=iter,
+    ) -> list[str]:
+        """Greedy answers, in the order of the questions; batches are made of prompts of like length."""
+        prompts = encode_prompts(
+            self.tokenizer,
+            questions=questions,
+            contexts=contexts,
+            context_tokens=context_tokens,
+            max_length=self.max_length,
+            reserve=max_new_tokens,
+        )
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        answers = [""] * len(prompts)
+        was_training = self.model.training
+        self.model.eval()
+        for start in progress(range(0, len(order), batch_size)):
+            rows = order[start : start + batch_size]
+            for row, text in zip(rows, self._complete([prompts[row] for row in rows], max_new_tokens), strict=True):
+                answers[row] = text
+        self.model.train(was_training)
+        return answers
+
+    def _complete(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+        """What the model writes behind each prompt. Prompts are padded on the left, so all answers start together."""
+        batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
+        output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        texts = self.tokenizer.decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    @torch.inference_mode()
+    def confidence(self, questions: Sequence[str], contexts: Sequence[str], answers: Sequence[str], *, context_tokens: int) -> list[float]:
+        """Geometric mean of the probabilities of each answer's tokens, EOS included: 0 (no idea) to 1 (certain)."""
+        examples = encode_examples(
+            self.tokenizer,
+            questions=questions,
+            contexts=contexts,
+            answers=answers,
+            context_tokens=context_tokens,
+            max_length=self.max_length,
+        )
+        losses = TokenLosses(self.model.eval())
+        batches = (collate([example], pad_id=self.tokenizer.pad_token_id) for example in examples)
+        return [math.exp(-losses(**{k: v.to(self.device) for k, v in batch.items()}).mean().item()) for batch in batches]
+
+    def save(self, folder: str | Path) -> None:
+        """Write an ordinary Hugging Face checkpoint (safetensors)."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _training_config(config, dropout: float):
+    """Dropout as asked, and GPT-2's activation as one fused kernel (the same formula, half the time on a CPU)."""
+    for field in DROPOUT_FIELDS:
+        if field in config.to_dict():
+            setattr(config, field, dropout)
+    if config.to_dict().get("activation_function") == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
+    return config
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than its output embeddings applied to its hidden states.
+
+    Some families scale or cap their logits after the head; `TokenLosses` would silently train another model.
+    """
+    ids = torch.arange(1, 9).unsqueeze(0) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    model.eval()
+    ours = model.get_output_embeddings()(model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state)
+    theirs = model(input_ids=ids, attention_mask=mask).logits
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+        raise InputError(
+            f"Expected a generator whose logits are its output embeddings applied to its last hidden states; "
+            f"{type(model).__name__} does something more, so its loss would be wrong. Choose another --generator."
+        )
+
+
+def _not_to_be_had(what: str, name: str, error: Exception, other: str) -> str:
+    """One sentence for a model that cannot be loaded, with the ways out."""
+    cause = " ".join(str(error).split())[:200]
+    return (
+        f"Expected --{what} to be a checkpoint folder or a model on the Hub that can be reached; {name!r} could not be loaded "
+        f"({type(error).__name__}: {cause}). Check the spelling and the network, give a local folder, or {other}."
+    )

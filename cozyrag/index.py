@@ -1,0 +1,119 @@
+"""Passages and their vectors, made searchable: build, search, save and load.
+
+This is the one place that owns the Dataset with the attached FAISS index: `map`, `filter` and `save_to_disk` drop or
+refuse such a Dataset, so nothing else may touch it. Left out: where vectors come from (retriever.py) and what is done
+with the passages found (contexts.py).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+from datasets import Dataset
+from safetensors.numpy import load_file, save_file
+
+from cozyrag.errors import InputError
+
+COLUMN = "vectors"
+FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
+
+
+def passage_text(title: str, text: str) -> str:
+    """What the retriever reads of a passage: its title, which often names what the text only calls "it", then the text."""
+    return f"{title.replace('_', ' ')}\n{text}" if title else text
+
+
+def made_by(folder: str | Path) -> str | None:
+    """Fingerprint of the retriever whose vectors lie in a folder; None when no whole index is there."""
+    path = Path(folder) / "index.json"
+    return json.loads(path.read_text(encoding="utf-8"))["retriever_fingerprint"] if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Passages:
+    """The columns of the passages table as plain lists, for reading rows fast; row i is row i of the vectors."""
+
+    ids: list[str]
+    titles: list[str]
+    texts: list[str]
+
+    @classmethod
+    def of(cls, table: Dataset) -> "Passages":
+        columns = table[:]
+        return cls(columns["id"], columns["title"], columns["text"])
+
+    def to_read(self) -> list[str]:
+        """Every passage as the retriever reads it."""
+        return [passage_text(title, text) for title, text in zip(self.titles, self.texts, strict=True)]
+
+
+class PassageIndex:
+    """Exact inner-product search over L2-normalised vectors.
+
+    Args:
+        table: passages, columns id, title, text.
+        vectors: (n_passages, dim) float32, row i = passage i.
+        fingerprint: that of the retriever that made the vectors.
+    """
+
+    def __init__(self, table: Dataset, vectors: np.ndarray, *, fingerprint: str):
+        if len(table) != len(vectors):  # datasets would attach a wrong number of vectors without a word
+            raise ValueError(f"expected one vector for each of {len(table)} passages, found {len(vectors)}")
+        self.passages = Passages.of(table)
+        self.vectors = vectors
+        self.fingerprint = fingerprint
+        self._index = faiss.IndexFlatIP(vectors.shape[1])
+        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        self._table = table
+        no_vectors = np.zeros((0, vectors.shape[1]), dtype=np.float32)  # the index is already filled: no second copy
+        self._table.add_faiss_index_from_external_arrays(no_vectors, index_name=COLUMN, custom_index=self._index)
+
+    def __len__(self) -> int:
+        return len(self.passages.ids)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best passages of each query.
+
+        Args:
+            queries: (n, dim) float32. k larger than the number of passages gives all of them.
+
+        Returns:
+            scores (n, k) float32, descending, and rows (n, k) int64; equal scores stand in the order of the rows.
+        """
+        k = min(k, len(self))
+        scores, rows = self._table.search_batch(COLUMN, np.ascontiguousarray(queries, dtype=np.float32), k)
+        order = np.lexsort((rows, -scores), axis=-1)
+        return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write passages, vectors, FAISS file and index.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = Dataset.from_dict({"id": self.passages.ids, "title": self.passages.titles, "text": self.passages.texts})
+        table.to_parquet(str(folder / "passages.parquet"))
+        save_file({COLUMN: np.ascontiguousarray(self.vectors)}, folder / "vectors.safetensors")
+        faiss.write_index(self._index, str(folder / "index.faiss"))
+        facts = {"retriever_fingerprint": self.fingerprint, "passages": len(self), "dimensions": self.vectors.shape[1], "metric": "inner product", "factory": "Flat"}
+        (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, *, fingerprint: str) -> "PassageIndex":
+        """Read what `save` wrote; the flat FAISS index is rebuilt from the vectors, which takes milliseconds.
+
+        Raises:
+            InputError: a file is missing, or the vectors were made by another retriever than `fingerprint`'s.
+        """
+        folder = Path(folder)
+        missing = [name for name in FILES if not (folder / name).exists()]
+        if missing:
+            raise InputError(f"Expected an index in {folder}, {missing[0]} is missing. Run train.py again, or copy the whole folder.")
+        found = made_by(folder)
+        if found != fingerprint:
+            raise InputError(
+                f"The index in {folder} was made by retriever {found}, but the retriever in use is {fingerprint}: their vectors do not "
+                "compare. Use the retriever that was saved with the index, or index the passages again."
+            )
+        table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
+        return cls(table, load_file(folder / "vectors.safetensors")[COLUMN], fingerprint=found)

@@ -1,0 +1,135 @@
+"""The numbers the package reports, as pure functions of strings, ranks and arrays.
+
+It exists so that every number is computed in one place that is easy to check against its source. It leaves out
+reading, searching, generating and printing, and imports nothing of the package; wrong arguments are therefore
+`ValueError`, not a user's `InputError`.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_DRAWS = 4_000_000  # row numbers drawn at once: bounds the memory of a bootstrap to some 50 MB
+
+
+def normalize_answer(text: str) -> str:
+    """The form in which answers are compared: lowercase, no ASCII punctuation, no articles, single spaces.
+
+    Source: official SQuAD v1.1 evaluation script (Rajpurkar et al. 2016, arXiv:1606.05250). To apply to a passage
+    before `contains_answer`.
+    """
+    bare = text.lower().translate(_WITHOUT_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if the prediction equals some reference after `normalize_answer`, else 0.0 (SQuAD v1.1).
+
+    Without references the question has no answer, and only an empty prediction is right (SQuAD 2.0, Rajpurkar et al.
+    2018, arXiv:1806.03822).
+    """
+    wanted = {normalize_answer(reference) for reference in references} or {""}
+    return float(normalize_answer(prediction) in wanted)
+
+
+def f1(prediction: str, references: Sequence[str]) -> float:
+    """Harmonic mean of token precision and recall against the best reference, 0 to 1 (SQuAD v1.1).
+
+    Tokens are the words of `normalize_answer`, counted with repeats. As in that script, a reference of nothing but
+    articles or punctuation gives 0.0 to every prediction. Without references: 1.0 for an empty prediction, else 0.0, as
+    in `exact_match`.
+    """
+    if not references:
+        return exact_match(prediction, references)
+    predicted = normalize_answer(prediction).split()
+    return max(_token_f1(predicted, normalize_answer(reference).split()) for reference in references)
+
+
+def _token_f1(predicted: list[str], wanted: list[str]) -> float:
+    shared = (Counter(predicted) & Counter(wanted)).total()
+    if shared == 0:
+        return 0.0
+    # The official order of operations: a shortcut like 2 * shared / total differs in the last bit.
+    precision, recall = shared / len(predicted), shared / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+def contains_answer(normalized_text: str, answers: Sequence[str]) -> bool:
+    """Whether some answer that is not empty after `normalize_answer` occurs as whole words in `normalized_text`.
+
+    The text must have gone through `normalize_answer` already, once for all the questions asked of it.
+    """
+    padded = f" {normalized_text} "
+    wanted = (normalize_answer(answer) for answer in answers)
+    return any(answer and f" {answer} " in padded for answer in wanted)
+
+
+def rank_of(ranked_ids: Sequence[str], relevant: Collection[str]) -> int | None:
+    """The rank, from 1, of the first of `ranked_ids` (best first) that is in `relevant`; None if none is."""
+    return next((rank for rank, key in enumerate(ranked_ids, start=1) if key in relevant), None)
+
+
+def recall_at(rank: int | None, k: int) -> float:
+    """1.0 if the first relevant item stands among the first `k`, else 0.0; its mean is recall@k (success@k)."""
+    return float(rank is not None and rank <= k)
+
+
+def reciprocal_rank(rank: int | None, cutoff: int = 10) -> float:
+    """1/rank, or 0.0 beyond `cutoff` or if nothing relevant was found; its mean is MRR@cutoff (Voorhees 1999)."""
+    return 1.0 / rank if rank is not None and rank <= cutoff else 0.0
+
+
+def bootstrap_interval(
+    values: np.ndarray, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of `values`, shape (n,), as (low, high) in their unit.
+
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife". Raises ValueError for values that are empty
+    or not of shape (n,), for a level outside 0..1 and for less than one resample.
+    """
+    low, high = np.quantile(_resampled_means(values, resamples, seed), _tails(level))
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    before: np.ndarray, after: np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float, float]:
+    """Compare two results on the same rows, shape (n,) each: (mean of after - before, low, high, p_not_better).
+
+    low and high bound 95% of the resampled mean differences; p_not_better is the share of resamples in which `after`
+    is not above `before` (0.0 reads "below 1 / resamples"). Source: Efron and Tibshirani 1993; Koehn 2004, "Statistical
+    significance tests for machine translation evaluation". Raises ValueError as `bootstrap_interval`, and for
+    different shapes.
+    """
+    before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if before.shape != after.shape:
+        raise ValueError(f"expected pairs, found shapes {before.shape} and {after.shape}")
+    difference = after - before
+    means = _resampled_means(difference, resamples, seed)
+    low, high = np.quantile(means, _tails(0.95))
+    return float(difference.mean()), float(low), float(high), float(np.mean(means <= 0))
+
+
+def _tails(level: float) -> tuple[float, float]:
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, found {level}")
+    return (1 - level) / 2, (1 + level) / 2
+
+
+def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Means of `resamples` samples of n out of n values with replacement, shape (resamples,)."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or resamples < 1:
+        raise ValueError(f"expected values of shape (n,), n > 0, and resamples > 0; found {values.shape}, {resamples}")
+    chance = np.random.default_rng(seed)
+    block = max(1, _DRAWS // values.size)
+    means = []
+    for start in range(0, resamples, block):
+        size = (min(block, resamples - start), values.size)
+        means.append(values[chance.integers(values.size, size=size, dtype=np.int32)].mean(axis=1))
+    return np.concatenate(means)

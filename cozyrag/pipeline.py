@@ -1,0 +1,140 @@
+"""The trained pair at work: `CozyRAG.from_pretrained(folder or repo).answer("...")` gives an answer and its sources.
+
+Left out: training, evaluation, and any way to change the pair.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from cozyrag import __version__
+from cozyrag.contexts import ContextMaker
+from cozyrag.errors import InputError
+from cozyrag.generator import Generator
+from cozyrag.index import PassageIndex
+from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.retriever import Retriever
+
+PAIR_FILE = "cozyrag.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage that was retrieved for an answer; `score` is its cosine with the question, -1 to 1."""
+
+    id: str
+    title: str
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text`, how sure the generator is (`score`, 0 to 1: geometric mean of its token probabilities), what it read and where that came from."""
+
+    text: str
+    score: float
+    context: str
+    passages: tuple[Source, ...]
+
+
+def describe_pair(*, fingerprint: str, top_k: int, context_tokens: int, answer_tokens: int) -> dict:
+    """The content of cozyrag.json: where the pieces lie and how they are to be used together."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "cozyrag_version": __version__,
+        "generator": {"folder": "generator"},
+        "retriever": {"folder": "retriever", "fingerprint": fingerprint},
+        "index": {"folder": "index"},
+        "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
+        "contexts": {"top_k": top_k, "context_tokens": context_tokens, "answer_tokens": answer_tokens},
+    }
+
+
+def read_pair(folder: Path) -> dict:
+    """cozyrag.json of a folder, checked. Raises InputError when there is none or it is of another format."""
+    path = folder / PAIR_FILE
+    if not path.exists():
+        raise InputError(f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is no folder that train.py wrote to its end.")
+    try:
+        pair = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file anew.") from error
+    if pair.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, found {pair.get('format_version')!r}. Update cozyrag.")
+    return pair
+
+
+class CozyRAG:
+    """A generator, a retriever and their index, ready to answer."""
+
+    def __init__(self, generator: Generator, retriever: Retriever, index: PassageIndex, *, top_k: int, context_tokens: int, answer_tokens: int):
+        self.generator = generator
+        self.retriever = retriever
+        self.index = index
+        self.top_k = top_k
+        self.context_tokens = context_tokens
+        self.answer_tokens = answer_tokens
+        self._maker = ContextMaker(index.passages, generator.count_tokens, top_k=top_k, budget=context_tokens)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None, device: str | None = None) -> "CozyRAG":
+        """Load what train.py left in a folder, or what was pushed as `user/name`.
+
+        Raises:
+            InputError: nothing usable under that name, or the index was made by another retriever.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
+        pair = read_pair(folder)
+        generator = Generator.load(str(_piece(folder, pair["generator"], "model", token)))
+        generator.model.to(device).eval()
+        retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
+        index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=retriever.fingerprint())
+        return cls(generator, retriever, index, **pair["contexts"])
+
+    def answer(self, question: str, *, top_k: int | None = None) -> Answer:
+        """Answer one question; see `answers`."""
+        return self.answers([question], top_k=top_k)[0]
+
+    def answers(self, questions: Sequence[str], *, top_k: int | None = None) -> list[Answer]:
+        """Answer questions from the passages, greedily, each with its sources."""
+        questions = [" ".join(question.split()) for question in questions]
+        if not all(questions):
+            raise InputError("Expected a question, found an empty text.")
+        k = top_k or self.top_k
+        scores, rows = self.index.search(self.retriever.encode(questions, kind="query", batch_size=64), k)
+        maker = self._maker if k == self.top_k else ContextMaker(self.index.passages, self.generator.count_tokens, top_k=k, budget=self.context_tokens)
+        contexts = [maker.context(question, found.tolist()) for question, found in zip(questions, rows, strict=True)]
+        texts = self.generator.answer(questions, contexts, context_tokens=self.context_tokens, max_new_tokens=self.answer_tokens)
+        sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)
+        return [
+            Answer(text, score, context, tuple(self._source(row, cosine) for row, cosine in zip(found, cosines, strict=True)))
+            for text, score, context, found, cosines in zip(texts, sure, contexts, rows, scores, strict=True)
+        ]
+
+    def _source(self, row: int, cosine: float) -> Source:
+        passages = self.index.passages
+        return Source(passages.ids[row], passages.titles[row], passages.texts[row], float(cosine))
+
+def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path:
+    """The folder of one piece of the pair: beside cozyrag.json, or a Hub repository at the revision it names."""
+    if "folder" in piece:
+        return folder / piece["folder"]
+    return _download(piece["repo"], revision=piece["revision"], token=token, repo_type=repo_type)
+
+
+def _download(repo: str, *, revision: str | None, token: str | None, repo_type: str = "model") -> Path:
+    try:
+        return Path(snapshot_download(repo, revision=revision, token=token, repo_type=repo_type))
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Expected a folder that train.py wrote or a repository on the Hub; {repo!r} is neither, or cannot be reached "
+            f"({type(error).__name__}: {cause}). Check the name and the network."
+        ) from error

@@ -1,0 +1,323 @@
+"""The relay: retrieve, teach the generator, teach the retriever, index again, examine, save - round after round.
+
+A run is a walk over (round, phase); each phase ends by writing down what comes next, so an interrupted run goes on
+there. Left out: how a phase trains (trainer.py), what a checkpoint holds (checkpoint.py), reading files (corpus.py).
+"""
+
+import hashlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object, tqdm
+from datasets import Dataset
+from tqdm.auto import tqdm as tqdm_auto
+
+from cozyrag.checkpoint import Checkpoints, Progress, write_json, write_jsonl
+from cozyrag.config import Settings
+from cozyrag.contexts import CONTEXT_FEATURES, ContextMaker, attach_contexts, split_sentences
+from cozyrag.corpus import Corpus
+from cozyrag.evaluation import examine, table
+from cozyrag.generator import Generator
+from cozyrag.index import PassageIndex, Passages, made_by
+from cozyrag.pipeline import describe_pair
+from cozyrag.retriever import Retriever
+from cozyrag.tracking import log_numbers
+from cozyrag.trainer import StepReport, train_generator, train_retriever
+
+
+class Rounds:
+    """One run over a corpus: the two models, the tables, and how far it is."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: Settings,
+        *,
+        corpus: Corpus,
+        generator: Generator,
+        retriever: Retriever,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        resumed_from: Path | None,
+    ):
+        self.accelerator = accelerator
+        self.settings = settings
+        self.corpus = corpus
+        self.generator = generator
+        self.retriever = retriever
+        self.checkpoints = checkpoints
+        self.progress = progress
+        self.resumed_from = resumed_from
+        self.folder = Path(settings.output.output_dir)
+        self.index: PassageIndex | None = None
+        self.steps_logged = sum(1 for row in progress.metrics if row["kind"] == "step")
+        self.passages = Passages.of(corpus.passages)
+        self.maker = ContextMaker(
+            self.passages,
+            generator.count_tokens,
+            top_k=settings.contexts.top_k,
+            budget=settings.contexts.context_tokens,
+            hard_negatives=settings.training.hard_negatives,
+        )
+
+    def run(self) -> None:
+        """All that is left to do, from where the progress says to the last examination."""
+        acts = {"generator": self.teach_generator, "retriever": self.teach_retriever, "examine": self.examine}
+        while self.progress.round <= self.settings.training.rounds:
+            acts[self.progress.phase]()
+
+    # ---- the acts ----
+
+    def teach_generator(self) -> None:
+        """Generator phase: the retriever is frozen, its contexts are made once."""
+        contexts = self.training_contexts()
+        with self.timed("generator phase"):
+            train_generator(
+                self.accelerator,
+                self.generator,
+                contexts,
+                settings=self.settings.training,
+                context_tokens=self.settings.contexts.context_tokens,
+                round_number=self.progress.round,
+                watcher=_Watcher(self, "QA pairs/s"),
+            )
+        self._go_on(Progress(self.progress.round, "retriever"))
+
+    def teach_retriever(self) -> None:
+        """Retriever phase: the generator is frozen, positives and hard negatives come from the contexts table."""
+        contexts = self.training_contexts()
+        with self.timed("retriever phase"):
+            train_retriever(
+                self.accelerator,
+                self.retriever,
+                contexts,
+                self.passages,
+                settings=self.settings.training,
+                round_number=self.progress.round,
+                watcher=_Watcher(self, "pairs/s"),
+            )
+        self._go_on(Progress(self.progress.round, "examine"))
+
+    def examine(self) -> None:
+        """Index again, let the pair answer the held-out questions, and save it."""
+        round_number = self.progress.round
+        contexts = self._contexts(self.corpus.eval_questions, f"round {round_number}: retrieving for the examination")
+        with self.timed("examine"):
+            summary, rows = examine(
+                self.accelerator,
+                self.generator,
+                contexts,
+                top_k=self.settings.contexts.top_k,
+                context_tokens=self.settings.contexts.context_tokens,
+                answer_tokens=self.settings.contexts.answer_tokens,
+                batch_size=self.settings.contexts.answer_batch_size,
+                desc=f"round {round_number}: examining",
+            )
+        self.record({"kind": "examined", "round": round_number} | summary)
+        log_numbers(self.accelerator, summary, step=self.steps_logged, prefix="examined")
+        if self.accelerator.is_main_process:
+            write_jsonl(self.folder / "examined" / f"round-{round_number:03d}.jsonl", rows)
+            self._save_pair()
+        self.say(f"\n{self.results()}\n")
+        self._go_on(Progress(round_number + 1, "generator"))
+
+    # ---- what the acts stand on ----
+
+    def training_contexts(self) -> Dataset:
+        """The contexts table of this round: made when the round begins, read again from disk afterwards."""
+        path = self.folder / "contexts" / f"round-{self.progress.round:03d}"
+        if not path.exists():
+            contexts = self._contexts(self.corpus.questions, f"round {self.progress.round}: retrieving")
+            self._report_positives(contexts)
+            if self.accelerator.is_main_process:
+                partial = path.with_name(path.name + ".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                contexts.save_to_disk(str(partial))
+                partial.rename(path)
+            self.accelerator.wait_for_everyone()
+        return Dataset.load_from_disk(str(path), keep_in_memory=True)
+
+    def _report_positives(self, contexts: Dataset) -> None:
+        columns = contexts.select_columns(["gold_row", "positive", "answers", "answer_in_context"])[:]
+        facts = {
+            "questions": len(contexts),
+            "gold_known": sum(row >= 0 for row in columns["gold_row"]),
+            "without_positive": sum(row < 0 for row in columns["positive"]),
+            "without_answer": sum(not answers for answers in columns["answers"]),
+            "answer_in_context": sum(columns["answer_in_context"]),
+        }
+        self.record({"kind": "contexts", "round": self.progress.round} | facts)
+        self.say(
+            f"round {self.progress.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold passage; the answer is in the context "
+            f"of {facts['answer_in_context']}; {facts['without_positive']} without a positive passage teach the generator only"
+            + (f"; {facts['without_answer']} without an answer teach neither" if facts["without_answer"] else "")
+            + "."
+        )
+
+    def _contexts(self, questions: Dataset, desc: str) -> Dataset:
+        """Retrieve for a table of questions; every process does a share and all get the whole."""
+        index = self.current_index()
+        with self.timed("retrieve"):
+            share = questions.shard(self.accelerator.num_processes, self.accelerator.process_index, contiguous=True)
+            contexts = attach_contexts(
+                share,
+                index=index,
+                encode=lambda texts: self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size),
+                maker=self.maker,
+                fingerprint=_digest(index.fingerprint, questions._fingerprint, str(self.progress.round), str(self.accelerator.process_index)),
+                desc=desc,
+            )
+            if self.accelerator.num_processes > 1:
+                parts = gather_object([contexts[:]])
+                contexts = Dataset.from_dict({name: [value for part in parts for value in part[name]] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
+        return contexts
+
+    def current_index(self) -> PassageIndex:
+        """The index of the retriever as it is now: kept, read from the output folder, or made anew."""
+        fingerprint = self.retriever.fingerprint()
+        if self.index is None and made_by(self.folder / "index") == fingerprint:
+            self.index = PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+        if self.index is None or self.index.fingerprint != fingerprint:
+            with self.timed("index"):
+                self.index = PassageIndex(self.corpus.passages, self._encode_passages(), fingerprint=fingerprint)
+        return self.index
+
+    def _encode_passages(self) -> np.ndarray:
+        """Vectors of all passages, every process encoding a share; longest first, so the time left is never underrated."""
+        texts = self.passages.to_read()
+        mine = range(len(texts))[self.accelerator.process_index :: self.accelerator.num_processes]
+        order = sorted(mine, key=lambda row: -len(texts[row]))
+        size = self.settings.contexts.encode_batch_size
+        vectors = np.zeros((len(texts), self.retriever.model.get_embedding_dimension()), dtype=np.float32)
+        with tqdm(total=len(order), desc=f"round {self.progress.round}: indexing", unit="passage") as bar:
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                vectors[rows] = self.retriever.encode([texts[row] for row in rows], kind="document", batch_size=size)
+                bar.update(len(rows))
+        if self.accelerator.num_processes > 1:
+            for rank, part in enumerate(gather_object([vectors[mine]])):
+                vectors[rank :: self.accelerator.num_processes] = part
+        return vectors
+
+    def _save_pair(self) -> None:
+        """The four things a run leaves: generator/, retriever/, index/ and the file that ties them."""
+        self.generator.save(self.folder / "generator")
+        self.retriever.save(self.folder / "retriever")
+        self.current_index().save(self.folder / "index")
+        contexts = self.settings.contexts
+        write_json(
+            self.folder / "cozyrag.json",
+            describe_pair(
+                fingerprint=self.index.fingerprint, top_k=contexts.top_k, context_tokens=contexts.context_tokens, answer_tokens=contexts.answer_tokens
+            ),
+        )
+
+    # ---- keeping the log ----
+
+    def _go_on(self, progress: Progress) -> None:
+        progress.metrics = self.progress.metrics
+        self.progress = progress
+        self.resumed_from = None
+        self.checkpoints.save(progress, self.generator, self.retriever)
+
+    def record(self, row: dict) -> None:
+        """Add a row to metrics.jsonl."""
+        self.progress.metrics.append(row)
+        if self.accelerator.is_main_process:
+            write_jsonl(self.folder / "metrics.jsonl", self.progress.metrics)
+
+    def say(self, text: str) -> None:
+        """A line on the screen, above the progress bars, from the main process only."""
+        if self.accelerator.is_main_process:
+            tqdm_auto.write(text, file=sys.stdout)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Record the seconds that a part of the round takes."""
+        start = time.perf_counter()
+        yield
+        self.record({"kind": "time", "round": self.progress.round, "part": part, "seconds": round(time.perf_counter() - start, 2)})
+
+    def examined(self) -> list[tuple[str, dict]]:
+        """(name, summary) of every examination so far."""
+        rows = [row for row in self.progress.metrics if row["kind"] == "examined"]
+        return [("before" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
+
+    def results(self) -> str:
+        """The before -> after table."""
+        return table(self.examined())
+
+    def times(self) -> str:
+        """Seconds of each part of each round, and the peak memory of this process."""
+        rows = [row for row in self.progress.metrics if row["kind"] == "time"]
+        parts = list(dict.fromkeys(row["part"] for row in rows))
+        lines = ["| seconds | " + " | ".join(parts) + " |", "|---|" + "---:|" * len(parts)]
+        for number in sorted({row["round"] for row in rows}):
+            sums = [sum(row["seconds"] for row in rows if row["round"] == number and row["part"] == part) for part in parts]
+            lines.append(f"| {'before' if number == 0 else f'round {number}'} | " + " | ".join(f"{seconds:.1f}" for seconds in sums) + " |")
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return "\n".join(lines) + f"\n\nPeak memory of the main process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB."
+
+    def examples(self, rows: list[dict], count: int = 3) -> str:
+        """A few answers with the sentence of the context they stand in; right ones first, marked as what they are."""
+        chosen = sorted(rows, key=lambda row: -row["f1"])[: len(rows) // 2 or 1]
+        chosen = chosen[:: max(1, len(chosen) // count)][:count]
+        lines = []
+        for row in chosen:
+            sentences = [text for part in row["context"].split("\n") for text in split_sentences(part)]
+            source = next((text for text in sentences if row["prediction"] and row["prediction"] in text), "(not in the context)")
+            lines.append(f"  Q: {row['question']}\n  A: {row['prediction']}   [{row['verdict']}; reference: {row['answers'][0] if row['answers'] else '-'}]\n  source: {source}")
+        return "\n\n".join(lines)
+
+
+class _Watcher:
+    """Logs and saves inside a phase, and brings back an interrupted one."""
+
+    def __init__(self, rounds: Rounds, unit: str):
+        self.rounds = rounds
+        self.unit = unit
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def restore(self) -> int:
+        """Steps already taken in this phase; loads the optimizer if there are any."""
+        rounds = self.rounds
+        if rounds.progress.step and rounds.resumed_from:
+            rounds.checkpoints.restore_optimizer(rounds.resumed_from)
+        return rounds.progress.step
+
+    def after_step(self, report: StepReport) -> None:
+        """A log line every `logging_steps`, a checkpoint every `save_steps`."""
+        rounds, output = self.rounds, self.rounds.settings.output
+        self.losses.append(report.loss)
+        self.rates.append(1 / report.rate)
+        rounds.steps_logged += 1
+        rounds.progress.step = report.step
+        if report.step % output.logging_steps == 0 or report.step == report.steps:
+            self._log(report)
+        if output.save_steps and report.step % output.save_steps == 0 and report.step < report.steps:
+            rounds.checkpoints.save(rounds.progress, rounds.generator, rounds.retriever)
+
+    def _log(self, report: StepReport) -> None:
+        rounds, progress = self.rounds, self.rounds.progress
+        loss, rate = float(np.mean(self.losses)), float(1 / np.mean(self.rates))
+        row = {"kind": "step", "round": progress.round, "phase": progress.phase, "step": report.step, "loss": loss, "learning_rate": report.learning_rate, "rate": round(rate, 2)}
+        rounds.record(row)
+        numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate}
+        log_numbers(rounds.accelerator, numbers, step=rounds.steps_logged, prefix=progress.phase)
+        rounds.say(
+            f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {loss:.4f}, learning rate {report.learning_rate:.2e}, {rate:.1f} {self.unit}"
+        )
+        self.losses.clear()
+        self.rates.clear()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]

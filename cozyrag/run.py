@@ -1,0 +1,199 @@
+"""The story of a run, act by act: settings, accelerator, tables, models, rounds, and what is left behind.
+
+Left out: everything an act does in detail, which stands in the module it calls. Nothing else makes an Accelerator.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import faiss
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from cozyrag.cards import write_card
+from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output, write_json
+from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
+from cozyrag.corpus import Corpus, load_corpus
+from cozyrag.embedded import EMBEDDED_GENERATOR, QUICKSTART as QUICKSTART_FILES
+from cozyrag.errors import InputError
+from cozyrag.generator import SCRATCH, Generator
+from cozyrag.hub import push_pair
+from cozyrag.retriever import Retriever
+from cozyrag.rounds import Rounds
+from cozyrag.tracking import start_trackers, wanted_trackers
+
+
+def train(arguments: list[str] | None = None, *, description: str | None = None) -> None:
+    """One run, from settings to two checkpoints. Raises InputError for what the user can put right."""
+    started = time.perf_counter()
+    settings = parse_settings(arguments, description=description)
+    check_output(Path(settings.output.output_dir), resume=settings.output.resume, overwrite=settings.output.overwrite_output_dir)
+    accelerator = make_accelerator(settings)
+    corpus = load_tables(accelerator, settings)
+    checkpoints, progress, newest = open_output(accelerator, settings)
+    generator, retriever = load_models(accelerator, settings, corpus, newest)
+    rounds = Rounds(
+        accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest
+    )  # fmt: skip
+    announce(rounds)
+    rounds.run()
+    finish(rounds, started)
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """The Accelerator of the run: CPU where there is no GPU, the trackers asked for, and threads that use the machine.
+
+    Raises:
+        InputError: several processes were asked for but would not work together, or the precision cannot be had here.
+    """
+    training = settings.training
+    cpu = training.use_cpu or not torch.accelerator.is_available()
+    if "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+        raise InputError(
+            "Expected several processes, but accelerate launch started one without a rank (it does so for `--cpu --num_processes N` and for "
+            "MULTI_CPU): it would train alone. Use `accelerate launch --config_file accelerate_configs/cpu_ddp.yaml train.py`."
+        )
+    if "fp16" in (training.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")) and cpu:
+        raise InputError("--mixed_precision fp16: expected a GPU, found only the CPU. Use no (or bf16 on a CPU that has it).")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=training.mixed_precision,
+        log_with=wanted_trackers(settings.output.report_to) or None,
+        project_dir=settings.output.output_dir,
+        step_scheduler_with_optimizer=False,
+    )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"Expected {os.environ['WORLD_SIZE']} processes that train together, but each believes it is alone, so they would overwrite each "
+            "other. Launch with accelerate_configs/cpu_ddp.yaml or multi_gpu.yaml."
+        )
+    _set_threads(training.threads)
+    transformers.utils.logging.disable_progress_bar()  # "Loading weights" and the like: ours say more
+    datasets.disable_progress_bars()
+    set_seed(training.seed)
+    return accelerator
+
+
+def _set_threads(threads: int | None) -> None:
+    """Give PyTorch and FAISS, which have a thread pool each, the cores of this process's share of the machine.
+
+    accelerate launch sets OMP_NUM_THREADS=1 by default, which would leave a desktop's other cores idle.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    threads = threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+
+
+def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
+    """Questions, questions to examine with, and passages. "quickstart" stands for the files of the package."""
+    data = settings.data
+    files = {name: getattr(data, name) for name in QUICKSTART_FILES}
+    if data.questions == QUICKSTART:
+        files = {name: given if given not in (None, QUICKSTART) else QUICKSTART_FILES[name] for name, given in files.items()}
+    names = ("question_column", "answer_column", "context_column", "title_column", "id_column", "passage_id_column")
+    return load_corpus(
+        **files,
+        questions_split=data.questions_split,
+        eval_split=data.eval_split,
+        passages_split=data.passages_split,
+        columns={name: getattr(data, name) for name in names},
+        text_column=data.text_column,
+        max_questions=data.max_questions,
+        max_eval_questions=data.max_eval_questions,
+        eval_share=data.eval_share,
+        skip_bad_rows=data.skip_bad_rows,
+        seed=settings.training.seed,
+        say=accelerator.print,
+    )
+
+
+def open_output(accelerator: Accelerator, settings: Settings) -> tuple[Checkpoints, Progress, Path | None]:
+    """The output folder: cleared if asked, with the checkpoint to go on from if asked; trackers write below it."""
+    output, folder = settings.output, Path(settings.output.output_dir)
+    checkpoints = Checkpoints(accelerator, folder, settings)
+    newest = checkpoints.newest() if output.resume else None
+    progress = checkpoints.read(newest) if newest else Progress()
+    if accelerator.is_main_process:
+        if output.overwrite_output_dir:
+            clear_output(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "settings.json", settings.to_dict())
+    accelerator.wait_for_everyone()
+    start_trackers(
+        accelerator,
+        wanted_trackers(output.report_to),
+        project=output.project_name,
+        run_name=output.run_name or folder.resolve().name,
+        folder=folder / "trackers",
+        settings=settings.to_dict(),
+    )
+    return checkpoints, progress, newest
+
+
+def load_models(accelerator: Accelerator, settings: Settings, corpus: Corpus, newest: Path | None) -> tuple[Generator, Retriever]:
+    """The pair, on this process's device: as named in the settings, or as an interrupted run left it."""
+    models, device, reads = settings.models, accelerator.device, settings.contexts.passage_tokens
+    if newest:
+        generator = Generator.load(str(newest / "generator"), dropout=models.dropout)
+        retriever = Retriever.load(str(newest / "retriever"), max_tokens=reads, device=str(device))
+    else:
+        generator = _load_generator(settings, corpus)
+        if models.retriever == EMBEDDED:
+            retriever = Retriever.load_embedded(max_tokens=reads, device=str(device))
+        else:
+            retriever = Retriever.load(models.retriever, revision=models.retriever_revision, max_tokens=reads, device=str(device))
+    generator.model.to(device)
+    return generator, retriever
+
+
+def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
+    models = settings.models
+    if models.generator == SCRATCH:
+        return Generator.from_scratch(corpus.passages[:]["text"])
+    if models.generator == EMBEDDED:
+        return Generator.load(str(EMBEDDED_GENERATOR), dropout=models.dropout)
+    return Generator.load(models.generator, revision=models.generator_revision, dropout=models.dropout)
+
+
+def announce(rounds: Rounds) -> None:
+    """Say what is about to happen, in a few lines."""
+    settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
+    sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)]
+    rounds.say(
+        f"CoZyRAG: {len(corpus.questions)} questions to train on, {len(corpus.eval_questions)} to examine with, {len(corpus.passages)} passages.\n"
+        f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters); "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, {torch.get_num_threads()} threads each, "
+        f"precision {accelerator.mixed_precision}; {settings.training.rounds} rounds into {settings.output.output_dir}."
+    )
+    if rounds.resumed_from:
+        rounds.say(f"Going on from {rounds.resumed_from.name}.")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        rounds.say("Note: bf16 on a CPU without native support for it is two to three times slower than float32.")
+
+
+def finish(rounds: Rounds, started: float) -> None:
+    """Cards, the tables, three answers, what to try next; then the Hub if asked."""
+    settings, folder, accelerator = rounds.settings, rounds.folder, rounds.accelerator
+    rounds.say(f"{rounds.results()}\n\n{rounds.times()}\n")
+    if accelerator.is_main_process:
+        for role in ("generator", "retriever"):
+            summary = rounds.examined()[-1][1]
+            write_card(folder / role, role=role, settings=settings.to_dict(), results=rounds.results(), summary=summary, times=rounds.times())
+        newest = sorted((folder / "examined").glob("*.jsonl"))[-1]
+        rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
+        rounds.say(f"Some of its answers:\n\n{rounds.examples(rows)}\n")
+        rounds.say(
+            f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
+            f'  cozyrag ask {folder} "{rows[0]["question"]}"\n'
+            f"  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir my-rag"
+        )
+    accelerator.end_training()
+    if settings.output.push_to_hub and accelerator.is_main_process:
+        rounds.say(f"Pushed to {push_pair(folder, settings.output.hub_model_id, private=settings.output.hub_private)}")

@@ -1,0 +1,436 @@
+"""Turn a file or a Hub dataset into rows that know where they come from.
+
+It exists so that every later complaint can name a file and a line, whatever the format. It knows formats only: what
+a question or a passage is, and which columns are needed, is decided in `questions` and `passages`. It leaves out
+writing, remote files other than Hub datasets, archives other than gzip, and encodings other than UTF-8.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+
+from cozyrag.errors import InputError
+
+EXTENSIONS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+SHOWN = 10  # bad rows named in a message
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+# The module's own limit of 131,072 characters is shorter than a long article.
+_LONGEST_CELL = 2**31 - 1
+
+
+class BadValue(ValueError):
+    """Why one row cannot be used, without its place; the readers turn it into an entry of `BadRows`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table: `where` names its place for messages ("FILE, line 12"), `values` maps column to cell."""
+
+    where: str
+    values: dict[str, Any]
+
+
+@dataclass
+class BadRows:
+    """Collects the rows that cannot be used, so that a user sees all of a file's faults at once.
+
+    Keeps the count of all and the words for the first `SHOWN` only: a wrong file may hold millions.
+    """
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str, why: str) -> None:
+        """Note that the row at `where` cannot be used because of `why`."""
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(f"{where}: {why}")
+
+    def finish(self, what: str, skip: bool, log: Callable[[str], None] | None = None) -> str | None:
+        """End the reading of `what`: None without bad rows, else a report (also given to `log`) if `skip` is true.
+
+        Raises InputError naming the count, the first bad rows and the remedy if there are bad rows and `skip` is false.
+        """
+        if not self.count:
+            return None
+        rows = "row" if self.count == 1 else "rows"
+        listed = "; ".join(self.first) + ("; ..." if self.count > len(self.first) else "")
+        if not skip:
+            raise InputError(
+                f"{what}: {self.count} {rows} cannot be used: {listed}. "
+                "Nothing was done with this source: fix them or pass --skip_bad_rows."
+            )
+        report = f"{what}: {self.count} {rows} skipped: {listed}"
+        if log is not None:
+            log(report)
+        return report
+
+
+def read_rows(
+    source: str,
+    *,
+    split: str = "train",
+    known: Collection[str] = (),
+    headerless: tuple[str, ...] = (),
+    bad: BadRows | None = None,
+) -> Iterator[Row]:
+    """Read the rows of a file or, where no such path exists, of a Hub dataset, in order.
+
+    source: path to a .tsv .csv .jsonl .ndjson .json or .parquet file, each also with .gz; or "user/name" or
+        "user/name:config" on the Hub. A .json file is a list of objects, the SQuAD layout, or JSON lines.
+    split: split of the Hub dataset; a file has none and ignores it.
+    known: column names a header may hold. CSV and TSV headers are compared lowercased and stripped, and a header cell
+        that matches gets the spelling given here.
+    headerless: names of the columns, by position, of a TSV file without header; empty if a header is required.
+    bad: receives the rows that cannot be read as a row (wrong number of cells, not an object). Without it they raise
+        InputError at the end.
+
+    Raises InputError, at the first step of the iteration or at the fault, for a source that is missing, a directory,
+    empty, of unknown extension, not UTF-8, holding NUL bytes, or broken (gzip, CSV, JSON, Parquet, Hub).
+    """
+    collected = BadRows() if bad is None else bad
+    path = os.path.expanduser(source)
+    kind = _kind(path)
+    if not os.path.exists(path) and kind not in EXTENSIONS and _looks_like_hub_id(source):
+        yield from _hub_rows(source, split)
+    else:
+        _check_file(source, path, kind)
+        yield from _file_rows(source, path, kind, known, headerless, collected)
+    if bad is None:
+        collected.finish(source, skip=False)
+
+
+def text_of(value: object, name: str) -> str:
+    """The text of a cell: strings as they are, whole numbers in digits, None as "".
+
+    Raises BadValue naming the column `name` for any other type and for text that is not Unicode (lone surrogates).
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise BadValue(f"{name} is a {type(value).__name__}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise BadValue(f"{name} holds half a surrogate pair at character {problem.start + 1}") from problem
+    return value
+
+
+def finish_columns(source: str, found: Collection[str], column: str, flag: str) -> None:
+    """Raise InputError naming the columns found and the flag to use if rows were found but none with `column`."""
+    if found and column not in found:
+        raise InputError(
+            f'{source}: expected a column "{column}", found {_listed(found)}; nothing was done with this source. '
+            f"Name the right column with {flag}."
+        )
+
+
+def no_rows(source: str, what: str) -> InputError:
+    """The InputError for a source that leaves no row to work with; `what` says what a usable row needs."""
+    return InputError(f"{source}: expected at least one row with {what}, found none. Check the file, or name another.")
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+# ---------------------------------------------------------------------------------------------- which source it is
+
+
+def _kind(path: str) -> str:
+    """The extension that decides the format, lowercased, without a closing .gz."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    # "csv" or "json" alone would make load_dataset read every such file below the current folder.
+    return _HUB_ID.fullmatch(source) is not None and f".{source}" not in EXTENSIONS
+
+
+def _check_file(source: str, path: str, kind: str) -> None:
+    supported = f"{' '.join(EXTENSIONS)} (each also with .gz)"
+    if os.path.isdir(path):
+        raise InputError(f"Expected a file, but {source} is a directory. Name one file in it: {supported}.")
+    if not os.path.exists(path):
+        raise InputError(f"Expected a file at {os.path.abspath(path)}, but there is none. {_near_miss(path)}")
+    if kind not in EXTENSIONS:
+        raise InputError(
+            f"{source}: the extension {kind or '(none)'} does not tell the format, so it was not read. "
+            f"Supported: {supported}; rename or convert the file."
+        )
+    if os.path.getsize(path) == 0:
+        raise _empty(source)
+
+
+def _near_miss(path: str) -> str:
+    folder, name = os.path.split(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        return f"The folder {folder} does not exist either: check the path."
+    similar = difflib.get_close_matches(name, sorted(os.listdir(folder)), n=1)
+    return f"Did you mean {os.path.join(folder, similar[0])}?" if similar else "Check the path and the working folder."
+
+
+def _empty(source: str) -> InputError:
+    return InputError(f"{source}: expected rows, but the file is empty. Check the step that wrote it, or name another.")
+
+
+def _file_rows(
+    source: str, path: str, kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
+) -> Iterator[Row]:
+    if kind == ".parquet":
+        yield from _parquet_rows(source, path)
+    elif kind == ".json":
+        yield from _json_rows(source, path, bad)
+    elif kind in (".jsonl", ".ndjson"):
+        yield from _json_lines(source, _lines(source, path), bad)
+    else:
+        yield from _delimited_rows(source, path, kind, known, headerless, bad)
+
+
+# ------------------------------------------------------------------------------------------------ bytes and lines
+
+
+@contextmanager
+def _opened(source: str, path: str) -> Iterator[BinaryIO]:
+    try:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        raise InputError(
+            f"{source}: expected a complete gzip file, found a broken one ({problem}). "
+            "Copy or download it again, or drop the .gz if it is not compressed."
+        ) from problem
+    except PermissionError as problem:
+        raise InputError(f"{source}: the file may not be read by this user. Change its permissions.") from problem
+
+
+def _lines(source: str, path: str) -> Iterator[str]:
+    """The lines of a text file with their ends; only newlines part lines, so numbers agree with an editor's."""
+    blank = True
+    with _opened(source, path) as file:
+        for number, raw in enumerate(file, start=1):
+            line = _decoded(f"{source}, line {number}", raw)
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            blank = blank and not line.strip()
+            yield line
+    if blank:
+        raise _empty(source)
+
+
+def _decoded(where: str, raw: bytes) -> str:
+    found = None
+    if b"\0" in raw:
+        found = f"a NUL byte (byte {raw.index(0) + 1} of the line)"
+    else:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as problem:
+            found = f"byte 0x{raw[problem.start]:02x} (byte {problem.start + 1} of the line)"
+    raise InputError(
+        f"{where}: expected UTF-8 text, found {found}; the file cannot be read past it. "
+        "Save it again as UTF-8, e.g. with iconv -f LATIN1 -t UTF-8."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ TSV and CSV
+
+
+def _delimited_rows(
+    source: str, path: str, kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
+) -> Iterator[Row]:
+    records = _records(source, path, kind)
+    line, first = next(records)
+    if kind == ".tsv" and headerless and not _is_header(first, known):
+        header = list(headerless)
+        records = _chained((line, first), records)
+    else:
+        header = _header(f"{source}, line {line}", first, known)
+    for line, cells in records:
+        if len(cells) == len(header):
+            yield Row(f"{source}, line {line}", dict(zip(header, cells, strict=True)))
+        else:
+            bad.add(f"{source}, line {line}", f"expected {len(header)} cells, found {len(cells)}")
+
+
+def _chained(first: tuple[int, list[str]], rest: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
+    yield first
+    yield from rest
+
+
+def _records(source: str, path: str, kind: str) -> Iterator[tuple[int, list[str]]]:
+    """Pairs of a record's first line (1-based) and its cells; blank lines are no records."""
+    csv.field_size_limit(_LONGEST_CELL)
+    lines = _lines(source, path)
+    if kind == ".tsv":
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as problem:
+            raise InputError(
+                f"{source}, line {line}: expected a {kind[1:].upper()} record, found a broken one ({problem}); the "
+                "file cannot be read past it. Correct the quotes or line ends there, or export the table as .jsonl."
+            ) from problem
+        if cells is None:
+            return
+        if cells:
+            yield line, cells
+
+
+def _is_header(cells: list[str], known: Collection[str]) -> bool:
+    """A first cell that is a known name, or two known names anywhere: one alone may well be somebody's answer."""
+    names = {name.lower() for name in known}
+    hits = [cell.strip().lower() in names for cell in cells]
+    return hits[0] or sum(hits) > 1
+
+
+def _header(where: str, cells: list[str], known: Collection[str]) -> list[str]:
+    spelling = {name.lower(): name for name in known}
+    header = [spelling.get(cell.strip().lower(), cell.strip()) for cell in cells]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"{where}: expected every column once, found {_listed(twice)} more than once, so it is open which to "
+            "read. Rename or drop the repeated columns."
+        )
+    return header
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _json_lines(source: str, lines: Iterator[str], bad: BadRows) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as problem:
+            raise _broken_json(where, problem) from problem
+        yield from _object_row(where, value, bad)
+
+
+def _object_row(where: str, value: object, bad: BadRows) -> Iterator[Row]:
+    if isinstance(value, dict):
+        yield Row(where, value)
+    else:
+        bad.add(where, f"expected a JSON object, found a {type(value).__name__}")
+
+
+def _broken_json(where: str, problem: Exception) -> InputError:
+    # The decoder's own words count lines from the start of what it was given, which for JSON lines is always line 1.
+    fault = f"{problem.msg}, column {problem.colno}" if isinstance(problem, json.JSONDecodeError) else problem
+    return InputError(
+        f"{where}: expected JSON, found a fault ({fault}); the file cannot be read past it. "
+        "Correct that line, or write the file again with a JSON library."
+    )
+
+
+def _json_rows(source: str, path: str, bad: BadRows) -> Iterator[Row]:
+    """Rows of a .json file: a list of objects, the SQuAD layout, or JSON lines under the wrong name."""
+    lines = list(_lines(source, path))
+    text = "".join(lines)
+    start = len(text) - len(text.lstrip())
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except json.JSONDecodeError as problem:
+        raise _broken_json(f"{source}, line {problem.lineno}", problem) from problem
+    except (ValueError, RecursionError) as problem:
+        raise _broken_json(source, problem) from problem
+    rest = text[end:].strip()
+    if isinstance(value, dict) and isinstance(value.get("data"), list) and not rest:
+        yield from _squad_rows(source, value["data"], bad)
+    elif isinstance(value, dict) and rest:
+        yield from _json_lines(source, iter(lines), bad)
+    elif isinstance(value, dict):
+        yield Row(f"{source}, row 1", value)
+    elif isinstance(value, list) and not rest:
+        for number, item in enumerate(value, start=1):
+            yield from _object_row(f"{source}, row {number}", item, bad)
+    else:
+        line = text.count("\n", 0, end) + 1
+        raise _broken_json(f"{source}, line {line}", ValueError("neither one list of objects nor one object per line"))
+
+
+def _squad_rows(source: str, data: list[Any], bad: BadRows) -> Iterator[Row]:
+    """Flatten the layout of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, 2018): id, question, answers, title, context."""
+    for a, article in enumerate(data):
+        place = f"{source}, data[{a}]"
+        paragraphs = _part(place, article, "paragraphs", list)
+        for p, paragraph in enumerate(paragraphs):
+            here = f"{place}.paragraphs[{p}]"
+            about = {"title": article.get("title"), "context": _part(here, paragraph, "context", str)}
+            for q, item in enumerate(_part(here, paragraph, "qas", list)):
+                for row in _object_row(f"{here}.qas[{q}]", item, bad):
+                    asked = {key: row.values.get(key) for key in ("id", "question", "answers")}
+                    yield Row(row.where, asked | about)
+
+
+def _part(where: str, value: object, key: str, kind: type) -> Any:
+    if isinstance(value, dict) and isinstance(value.get(key), kind):
+        return value[key]
+    raise InputError(
+        f'{where}: expected the SQuAD layout, found no "{key}" of type {kind.__name__} there. '
+        "Follow that layout, or write one object per row as .jsonl."
+    )
+
+
+# ------------------------------------------------------------------------------------------------- Parquet and Hub
+
+
+def _parquet_rows(source: str, path: str) -> Iterator[Row]:
+    number = 0
+    for batch in _parquet_batches(source, path):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(f"{source}, row {number}", values)
+
+
+def _parquet_batches(source: str, path: str) -> Iterator[pa.RecordBatch]:
+    with _opened(source, path) as file:
+        # Parquet is read from its end, which gzip can only reach by unpacking everything.
+        whole = io.BytesIO(file.read()) if path.lower().endswith(".gz") else file
+        try:
+            yield from pq.ParquetFile(whole).iter_batches(batch_size=4096)
+        except (pa.ArrowException, OSError) as problem:
+            raise InputError(
+                f"{source}: expected a Parquet file, found a broken one ({problem}). Copy or write it again."
+            ) from problem
+
+
+def _hub_rows(source: str, split: str) -> Iterator[Row]:
+    name, _, config = source.partition(":")
+    try:
+        table = datasets.load_dataset(name, config or None, split=split)
+    # datasets reports a missing script, split, configuration, page or network by these four families.
+    except (DatasetsError, OSError, ValueError, RuntimeError) as problem:
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise InputError(
+            f"{source}: there is no such file at {os.path.abspath(source)}, and the Hub gave no dataset of that name "
+            f"with the split {split} ({reason.rstrip('.')}). Give a local file ({' '.join(EXTENSIONS)}), or check the "
+            "name, the split, the network and HF_HUB_OFFLINE."
+        ) from problem
+    for number, values in enumerate(table, start=1):
+        yield Row(f"{source} ({split}), row {number}", values)

@@ -1,0 +1,287 @@
+"""One generator phase and one retriever phase: the only file that calls backward and step.
+
+Both phases share a loop: plan the steps, take them, tell the watcher. A step is a set of rows over all processes, its
+loss the mean over all its answer tokens or pairs, so its result does not depend on how many processes share it or in
+how many pieces they work. Left out: where rows come from (contexts.py), saving (checkpoint.py), rounds (rounds.py).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
+from datasets import Dataset
+from transformers import get_scheduler
+
+from cozyrag.batches import answer_tokens, collate, phase_seed, plan_steps, share_out
+from cozyrag.config import TrainingSettings
+from cozyrag.generator import Generator, TokenLosses
+from cozyrag.index import Passages
+from cozyrag.losses import contrastive_loss
+from cozyrag.prompts import Example, encode_examples
+from cozyrag.retriever import Retriever
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step tells: `loss` in nats (mean over the step), `rate` in rows per second since the last report."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    rate: float
+
+
+class Watcher(Protocol):
+    """Who is told about a phase: it restores an interrupted one, and logs and saves after steps."""
+
+    def restore(self) -> int:
+        """Load the optimizer of an interrupted phase, if there is one; returns the steps already taken."""
+
+    def after_step(self, report: StepReport) -> None:
+        """Called after each optimizer step, on every process."""
+
+
+def train_generator(
+    accelerator: Accelerator,
+    generator: Generator,
+    contexts: Dataset,
+    *,
+    settings: TrainingSettings,
+    context_tokens: int,
+    round_number: int,
+    watcher: Watcher,
+) -> int:
+    """Teach the generator to answer from the contexts; returns the number of steps. Loss on answer and EOS tokens only.
+
+    Rows without an answer are left out: there is nothing to write.
+    """
+    columns = contexts[:]
+    usable = [row for row, answers in enumerate(columns["answers"]) if answers]
+    examples = encode_examples(
+        generator.tokenizer,
+        questions=[columns["question"][row] for row in usable],
+        contexts=[columns["context"][row] for row in usable],
+        answers=[columns["answers"][row][0] for row in usable],
+        context_tokens=context_tokens,
+        max_length=generator.max_length,
+    )
+    steps = plan_steps(
+        [len(example.input_ids) for example in examples],
+        batch_size=settings.generator_batch_size,
+        epochs=settings.generator_epochs,
+        max_steps=settings.generator_steps,
+        seed=phase_seed(settings.seed, round_number=round_number, phase="generator"),
+    )
+    generator.model.train()
+    module = accelerator.prepare(TokenLosses(generator.model))
+
+    def take_step(rows: np.ndarray) -> float:
+        return generator_step(
+            accelerator, module, [examples[row] for row in rows], pad_id=generator.tokenizer.pad_token_id, pieces=settings.gradient_accumulation_steps
+        )
+
+    _run_phase(
+        accelerator, "generator", list(module.parameters()), steps, take_step,
+        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher,
+    )  # fmt: skip
+    accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+    generator.model.eval()
+    accelerator.free_memory()
+    return len(steps)
+
+
+def generator_step(accelerator: Accelerator, module: torch.nn.Module, examples: Sequence[Example], *, pad_id: int, pieces: int) -> float:
+    """Gradients of the mean loss over all answer tokens of the step; returns that loss.
+
+    Every process works through `pieces` micro-batches. Each micro-batch weighs as much as it has answer tokens, so
+    uneven lengths and shares change nothing.
+    """
+    world = accelerator.num_processes
+    mine = share_out(range(len(examples)), parts=world * pieces)[accelerator.process_index :: world]
+    total = answer_tokens(examples)
+    loss = torch.zeros((), device=accelerator.device)
+    for number, rows in enumerate(mine):
+        # An empty share still goes forward and backward, with weight 0: DDP waits for every process.
+        batch = collate([examples[row] for row in rows] or examples[:1], pad_id=pad_id)
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        weight = world / total if rows else 0.0  # DDP takes the mean over processes, we want the sum
+        with accelerator.no_sync(module) if number + 1 < len(mine) else nullcontext():
+            piece = module(**batch).sum() * weight
+            accelerator.backward(piece)
+        loss += piece.detach()
+    return accelerator.reduce(loss, reduction="mean").item()
+
+
+def train_retriever(
+    accelerator: Accelerator,
+    retriever: Retriever,
+    contexts: Dataset,
+    passages: Passages,
+    *,
+    settings: TrainingSettings,
+    round_number: int,
+    watcher: Watcher,
+) -> int:
+    """Teach the retriever to put each question next to its positive passage; returns the number of steps.
+
+    Rows without a positive are left out. No dropout: the vectors trained are the vectors indexed.
+    """
+    columns = contexts.select_columns(["question", "positive", "negatives"])[:]
+    usable = [row for row, positive in enumerate(columns["positive"]) if positive >= 0]
+    texts = passages.to_read()
+    steps = plan_steps(
+        [len(texts[columns["positive"][row]]) for row in usable],
+        batch_size=settings.retriever_batch_size,
+        epochs=settings.retriever_epochs,
+        max_steps=settings.retriever_steps,
+        seed=phase_seed(settings.seed, round_number=round_number, phase="retriever"),
+    )
+    retriever.model.eval()
+
+    def take_step(rows: np.ndarray) -> float:
+        rows = [usable[row] for row in rows]
+        positives = [columns["positive"][row] for row in rows]
+        found = dict.fromkeys(positives + [row for at in rows for row in columns["negatives"][at]])
+        places = {row: place for place, row in enumerate(found)}
+        return retriever_step(
+            accelerator,
+            retriever,
+            [columns["question"][row] for row in rows],
+            [texts[row] for row in found],
+            [places[row] for row in positives],
+            temperature=settings.temperature,
+            pieces=settings.gradient_accumulation_steps,
+        )
+
+    parameters = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
+    _run_phase(
+        accelerator, "retriever", parameters, steps, take_step,
+        settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher,
+    )  # fmt: skip
+    accelerator.free_memory()
+    return len(steps)
+
+
+def retriever_step(
+    accelerator: Accelerator,
+    retriever: Retriever,
+    questions: Sequence[str],
+    passages: Sequence[str],
+    positives: Sequence[int],
+    *,
+    temperature: float,
+    pieces: int,
+) -> float:
+    """Gradients of the contrastive loss over the whole step; returns that loss.
+
+    The loss needs all vectors at once but few texts fit into memory at once, on one process or many. So vectors are
+    gathered without their graphs, the loss is taken once over all of them, and each process sends the gradients of
+    its own vectors back through its encoder (gradient caching, Gao et al. 2021, arXiv:2101.06983). With one piece the
+    graph of the first pass is kept and nothing is computed twice.
+    """
+    sides = [_Side(accelerator, retriever, questions, "query", pieces), _Side(accelerator, retriever, passages, "document", pieces)]
+    leaves = [side.gathered() for side in sides]
+    loss = contrastive_loss(*leaves, positives=torch.tensor(positives, device=accelerator.device), temperature=temperature)
+    accelerator.backward(loss)
+    for side, leaf in zip(sides, leaves, strict=True):
+        side.backward(leaf.grad)
+    _sum_gradients(accelerator, retriever.model)
+    return loss.item()
+
+
+class _Side:
+    """The questions or the passages of a retriever step: this process embeds its share of them, in pieces."""
+
+    def __init__(self, accelerator: Accelerator, retriever: Retriever, texts: Sequence[str], kind: str, pieces: int):
+        self.accelerator, self.retriever, self.kind = accelerator, retriever, kind
+        self.shares = share_out(range(len(texts)), parts=accelerator.num_processes)
+        mine = self.shares[accelerator.process_index]
+        self.pieces = [[texts[mine[at]] for at in piece] for piece in share_out(range(len(mine)), parts=pieces) if piece]
+        with torch.set_grad_enabled(len(self.pieces) == 1):
+            self.vectors = [self._embed(piece) for piece in self.pieces]
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.retriever.embed(texts, kind=self.kind)
+
+    def gathered(self) -> torch.Tensor:
+        """All vectors of this side (n_texts, dim), on every process, as a leaf that collects gradients."""
+        dimensions = self.retriever.model.get_embedding_dimension()
+        longest = len(self.shares[0])
+        padded = torch.zeros(longest, dimensions, device=self.accelerator.device)
+        if self.vectors:
+            mine = torch.cat([vectors.detach() for vectors in self.vectors])
+            padded[: len(mine)] = mine
+        everyone = self.accelerator.gather(padded).view(-1, longest, dimensions)
+        kept = [everyone[rank, : len(share)] for rank, share in enumerate(self.shares)]
+        return torch.cat(kept).requires_grad_()
+
+    def backward(self, gradient: torch.Tensor) -> None:
+        """Send the gradients of this process's vectors back through the encoder."""
+        start = sum(len(share) for share in self.shares[: self.accelerator.process_index])
+        for number, piece in enumerate(self.pieces):
+            vectors = self.vectors[0] if len(self.pieces) == 1 else self._embed(piece)
+            vectors.backward(gradient[start : start + len(piece)])
+            start += len(piece)
+
+
+def _sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Add up the gradients of all processes. DDP would do it, but hangs or lies when a weight takes no part in the loss."""
+    if accelerator.num_processes == 1:
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    flat = accelerator.reduce(flat, reduction="sum")
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter).clone()
+
+
+def _run_phase(
+    accelerator: Accelerator,
+    phase: str,
+    parameters: list[torch.nn.Parameter],
+    steps: list[np.ndarray],
+    take_step: Callable[[np.ndarray], float],
+    *,
+    settings: TrainingSettings,
+    learning_rate: float,
+    round_number: int,
+    watcher: Watcher,
+) -> None:
+    """Take the steps of a phase: gradients, clip, AdamW, schedule. A resumed phase takes the ones that are left."""
+    if not steps:
+        return
+    optimizer, scheduler = accelerator.prepare(*_optimizer(parameters, len(steps), learning_rate, settings, accelerator.device.type))
+    done = watcher.restore()
+    bar = tqdm(total=len(steps), initial=done, desc=f"round {round_number}: {phase} phase", unit="step")
+    clock = time.perf_counter()
+    for number in range(done, len(steps)):
+        set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
+        loss = take_step(steps[number])
+        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        used_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        now = time.perf_counter()
+        watcher.after_step(StepReport(number + 1, len(steps), loss, used_rate, len(steps[number]) / (now - clock)))
+        clock = time.perf_counter()  # what the watcher took (saving, logging) is not training time
+        bar.update()
+    bar.close()
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], steps: int, learning_rate: float, settings: TrainingSettings, device: str):
+    """AdamW (weight decay on matrices only) and its schedule."""
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=device in ("cpu", "cuda"))
+    warmup = round(settings.warmup_ratio * steps)
+    return optimizer, get_scheduler(settings.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

@@ -1,0 +1,13 @@
+"""Fine-tune a retriever and a generator together on your own questions and passages.
+
+    accelerate launch train.py                                     # the quickstart set that comes with the package
+    accelerate launch train.py --questions qa.tsv --passages wiki.jsonl --output_dir my-rag
+
+The story of a run, act by act, is cozyrag/run.py; every setting is explained by --help.
+"""
+
+from cozyrag.cli import door
+from cozyrag.run import train
+
+if __name__ == "__main__":
+    door(lambda: train(description=__doc__))
