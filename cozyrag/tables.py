@@ -415,8 +415,9 @@ def _parquet_batches(source: str, path: str) -> Iterator[pa.RecordBatch]:
         try:
             yield from pq.ParquetFile(whole).iter_batches(batch_size=4096)
         except (pa.ArrowException, OSError) as problem:
+            words = " ".join(str(problem).split())  # Arrow's come on several lines
             raise InputError(
-                f"{source}: expected a Parquet file, found a broken one ({problem}). Copy or write it again."
+                f"{source}: expected a Parquet file, found a broken one ({words}). Copy or write it again."
             ) from problem
 
 

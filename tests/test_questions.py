@@ -73,7 +73,7 @@ def test_contexts_become_passages(tmp_path):
     rows = [
         {"id": "1", "question": "q", "answers": ["a"], "context": " c ", "title": "T", "passage_id": "unused"},
         {"id": "2", "question": "q", "answers": ["a"], "context": " c ", "title": "U"},
-        {"id": "3", "question": "q", "answers": ["a"], "context": "", "passage_id": 12},
+        {"id": "3", "question": "q", "answers": ["a"], "context": " \n", "passage_id": 12},
         {"id": "4", "question": "q", "answers": ["a"]},
     ]
     read = read_questions(jsonl(tmp_path / "q.jsonl", rows))
