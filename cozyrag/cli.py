@@ -63,8 +63,11 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
 
 def _ask(arguments: argparse.Namespace) -> None:
     """Print each answer with the passages it came from."""
+    from transformers.utils import logging
+
     from cozyrag.pipeline import CozyRAG
 
+    logging.disable_progress_bar()  # "Loading weights" says nothing that the answer does not
     if arguments.top_k is not None and arguments.top_k < 1:
         raise InputError(f"--top_k: expected at least 1, found {arguments.top_k}.")
     pair = CozyRAG.from_pretrained(arguments.model)

@@ -1,19 +1,21 @@
 """What the user may choose: every setting, its unit and its default, parsed and checked once.
 
 Settings come from the command line and from one YAML file (`--config FILE.yaml`); the command line wins. An unknown
-setting is an error wherever it stands. Left out: what the settings do; only train.py and the trainer know this file.
+setting is an error wherever it stands. The quickstart set brings a settings file of its own, under both. Left out: what the settings do; only train.py and the trainer know this file.
 """
 
 import dataclasses
 import difflib
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
 
+from cozyrag.embedded import QUICKSTART_SETTINGS
 from cozyrag.errors import InputError
 
 EMBEDDED = "embedded"
@@ -148,8 +150,13 @@ class Settings(NamedTuple):
 
 
 GROUPS = (DataSettings, ModelSettings, ContextSettings, TrainingSettings, OutputSettings)
-NAMES = [f.name for group in GROUPS for f in dataclasses.fields(group)]
+KINDS = {f.name: f.type for group in GROUPS for f in dataclasses.fields(group)}
+NAMES = list(KINDS)
 TRACKERS = ("mlflow", "wandb", "tensorboard")
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the lines of the description."""
 
 
 class _Parser(HfArgumentParser):
@@ -168,12 +175,14 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for group in GROUPS:
         group._argument_group_name = group.__doc__.rstrip(".")
-    parser = _Parser(GROUPS, description=description, allow_abbrev=False)
+    parser = _Parser(GROUPS, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins over it.")
-    known, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    if known.config:
-        parser.set_defaults(**_read_yaml(Path(known.config)))
-    *groups, leftovers, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    known, _ = parser.parse_known_args(arguments)  # --help ends here, with the defaults that own questions get
+    chosen = _read_yaml(Path(known.config)) if known.config else {}
+    parser.set_defaults(**chosen)
+    if parser.parse_known_args(arguments)[0].questions == QUICKSTART:
+        parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | chosen)
+    *groups, leftovers, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise InputError(f"Command line: unknown setting {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-').split('=')[0])}. See --help.")
     del leftovers  # only --config, already used
@@ -190,7 +199,7 @@ def _read_yaml(path: Path) -> dict:
         raise InputError(f"--config: expected a YAML file, {path.absolute()} cannot be read ({error.strerror}). Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config: {path} is not valid YAML in UTF-8 ({' '.join(str(error).split())}). Correct it and run again.") from error
-    if node is None:
+    if node is None or node.tag.endswith(":null"):
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"--config: expected lines of `setting: value` in {path}, found a {node.tag.split(':')[-1]}.")
@@ -207,11 +216,14 @@ def _read_yaml(path: Path) -> dict:
 
 def _yaml_value(name: str, node: yaml.Node, where: str):
     """One value, checked by the same argparse types as the command line."""
-    if isinstance(node, yaml.SequenceNode):
+    several = get_origin(KINDS[name]) is list
+    if several and isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
         return [item.value for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        raise InputError(f"{where}: expected one value for {name}, found a mapping.")
+    if not isinstance(node, yaml.ScalarNode):
+        raise InputError(f"{where}: expected one value{' or a list of values' if several else ''} for {name}, found a {node.id}.")
     if node.tag.endswith(":null"):
+        if type(None) not in get_args(KINDS[name]):
+            raise InputError(f"{where}: expected a value for {name}, found nothing. Give one or remove the line.")
         return None
     checker = _Parser(GROUPS, allow_abbrev=False)
     try:

@@ -19,7 +19,10 @@ from cozyrag.metrics import contains_answer, normalize_answer
 
 SEARCH_DEPTH = 60
 NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer ones are too often right without being marked so
-SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"')\]”’]*\s+(?=[\"'(\[“‘]*[^\Wa-z_])|\n+")
+_STOP, _CLOSING = "[.!?。！？]", "[\"')\\]”’]"
+SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: what is matched is lost
+    rf"(?:(?<={_STOP})|(?<={_STOP}{_CLOSING})|(?<={_STOP}{_CLOSING}{{2}}))\s+(?=[\"'(\[“‘]*[^\Wa-z_])|\n+"
+)
 WORD = re.compile(r"\w+")
 CONTEXT_FEATURES = Features(
     {
@@ -169,6 +172,8 @@ def attach_contexts(
             columns["negatives"].append(maker.negatives(positive, found, answers) if positive >= 0 else [])
         return columns
 
+    if not len(questions):  # map would hand an empty table back without the new columns
+        return Dataset.from_dict({name: [] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
     return questions.map(
         retrieve, batched=True, batch_size=batch_size, features=CONTEXT_FEATURES, new_fingerprint=fingerprint, keep_in_memory=True, desc=desc
     )

@@ -12,6 +12,7 @@ QUICKSTART = {
     "eval_questions": str(QUICKSTART_FOLDER / "validation.jsonl"),
     "passages": str(QUICKSTART_FOLDER / "passages.jsonl"),
 }
+QUICKSTART_SETTINGS = QUICKSTART_FOLDER / "settings.yaml"
 EMBEDDED_GENERATOR = _PACKAGE / "data" / "generator"
 
 

@@ -150,9 +150,12 @@ class Generator:
             context_tokens=context_tokens,
             max_length=self.max_length,
         )
+        was_training = self.model.training
         losses = TokenLosses(self.model.eval())
         batches = (collate([example], pad_id=self.tokenizer.pad_token_id) for example in examples)
-        return [math.exp(-losses(**{k: v.to(self.device) for k, v in batch.items()}).mean().item()) for batch in batches]
+        sure = [math.exp(-losses(**{k: v.to(self.device) for k, v in batch.items()}).mean().item()) for batch in batches]
+        self.model.train(was_training)
+        return sure
 
     def save(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face checkpoint (safetensors)."""

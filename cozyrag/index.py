@@ -6,12 +6,16 @@ with the passages found (contexts.py).
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import faiss
 import numpy as np
 from datasets import Dataset
+from datasets.utils import are_progress_bars_disabled
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
@@ -29,6 +33,16 @@ def made_by(folder: str | Path) -> str | None:
     """Fingerprint of the retriever whose vectors lie in a folder; None when no whole index is there."""
     path = Path(folder) / "index.json"
     return json.loads(path.read_text(encoding="utf-8"))["retriever_fingerprint"] if path.exists() else None
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bar of datasets, which here would say "0it"."""
+    hidden = are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    yield
+    if not hidden:
+        datasets.enable_progress_bars()
 
 
 @dataclass(frozen=True)
@@ -66,9 +80,10 @@ class PassageIndex:
         self.fingerprint = fingerprint
         self._index = faiss.IndexFlatIP(vectors.shape[1])
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-        self._table = table
+        self._table = table.select_columns(["id"])  # a Dataset of our own: the caller's stays free of the index, which goes by name
         no_vectors = np.zeros((0, vectors.shape[1]), dtype=np.float32)  # the index is already filled: no second copy
-        self._table.add_faiss_index_from_external_arrays(no_vectors, index_name=COLUMN, custom_index=self._index)
+        with _no_bars():
+            self._table.add_faiss_index_from_external_arrays(no_vectors, index_name=COLUMN, custom_index=self._index)
 
     def __len__(self) -> int:
         return len(self.passages.ids)

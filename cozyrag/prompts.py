@@ -69,7 +69,8 @@ def encode_examples(
     max_length: int,
 ) -> list[Example]:
     """Training examples: prompt, answer, EOS. Raises InputError as `encode_prompts` does."""
-    answers_ids = [ids + [tokenizer.eos_token_id] for ids in _tokenize(tokenizer, [f" {answer}" for answer in answers])]
+    answers = [f" {answer}" if answer else "" for answer in answers]  # an empty answer is EOS alone, as it is written
+    answers_ids = [ids + [tokenizer.eos_token_id] for ids in _tokenize(tokenizer, answers)]
     prompts = encode_prompts(
         tokenizer,
         questions=questions,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 from cozyrag.errors import InputError
+from cozyrag.fingerprints import weights_fingerprint
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -91,11 +92,7 @@ class Retriever:
 
     def fingerprint(self) -> str:
         """16 hex digits that change when a weight or the reading length changes: whose vectors an index holds."""
-        digest = hashlib.sha256(f"{self.model.max_seq_length}|{sorted(self.model.prompts.items())}".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(self.model, str(self.model.max_seq_length), str(sorted(self.model.prompts.items())))
 
     def save(self, folder: str | Path) -> None:
         """Write an ordinary SentenceTransformer checkpoint (safetensors)."""

@@ -24,6 +24,7 @@ from cozyrag.config import Settings
 from cozyrag.contexts import CONTEXT_FEATURES, ContextMaker, attach_contexts, split_sentences
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import examine, table
+from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.pipeline import describe_pair
@@ -222,10 +223,20 @@ class Rounds:
     # ---- keeping the log ----
 
     def _go_on(self, progress: Progress) -> None:
+        self._check_processes_agree()
         progress.metrics = self.progress.metrics
         self.progress = progress
         self.resumed_from = None
         self.checkpoints.save(progress, self.generator, self.retriever)
+
+    def _check_processes_agree(self) -> None:
+        """Stop when the processes hold different weights: a mistake that otherwise shows in nothing but bad results."""
+        if self.accelerator.num_processes == 1:
+            return
+        found = gather_object([[weights_fingerprint(self.generator.model), self.retriever.fingerprint()]])
+        self.record({"kind": "processes", "round": self.progress.round, "phase": self.progress.phase, "fingerprints": found})
+        if any(pair != found[0] for pair in found):
+            raise RuntimeError(f"the processes ended the {self.progress.phase} phase with different weights: {found}; nothing more is saved")
 
     def record(self, row: dict) -> None:
         """Add a row to metrics.jsonl."""

@@ -35,9 +35,12 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
     settings = parse_settings(arguments, description=description)
     check_output(Path(settings.output.output_dir), resume=settings.output.resume, overwrite=settings.output.overwrite_output_dir)
     accelerator = make_accelerator(settings)
+    checkpoints = Checkpoints(accelerator, Path(settings.output.output_dir), settings)
+    newest = checkpoints.newest() if settings.output.resume else None
+    progress = checkpoints.read(newest) if newest else Progress()
     corpus = load_tables(accelerator, settings)
-    checkpoints, progress, newest = open_output(accelerator, settings)
     generator, retriever = load_models(accelerator, settings, corpus, newest)
+    open_output(accelerator, settings)
     rounds = Rounds(
         accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest
     )  # fmt: skip
@@ -114,12 +117,9 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
     )
 
 
-def open_output(accelerator: Accelerator, settings: Settings) -> tuple[Checkpoints, Progress, Path | None]:
-    """The output folder: cleared if asked, with the checkpoint to go on from if asked; trackers write below it."""
+def open_output(accelerator: Accelerator, settings: Settings) -> None:
+    """Make the output folder, cleared if asked, and start the trackers below it: the first act that writes anything."""
     output, folder = settings.output, Path(settings.output.output_dir)
-    checkpoints = Checkpoints(accelerator, folder, settings)
-    newest = checkpoints.newest() if output.resume else None
-    progress = checkpoints.read(newest) if newest else Progress()
     if accelerator.is_main_process:
         if output.overwrite_output_dir:
             clear_output(folder)
@@ -134,7 +134,6 @@ def open_output(accelerator: Accelerator, settings: Settings) -> tuple[Checkpoin
         folder=folder / "trackers",
         settings=settings.to_dict(),
     )
-    return checkpoints, progress, newest
 
 
 def load_models(accelerator: Accelerator, settings: Settings, corpus: Corpus, newest: Path | None) -> tuple[Generator, Retriever]:

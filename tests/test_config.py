@@ -1,0 +1,334 @@
+"""Every setting is explained where users look, and what they write is understood or refused with its place."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from cozyrag import config
+from cozyrag.config import GROUPS, NAMES, OutputSettings, TrainingSettings, parse_settings
+from cozyrag.errors import InputError
+
+OWN = ["--questions", "own.tsv"]  # not the quickstart set, which brings settings of its own
+FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+DEFAULTS = {name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for name, f in FIELDS.items()}
+RANGES = {  # setting: (values that must be refused, values at the edge that must be accepted)
+    "eval_share": ([-0.01, 0.51], [0, 0.5]),
+    "dropout": ([-0.1, 1.0], [0, 0.99]),
+    "warmup_ratio": ([-0.1, 1.1], [0, 1]),
+    "rounds": ([-1], [0]),
+    "top_k": ([0], [1]),
+    "context_tokens": ([0], [1]),
+    "answer_tokens": ([0], [1]),
+    "passage_tokens": ([7], [8]),
+    "encode_batch_size": ([0], [1]),
+    "answer_batch_size": ([0], [1]),
+    "generator_batch_size": ([0], [1]),
+    "retriever_batch_size": ([1], [2]),
+    "hard_negatives": ([-1, 51], [0, 50]),
+    "gradient_accumulation_steps": ([0], [1]),
+    "generator_epochs": ([-0.5], [0]),
+    "retriever_epochs": ([-0.5], [0]),
+    "generator_steps": ([-1], [0]),
+    "retriever_steps": ([-1], [0]),
+    "max_grad_norm": ([0], [0.001]),
+    "temperature": ([0], [0.0001]),
+    "weight_decay": ([-0.1], [0]),
+    "save_steps": ([-1], [0]),
+    "save_total_limit": ([0], [1]),
+    "logging_steps": ([0], [1]),
+    "threads": ([0], [1]),
+    "max_questions": ([0], [1]),
+    "max_eval_questions": ([0], [1]),
+    "generator_learning_rate": ([-1e-9], [0]),
+    "retriever_learning_rate": ([-1e-9], [0]),
+    "seed": ([-1, 2**32], [0, 2**32 - 1]),
+}
+
+
+def values(*arguments, own=OWN):
+    return parse_settings([*own, *map(str, arguments)]).to_dict()
+
+
+def refusal(*arguments):
+    with pytest.raises(InputError) as caught:
+        values(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A YAML file with the given content; returns its path."""
+
+    def writer(content, name="my.yaml"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return writer
+
+
+# ---- --help
+
+
+@pytest.fixture
+def help_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "10000")  # one line for each setting
+    with pytest.raises(SystemExit) as caught:
+        parse_settings(["--help"], description="First line.\n\n    second line")
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_setting_with_its_words_and_default_in_its_group(help_text):
+    for group in GROUPS:
+        title = group.__doc__.rstrip(".")
+        section = help_text.split(f"\n{title}:\n")[1].split("\n\n")[0]
+        for f in dataclasses.fields(group):
+            entry = re.search(rf"^  --{f.name}\b.*(?:\n {{8,}}.*)*", section, flags=re.MULTILINE)
+            assert entry, f.name
+            words = " ".join(entry.group().split())
+            assert " ".join(f.metadata["help"].split()) in words
+            assert words.endswith(f"(default: {DEFAULTS[f.name]})"), words
+
+
+def test_help_texts_are_sentences():
+    for name, f in FIELDS.items():
+        assert f.metadata["help"].endswith(".") and len(f.metadata["help"].split()) > 1, name
+
+
+def test_help_keeps_the_lines_of_the_description_and_names_config(help_text):
+    assert "First line.\n\n    second line\n" in help_text
+    assert "--config FILE.yaml" in help_text
+
+
+def test_no_setting_stands_in_two_groups():
+    assert len(NAMES) == len(set(NAMES)) == sum(len(dataclasses.fields(group)) for group in GROUPS)
+
+
+# ---- defaults, command line
+
+
+def test_without_arguments_every_setting_has_its_default():
+    assert values() == DEFAULTS | {"questions": "own.tsv"}
+
+
+def test_to_dict_is_a_copy():
+    settings = parse_settings(OWN)
+    settings.to_dict()["report_to"].append("wandb")
+    assert settings.output.report_to == ["none"] == OutputSettings().report_to
+
+
+def test_command_line_values_reach_their_group():
+    settings = parse_settings([*OWN, "--rounds", "3", "--top_k=2", "--use_cpu", "--report_to", "mlflow", "wandb", "--generator_learning_rate", "1e-3"])
+    assert (settings.training.rounds, settings.contexts.top_k, settings.training.use_cpu) == (3, 2, True)
+    assert settings.output.report_to == ["mlflow", "wandb"]
+    assert settings.training.generator_learning_rate == 0.001
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [(["--use_cpu"], True), (["--use_cpu", "true"], True), (["--use_cpu", "false"], False), ([], False)])
+def test_switches(arguments, expected):
+    assert values(*arguments)["use_cpu"] is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--genrator", "x"], ["'--genrator'", "did you mean 'generator'?", "--help"]),
+        (["--genrator=x"], ["--genrator", "did you mean 'generator'?"]),
+        (["--zzzzzz", "1"], ["'--zzzzzz'. See --help"]),
+        (["stray"], ["unknown setting 'stray'"]),
+        (["--generator_epoch", "1"], ["did you mean 'generator_epochs'?"]),  # no abbreviations
+        (["--rounds", "two"], ["--rounds", "'two'", "int"]),
+        (["--rounds", "2.5"], ["--rounds", "'2.5'", "int"]),
+        (["--dropout", "much"], ["--dropout", "'much'", "float"]),
+        (["--use_cpu", "maybe"], ["--use_cpu", "maybe"]),
+        (["--lr_scheduler_type", "sawtooth"], ["--lr_scheduler_type", "'sawtooth'", "cosine"]),
+        (["--mixed_precision", "fp8"], ["--mixed_precision", "'fp8'", "bf16"]),
+        (["--rounds"], ["--rounds", "expected one argument"]),
+        (["--config"], ["--config", "expected one argument"]),
+        (["--report_to", "mlflow", "clearml"], ["--report_to", "'clearml'", "mlflow, wandb, tensorboard"]),
+        (["--push_to_hub"], ["--push_to_hub", "--hub_model_id user/name"]),
+        (["--resume", "--overwrite_output_dir"], ["--resume", "--overwrite_output_dir", "one of the two"]),
+    ],
+)
+def test_refused_on_the_command_line(arguments, words):
+    message = refusal(*arguments)
+    assert all(word in message for word in words), message
+
+
+def test_a_file_beside_the_script_is_no_hidden_source_of_settings(tmp_path, monkeypatch):
+    (tmp_path / "train.args").write_text("--rounds 7")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py"), *OWN])
+    assert parse_settings().training.rounds == DEFAULTS["rounds"]
+
+
+# ---- ranges
+
+
+def test_every_number_has_a_range():
+    numbers = {name for name, f in FIELDS.items() if {int, float} & {f.type, *get_args(f.type)}}
+    assert numbers == set(RANGES)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (refused, _) in RANGES.items() for value in refused])
+def test_out_of_range_is_refused_naming_setting_and_value(name, value):
+    found = FIELDS[name].type if FIELDS[name].type in (int, float) else int
+    message = refusal(f"--{name}={value}")
+    assert f"--{name}:" in message and f"found {found(value)}." in message and "at least" in message
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, accepted) in RANGES.items() for value in accepted])
+def test_the_ends_of_the_range_are_accepted(name, value):
+    assert values(f"--{name}={value}")[name] == value
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainingSettings) if f.type is float])
+def test_nan_is_refused(name):
+    assert f"--{name}:" in refusal(f"--{name}=nan")
+
+
+# ---- YAML
+
+
+def test_yaml_values_of_every_kind(write):
+    path = write(
+        "rounds: 3\ngenerator_learning_rate: 1e-3\ndropout: 0.25\nuse_cpu: true\nskip_bad_rows: no\nreport_to: [mlflow, wandb]\n"
+        "eval_questions: null\nmax_eval_questions:\nmixed_precision: no\nlr_scheduler_type: 'cosine'\nrun_name: \"null\"\nproject_name: 7\n"
+    )
+    found = values("--config", path)
+    assert found == DEFAULTS | {
+        "questions": "own.tsv", "rounds": 3, "generator_learning_rate": 0.001, "dropout": 0.25, "use_cpu": True, "skip_bad_rows": False,
+        "report_to": ["mlflow", "wandb"], "max_eval_questions": None, "mixed_precision": "no", "lr_scheduler_type": "cosine", "run_name": "null",
+        "project_name": "7",
+    }  # fmt: skip
+    assert type(found["generator_learning_rate"]) is float and type(found["rounds"]) is int
+
+
+@pytest.mark.parametrize("text", ["report_to: wandb\n", "report_to: [wandb]\n", "report_to:\n  - wandb\n"])
+def test_a_list_may_be_written_in_three_ways(write, text):
+    assert values("--config", write(text))["report_to"] == ["wandb"]
+
+
+def test_command_line_wins_over_yaml_whatever_the_order(write):
+    path = write("rounds: 3\ntop_k: 9\nreport_to: [mlflow]\nuse_cpu: true\n")
+    given = ["--rounds", 1, "--report_to", "wandb", "--use_cpu=false"]
+    for arguments in (["--config", path, *given], [*given, "--config", path]):
+        found = values(*arguments)
+        assert (found["rounds"], found["top_k"], found["report_to"], found["use_cpu"]) == (1, 9, ["wandb"], False)
+
+
+def test_command_line_wins_over_yaml_even_with_the_default_value(write):
+    assert values("--config", write("rounds: 3\n"), "--rounds", DEFAULTS["rounds"])["rounds"] == DEFAULTS["rounds"]
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "---\n"])
+def test_an_empty_file_changes_nothing(write, content):
+    assert values("--config", write(content)) == values()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(write):
+    assert values("--config", write("\ufeffrounds: 3\n"))["rounds"] == 3
+
+
+def test_the_flat_dictionary_of_a_run_can_be_given_back_as_yaml(write):
+    before = values("--rounds", 5, "--report_to", "mlflow", "--retriever_learning_rate", "3e-7")
+    assert parse_settings(["--config", write(yaml.safe_dump(before))]).to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("rounds: 3\ngenrator: x\n", 2, ["'genrator'", "did you mean 'generator'?"]),
+        ("config: other.yaml\n", 1, ["unknown setting 'config'"]),
+        ("1: 2\n", 1, ["unknown setting '1'"]),
+        ("rounds: 3\ntop_k: 1\nrounds: 4\n", 3, ["'rounds'", "twice"]),
+        ("\n\nrounds: two\n", 3, ["--rounds", "'two'", "int"]),
+        ("dropout: much\n", 1, ["--dropout", "'much'", "float"]),
+        ("use_cpu: perhaps\n", 1, ["--use_cpu", "perhaps"]),
+        ("mixed_precision: fp8\n", 1, ["--mixed_precision", "'fp8'"]),
+        ("questions: {path: a.tsv}\n", 1, ["questions", "one value", "mapping"]),
+        ("rounds: [1, 2]\n", 1, ["rounds", "one value", "sequence"]),
+        ("questions: [a.tsv, b.tsv]\n", 1, ["questions", "one value", "sequence"]),
+        ("top_k: 2\nreport_to: [mlflow, [wandb]]\n", 2, ["report_to", "sequence"]),
+        ("rounds: null\n", 1, ["rounds", "nothing"]),
+        ("top_k: 2\nquestions:\n", 2, ["questions", "nothing"]),
+        ("report_to: ~\n", 1, ["report_to", "nothing"]),
+    ],
+)
+def test_refused_in_yaml_with_file_and_line(write, content, line, words):
+    path = write(content)
+    message = refusal("--config", path)
+    assert message.startswith(f"{path}, line {line}: "), message
+    assert all(word in message for word in words), message
+    assert "Command line" not in message
+
+
+@pytest.mark.parametrize(("content", "found"), [("- rounds\n", "seq"), ("rounds\n", "str"), ("7\n", "int")])
+def test_a_file_that_is_no_mapping_is_refused(write, content, found):
+    path = write(content)
+    message = refusal("--config", path)
+    assert path in message and "setting: value" in message and found in message
+
+
+@pytest.mark.parametrize("content", ["rounds: [1\n", "a: b: c\n", "rounds: 1\n--- \ntop_k: 2\n", b"run_name: caf\xe9\n"])
+def test_broken_yaml_is_refused_naming_the_file(write, content):
+    path = write(content)
+    message = refusal("--config", path)
+    assert path in message and "not valid YAML" in message and "\n" not in message
+
+
+def test_broken_yaml_is_refused_naming_the_line(write):
+    assert "line 2" in refusal("--config", write("rounds: 1\na: b: c\n"))
+
+
+def test_a_missing_file_is_refused_with_its_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal("--config", "none.yaml")
+    assert str(tmp_path / "none.yaml") in message and "No such file" in message
+
+
+def test_a_folder_is_no_yaml_file(tmp_path):
+    assert str(tmp_path) in refusal("--config", tmp_path)
+
+
+def test_out_of_range_in_yaml_is_refused(write):
+    assert "--rounds: expected a value of at least 0, found -1." in refusal("--config", write("rounds: -1\n"))
+
+
+def test_python_tags_are_not_obeyed(write, tmp_path):
+    target = tmp_path / "made"
+    message = refusal("--config", write(f"rounds: !!python/object/apply:pathlib.Path.touch [{target}]\n"))
+    assert "line 1" in message and not target.exists()
+
+
+# ---- the quickstart set
+
+
+@pytest.fixture
+def quickstart_settings(write, monkeypatch):
+    path = write("rounds: 7\ntop_k: 3\ngenerator_learning_rate: 1e-2\n", "quickstart.yaml")
+    monkeypatch.setattr(config, "QUICKSTART_SETTINGS", Path(path))
+
+
+def of(settings):
+    return tuple(settings[name] for name in ("rounds", "top_k", "generator_learning_rate"))
+
+
+def test_quickstart_brings_settings_that_everything_else_wins_over(quickstart_settings, write):
+    assert of(values(own=[])) == (7, 3, 0.01)
+    assert of(values("--rounds", 1, own=[])) == (1, 3, 0.01)
+    assert of(values("--config", write("top_k: 9\n"), own=[])) == (7, 9, 0.01)
+    assert of(values("--config", write("top_k: 9\n"), "--top_k", 2, own=[])) == (7, 2, 0.01)
+
+
+def test_own_questions_do_not_get_the_settings_of_the_quickstart_set(quickstart_settings, write):
+    assert values() == DEFAULTS | {"questions": "own.tsv"}
+    assert values("--config", write("questions: own.tsv\n"), own=[]) == DEFAULTS | {"questions": "own.tsv"}
+
+
+def test_the_settings_shipped_with_the_quickstart_set_are_accepted():
+    assert values(own=[])["questions"] == "quickstart"

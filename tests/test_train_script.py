@@ -1,0 +1,208 @@
+"""The script itself, launched as users launch it: one process and two, to the end, interrupted, and with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cozyrag.index import PassageIndex, made_by
+from cozyrag.pipeline import CozyRAG
+from cozyrag.retriever import Retriever
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def launch(arguments, *, config=None, cwd=None, environment=None, check=True, timeout=240):
+    """Run train.py: under `accelerate launch --config_file`, or plainly when no config is named."""
+    start = [sys.executable, str(ROOT / "train.py")]
+    if config:
+        path = ROOT / "accelerate_configs" / config
+        port = ["--main_process_port", "0"] if "ddp" in config else []
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *port, str(ROOT / "train.py")]
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*start, *map(str, arguments)], cwd=cwd, env=clean | MACHINE | (environment or {}), capture_output=True, text=True, timeout=timeout
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def settings(corpus_files, generator_path, retriever_path):
+    """Settings of a small whole run, without the output folder."""
+    files = [part for name, path in corpus_files.items() for part in (f"--{name}", path)]
+    sizes = ["--generator_batch_size", 8, "--retriever_batch_size", 16, "--top_k", 3, "--context_tokens", 64, "--answer_tokens", 6]
+    rates = ["--generator_learning_rate", 3e-3, "--retriever_learning_rate", 1e-3]
+    return [*files, "--generator", generator_path, "--retriever", retriever_path, *sizes, *rates, "--logging_steps", 1, "--rounds", 2, "--generator_epochs", 3]
+
+
+@pytest.fixture(scope="session")
+def one_process(settings, tmp_path_factory):
+    """(output folder, screen) of a whole run under cpu.yaml."""
+    folder = tmp_path_factory.mktemp("one") / "out"
+    return folder, launch([*settings, "--output_dir", folder, "--threads", 1], config="cpu.yaml").stdout
+
+
+@pytest.fixture(scope="session")
+def two_processes(settings, tmp_path_factory):
+    """Output folder of the same run under cpu_ddp.yaml, pieces and all."""
+    folder = tmp_path_factory.mktemp("two") / "out"
+    launch([*settings, "--output_dir", folder, "--threads", 1], config="cpu_ddp.yaml")
+    return folder
+
+
+def metrics(folder, kind):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_what_a_run_leaves_behind_loads_with_the_ordinary_libraries(one_process):
+    folder, _ = one_process
+    AutoTokenizer.from_pretrained(folder / "generator")
+    assert AutoModelForCausalLM.from_pretrained(folder / "generator").config.model_type == "gpt2"
+    assert SentenceTransformer(str(folder / "retriever")).encode(["a question"]).shape == (1, 32)
+    answer = CozyRAG.from_pretrained(folder).answer("What colour is the fox 0?")
+    assert isinstance(answer.text, str) and 0 <= answer.score <= 1 and len(answer.passages) == 3
+    for name in ("generator/README.md", "retriever/README.md", "settings.json", "metrics.jsonl", "examined/round-002.jsonl"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_the_screen_shows_before_and_after(one_process):
+    screen = one_process[1]
+    for text in ("| before |", "| after round 1 |", "| after round 2 |", "| change |", "QA pairs/s", "cozyrag ask", "generator phase"):
+        assert text in screen
+
+
+def test_the_index_searched_after_a_round_holds_the_vectors_of_the_saved_retriever(one_process):
+    folder, _ = one_process
+    retriever = Retriever.load(str(folder / "retriever"))
+    assert made_by(folder / "index") == retriever.fingerprint()
+    index = PassageIndex.load(folder / "index", fingerprint=retriever.fingerprint())
+    expected = retriever.encode(index.passages.to_read(), kind="document", batch_size=7)
+    assert abs(load_file(folder / "index" / "vectors.safetensors")["vectors"] - expected).max() < 1e-5
+    assert abs(index._index.reconstruct_n(0, len(index)) - expected).max() < 1e-5
+
+
+def test_both_models_moved_in_training(one_process, generator_path, retriever_path):
+    folder, _ = one_process
+    for path, name in ((generator_path, "generator"), (retriever_path, "retriever")):
+        before, after = load_file(path / "model.safetensors"), load_file(folder / name / "model.safetensors")
+        assert any((before[key] != after[key]).any() for key in before)
+
+
+def test_the_small_generator_learns_something(one_process):
+    losses = [row["loss"] for row in metrics(one_process[0], "step") if row["phase"] == "generator"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_two_processes_end_with_equal_weights_on_both_ranks(two_processes):
+    rows = metrics(two_processes, "processes")
+    assert len(rows) == 7  # before, and three phases in each of two rounds
+    assert all(len(row["fingerprints"]) == 2 and row["fingerprints"][0] == row["fingerprints"][1] for row in rows)
+
+
+@pytest.mark.parametrize("phase", ["generator", "retriever"])
+def test_two_processes_take_the_same_steps_as_one(one_process, two_processes, phase):
+    alone = [row for row in metrics(one_process[0], "step") if row["phase"] == phase]
+    together = [row for row in metrics(two_processes, "step") if row["phase"] == phase]
+    assert len(alone) == len(together) >= 8
+    for a, b in zip(alone[:20], together[:20], strict=True):
+        assert (a["round"], a["step"]) == (b["round"], b["step"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_two_processes_examine_alike(one_process, two_processes):
+    for a, b in zip(metrics(one_process[0], "examined"), metrics(two_processes, "examined"), strict=True):
+        assert a["recall@5"] == b["recall@5"] and a["em"] == pytest.approx(b["em"], abs=7)  # a near tie may turn one of 16 answers
+
+
+def test_killed_in_each_phase_and_resumed_ends_bit_equal(settings, one_process, tmp_path):
+    whole, folder = one_process[0], tmp_path / "out"
+    arguments = [*settings, "--output_dir", folder, "--threads", 1, "--save_steps", 2]
+    for mark in ("round-001-0-generator-000006", "round-001-1-retriever-000002", "round-002-0-generator-000004"):
+        resume = ["--resume"] if folder.exists() else []
+        run = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *map(str, arguments), *resume], env=os.environ | MACHINE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.time() + 120
+        while not (folder / "checkpoints" / mark).exists() and time.time() < until and run.poll() is None:
+            time.sleep(0.005)
+        assert run.poll() is None, "it ended before it could be killed"
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    screen = launch([*arguments, "--resume"]).stdout
+    assert "Going on from" in screen
+    for name in ("generator", "retriever"):
+        assert (whole / name / "model.safetensors").read_bytes() == (folder / name / "model.safetensors").read_bytes()
+    assert [row["loss"] for row in metrics(whole, "step")] == [row["loss"] for row in metrics(folder, "step")]
+
+
+def test_resume_refuses_other_settings_and_names_them(settings, one_process):
+    done = launch([*settings, "--output_dir", one_process[0], "--resume", "--max_grad_norm", 5], check=False)
+    assert done.returncode == 2 and "max_grad_norm (was 1.0, now 5.0)" in done.stderr
+
+
+def test_two_processes_that_would_be_strangers_are_refused(settings, tmp_path):
+    for environment in ({"MASTER_PORT": "29500", "MASTER_ADDR": "127.0.0.1"},):
+        done = launch([*settings, "--output_dir", tmp_path / "out"], environment=environment, check=False)
+        assert done.returncode == 2 and "cpu_ddp.yaml" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+BAD = {
+    "missing file": (["--questions", "nowhere.tsv", "--passages", "p.jsonl"], "nowhere.tsv"),
+    "empty file": (["--questions", "empty.tsv", "--passages", "p.jsonl"], "empty.tsv"),
+    "row without a question": (["--questions", "noquestion.tsv", "--passages", "p.jsonl"], "line 2"),
+    "wrong column": (["--questions", "column.csv", "--passages", "p.jsonl"], "--question_column"),
+    "duplicate id": (["--questions", "twice.jsonl", "--passages", "p.jsonl"], "line 2"),
+    "bytes that are not UTF-8": (["--questions", "latin.tsv", "--passages", "p.jsonl"], "line 2"),
+    "unknown setting on the command line": (["--learning_speed", "3"], "learning_speed"),
+    "unknown setting in YAML": (["--config", "bad.yaml"], "bad.yaml, line 2"),
+    "no such generator": (["--questions", "good.tsv", "--passages", "p.jsonl", "--generator", "no-such/model"], "no-such/model"),
+    "no such retriever": (["--questions", "good.tsv", "--passages", "p.jsonl", "--generator", "scratch", "--retriever", "no-such/model"], "no-such/model"),
+    "no passages": (["--questions", "good.tsv"], "--passages"),
+    "fp16 without a GPU": (["--mixed_precision", "fp16", "--use_cpu"], "fp16"),
+}
+
+
+@pytest.fixture(scope="session")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "p.jsonl").write_text('{"id": "1", "title": "A", "text": "Paris is the capital of France."}\n')
+    (folder / "good.tsv").write_text("What is the capital of France?\tParis\n" * 1 + "Which country has Paris as its capital?\tFrance\n")
+    (folder / "empty.tsv").write_text("")
+    (folder / "noquestion.tsv").write_text("What is it?\tParis\n\tParis\n")
+    (folder / "column.csv").write_text("q,answer\nWhat is it?,Paris\n")
+    (folder / "twice.jsonl").write_text('{"id": "a", "question": "What?", "answers": ["x"]}\n' * 2)
+    (folder / "latin.tsv").write_bytes("What is it?\tParis\nWhere is it?\tLi\xe8ge\n".encode("latin-1"))
+    (folder / "bad.yaml").write_text("rounds: 1\nlearning_speed: 3\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_clear_sentence_and_exit_code_2(name, bad_files, tmp_path):
+    arguments, expected = BAD[name]
+    done = launch([*arguments, "--output_dir", tmp_path / "out"], cwd=bad_files, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ") and expected in lines[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    for extra in ([], ["--overwrite_output_dir"]):
+        done = launch(["--output_dir", tmp_path, *extra], check=False)
+        assert done.returncode == 2 and "precious.txt" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

@@ -1,0 +1,180 @@
+"""What a phase moves and what it leaves alone, and that a step's result does not depend on how it is cut."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from cozyrag.config import TrainingSettings
+from cozyrag.contexts import CONTEXT_FEATURES
+from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.generator import Generator, TokenLosses
+from cozyrag.index import Passages
+from cozyrag.losses import contrastive_loss
+from cozyrag.prompts import encode_examples
+from cozyrag.retriever import Retriever
+from cozyrag.trainer import generator_step, retriever_step, train_generator, train_retriever
+from tiny import corpus
+
+
+class Notes:
+    """A watcher that keeps the reports."""
+
+    def __init__(self):
+        self.reports = []
+
+    def restore(self):
+        return 0
+
+    def after_step(self, report):
+        self.reports.append(report)
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+
+
+@pytest.fixture
+def generator(generator_path):
+    return Generator.load(str(generator_path))
+
+
+@pytest.fixture
+def retriever(retriever_path):
+    return Retriever.load(str(retriever_path), max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """(contexts table with gold passages as contexts, passages)."""
+    passages, questions = corpus(24)
+    rows = []
+    for number, question in enumerate(questions):
+        gold = number // 2
+        rows.append(
+            {
+                **question,
+                "rows": [gold],
+                "scores": [1.0],
+                "context": passages[gold]["text"],
+                "answer_in_context": True,
+                "gold_row": gold,
+                "positive": gold,
+                "negatives": [(gold + 5) % len(passages)],
+            }
+        )
+    return Dataset.from_list(rows, features=CONTEXT_FEATURES), Passages.of(Dataset.from_list(passages))
+
+
+def settings(**changes):
+    return TrainingSettings(**{"generator_batch_size": 8, "retriever_batch_size": 8, "generator_learning_rate": 1e-2, "retriever_learning_rate": 1e-2} | changes)
+
+
+def weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def moved(model, before):
+    return {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+
+
+def test_generator_phase_moves_every_generator_weight_and_no_retriever_weight(accelerator, generator, retriever, tables):
+    before, retriever_before = weights(generator.model), weights(retriever.model)
+    notes = Notes()
+    steps = train_generator(accelerator, generator, tables[0], settings=settings(generator_epochs=3), context_tokens=64, round_number=1, watcher=notes)
+    assert steps == len(notes.reports) == 18
+    assert moved(generator.model, before) == set(before)
+    assert moved(retriever.model, retriever_before) == set()
+    losses = [report.loss for report in notes.reports]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_retriever_phase_moves_every_retriever_weight_but_the_pooler_and_no_generator_weight(accelerator, generator, retriever, tables):
+    before, generator_before = weights(retriever.model), weights(generator.model)
+    notes = Notes()
+    train_retriever(accelerator, retriever, *tables, settings=settings(retriever_epochs=8, retriever_learning_rate=2e-3), round_number=1, watcher=notes)
+    pooler = {name for name in before if ".pooler." in name}
+    assert pooler
+    assert moved(retriever.model, before) == set(before) - pooler
+    assert moved(generator.model, generator_before) == set()
+    losses = [report.loss for report in notes.reports]
+    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+
+
+def test_steps_of_zero_leave_the_weights_alone(accelerator, generator, retriever, tables):
+    before = weights_fingerprint(generator.model), retriever.fingerprint()
+    still = settings(generator_steps=0, retriever_steps=0)
+    assert train_generator(accelerator, generator, tables[0], settings=still, context_tokens=64, round_number=1, watcher=Notes()) == 0
+    assert train_retriever(accelerator, retriever, *tables, settings=still, round_number=1, watcher=Notes()) == 0
+    assert (weights_fingerprint(generator.model), retriever.fingerprint()) == before
+
+
+def test_rows_without_answer_or_positive_are_left_out(accelerator, generator, retriever, tables):
+    contexts, passages = tables
+    rows = contexts.to_list()
+    for row in rows[::2]:
+        row.update(answers=[], positive=-1)
+    half = Dataset.from_list(rows, features=CONTEXT_FEATURES)
+    assert train_generator(accelerator, generator, half, settings=settings(), context_tokens=64, round_number=1, watcher=Notes()) == len(rows) // 2 // 8
+    assert train_retriever(accelerator, retriever, half, passages, settings=settings(), round_number=1, watcher=Notes()) == len(rows) // 2 // 8
+
+
+def test_warm_up_climbs_and_the_schedule_falls(accelerator, generator, tables):
+    notes = Notes()
+    train_generator(accelerator, generator, tables[0], settings=settings(warmup_ratio=0.5), context_tokens=64, round_number=1, watcher=notes)
+    rates = [report.learning_rate for report in notes.reports]
+    assert rates[0] == 0 and rates[3] == pytest.approx(1e-2) and rates[-1] < rates[3]
+
+
+def test_same_seed_same_weights_and_another_round_another_order(accelerator, generator_path, tables):
+    prints = []
+    for round_number in (1, 1, 2):
+        generator = Generator.load(str(generator_path))
+        train_generator(accelerator, generator, tables[0], settings=settings(generator_steps=3), context_tokens=64, round_number=round_number, watcher=Notes())
+        prints.append(weights_fingerprint(generator.model))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def gradients(model):
+    return {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 5, 11])
+def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, generator_path, tables, pieces):
+    columns = tables[0][:9]
+    found = []
+    for cut in (1, pieces):
+        generator = Generator.load(str(generator_path))
+        examples = encode_examples(
+            generator.tokenizer,
+            questions=columns["question"],
+            contexts=columns["context"],
+            answers=[answers[0] * (1 + row % 3) for row, answers in enumerate(columns["answers"])],  # uneven numbers of answer tokens
+            context_tokens=64,
+            max_length=generator.max_length,
+        )
+        loss = generator_step(accelerator, TokenLosses(generator.model), examples, pad_id=generator.tokenizer.pad_token_id, pieces=cut)
+        found.append((loss, gradients(generator.model)))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 20])
+def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_pieces(accelerator, retriever_path, pieces):
+    passages, questions = corpus(6)
+    texts, asked, positives = [row["text"] for row in passages], [row["question"] for row in questions], [row // 2 for row in range(len(questions))]
+    plain = Retriever.load(str(retriever_path), max_tokens=64)
+    plain.model.eval()
+    loss = contrastive_loss(plain.embed(asked, kind="query"), plain.embed(texts, kind="document"), positives=torch.tensor(positives), temperature=0.05)
+    loss.backward()
+    ours = Retriever.load(str(retriever_path), max_tokens=64)
+    ours.model.eval()
+    found = retriever_step(accelerator, ours, asked, texts, positives, temperature=0.05, pieces=pieces)
+    assert found == pytest.approx(loss.item(), abs=1e-5)
+    expected, got = gradients(plain.model), gradients(ours.model)
+    assert set(expected) == set(got)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradient, got[name], atol=1e-5, rtol=1e-3)
