@@ -95,6 +95,36 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tens
     }
 
 
+def collate_packed(examples: Sequence[Example], *, row_tokens: int, rows: int, pad_id: int) -> tuple[dict[str, torch.Tensor], int]:
+    """As many of `examples`, in order, as fit into `rows` rows of `row_tokens` tokens, several to a row, and their number.
+
+    Each example keeps its own positions from 0 and sees only itself: with `position_ids` that start anew and no
+    attention mask, transformers attends within the examples of a row (block-diagonal). What is left of a row is filled
+    with one-token examples of padding that carry no loss. All shapes but the number of targets are fixed.
+
+    Returns:
+        the tensors of `collate` with `position_ids` (rows, row_tokens) in place of the attention mask; how many were used.
+    """
+    input_ids = np.full((rows, row_tokens), pad_id, dtype=np.int64)
+    position_ids = np.zeros((rows, row_tokens), dtype=np.int64)
+    positions, targets, used, row, start = [], [], 0, 0, 0
+    for example in examples:
+        length = len(example.input_ids)
+        if length > row_tokens:
+            raise ValueError(f"expected examples of at most {row_tokens} tokens to pack, found one of {length}")
+        if start + length > row_tokens:
+            row, start = row + 1, 0
+        if row == rows:
+            break
+        input_ids[row, start : start + length] = example.input_ids
+        position_ids[row, start : start + length] = np.arange(length)
+        positions.append(np.arange(example.prompt_length - 1, length - 1) + row * row_tokens + start)
+        targets.append(np.asarray(example.input_ids[example.prompt_length :], dtype=np.int64))
+        used, start = used + 1, start + length
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "positions": np.concatenate(positions), "targets": np.concatenate(targets)}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}, used
+
+
 def answer_tokens(examples: Sequence[Example]) -> int:
     """How many tokens of these examples carry loss."""
     return sum(len(example.input_ids) - example.prompt_length for example in examples)

@@ -39,13 +39,19 @@ def write_card(folder: Path, *, role: str, settings: Mapping, results: str, summ
         template_path=str(shipped_folder("model_cards") / f"{role}.md"),
         base=base,
         questions=Path(settings["questions"]).name,
-        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items() if not name.startswith("hub_") and name != "output_dir"),
+        settings=_settings_rows(settings),
         results=results,
         times=times,
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
     )
     card.save(folder / "README.md")
+
+
+def _settings_rows(settings: Mapping) -> str:
+    """Lines of the settings table: those that are set, without where the run lay and went to."""
+    shown = {name: value for name, value in settings.items() if value is not None and not name.startswith("hub_") and name != "output_dir"}
+    return "\n".join(f"| {name} | {value} |" for name, value in shown.items())
 
 
 def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalResult]:

@@ -41,8 +41,8 @@ class TokenLosses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask, positions, targets, position_ids=None) -> torch.Tensor:
-        """Losses of shape (n_targets,) in nats; arguments as `batches.collate` makes them."""
+    def forward(self, input_ids, positions, targets, attention_mask=None, position_ids=None) -> torch.Tensor:
+        """Losses of shape (n_targets,) in nats; arguments as `batches.collate` or `collate_packed` makes them."""
         hidden = self.model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state

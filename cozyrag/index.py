@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from cozyrag.errors import InputError
 
 COLUMN = "vectors"
+SPARE = 16
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 
 
@@ -95,11 +96,13 @@ class PassageIndex:
             queries: (n, dim) float32. k larger than the number of passages gives all of them.
 
         Returns:
-            scores (n, k) float32, descending, and rows (n, k) int64; equal scores stand in the order of the rows.
+            scores (n, k) float32, descending, and rows (n, k) int64; equal scores stand in the order of the rows, and the
+            first of them are in (of up to `SPARE` that the cut would leave out).
         """
         k = min(k, len(self))
-        scores, rows = self._table.search_batch(COLUMN, np.ascontiguousarray(queries, dtype=np.float32), k)
-        order = np.lexsort((rows, -scores), axis=-1)
+        # FAISS keeps any of those that tie for the last place, so a few more are asked for and cut off after sorting.
+        scores, rows = self._table.search_batch(COLUMN, np.ascontiguousarray(queries, dtype=np.float32), min(k + SPARE, len(self)))
+        order = np.lexsort((rows, -scores), axis=-1)[:, :k]
         return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
 
     def save(self, folder: str | Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 
 from cozyrag import __version__
 from cozyrag.contexts import ContextMaker
@@ -65,8 +66,9 @@ def read_pair(folder: Path) -> dict:
         pair = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file anew.") from error
-    if pair.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, found {pair.get('format_version')!r}. Update cozyrag.")
+    found = pair.get("format_version") if isinstance(pair, dict) else None
+    if found != FORMAT_VERSION:
+        raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, found {found!r}. Update cozyrag.")
     return pair
 
 
@@ -107,7 +109,9 @@ class CozyRAG:
         questions = [" ".join(question.split()) for question in questions]
         if not all(questions):
             raise InputError("Expected a question, found an empty text.")
-        k = top_k or self.top_k
+        k = self.top_k if top_k is None else top_k
+        if k < 1:
+            raise InputError(f"Expected top_k to be at least 1, found {k}.")
         scores, rows = self.index.search(self.retriever.encode(questions, kind="query", batch_size=64), k)
         maker = self._maker if k == self.top_k else ContextMaker(self.index.passages, self.generator.count_tokens, top_k=k, budget=self.context_tokens)
         contexts = [maker.context(question, found.tolist()) for question, found in zip(questions, rows, strict=True)]
@@ -122,6 +126,7 @@ class CozyRAG:
         passages = self.index.passages
         return Source(passages.ids[row], passages.titles[row], passages.texts[row], float(cosine))
 
+
 def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path:
     """The folder of one piece of the pair: beside cozyrag.json, or a Hub repository at the revision it names."""
     if "folder" in piece:
@@ -132,7 +137,7 @@ def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path
 def _download(repo: str, *, revision: str | None, token: str | None, repo_type: str = "model") -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, token=token, repo_type=repo_type))
-    except (OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # a connection that breaks is a bare HTTPError
         cause = " ".join(str(error).split())[:200]
         raise InputError(
             f"Expected a folder that train.py wrote or a repository on the Hub; {repo!r} is neither, or cannot be reached "

@@ -17,6 +17,7 @@ from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+EMBED_TOGETHER = 16  # texts of like length that are padded together: little padding, matrices still large
 
 
 class Retriever:
@@ -78,7 +79,13 @@ class Retriever:
     def embed(self, texts: Sequence[str], *, kind: str) -> torch.Tensor:
         """Vectors (n_texts, dim) with gradients; `kind` is "query" or "document", for models that prompt them differently."""
         prompt = self.model.prompts.get(kind) or ""
-        features = self.model.preprocess([prompt + text for text in texts])
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        parts = [self._forward([prompt + texts[row] for row in order[at : at + EMBED_TOGETHER]]) for at in range(0, len(order), EMBED_TOGETHER)]
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=self.device)
+        return torch.cat(parts)[back]
+
+    def _forward(self, texts: list[str]) -> torch.Tensor:
+        features = self.model.preprocess(texts)
         features = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in features.items()}
         return F.normalize(self.model(features)["sentence_embedding"].float(), dim=-1)
 

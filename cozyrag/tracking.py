@@ -43,6 +43,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], *, project: s
         "mlflow": {"run_name": run_name, "logging_dir": str(folder / "mlflow-artifacts")},
         "wandb": {"name": run_name, "dir": str(folder)},
     }
+    accelerator.project_configuration.logging_dir = str(folder)  # where Accelerate lets TensorBoard write
     plain = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings.items()}
     accelerator.init_trackers(project, config=plain, init_kwargs={name: options[name] for name in names if name in options})
 

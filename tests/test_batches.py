@@ -30,7 +30,10 @@ def as_lists(steps):
 
 
 def test_phase_seed_is_the_same_everywhere():
-    seeds = [phase_seed(13, round_number=1, phase="generator"), phase_seed(13, round_number=2, phase="retriever", step=7)]
+    seeds = [
+        phase_seed(13, round_number=1, phase="generator"),
+        phase_seed(13, round_number=2, phase="retriever", step=7),
+    ]
     assert seeds == [3405998857, 4207835329]
 
 
@@ -78,8 +81,8 @@ def test_plan_is_decided_by_seed_round_and_phase(phase):
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "count"),
     [
-        (1, None, 4), (2, None, 8), (0.5, None, 2), (1.25, None, 5), (2.8, None, 11), (0.01, None, 1), (0, None, 0), (-1, None, 0),
-        (1, 3, 3), (1, 4, 4), (1, 100, 4), (3, 5, 5), (0.5, 1, 1), (1, 0, 0), (0.01, 0, 0),
+        (1, None, 4), (2, None, 8), (0.5, None, 2), (1.25, None, 5), (2.8, None, 11), (0.01, None, 1),
+        (0, None, 0), (-1, None, 0), (1, 3, 3), (1, 4, 4), (1, 100, 4), (3, 5, 5), (0.5, 1, 1), (1, 0, 0), (0.01, 0, 0),
     ],
 )  # fmt: skip
 def test_fractional_epochs_and_max_steps(epochs, max_steps, count):
@@ -171,7 +174,8 @@ def test_labels_stand_on_the_answer_and_nowhere_else(rows, pad_id):
     labels.view(-1)[predicted] = batch["targets"]
     width = max(len(row.input_ids) for row in rows)
     assert labels.tolist() == [
-        [-100] * row.prompt_length + row.input_ids[row.prompt_length :] + [-100] * (width - len(row.input_ids)) for row in rows
+        [-100] * row.prompt_length + row.input_ids[row.prompt_length :] + [-100] * (width - len(row.input_ids))
+        for row in rows
     ]
     assert torch.equal(batch["input_ids"].view(-1)[predicted], batch["targets"])
     assert batch["attention_mask"].view(-1)[predicted].all()  # no padding carries loss

@@ -8,6 +8,7 @@ import copy
 import math
 
 import pytest
+import tiny
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 import cozyrag.generator
-import tiny
 from cozyrag.batches import collate
 from cozyrag.errors import InputError
 from cozyrag.generator import DROPOUT_FIELDS, Generator, TokenLosses
@@ -53,7 +53,12 @@ def generator(generator_path):
 def examples(generator):
     answers = [row["answers"][0] for row in QUESTIONS]
     return encode_examples(
-        generator.tokenizer, questions=ASKED, contexts=CONTEXTS, answers=answers, context_tokens=40, max_length=generator.max_length
+        generator.tokenizer,
+        questions=ASKED,
+        contexts=CONTEXTS,
+        answers=answers,
+        context_tokens=40,
+        max_length=generator.max_length,
     )
 
 
@@ -189,7 +194,9 @@ def test_no_questions_no_answers(generator):
 
 def test_progress_is_told_of_every_batch(generator):
     seen = []
-    generator.answer(ASKED[:7], CONTEXTS[:7], batch_size=3, progress=lambda batches: seen.extend(batches) or batches, **BUDGETS)
+    generator.answer(
+        ASKED[:7], CONTEXTS[:7], batch_size=3, progress=lambda batches: seen.extend(batches) or batches, **BUDGETS
+    )
     assert len(seen) == 3
 
 
@@ -237,7 +244,12 @@ def test_confidence_belongs_to_its_question_and_context(generator):
     answers = [row["answers"][0] for row in QUESTIONS]
     together = generator.confidence(ASKED, CONTEXTS, answers, context_tokens=40)
     examples = encode_examples(
-        generator.tokenizer, questions=ASKED, contexts=CONTEXTS, answers=answers, context_tokens=40, max_length=generator.max_length
+        generator.tokenizer,
+        questions=ASKED,
+        contexts=CONTEXTS,
+        answers=answers,
+        context_tokens=40,
+        max_length=generator.max_length,
     )
     with torch.no_grad():
         losses = [full_forward(generator.model, [example], pad_id=0).item() for example in examples]
@@ -249,8 +261,16 @@ def test_confidence_belongs_to_its_question_and_context(generator):
 
 
 def llama_config(kind=LlamaConfig, **options):
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return kind(vocab_size=400, max_position_embeddings=160, bos_token_id=0, eos_token_id=0, pad_token_id=0, **size, **options)
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    return kind(
+        vocab_size=400, max_position_embeddings=160, bos_token_id=0, eos_token_id=0, pad_token_id=0, **size, **options
+    )
 
 
 class ScaledGPT2(GPT2LMHeadModel):
@@ -295,7 +315,9 @@ def test_a_model_with_an_unusual_head_is_refused(monkeypatch, sharp_path, family
 @pytest.mark.parametrize(("scaling", "refused"), [(8.0, True), (1.0, False)])
 def test_granite_is_refused_for_its_scaled_logits_only(generator_path, tmp_path, scaling, refused):
     torch.manual_seed(0)
-    GraniteForCausalLM(llama_config(GraniteConfig, logits_scaling=scaling, initializer_range=0.3)).save_pretrained(tmp_path)
+    GraniteForCausalLM(llama_config(GraniteConfig, logits_scaling=scaling, initializer_range=0.3)).save_pretrained(
+        tmp_path
+    )
     Generator.load(str(generator_path)).tokenizer.save_pretrained(tmp_path)
     if refused:
         with pytest.raises(InputError, match="GraniteForCausalLM does something more"):
@@ -321,7 +343,10 @@ def test_weights_are_loaded_in_float32(generator_path, tmp_path):
 
 
 def test_dropout_is_what_was_asked_for(generator_path):
-    for asked, model in ((0.0, Generator.load(str(generator_path)).model), (0.3, Generator.load(str(generator_path), dropout=0.3).model)):
+    for asked, model in (
+        (0.0, Generator.load(str(generator_path)).model),
+        (0.3, Generator.load(str(generator_path), dropout=0.3).model),
+    ):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {asked}
         assert {value for field, value in model.config.to_dict().items() if field in DROPOUT_FIELDS} == {asked}
 
@@ -356,14 +381,21 @@ def test_from_scratch_reads_any_text_and_ends_with_eos():
     text = "Ünïcode 漢字 \t\n 🦊 don't"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer) == config.vocab_size <= 300
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == config.eos_token_id == generator.model.generation_config.eos_token_id
+    assert (
+        tokenizer.eos_token_id
+        == tokenizer.pad_token_id
+        == config.eos_token_id
+        == generator.model.generation_config.eos_token_id
+    )
     assert generator.model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert generator.max_length == 512
 
 
 def test_count_tokens_counts_what_a_prompt_takes(generator):
     texts = ["The fox 0 is red.", "", " a"]
-    assert generator.count_tokens(texts) == [len(generator.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    assert generator.count_tokens(texts) == [
+        len(generator.tokenizer.encode(text, add_special_tokens=False)) for text in texts
+    ]
     assert generator.count_tokens(texts)[1:] == [0, 1]
 
 

@@ -1,7 +1,7 @@
 """Prompts: their exact layout, and that only the context is ever cut, whatever the budget.
 
-The layout is written out by hand with a tokenizer of one token per character; the cutting is proved by hypothesis on the
-byte-level tokenizer of the tiny generator, and read back from the decoded tokens.
+The layout is written out by hand with a tokenizer of one token per character; the cutting is proved by hypothesis on
+the byte-level tokenizer of the tiny generator, and read back from the decoded tokens.
 """
 
 import pytest
@@ -38,7 +38,12 @@ def tokenizer(generator_path):
 
 def test_layout_is_context_question_cue_answer_eos():
     examples = encode_examples(
-        Letters(), questions=["Who?", "Why?"], contexts=["ab", ""], answers=["Ada", "so"], context_tokens=9, max_length=99
+        Letters(),
+        questions=["Who?", "Why?"],
+        contexts=["ab", ""],
+        answers=["Ada", "so"],
+        context_tokens=9,
+        max_length=99,
     )
     assert letters(examples[0].input_ids[:-1]) == "ab\nQuestion: Who?\nAnswer: Ada"
     assert letters(examples[1].input_ids[:-1]) == "\nQuestion: Why?\nAnswer: so"
@@ -57,18 +62,34 @@ def test_prompt_of_an_example_is_the_prompt_that_is_answered():
 # "\nQuestion: Q\nAnswer:" takes 20 letters, " A" and EOS 3
 @pytest.mark.parametrize(
     ("context_tokens", "max_length", "kept"),
-    [(6, 99, "abcdef"), (7, 99, "abcdef"), (5, 99, "abcde"), (0, 99, ""), (6, 29, "abcdef"), (6, 28, "abcde"), (6, 24, "a"), (6, 23, "")],
+    [
+        (6, 99, "abcdef"),
+        (7, 99, "abcdef"),
+        (5, 99, "abcde"),
+        (0, 99, ""),
+        (6, 29, "abcdef"),
+        (6, 28, "abcde"),
+        (6, 24, "a"),
+        (6, 23, ""),
+    ],
 )
 def test_context_is_cut_at_its_end_to_the_tighter_of_two_budgets(context_tokens, max_length, kept):
     example = encode_examples(
-        Letters(), questions=["Q"], contexts=["abcdef"], answers=["A"], context_tokens=context_tokens, max_length=max_length
+        Letters(),
+        questions=["Q"],
+        contexts=["abcdef"],
+        answers=["A"],
+        context_tokens=context_tokens,
+        max_length=max_length,
     )[0]
     assert letters(example.input_ids[:-1]) == kept + "\nQuestion: Q\nAnswer: A"
     assert example.prompt_length == len(kept) + 20
 
 
 def test_an_empty_answer_is_eos_alone():
-    example = encode_examples(Letters(), questions=["Q"], contexts=["c"], answers=[""], context_tokens=9, max_length=99)[0]
+    example = encode_examples(
+        Letters(), questions=["Q"], contexts=["c"], answers=[""], context_tokens=9, max_length=99
+    )[0]
     assert example.input_ids[example.prompt_length :] == [EOS]
 
 
@@ -107,22 +128,41 @@ def test_no_special_token_inside_a_prompt(retriever_path):
     tokenizer = Retriever.load(str(retriever_path)).model.tokenizer
     assert tokenizer("The fox 0")["input_ids"][0] == tokenizer.cls_token_id  # it would add some if asked
     prompt = encode_prompts(
-        tokenizer, questions=["What colour is the fox 0?"], contexts=["The fox 0 is red."], context_tokens=99, max_length=99, reserve=1
+        tokenizer,
+        questions=["What colour is the fox 0?"],
+        contexts=["The fox 0 is red."],
+        context_tokens=99,
+        max_length=99,
+        reserve=1,
     )[0]
     assert not {tokenizer.cls_token_id, tokenizer.sep_token_id} & set(prompt)
 
 
 @settings(deadline=None, max_examples=200)  # a busy machine is no fault
-@given(TEXT, TEXT.map(str.strip), st.text(st.characters(exclude_categories=("Cs",)), max_size=60), st.integers(0, 40), st.integers(0, 90))
+@given(
+    TEXT,
+    TEXT.map(str.strip),
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=60),
+    st.integers(0, 40),
+    st.integers(0, 90),
+)
 def test_question_and_answer_are_never_cut(tokenizer, question, answer, context, context_tokens, max_length):
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=False)
 
-    asked, told = ids(f"\nQuestion: {question}\nAnswer:"), (ids(f" {answer}") if answer else []) + [tokenizer.eos_token_id]
+    asked, told = (
+        ids(f"\nQuestion: {question}\nAnswer:"),
+        (ids(f" {answer}") if answer else []) + [tokenizer.eos_token_id],
+    )
 
     def encode() -> Example:
         return encode_examples(
-            tokenizer, questions=[question], contexts=[context], answers=[answer], context_tokens=context_tokens, max_length=max_length
+            tokenizer,
+            questions=[question],
+            contexts=[context],
+            answers=[answer],
+            context_tokens=context_tokens,
+            max_length=max_length,
         )[0]
 
     if len(asked) + len(told) > max_length:

@@ -1,0 +1,228 @@
+"""The command line as users call it: what it prints, where, and with which exit code it ends."""
+
+import configparser
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cozyrag
+from cozyrag import cli, hub, pipeline, run
+from cozyrag.errors import InputError
+from cozyrag.generator import Generator
+from cozyrag.index import PassageIndex, passage_text
+from cozyrag.passages import read_passages
+from cozyrag.pipeline import Answer, CozyRAG, Source
+from cozyrag.retriever import Retriever
+
+ROOT = Path(cozyrag.__file__).parents[1]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs `cozyrag ARGUMENTS`; returns (exit code, stdout, stderr)."""
+
+    def caller(*arguments, stdin=""):
+        monkeypatch.setattr("sys.argv", ["cozyrag", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            code = cli.main() or 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return caller
+
+
+class FakePair:
+    """Answers with the question itself and two sources; `loaded` and `asked` note what it was called with."""
+
+    loaded, asked = [], []
+
+    @classmethod
+    def from_pretrained(cls, name):
+        cls.loaded.append(name)
+        return cls()
+
+    def answer(self, question, *, top_k):
+        if question == "bad":
+            raise InputError("The question is bad. Ask another.")
+        self.asked.append((question, top_k))
+        return Answer(question.upper(), 0.876, "context", (Source("p1", "Title", "Short text.", 0.91234), Source("p2", "", "x" * 161, -0.5)))
+
+
+@pytest.fixture
+def fake_pair(monkeypatch):
+    monkeypatch.setattr(pipeline, "CozyRAG", FakePair)
+    FakePair.loaded, FakePair.asked = [], []
+    return FakePair
+
+
+SHOWN = f"{{}}   (certainty 0.88)\n  [1] 0.912 Title: Short text.\n  [2] -0.500 p2: {'x' * 157}...\n"
+
+
+# ---- cozyrag ask
+
+
+def test_ask_prints_the_answer_its_certainty_and_its_numbered_sources(call, fake_pair):
+    assert call("ask", "my-run", "who?") == (0, SHOWN.format("WHO?"), "")
+    assert (fake_pair.loaded, fake_pair.asked) == (["my-run"], [("who?", None)])
+
+
+def test_ask_takes_several_questions_and_loads_once(call, fake_pair):
+    assert call("ask", "my-run", "who?", "when?", "--top_k", 2)[1] == SHOWN.format("WHO?") + SHOWN.format("WHEN?")
+    assert (fake_pair.loaded, fake_pair.asked) == (["my-run"], [("who?", 2), ("when?", 2)])
+
+
+def test_ask_reads_questions_from_standard_input_one_a_line(call, fake_pair):
+    assert call("ask", "my-run", stdin="who?\n\n  when? \n")[:2] == (0, SHOWN.format("WHO?") + SHOWN.format("WHEN?"))
+    assert [question for question, _ in fake_pair.asked] == ["who?", "when?"]
+
+
+def test_questions_given_as_arguments_leave_standard_input_alone(call, fake_pair):
+    call("ask", "my-run", "who?", stdin="when?\n")
+    assert fake_pair.asked == [("who?", None)]
+
+
+def test_a_text_of_160_characters_is_shown_whole(call, fake_pair, monkeypatch):
+    monkeypatch.setattr(FakePair, "answer", lambda self, question, *, top_k: Answer("a", 0.5, "", (Source("p", "T", "y" * 160, 0.0),)))
+    assert call("ask", "my-run", "q?")[1].endswith(f"T: {'y' * 160}\n")
+
+
+def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, tmp_path):
+    retriever = Retriever.load(str(retriever_path))
+    passages = read_passages(str(corpus_files["passages"]))[0]
+    vectors = retriever.encode([passage_text(row["title"], row["text"]) for row in passages], kind="document", batch_size=40)
+    Generator.load(str(generator_path)).save(tmp_path / "generator")
+    retriever.save(tmp_path / "retriever")
+    PassageIndex(passages, vectors, fingerprint=retriever.fingerprint()).save(tmp_path / "index")
+    facts = pipeline.describe_pair(fingerprint=retriever.fingerprint(), top_k=3, context_tokens=60, answer_tokens=4)
+    (tmp_path / "cozyrag.json").write_text(json.dumps(facts))
+    code, out, _ = call("ask", tmp_path, "What colour is the fox 0?", "--top_k", 2)
+    expected = CozyRAG.from_pretrained(tmp_path).answer("What colour is the fox 0?", top_k=2)
+    assert code == 0 and out.splitlines()[0] == f"{expected.text}   (certainty {expected.score:.2f})"
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [[f"[{n}]", f"{source.score:.3f}"] for n, source in enumerate(expected.passages, 1)]
+
+
+# ---- cozyrag train, cozyrag push
+
+
+def test_train_hands_its_arguments_on_untouched(call, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "train", lambda arguments, *, description: seen.append(arguments))
+    given = ["--rounds", "3", "--report_to", "mlflow", "wandb", "--use_cpu", "--top_k=2", "--resume"]
+    assert call("train", *given)[0] == 0 and call("train")[0] == 0
+    assert seen == [given, []]
+
+
+def test_train_help_shows_the_settings(call):
+    code, out, _ = call("train", "--help")
+    assert code == 0 and all(f"--{name}" in out for name in ("questions", "rounds", "hub_private", "config"))
+
+
+@pytest.mark.parametrize(("arguments", "private"), [([], False), (["--private"], True)])
+def test_push_uploads_and_says_where_to(call, monkeypatch, arguments, private):
+    seen = []
+    monkeypatch.setattr(hub, "push_pair", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag")
+    assert call("push", "my-run", "me/rag", *arguments) == (0, "Pushed to https://hub.example/me/rag\n", "")
+    assert seen == [(("my-run", "me/rag"), {"private": private})]
+
+
+# ---- help and version
+
+
+def test_version(call):
+    assert call("--version") == (0, f"cozyrag {cozyrag.__version__}\n", "")
+
+
+def test_help_names_the_three_commands(call):
+    code, out, _ = call("--help")
+    assert code == 0 and all(f"\n    {command} " in out for command in ("train", "ask", "push"))
+
+
+def test_the_command_line_opens_without_loading_torch():
+    code = "import sys; sys.argv = ['cozyrag', '--help']; from cozyrag.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_installed_commands_exist():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    scripts = dict(line.split(" = ") for line in setup["options.entry_points"]["console_scripts"].strip().splitlines())
+    assert scripts["cozyrag"] == "cozyrag.cli:main"
+    for target in scripts.values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name)), target
+
+
+# ---- mistakes: exit code 2, one sentence, on stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask", "nowhere/at/all", "q?"], ["'nowhere/at/all'", "Check the name"]),
+        (["ask", "my-run", "q?", "--top_k", "0"], ["--top_k", "at least 1", "found 0"]),
+        (["push", "nowhere", "me/rag"], ["cozyrag.json", "nowhere"]),
+        (["train", "--rounds", "two"], ["--rounds", "'two'"]),
+        (["train", "--genrator", "x"], ["'--genrator'", "did you mean 'generator'?"]),
+        (["train", "stray"], ["'stray'"]),
+        (["train", "--questions", "none.tsv", "--output_dir", "OUT", "--use_cpu", "--threads", "1"], ["none.tsv", "there is none"]),
+    ],
+)
+def test_a_mistake_ends_with_one_line_on_stderr_and_exit_code_2(call, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert all(word in err for word in words), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_given_before_a_mistake_are_kept(call, fake_pair):
+    assert call("ask", "my-run", "who?", "bad") == (2, SHOWN.format("WHO?"), "error: The question is bad. Ask another.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["COMMAND"]),
+        (["explode"], ["explode", "ask"]),
+        (["ask"], ["OUTPUT"]),
+        (["ask", "my-run", "q?", "--topk", "3"], ["--topk"]),
+        (["ask", "my-run", "q?", "--top_k", "many"], ["--top_k", "'many'"]),
+        (["push", "my-run"], ["USER/NAME"]),
+        (["push", "my-run", "me/rag", "extra"], ["extra"]),
+    ],
+)
+def test_a_command_that_does_not_exist_or_lacks_something_shows_the_usage(call, arguments, words):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "") and "usage: cozyrag" in err and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False), (None, True)])
+def test_of_many_processes_only_the_first_tells_but_all_end(rank, told, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+
+    def act():
+        raise InputError("Not so.")
+
+    with pytest.raises(SystemExit) as end:
+        cli.door(act)
+    assert end.value.code == 2 and capsys.readouterr().err == ("error: Not so.\n" if told else "")
+
+
+def test_a_fault_of_the_package_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.door(lambda: 1 // 0)
+
+
+def test_what_an_act_does_right_passes_through_the_door(capsys):
+    cli.door(lambda: print("done"))
+    assert capsys.readouterr() == ("done\n", "")

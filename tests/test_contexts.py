@@ -1,0 +1,381 @@
+"""From questions to contexts: sentences, the filter, positives and hard negatives, and the table through real FAISS.
+
+Only token counts (words) and question vectors (angles on a circle) are made up; scores, searching and choosing are
+real.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, split_sentences
+from cozyrag.generator import Generator
+from cozyrag.index import PassageIndex, Passages
+from cozyrag.questions import FEATURES
+
+
+def count_words(texts):
+    return [len(text.split()) for text in texts]
+
+
+def maker_of(*texts, titles=None, top_k=9, budget=99, hard_negatives=0, count_tokens=count_words):
+    passages = Passages([f"p{row}" for row in range(len(texts))], titles or [""] * len(texts), list(texts))
+    return ContextMaker(passages, count_tokens, top_k=top_k, budget=budget, hard_negatives=hard_negatives)
+
+
+# ---- sentences ----
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ("It costs 5.60 m. in all. 1815 was wet.", ["It costs 5.60 m. in all.", "1815 was wet."]),
+        ("e.g. this stays. Élan starts. Ärger too.", ["e.g. this stays.", "Élan starts.", "Ärger too."]),
+        ('He said "Go." She (who knew.) "Went!" Then [he.]\u2019 Slept.',
+         ['He said "Go."', "She (who knew.)", '"Went!"', "Then [he.]\u2019", "Slept."]),
+        ("“Nie.” „Doch.\u201d (He left.)  \u201cSo.\u201d",
+         ["“Nie.” „Doch.\u201d", "(He left.)", "\u201cSo.\u201d"]),
+        ("no stop\nnew line\n\nThird", ["no stop", "new line", "Third"]),
+        ("好。 1 好！ B", ["好。", "1 好！", "B"]),
+        ("One", ["One"]),
+        ("", []),
+        (" \n ", []),
+    ],
+)  # fmt: skip
+def test_sentences_end_where_a_new_one_starts(text, sentences):
+    assert split_sentences(text) == sentences
+
+
+@settings(deadline=None)  # a busy machine is no fault
+@given(st.text(st.sampled_from("aB1.!? \n\"')”(“é。"), max_size=40))
+def test_splitting_loses_nothing_but_space(text):
+    assert "".join("".join(split_sentences(text)).split()) == "".join(text.split())
+
+
+# ---- the filter ----
+
+
+def test_filter_keeps_the_answer_sentence_within_the_budget():
+    filler = [f"Nothing much happens on day {day}." for day in range(12)]
+    text = " ".join([*filler[:8], "The zebra moved to Oslo.", *filler[8:]])
+    maker = maker_of(text, *["Nothing much happens here."] * 3, budget=5)
+    assert maker.context("Where did the zebra move?", [1, 0, 2, 3]) == "The zebra moved to Oslo."
+
+
+# four passages: a word of all four weighs log(1 + 4/4) = 0.69, a word of one log(1 + 4/1) = 1.61
+@pytest.mark.parametrize(
+    ("question", "kept"),
+    [
+        ("old men: zebra?", "A zebra ran."),  # 2 * 0.69 < 1.61: the rare word wins
+        ("very old men: zebra?", "Very old men."),  # 3 * 0.69 > 1.61
+        ("old men: ZEBRA zebra unheard?", "A zebra ran."),  # case and repeats do not count, unknown words weigh nothing
+    ],
+)
+def test_words_weigh_by_their_rarity(question, kept):
+    others = ["Very old men."] * 3
+    assert maker_of("Very old men. A zebra ran.", *others, budget=3).context(question, [0]) == kept
+
+
+def test_titles_count_as_words_of_their_passage():
+    maker = maker_of("Old men.", "A zebra.", titles=["zebra", ""])
+    assert maker._rarity["zebra"] == pytest.approx(math.log(1 + 2 / 2))
+    assert maker._rarity["men"] == pytest.approx(math.log(1 + 2 / 1))
+
+
+def test_sentences_stand_in_their_original_order():
+    first, second = "Alpha came. Beta went. Gamma stayed.", "Delta slept. Epsilon woke."
+    maker = maker_of(first, second, budget=6)
+    assert maker.context("gamma epsilon alpha", [0, 1]) == "Alpha came. Gamma stayed.\nEpsilon woke."
+    assert maker.context("gamma epsilon alpha", [1, 0]) == "Epsilon woke.\nAlpha came. Gamma stayed."
+
+
+def test_only_the_top_k_passages_compete():
+    texts = ["Alpha came.", "Beta went.", "Zebra ran."]
+    assert maker_of(*texts, top_k=2).context("zebra", [0, 1, 2]) == "Alpha came.\nBeta went."
+    assert maker_of(*texts, top_k=2, budget=2).context("zebra", [0, 2, 1]) == "Zebra ran."
+
+
+def test_ties_go_to_the_better_passage_and_its_beginning():
+    texts = ["Alpha came. Beta went.", "Gamma ate. Delta slept."]
+    assert maker_of(*texts, budget=2).context("unrelated", [1, 0]) == "Gamma ate."
+    assert maker_of(*texts, budget=6).context("unrelated", [1, 0]) == "Gamma ate. Delta slept.\nAlpha came."
+
+
+@pytest.mark.parametrize(
+    ("budget", "context"),
+    [
+        (9, "Long zebra tale of many a word.\nBeta ran."),  # 7 + 2 words
+        (8, "Long zebra tale of many a word."),
+        (5, "Long zebra tale of many a word."),  # the best sentence is kept whatever its length; prompts.py cuts it
+    ],
+)
+def test_what_does_not_fit_is_left_out(budget, context):
+    maker = maker_of("Long zebra tale of many a word.", "Beta ran.", budget=budget)
+    assert maker.context("zebra", [0, 1]) == context
+
+
+def test_a_shorter_sentence_may_take_the_room_a_longer_one_left():
+    maker = maker_of("Zebra oslo ran. Zebra slept all day long. Beta ran.", "Gamma ate.", budget=5)
+    assert maker.context("zebra oslo", [0, 1]) == "Zebra oslo ran. Beta ran."
+
+
+# a title of 6 letters is taken for 6 // 3 + 2 = 4 tokens, once for its passage; each sentence has 3
+@pytest.mark.parametrize(
+    ("budget", "context"),
+    [
+        (7, "AB CDE: Alpha came home."),
+        (9, "AB CDE: Alpha came home."),
+        (10, "AB CDE: Alpha came home. Beta went home."),
+        (12, "AB CDE: Alpha came home. Beta went home."),
+        (13, "AB CDE: Alpha came home. Beta went home.\nGamma ate home."),
+    ],
+)
+def test_titles_come_along_once_and_cost_tokens(budget, context):
+    maker = maker_of("Alpha came home. Beta went home.", "Gamma ate home.", titles=["AB_CDE", ""], budget=budget)
+    assert maker.context("unrelated", [0, 1]) == context
+
+
+def test_nothing_found_makes_an_empty_context():
+    assert maker_of("Alpha.").context("alpha", []) == ""
+    assert maker_of("", "Alpha.").context("alpha", [0]) == ""
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.lists(st.lists(st.sampled_from(["fox", "owl", "is", "the"]), max_size=6), max_size=5), min_size=1, max_size=5
+    ),
+    st.integers(1, 25),
+    st.randoms(use_true_random=False),
+)
+def test_context_is_the_best_subset_in_order(passages, budget, chance):
+    """Every sentence is unique; what was kept fits, keeps its order, and leaves no room for what was dropped."""
+    numbers = iter(range(1000))
+    sentences = [[" ".join([f"S{next(numbers)}", *words]) + "." for words in passage] for passage in passages]
+    rows = list(range(len(passages)))
+    chance.shuffle(rows)
+    maker = maker_of(*[" ".join(passage) for passage in sentences], budget=budget)
+    kept = [
+        sentence for line in maker.context("Is the fox here?", rows).split("\n") for sentence in split_sentences(line)
+    ]
+    candidates = [sentence for row in rows for sentence in sentences[row]]
+    assert kept == [sentence for sentence in candidates if sentence in kept]
+    room = budget - sum(count_words(kept))
+    assert room >= 0 or len(kept) == 1
+    assert all(count_words([sentence])[0] > room for sentence in candidates if sentence not in kept)
+
+    def score(sentence):
+        return round(
+            sum(maker._rarity.get(word, 0) for word in {"is", "the", "fox"} & set(sentence.rstrip(".").split())), 9
+        )
+
+    best = max(candidates, key=score, default=None)  # max gives the first of equals
+    assert not kept or best in kept
+
+
+def test_budget_is_counted_in_the_tokens_of_the_generator(generator_path):
+    generator = Generator.load(str(generator_path))
+    text = "The fox 0 is red. It was made in 1500. People of village 0 keep the fox 0 in a house of stone."
+    sentences = split_sentences(text)
+    lengths = [len(generator.tokenizer.encode(f" {sentence}")) for sentence in sentences]
+    both = lengths[0] + lengths[1]
+    for budget, kept in ((both, sentences[:2]), (both - 1, sentences[:1])):
+        maker = maker_of(text, budget=budget, count_tokens=generator.count_tokens)
+        assert maker.context("unrelated", [0]) == " ".join(kept)
+
+
+# ---- positives and hard negatives ----
+
+
+def test_answers_are_found_as_whole_normalised_words():
+    maker = maker_of("It was The Red-Fox, in 1815!", "A redfox.")
+    assert maker.holds_answer(0, ["redfox"])  # the SQuAD normaliser drops hyphens
+    assert maker.holds_answer(0, ["nothing", "a 1815."])
+    assert not maker.holds_answer(0, ["181"])
+    assert not maker.holds_answer(1, ["fox"])
+    assert not maker.holds_answer(0, ["the", ""])
+    assert not maker.holds_answer(0, [])
+
+
+@pytest.mark.parametrize(
+    ("gold", "ranking", "answers", "positive"),
+    [
+        (3, [0, 1, 2], ["red"], 3),  # gold, though not found and without the answer
+        (0, [1, 2], ["blue"], 0),
+        (-1, [3, 2, 0, 1], ["red"], 2),  # the best-ranked that holds an answer, not the first row
+        (-1, [3, 0, 2, 1], ["red"], 0),
+        (-1, [3, 1, 0], ["purple", "blue"], 1),  # any of the answers
+        (-1, [3, 1], ["red"], -1),  # never a bare top hit
+        (-1, [0, 1], [], -1),
+        (-1, [], ["red"], -1),
+    ],
+)
+def test_positive_is_gold_else_the_best_answer_holder_else_none(gold, ranking, answers, positive):
+    maker = maker_of("A red fox.", "A blue river.", "The red owl.", "Nothing.")
+    assert maker.positive(gold, ranking, answers) == positive
+
+
+def negatives_of(ranking, *, holders=(), positive=-1, count=1):
+    texts = ["The zebra." if row in holders else "Nothing." for row in range(max(ranking) + 1)]
+    return maker_of(*texts, hard_negatives=count).negatives(positive, ranking, ["zebra"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 50])
+def test_negatives_come_from_ranks_4_to_60(count):
+    ranking = list(range(100, 200))
+    assert negatives_of(ranking, count=count) == ranking[3:60][:count]
+
+
+def test_negatives_stop_at_rank_60():
+    ranking = list(range(100))
+    assert negatives_of(ranking, holders=range(58), count=9) == [58, 59]
+    assert negatives_of(ranking, holders=range(60), count=9) == []
+    assert negatives_of([5, 6, 7], count=9) == []
+    assert SEARCH_DEPTH == 60
+
+
+@settings(deadline=None)
+@given(st.permutations(range(70)), st.sets(st.integers(0, 69)), st.integers(-1, 69), st.integers(0, 8))
+def test_negatives_hold_no_answer_and_are_not_the_positive(ranking, holders, positive, count):
+    allowed = [row for rank, row in enumerate(ranking, 1) if 4 <= rank <= 60 and row not in holders and row != positive]
+    assert negatives_of(ranking, holders=holders, positive=positive, count=count) == allowed[:count]
+
+
+# ---- the contexts table ----
+
+TEXTS = [
+    "The fox is red. It eats fish.", "A river is blue.", "The owl is grey. It sees red mice.", "The tower is old.",
+    "A lamp is on.", "The engine is blue. It runs.", "A castle is big.", "The garden is green.",
+]  # fmt: skip
+TITLES = ["Fox", "", "Grey_owl", "", "", "", "", ""]
+ANGLES = {"What colour is the fox?": 0, "What is blue?": 70, "Who knows?": 0, "Is there an answer?": 40}  # degrees
+
+
+def on_circle(degrees):
+    radians = np.deg2rad(np.array(degrees, dtype=np.float64))
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+
+def index_of(size=8):
+    """Passage i at 10 i degrees, or closer together for more of them."""
+    texts, titles = TEXTS + ["More."] * (size - len(TEXTS)), TITLES + [""] * (size - len(TITLES))
+    table = Dataset.from_dict({"id": [f"p{row}" for row in range(size)], "title": titles, "text": texts})
+    return PassageIndex(table, on_circle(np.arange(size) * 80 / size), fingerprint="f")
+
+
+def questions():
+    columns = {
+        "id": ["a", "b", "c", "d"],
+        "question": list(ANGLES),
+        "answers": [["Red!"], ["purple", "blue"], ["nobody"], []],
+        "passage_id": ["p0", None, "gone", "p1"],
+    }
+    return Dataset.from_dict(columns, features=FEATURES)
+
+
+def attached(
+    asked=None,
+    *,
+    index=None,
+    encode=lambda texts: on_circle([ANGLES[text] for text in texts]),
+    fingerprint="name",
+    batch_size=512,
+    **limits,
+):
+    index = index or index_of()
+    maker = ContextMaker(index.passages, count_words, **{"top_k": 2, "budget": 6, "hard_negatives": 2} | limits)
+    return attach_contexts(
+        questions() if asked is None else asked,
+        index=index,
+        encode=encode,
+        maker=maker,
+        fingerprint=fingerprint,
+        batch_size=batch_size,
+    )
+
+
+def test_table_by_hand():
+    table = attached()
+    assert table.features == CONTEXT_FEATURES
+    assert {name: table[name][:] for name in questions().column_names} == questions()[:]
+    columns = table[:]
+    # from 70 degrees: 7, then 6, 5, ...; from 40: 4, then 3 and 5, both at 10 degrees
+    assert columns["rows"][:3] == [list(range(8)), list(range(8))[::-1], list(range(8))]
+    assert columns["rows"][3][0] == 4
+    assert set(columns["rows"][3][1:3]) == {3, 5}
+    assert columns["gold_row"] == [0, -1, -1, 1]
+    assert columns["positive"] == [0, 5, -1, 1]
+    # ranks 4 and later: 3 4 5 ... (2 holds "red" but ranks third); 4 3 2 ... (1 and 5 hold "blue"); no positive; not 1
+    assert columns["negatives"][:3] == [[3, 4], [4, 3], []]
+    assert len(columns["negatives"][3]) == 2
+    assert 1 not in columns["negatives"][3]
+    assert columns["context"][0] == "Fox: The fox is red."  # 4 words and 3 for the title leave no room
+    assert columns["context"][1] == "The garden is green."  # found 7 and 6: 4 words, and 4 more
+    assert columns["answer_in_context"] == [True, False, False, False]
+
+
+def test_scores_are_cosines_best_first():
+    expected = np.cos(np.deg2rad(np.arange(8) * 10))
+    scores = attached()[:]["scores"]
+    np.testing.assert_allclose(scores[0], expected, atol=1e-6)
+    np.testing.assert_allclose(scores[1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("budget", "context", "held"),
+    [(99, "The garden is green.\nA castle is big.\nThe engine is blue. It runs.", True),
+     (4, "The engine is blue.", True), (3, "The engine is blue.", True)],
+)  # fmt: skip
+def test_answer_in_context_is_judged_by_the_context(budget, context, held):
+    table = attached(top_k=3, budget=budget)
+    assert table[1]["context"] == context
+    assert table[1]["answer_in_context"] is held
+
+
+def test_an_answer_the_filter_dropped_is_not_in_the_context():
+    table = attached(
+        Dataset.from_dict({"id": ["a"], "question": ["What is blue?"], "answers": [["runs"]], "passage_id": ["p5"]}),
+        top_k=3,
+        budget=4,
+    )
+    assert table[0]["context"] == "The engine is blue."
+    assert table[0]["answer_in_context"] is False
+
+
+def test_sixty_passages_are_kept_of_a_larger_corpus():
+    rows = attached(index=index_of(100))[:]["rows"]
+    assert [len(found) for found in rows] == [60] * 4
+    assert rows[0] == list(range(60))
+    assert attached(index=index_of(100), hard_negatives=50)[0]["negatives"] == list(range(3, 53))
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (512, [4])])
+def test_questions_are_encoded_once_in_batches(batch_size, batches):
+    seen = []
+
+    def encode(texts):
+        seen.append(len(texts))
+        return on_circle([ANGLES[text] for text in texts])
+
+    assert attached(encode=encode, batch_size=batch_size)[:] == attached()[:]
+    assert seen == batches
+
+
+def test_fingerprint_names_the_result_and_reuses_nothing(tmp_path):
+    first, second = attached(fingerprint="one"), attached(fingerprint="one", top_k=3, budget=99)
+    assert first._fingerprint == second._fingerprint == "one"
+    assert first[:]["context"] != second[:]["context"]
+    first.save_to_disk(str(tmp_path / "table"))
+    assert Dataset.load_from_disk(str(tmp_path / "table"))[:] == first[:]
+
+
+def test_no_questions_still_make_the_columns():
+    """A process whose share is empty must be able to join its columns with those of the others."""
+    table = attached(questions().select([]))
+    assert table.features == CONTEXT_FEATURES
+    assert table[:] == {name: [] for name in CONTEXT_FEATURES}

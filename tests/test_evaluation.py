@@ -1,0 +1,174 @@
+"""Examining a pair: a generator that writes fixed answers, and numbers worked out by hand for eight questions.
+
+The accelerator, the metrics and the table are real; what each question tells is said beside it.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from datasets import Dataset
+
+import cozyrag.evaluation
+from cozyrag.contexts import CONTEXT_FEATURES
+from cozyrag.evaluation import examine, summarize, table
+from cozyrag.metrics import bootstrap_interval
+
+# (answers, prediction, rank of the positive or None, answer in context), top_k is 4
+CASES = [
+    (["Red Fox"], "the red fox!", 1, True),  # EM 1, F1 1
+    (["blue river bank"], "blue river", 3, True),  # F1: precision 1, recall 2/3 -> 0.8
+    (["1815", "year 1816"], "1816", 6, False),  # F1: the better reference, precision 1, recall 1/2 -> 2/3
+    (["stone"], "", 4, False),  # in the top 4, and yet not in the context
+    ([], "", None, False),  # no answer there is, and none was given
+    (["right"], "wrong", None, False),
+    (["tower"], "wrong", 21, False),
+    (["lamp"], "wrong", 11, False),  # beyond the cutoff of MRR@10, within recall@20
+]
+VERDICTS = [
+    "right", "reader missed", "retrieval missed", "filter dropped it",
+    "right", "retrieval missed", "retrieval missed", "retrieval missed",
+]  # fmt: skip
+SUMMARY = {
+    "questions": 8,
+    "em": 100 * 2 / 8,
+    "f1": 100 * (1 + 0.8 + 2 / 3 + 1) / 8,
+    "recall@1": 100 * 1 / 8,
+    "recall@5": 100 * 3 / 8,
+    "recall@20": 100 * 5 / 8,
+    "mrr@10": 100 * (1 + 1 / 3 + 1 / 6 + 1 / 4) / 8,
+    "answer_in_context": 100 * 2 / 8,
+}
+OPTIONS = {"top_k": 4, "context_tokens": 50, "answer_tokens": 7, "batch_size": 3}
+
+
+def contexts_of(cases):
+    found, count = list(range(100, 130)), len(cases)
+    columns = {
+        "id": [f"q{number}" for number in range(count)],
+        "question": [f"Question {number}?" for number in range(count)],
+        "answers": [answers for answers, _, _, _ in cases],
+        "passage_id": [None] * count,
+        "rows": [found] * count,
+        "scores": [[0.5] * 30] * count,
+        "context": [f"Context {number}." for number in range(count)],
+        "answer_in_context": [held for _, _, _, held in cases],
+        "gold_row": [-1] * count,
+        "positive": [-1 if rank is None else found[rank - 1] for _, _, rank, _ in cases],
+        "negatives": [[]] * count,
+    }
+    return Dataset.from_dict(columns, features=CONTEXT_FEATURES)
+
+
+class FixedAnswers:
+    """Answers question N with what CASES say, and notes what it was asked."""
+
+    def answer(self, questions, contexts, *, progress, **options):
+        self.questions, self.contexts, self.options = questions, contexts, options
+        self.batches = list(progress(range(0, len(questions), options["batch_size"])))
+        return [CASES[int(question.split()[1][:-1])][1] for question in questions]
+
+
+def examined(cases=CASES, **options):
+    generator = FixedAnswers()
+    return generator, *examine(Accelerator(cpu=True), generator, contexts_of(cases), **(OPTIONS | options))
+
+
+def test_summary_by_hand():
+    _, summary, _ = examined()
+    assert {name: value for name, value in summary.items() if "interval" not in name} == pytest.approx(
+        SUMMARY, abs=0.0051
+    )
+    assert list(summary) == ["questions", "em", "em_interval", "f1", "f1_interval", *list(SUMMARY)[3:]]
+
+
+def test_intervals_are_those_of_em_and_f1_in_percent():
+    _, summary, rows = examined()
+    for name in ("em", "f1"):
+        low, high = bootstrap_interval(np.array([row[name] for row in rows]))
+        assert summary[f"{name}_interval"] == pytest.approx([100 * low, 100 * high], abs=0.0051)
+        assert summary[f"{name}_interval"][0] < summary[name] < summary[f"{name}_interval"][1]
+    assert examined(CASES[:1])[1]["em_interval"] == [100.0, 100.0]
+
+
+def test_rows_by_hand():
+    _, _, rows = examined()
+    assert [row["id"] for row in rows] == [f"q{number}" for number in range(8)]
+    assert [row["prediction"] for row in rows] == [prediction for _, prediction, _, _ in CASES]
+    assert [row["em"] for row in rows] == [1, 0, 0, 0, 1, 0, 0, 0]
+    assert [row["f1"] for row in rows] == pytest.approx([1, 0.8, 2 / 3, 0, 1, 0, 0, 0])
+    assert [row["mrr@10"] for row in rows] == pytest.approx([1, 1 / 3, 1 / 6, 1 / 4, 0, 0, 0, 0])
+    assert [[row[f"recall@{depth}"] for depth in (1, 5, 20)] for row in rows] == [
+        [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1],
+    ]  # fmt: skip
+    assert rows[1] == {
+        "id": "q1", "question": "Question 1?", "answers": ["blue river bank"], "prediction": "blue river", "em": 0.0,
+        "f1": pytest.approx(0.8), "recall@1": 0.0, "recall@5": 1.0, "recall@20": 1.0, "mrr@10": pytest.approx(1 / 3),
+        "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader missed",
+    }  # fmt: skip
+
+
+def test_verdicts_say_where_it_went_wrong():
+    assert [row["verdict"] for row in examined()[2]] == VERDICTS
+
+
+@pytest.mark.parametrize(("top_k", "verdict"), [(5, "retrieval missed"), (6, "filter dropped it")])
+def test_found_means_among_the_top_k(top_k, verdict):
+    assert examined(top_k=top_k)[2][2]["verdict"] == verdict
+
+
+def test_generator_is_asked_with_the_contexts_and_budgets():
+    generator, _, _ = examined()
+    assert generator.questions == [f"Question {number}?" for number in range(8)]
+    assert generator.contexts == [f"Context {number}." for number in range(8)]
+    assert generator.options == {"context_tokens": 50, "max_new_tokens": 7, "batch_size": 3}
+    assert generator.batches == [0, 3, 6]
+
+
+def test_a_process_answers_its_share_and_sees_all(monkeypatch):
+    """The second of two processes: the first one's answers come through gather_object."""
+
+    class Second:
+        @contextmanager
+        def split_between_processes(self, rows):
+            yield rows[len(rows) // 2 :]
+
+    alone = examined()[1:]
+    first = [prediction for _, prediction, _, _ in CASES[:4]]
+    monkeypatch.setattr(cozyrag.evaluation, "gather_object", lambda mine: first + mine)
+    generator = FixedAnswers()
+    summary, rows = examine(Second(), generator, contexts_of(CASES), **OPTIONS)
+    assert generator.questions == [f"Question {number}?" for number in range(4, 8)]
+    assert (summary, rows) == alone
+
+
+def test_summary_is_made_of_the_rows():
+    rows = examined()[2]
+    assert summarize(rows) == examined()[1]
+    assert summarize(rows[:1])["f1"] == 100.0
+    assert summarize(rows[:2])["f1"] == 90.0
+    assert summarize(rows[:3])["f1"] == 82.22
+
+
+def test_table_by_hand():
+    def summary(**values):
+        shown = dict.fromkeys(cozyrag.evaluation.SHOWN, 0.0) | values
+        return shown | {"questions": 8, "em_interval": [10.04, 30.06], "f1_interval": [11.0, 31.26]}
+
+    before, after = summary(em=10.04, f1=20.0), summary(em=12.5, f1=19.94, **{"mrr@10": 100.0})
+    heads = [
+        "| | em | f1 | recall@1 | recall@5 | recall@20 | mrr@10 | answer_in_context |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    foot = ["", "Percent of 8 questions; 95 % intervals of the last line: EM 10.0 to 30.1, F1 11.0 to 31.3."]
+    line = "| before | 10.0 | 20.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |"
+    assert table([("before", before)]).split("\n") == [*heads, line, *foot]
+    assert table([("before", before), ("between", before), ("after", after)]).split("\n") == [
+        *heads,
+        line,
+        line.replace("before", "between"),
+        "| after | 12.5 | 19.9 | 0.0 | 0.0 | 0.0 | 100.0 | 0.0 |",
+        "| change | +2.5 | -0.1 | +0.0 | +0.0 | +0.0 | +100.0 | +0.0 |",
+        *foot,
+    ]

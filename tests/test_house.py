@@ -1,0 +1,181 @@
+"""The house rules that no single test would notice being broken: who may import, train, launch, and how files open."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import cozyrag
+
+PACKAGE = Path(cozyrag.__file__).parent
+ROOT = PACKAGE.parent
+TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+# A module may import modules of the tiers above its own line, never of its own line or below.
+TIERS = (
+    ("errors", "embedded", "losses", "metrics", "fingerprints"),
+    ("tables", "prompts", "index", "tracking", "cards", "retriever"),
+    ("passages", "batches", "contexts"),
+    ("questions", "generator"),
+    ("corpus", "evaluation", "pipeline"),
+    ("config", "hub"),
+    ("trainer", "checkpoint"),
+    ("rounds",),
+    ("run",),
+    ("cli",),
+)
+TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
+MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "rounds", "cli"}
+FORBIDDEN_NAMES = {"evaluate.py", "datasets.py", "utils.py", "common.py", "helpers.py"}  # the first two would hide packages
+
+
+def imported(tree):
+    """Modules of the package that a module imports, wherever in it; names of the package itself are "__init__"."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] or "__init__" for alias in node.names if alias.name.split(".")[0] == "cozyrag"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "cozyrag":
+            found |= {alias.name if alias.name in TREES else "__init__" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cozyrag."):
+            found.add(node.module.partition(".")[2])
+    return found
+
+
+def calls(tree):
+    """What is called: ("name",) for f(), ("owner", "name") for a.b.owner.name() or name().name()."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield (node.func.id,)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            yield (owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else "", node.func.attr)
+
+
+def calling(wanted):
+    """Modules with a call that `wanted` recognises."""
+    return {name for name, tree in TREES.items() if any(wanted(call) for call in calls(tree))}
+
+
+# ---- imports
+
+
+def test_the_table_of_tiers_names_every_module_once():
+    named = [name for tier in TIERS for name in tier]
+    assert len(named) == len(set(named)) and set(named) == set(TREES) - {"__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(set(TREES) - {"__init__"}))
+def test_imports_go_to_earlier_tiers_only(name):
+    assert {other for other in imported(TREES[name]) - {"__init__"} if TIER[other] >= TIER[name]} == set()
+
+
+def test_no_import_is_relative():
+    assert [name for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level] == []
+
+
+def test_the_package_itself_imports_its_modules_only_when_asked():
+    at_once = [node for node in TREES["__init__"].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert {alias.name for node in at_once for alias in node.names} == {"os", "sys"}
+    assert imported(TREES["__init__"]) == {"pipeline"}
+
+
+def test_from_the_package_itself_only_the_version_is_taken():
+    taken = {
+        alias.name
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "cozyrag"
+        for alias in node.names
+        if alias.name not in TREES
+    }
+    assert taken <= {"__version__"}
+
+
+def test_settings_are_known_to_the_few_who_run_things():
+    assert {name for name, tree in TREES.items() if "config" in imported(tree)} <= MAY_KNOW_SETTINGS
+
+
+def test_the_script_is_a_door_and_nothing_more():
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    assert imported(tree) == {"cli", "run"}
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
+# ---- who may do what
+
+
+def test_only_the_trainer_calls_backward():
+    assert calling(lambda call: call[-1] == "backward") == {"trainer"}
+
+
+def test_only_the_trainer_steps_an_optimizer_or_makes_one():
+    assert calling(lambda call: len(call) == 2 and call[-1] == "step" and any(word in call[0] for word in ("optim", "sched"))) == {"trainer"}
+    assert calling(lambda call: call[-1] in ("AdamW", "Adam", "SGD", "get_scheduler")) == {"trainer"}
+
+
+def test_only_run_constructs_an_accelerator():
+    assert calling(lambda call: call[-1] == "Accelerator") == {"run"}
+
+
+def test_only_the_index_attaches_and_searches_faiss():
+    assert calling(lambda call: call[-1] in ("IndexFlatIP", "search_batch", "add_faiss_index_from_external_arrays", "add_faiss_index")) == {"index"}
+
+
+def test_only_the_uploader_talks_to_the_hub_to_write():
+    assert calling(lambda call: call[-1] in ("create_repo", "create_commit", "upload_folder", "upload_file", "push_to_hub")) == {"hub"}
+
+
+def test_only_the_doors_end_the_process():
+    assert calling(lambda call: call[-1] in ("exit", "_exit", "quit")) == {"cli"}
+
+
+def test_no_pickles_are_read_or_written():
+    assert calling(lambda call: call in {("torch", "load"), ("torch", "save")} or call[0] in ("pickle", "joblib")) == set()
+
+
+# ---- how files are written
+
+
+def test_no_file_has_a_name_that_says_nothing_or_hides_a_package():
+    sources = [path for folder in (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "scripts") for path in folder.rglob("*.py")]
+    sources += ROOT.glob("*.py")
+    assert [str(path) for path in sources if path.name in FORBIDDEN_NAMES] == []
+    assert not set(TREES) & (set(sys.stdlib_module_names) | {"torch", "faiss", "datasets", "evaluate", "accelerate", "transformers"})
+
+
+@pytest.mark.parametrize("name", sorted(TREES))
+def test_every_module_opens_with_a_docstring(name):
+    first = ast.get_docstring(TREES[name])
+    assert first and first.splitlines()[0].rstrip().endswith((".", "!", "?", ";", ",")) or first and "\n" in first
+    assert len(first.split()) >= 5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_every_test_file_opens_with_a_docstring(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", sorted(TREES))
+def test_public_functions_and_classes_say_what_they_do(name):
+    silent = [
+        node.name
+        for node in TREES[name].body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", sorted(TREES))
+def test_no_broad_except_no_mutable_default_no_guessing(name):
+    faults = []
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            faults += [f"line {node.lineno}: broad except" for kind in caught if kind is None or ast.unparse(kind) in ("Exception", "BaseException")]
+        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            defaults = [*node.args.defaults, *node.args.kw_defaults]
+            faults += [f"line {node.lineno}: mutable default" for value in defaults if isinstance(value, (ast.List, ast.Dict, ast.Set))]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
+            faults.append(f"line {node.lineno}: hasattr")
+    assert faults == []

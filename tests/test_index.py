@@ -1,0 +1,182 @@
+"""The index: real FAISS on vectors written by hand or drawn, compared with plain NumPy; files there and back."""
+
+import json
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from cozyrag.errors import InputError
+from cozyrag.index import FILES, PassageIndex, Passages, made_by, passage_text
+
+EAST, NORTH, WEST = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
+
+
+def table(size):
+    numbers = range(size)
+    return Dataset.from_dict(
+        {
+            "id": [f"p{n}" for n in numbers],
+            "title": [f"Title_{n}" for n in numbers],
+            "text": [f"Text {n}." for n in numbers],
+        }
+    )
+
+
+def make(vectors, fingerprint="f" * 16):
+    return PassageIndex(table(len(vectors)), np.array(vectors, dtype=np.float32), fingerprint=fingerprint)
+
+
+def drawn(count, dimensions=8, seed=0):
+    vectors = np.random.default_rng(seed).normal(size=(count, dimensions)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# ---- searching ----
+
+
+def test_search_by_hand():
+    scores, rows = make([WEST, EAST, [0.6, 0.8], NORTH]).search(np.array([EAST, NORTH]), 3)
+    assert rows.tolist() == [[1, 2, 3], [3, 2, 0]]
+    np.testing.assert_allclose(scores, [[1, 0.6, 0], [1, 0.8, 0]], atol=1e-6)
+    assert scores.dtype == np.float32
+    assert rows.dtype == np.int64
+
+
+@pytest.mark.parametrize("queries", [1, 7, 64])  # FAISS takes another path for many queries
+def test_search_is_exact(queries):
+    vectors, asked = drawn(500), drawn(queries, seed=1)
+    scores, rows = make(vectors).search(asked, 60)
+    expected = asked @ vectors.T
+    np.testing.assert_array_equal(rows, np.argsort(-expected, axis=1, kind="stable")[:, :60])
+    np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :60], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("queries", [1, 64])
+def test_equal_scores_stand_in_the_order_of_the_rows(k, queries):
+    vectors = [NORTH, EAST, EAST, NORTH, EAST]
+    scores, rows = make(vectors).search(np.array([EAST] * queries), k)
+    assert rows.tolist() == [[1, 2, 4, 0, 3][:k]] * queries
+    np.testing.assert_array_equal(scores, [[1, 1, 1, 0, 0][:k]] * queries)
+
+
+@pytest.mark.parametrize("queries", [1, 64])
+def test_of_equal_scores_the_first_rows_are_in(queries):
+    """The last place is tied; left alone, FAISS keeps a later row whenever a better one comes after."""
+    vectors = [WEST] + [NORTH] * 9 + [EAST] * 3
+    for k in range(1, 14):
+        rows = make(vectors).search(np.array([EAST] * queries), k)[1]
+        assert rows.tolist() == [[10, 11, 12, *range(1, 10), 0][:k]] * queries
+
+
+def test_k_larger_than_the_corpus_gives_all_of_it():
+    scores, rows = make([NORTH, EAST]).search(np.array([EAST]), 60)
+    assert rows.tolist() == [[1, 0]]
+    assert scores.shape == (1, 2)
+
+
+def test_queries_of_any_layout():
+    queries = np.asfortranarray(drawn(6, seed=2).astype(np.float64))[::2]
+    index = make(drawn(50))
+    np.testing.assert_array_equal(index.search(queries, 5)[1], index.search(queries.astype(np.float32).copy(), 5)[1])
+
+
+def test_no_queries_no_rows():
+    assert [result.shape for result in make([NORTH, EAST]).search(np.zeros((0, 2), dtype=np.float32), 2)] == [
+        (0, 2),
+        (0, 2),
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 4, 0])
+def test_a_wrong_number_of_vectors_is_refused(count):
+    with pytest.raises(ValueError, match=rf"each of 3 passages, found {count}"):
+        PassageIndex(table(3), np.zeros((count, 2), dtype=np.float32), fingerprint="f")
+
+
+def test_indexes_of_one_table_do_not_meet(tmp_path):
+    """datasets keeps an index under a name inside the Dataset: the caller's must stay free of it."""
+    passages = table(2)
+    before = PassageIndex(passages, np.array([EAST, NORTH], dtype=np.float32), fingerprint="before")
+    after = PassageIndex(passages, np.array([NORTH, EAST], dtype=np.float32), fingerprint="after")
+    assert [index.search(np.array([EAST]), 1)[1].tolist() for index in (before, after)] == [[[0]], [[1]]]
+    assert passages.list_indexes() == []
+    passages.save_to_disk(str(tmp_path / "table"))
+
+
+# ---- passages ----
+
+
+def test_passages_as_the_retriever_reads_them():
+    assert passage_text("Ada_Lovelace", "She wrote_notes.") == "Ada Lovelace\nShe wrote_notes."
+    assert passage_text("", "No title.") == "No title."
+    passages = Passages.of(table(2))
+    assert passages == Passages(["p0", "p1"], ["Title_0", "Title_1"], ["Text 0.", "Text 1."])
+    assert passages.to_read() == ["Title 0\nText 0.", "Title 1\nText 1."]
+
+
+# ---- files ----
+
+
+def test_save_and_load_round_trip(tmp_path):
+    before = make(drawn(40), fingerprint="0123456789abcdef")
+    before.save(tmp_path / "deep" / "index")
+    after = PassageIndex.load(tmp_path / "deep" / "index", fingerprint="0123456789abcdef")
+    assert after.passages == before.passages
+    assert after.fingerprint == before.fingerprint
+    np.testing.assert_array_equal(after.vectors, before.vectors)
+    for ours, theirs in zip(before.search(drawn(5, seed=1), 9), after.search(drawn(5, seed=1), 9), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(after) == 40
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path):
+    index = make(drawn(40), fingerprint="0123456789abcdef")
+    index.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    scores, rows = faiss.read_index(str(tmp_path / "index.faiss")).search(drawn(5, seed=1), 9)
+    np.testing.assert_array_equal(rows, index.search(drawn(5, seed=1), 9)[1])
+    assert json.loads((tmp_path / "index.json").read_text()) == {
+        "retriever_fingerprint": "0123456789abcdef", "passages": 40, "dimensions": 8,
+        "metric": "inner product", "factory": "Flat",
+    }  # fmt: skip
+    assert Dataset.from_parquet(str(tmp_path / "passages.parquet"), keep_in_memory=True)[3] == table(40)[3]
+
+
+def test_an_index_of_another_retriever_is_refused_naming_both(tmp_path):
+    make([EAST, NORTH], fingerprint="aaaa").save(tmp_path)
+    with pytest.raises(InputError) as error:
+        PassageIndex.load(tmp_path, fingerprint="bbbb")
+    for word in (str(tmp_path), "made by retriever aaaa", "in use is bbbb", "index the passages again"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(tmp_path, name):
+    make([EAST, NORTH], fingerprint="aaaa").save(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=rf"{name} is missing\. Run train\.py again, or copy the whole folder"):
+        PassageIndex.load(tmp_path, fingerprint="aaaa")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"Expected an index in {tmp_path / 'none'}"):
+        PassageIndex.load(tmp_path / "none", fingerprint="aaaa")
+
+
+def test_made_by_reads_the_fingerprint_of_a_folder(tmp_path):
+    assert made_by(tmp_path) is None
+    assert made_by(Path(tmp_path) / "none") is None
+    make([EAST, NORTH], fingerprint="aaaa").save(tmp_path)
+    assert made_by(tmp_path) == made_by(str(tmp_path)) == "aaaa"
+
+
+def test_saving_over_an_index_leaves_the_new_one(tmp_path):
+    make([EAST, NORTH, WEST], fingerprint="aaaa").save(tmp_path)
+    make([NORTH, EAST], fingerprint="bbbb").save(tmp_path)
+    index = PassageIndex.load(tmp_path, fingerprint="bbbb")
+    assert len(index) == 2
+    assert index.search(np.array([EAST]), 9)[1].tolist() == [[1, 0]]

@@ -1,0 +1,115 @@
+"""The contrastive loss on vectors written by hand: its value, its gradient, and the direction it pulls."""
+
+import math
+
+import pytest
+import torch
+
+from cozyrag.losses import contrastive_loss
+
+SOUTHWEST = [-math.sqrt(0.5), -math.sqrt(0.5)]
+
+
+def loss_of(queries, passages, positives, temperature=1.0):
+    queries, passages = torch.tensor(queries, dtype=torch.float64), torch.tensor(passages, dtype=torch.float64)
+    return contrastive_loss(queries, passages, positives=torch.tensor(positives), temperature=temperature).item()
+
+
+@pytest.mark.parametrize(
+    ("queries", "passages", "positives", "temperature", "expected"),
+    [
+        # cosines 1 and 0: -log(e / (e + 1))
+        ([[1, 0]], [[1, 0], [0, 1]], [0], 1.0, math.log(1 + math.exp(-1))),
+        # a temperature of a half doubles the scores
+        ([[1, 0]], [[1, 0], [0, 1]], [0], 0.5, math.log(1 + math.exp(-2))),
+        # the wrong passage is nearer
+        ([[1, 0]], [[1, 0], [0, 1]], [1], 1.0, math.log(1 + math.exp(1))),
+        # opposite passage: cosine -1
+        ([[1, 0]], [[1, 0], [-1, 0]], [0], 1.0, math.log(1 + math.exp(-2))),
+        # a passage alone in the batch cannot be missed
+        ([[1, 0], [0, 1]], [[0.6, 0.8]], [0, 0], 0.05, 0.0),
+        # two queries, and a passage of neither: cosines (1, .6, 0) and (0, .8, 1); the mean over the queries
+        (
+            [[1, 0], [0, 1]],
+            [[1, 0], [0.6, 0.8], [0, 1]],
+            [0, 2],
+            1.0,
+            (math.log(1 + math.exp(-0.4) + math.exp(-1)) + math.log(1 + math.exp(-0.2) + math.exp(-1))) / 2,
+        ),
+        # two queries share a passage, which stands there once
+        (
+            [[1, 0], [0.6, 0.8]],
+            [[1, 0], [0, 1]],
+            [0, 0],
+            1.0,
+            (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(0.2))) / 2,
+        ),
+    ],
+)
+def test_loss_by_hand(queries, passages, positives, temperature, expected):
+    assert loss_of(queries, passages, positives, temperature) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0])
+def test_loss_is_info_nce(temperature):
+    """Van den Oord et al. 2018, eq. 4, transcribed with sums of Python floats."""
+    random = torch.Generator().manual_seed(3)
+    queries, passages = (
+        torch.nn.functional.normalize(torch.randn(n, 5, generator=random, dtype=torch.float64)) for n in (6, 9)
+    )
+    positives = [4, 0, 4, 8, 2, 2]
+    total = 0.0
+    for query, positive in zip(queries.tolist(), positives, strict=True):
+        scores = [
+            math.exp(sum(a * b for a, b in zip(query, passage, strict=True)) / temperature)
+            for passage in passages.tolist()
+        ]
+        total -= math.log(scores[positive] / sum(scores))
+    assert loss_of(queries.tolist(), passages.tolist(), positives, temperature) == pytest.approx(total / 6, rel=1e-9)
+
+
+def test_order_of_the_passages_does_not_matter():
+    queries, passages = [[1, 0], [0.6, 0.8]], [[1, 0], [0, 1], SOUTHWEST]
+    assert loss_of(queries, passages, [0, 1]) == pytest.approx(loss_of(queries, passages[::-1], [2, 1]))
+    assert loss_of(queries, passages, [0, 1]) != pytest.approx(loss_of(queries, passages, [1, 0]))
+
+
+def test_gradient_by_hand():
+    """dL/dq = (sum_j p_j d_j - d_pos) / T and dL/dd_j = (p_j - [j = pos]) q / T, p the softmax of the scores."""
+    query = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    passages = torch.tensor([[0.6, 0.8], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    contrastive_loss(query, passages, positives=torch.tensor([0]), temperature=0.5).backward()
+    wrong = math.exp(2) / (math.exp(1.2) + math.exp(2))
+    assert query.grad[0].tolist() == pytest.approx([wrong * 0.4 / 0.5, -wrong * 0.8 / 0.5])
+    assert passages.grad.flatten().tolist() == pytest.approx([-wrong / 0.5, 0, wrong / 0.5, 0])
+
+
+def test_a_step_down_brings_the_pair_together_and_the_rest_apart():
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    passages = torch.tensor([[0.6, 0.8], SOUTHWEST, [0.8, -0.6]], requires_grad=True)  # the last is a hard negative
+    contrastive_loss(queries, passages, positives=torch.tensor([0, 1]), temperature=0.5).backward()
+    with torch.no_grad():
+        before = queries @ passages.T
+        after = (queries - 0.1 * queries.grad) @ (passages - 0.1 * passages.grad).T
+    change = after - before
+    assert change[0, 0] > 0  # the positives
+    assert change[1, 1] > 0
+    assert change[0, 2] < 0  # the hard negative, and the other query's positive
+    assert change[1, 0] < 0
+
+
+def test_gradients_agree_with_finite_differences():
+    random = torch.Generator().manual_seed(0)
+    queries, passages = (torch.randn(n, 3, generator=random, dtype=torch.float64, requires_grad=True) for n in (3, 4))
+
+    def loss(queries, passages):
+        return contrastive_loss(queries, passages, positives=torch.tensor([1, 3, 1]), temperature=0.7)
+
+    assert torch.autograd.gradcheck(loss, (queries, passages))
+
+
+def test_a_passage_that_every_query_shares_is_pulled_by_all():
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    passages = torch.tensor([SOUTHWEST, [0.8, -0.6]], requires_grad=True)
+    contrastive_loss(queries, passages, positives=torch.tensor([0, 0]), temperature=1.0).backward()
+    assert (passages.grad[0] < 0).all()  # downhill is towards both queries

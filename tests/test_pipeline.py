@@ -1,0 +1,340 @@
+"""A saved pair at work: its answers, their score and sources, its pieces by themselves, and what is refused."""
+
+import importlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cozyrag
+from cozyrag import pipeline
+from cozyrag.config import parse_settings
+from cozyrag.errors import InputError
+from cozyrag.generator import Generator
+from cozyrag.hub import push_pair
+from cozyrag.index import PassageIndex, passage_text
+from cozyrag.passages import read_passages
+from cozyrag.pipeline import Answer, CozyRAG, Source, read_pair
+from cozyrag.retriever import Retriever
+from cozyrag.rounds import Rounds
+
+PASSAGES, QUESTIONS = tiny.corpus()
+ASKED = [row["question"] for row in QUESTIONS[:6]]
+SETTINGS = parse_settings(["--questions", "my.tsv", "--top_k", "3", "--context_tokens", "60", "--answer_tokens", "7"])
+httpx = importlib.import_module(HTTPError.__module__.split(".")[0])
+
+
+def index_of(retriever, corpus_files):
+    table = read_passages(str(corpus_files["passages"]))[0]
+    vectors = retriever.encode([passage_text(row["title"], row["text"]) for row in table], kind="document", batch_size=16)
+    return PassageIndex(table, vectors, fingerprint=retriever.fingerprint())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
+    """What a run leaves, written by the very function that writes it; the retriever reads less than its base does."""
+    root = tmp_path_factory.mktemp("pair") / "run"
+    root.mkdir()
+    retriever = Retriever.load(str(retriever_path), max_tokens=32)
+    index = index_of(retriever, corpus_files)
+    run = SimpleNamespace(folder=root, settings=SETTINGS, generator=Generator.load(str(generator_path)), retriever=retriever)
+    run.index, run.current_index = index, lambda: index
+    Rounds._save_pair(run)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    return CozyRAG.from_pretrained(folder)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the folder to spoil."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# ---- answers
+
+
+def test_the_folder_carries_how_the_pieces_are_used_together(folder, pair):
+    assert sorted(path.name for path in folder.iterdir()) == ["cozyrag.json", "generator", "index", "retriever"]
+    assert (pair.top_k, pair.context_tokens, pair.answer_tokens) == (3, 60, 7)
+    assert pair.retriever.model.max_seq_length == 32
+    assert not pair.generator.model.training and {p.dtype for p in pair.generator.model.parameters()} == {torch.float32}
+
+
+def test_an_answer_has_text_score_context_and_sources(pair):
+    answer = pair.answer(ASKED[0])
+    assert isinstance(answer, Answer) and isinstance(answer.text, str) and 0 <= answer.score <= 1
+    assert len(answer.passages) == 3 and all(isinstance(source, Source) for source in answer.passages)
+    for source in answer.passages:
+        number = int(source.id.removeprefix("p"))
+        assert {"id": source.id, "title": source.title, "text": source.text} == PASSAGES[number]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_sources_are_the_nearest_passages_in_order_with_their_cosines(asked, pair, folder):
+    model = SentenceTransformer(str(folder / "retriever"), device="cpu")
+    vectors = model.encode([passage_text(row["title"], row["text"]) for row in PASSAGES])
+    cosines = vectors @ model.encode(asked) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(model.encode(asked))
+    nearest = np.argsort(-cosines)[:3]
+    sources = pair.answer(asked).passages
+    assert [source.id for source in sources] == [f"p{row}" for row in nearest]
+    assert [source.score for source in sources] == pytest.approx(cosines[nearest].tolist(), abs=1e-5)
+
+
+def test_the_context_is_made_of_sentences_of_the_sources(pair):
+    for answer in pair.answers(ASKED):
+        texts = " ".join(source.text for source in answer.passages)
+        titles = [source.title for source in answer.passages]
+        for line in answer.context.split("\n"):
+            title, _, sentences = line.partition(": ")
+            assert title in titles and all(sentence.rstrip(".") in texts for sentence in sentences.split(". "))
+
+
+def written(model, tokenizer, prompt, tokens):
+    """Greedy decoding by hand, one token at a time, without cache, batch or padding."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + tokens:
+        best = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if best == tokenizer.eos_token_id:
+            break
+        ids.append(best)
+    return " ".join(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).split())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ASKED[:3])
+def test_text_and_score_are_the_greedy_answer_and_the_geometric_mean_of_its_probabilities(asked, pair, folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "generator").eval(), AutoTokenizer.from_pretrained(folder / "generator")
+    answer = pair.answer(asked)
+    prompt = tokenizer.encode(answer.context)[:60] + tokenizer.encode(f"\nQuestion: {asked}\nAnswer:")
+    assert answer.text == written(model, tokenizer, prompt, 7)
+    tail = [*tokenizer.encode(f" {answer.text}"), tokenizer.eos_token_id]
+    log_probabilities = model(torch.tensor([prompt + tail])).logits[0].log_softmax(-1)
+    likely = [float(log_probabilities[len(prompt) - 1 + at, token]) for at, token in enumerate(tail)]
+    assert answer.score == pytest.approx(math.exp(sum(likely) / len(likely)), rel=1e-4)
+
+
+def test_many_questions_at_once_get_the_answers_they_get_alone_in_their_order(pair):
+    together = pair.answers(ASKED)
+    for asked, answer in zip(ASKED, together, strict=True):
+        alone = pair.answer(asked)
+        assert (answer.text, answer.context) == (alone.text, alone.context)
+        assert answer.score == pytest.approx(alone.score, rel=1e-4)
+        assert [source.id for source in answer.passages] == [source.id for source in alone.passages]
+
+
+def test_no_questions_no_answers(pair):
+    assert pair.answers([]) == []
+
+
+def test_white_space_around_and_inside_a_question_means_nothing(pair):
+    assert pair.answer(f"  {ASKED[0].replace(' ', chr(10), 1)}\t") == pair.answer(ASKED[0])
+
+
+@pytest.mark.parametrize(("top_k", "found"), [(1, 1), (5, 5), (40, 40), (1000, 40)])
+def test_top_k_of_one_question_decides_how_many_passages_are_read(pair, top_k, found):
+    sources = pair.answer(ASKED[0], top_k=top_k).passages
+    assert len(sources) == found and [source.score for source in sources] == sorted((source.score for source in sources), reverse=True)
+    assert len(pair.answer(ASKED[0]).passages) == 3  # the next one is as trained again
+
+
+def test_context_is_made_from_the_top_k_passages_only(pair):
+    [best] = pair.answer(ASKED[0], top_k=1).passages
+    assert pair.answer(ASKED[0], top_k=1).context.startswith(f"{best.title}: ") and "\n" not in pair.answer(ASKED[0], top_k=1).context
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_below_one_is_refused(pair, top_k):
+    with pytest.raises(InputError, match=f"at least 1, found {top_k}"):
+        pair.answer(ASKED[0], top_k=top_k)
+
+
+@pytest.mark.parametrize("asked", ["", " \n\t"])
+def test_an_empty_question_is_refused(pair, asked):
+    with pytest.raises(InputError, match="Expected a question"):
+        pair.answers([ASKED[0], asked])
+
+
+def test_a_question_too_long_for_the_generator_is_refused_not_cut(pair):
+    with pytest.raises(InputError, match="160 tokens"):
+        pair.answer("What colour is the fox? " * 40)
+
+
+# ---- the pieces by themselves
+
+
+@torch.no_grad()
+def test_transformers_loads_the_generator_by_itself(folder, pair):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "generator"), AutoTokenizer.from_pretrained(folder / "generator")
+    batch = tokenizer(PASSAGES[0]["text"], return_tensors="pt")
+    assert tokenizer.decode(batch["input_ids"][0]) == PASSAGES[0]["text"]
+    assert torch.equal(model.eval()(**batch).logits, pair.generator.model(**batch).logits)
+
+
+def test_sentence_transformers_loads_the_retriever_by_itself(folder, pair):
+    model = SentenceTransformer(str(folder / "retriever"), device="cpu")
+    assert model.max_seq_length == 32
+    ours = pair.retriever.encode(ASKED, kind="query", batch_size=8)
+    assert np.allclose(model.encode_query(ASKED, normalize_embeddings=True), ours, atol=1e-6)
+
+
+def test_weights_lie_in_safetensors_only(folder):
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    assert len(list(folder.rglob("model.safetensors"))) == 2
+
+
+# ---- what is refused
+
+
+def test_the_index_of_another_retriever_is_refused(copy, corpus_files, tmp_path):
+    other = Retriever.load(str(tiny.make_retriever(tmp_path / "other", seed=1)), max_tokens=32)
+    shutil.rmtree(copy / "index")
+    index_of(other, corpus_files).save(copy / "index")
+    with pytest.raises(InputError, match=f"made by retriever {other.fingerprint()}"):
+        CozyRAG.from_pretrained(copy)
+
+
+def test_another_retriever_beside_the_index_is_refused(copy, retriever_path):
+    shutil.rmtree(copy / "retriever")
+    Retriever.load(str(retriever_path)).save(copy / "retriever")  # same weights, but it reads 64 tokens instead of 32
+    with pytest.raises(InputError, match="do not compare"):
+        CozyRAG.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["index.json", "vectors.safetensors", "passages.parquet", "index.faiss"])
+def test_half_an_index_is_refused(copy, name):
+    (copy / "index" / name).unlink()
+    with pytest.raises(InputError, match=name):
+        CozyRAG.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("piece", ["generator", "retriever", "index"])
+def test_a_missing_piece_is_refused(copy, piece):
+    shutil.rmtree(copy / piece)
+    with pytest.raises(InputError, match=piece):
+        CozyRAG.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "found none"),
+        ("{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        ("[]", "expected format_version 1, found None"),
+        ("{}", "expected format_version 1, found None"),
+        ('{"format_version": 2}', "expected format_version 1, found 2"),
+    ],
+)
+def test_a_cozyrag_json_that_says_nothing_usable_is_refused(copy, content, words):
+    path = copy / "cozyrag.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        CozyRAG.from_pretrained(copy)
+    assert words in str(caught.value) and str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder/here", "~nope", "a b"])
+def test_an_unknown_name_or_a_hub_out_of_reach_is_refused(name):
+    with pytest.raises(InputError) as caught:
+        CozyRAG.from_pretrained(name)
+    assert repr(name) in str(caught.value) and "network" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ReadError("connection broke"),
+        OSError("disk full"),
+        HfHubHTTPError("401", response=httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_download_that_fails_is_told_in_a_sentence(error, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "snapshot_download", fail)
+    with pytest.raises(InputError, match=type(error).__name__):
+        CozyRAG.from_pretrained("me/rag")
+
+
+# ---- to the Hub and back
+
+
+class FolderHub:
+    """Keeps what is pushed in folders and gives it back: REPO_TYPE/NAME/REVISION."""
+
+    endpoint = "https://hub.example"
+
+    def __init__(self, root):
+        self.root, self.asked = root, []
+
+    def create_repo(self, repo_id, *, repo_type, private, exist_ok):
+        pass
+
+    def create_commit(self, repo_id, operations, *, commit_message, repo_type):
+        revision = f"rev{len(list(self.root.glob('*/*/*/*')))}"
+        for operation in operations:
+            path = self.root / repo_type / repo_id / revision / operation.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = operation.path_or_fileobj
+            path.write_bytes(source if isinstance(source, bytes) else Path(source).read_bytes())
+        return SimpleNamespace(oid=revision)
+
+    def download(self, repo_id, *, revision, token, repo_type):
+        self.asked.append((repo_id, revision, token, repo_type))
+        return str(self.root / repo_type / repo_id / revision)
+
+
+def test_what_was_pushed_loads_as_the_same_pair_at_the_revisions_it_names(folder, pair, tmp_path, monkeypatch):
+    hub = FolderHub(tmp_path)
+    push_pair(folder, "me/rag", api=hub)
+    last = max((tmp_path / "model" / "me" / "rag").iterdir()).name
+    push_pair(folder, "me/rag", api=hub)  # a second push makes new revisions; the first one stays loadable
+    monkeypatch.setattr(pipeline, "snapshot_download", hub.download)
+    pulled = CozyRAG.from_pretrained("me/rag", revision=last, token="tok")
+    assert pulled.answers(ASKED[:3]) == pair.answers(ASKED[:3])
+    assert hub.asked == [("me/rag", "rev2", "tok", "model"), ("me/rag-retriever", "rev0", "tok", "model"), ("me/rag-index", "rev1", "tok", "dataset")]
+
+
+def test_a_folder_is_taken_before_a_repository_of_that_name(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(pipeline, "snapshot_download", lambda *a, **k: pytest.fail("the Hub was asked"))
+    assert CozyRAG.from_pretrained("run").answer(ASKED[0]).passages
+
+
+def test_read_pair_gives_what_the_file_says(folder):
+    assert read_pair(folder) == json.loads((folder / "cozyrag.json").read_text())
+    assert read_pair(folder)["prompt"] == {"question_cue": "\nQuestion: ", "answer_cue": "\nAnswer:"}
+
+
+# ---- the package itself
+
+
+def test_the_package_offers_the_pair_by_name():
+    assert (cozyrag.CozyRAG, cozyrag.Answer, cozyrag.Source) == (CozyRAG, Answer, Source)
+    assert all(getattr(cozyrag, name) for name in cozyrag.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        cozyrag.nothing  # noqa: B018
+
+
+def test_asking_for_the_version_does_not_load_torch():
+    code = "import cozyrag, sys; assert cozyrag.__version__ and not {'torch', 'transformers', 'faiss'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(cozyrag.__file__).parents[1], check=True)

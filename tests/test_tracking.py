@@ -1,0 +1,212 @@
+"""What trackers are told (settings and numbers, never the environment) and where it lies, with the real packages and no network."""
+
+import importlib.util
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+from cozyrag.config import TRACKERS, parse_settings
+from cozyrag.errors import InputError
+from cozyrag.tracking import log_numbers, start_trackers, wanted_trackers
+
+SECRETS = {"HF_TOKEN": "hf_SECRETtoken", "AWS_SECRET_ACCESS_KEY": "aws_SECRETkey", "MLFLOW_TRACKING_TOKEN": "mlflow_SECRETtoken", "MY_PASSWORD": "my_SECRETword"}
+SETTINGS = parse_settings(["--questions", "my.tsv", "--rounds", "3", "--retriever_learning_rate", "7e-6"]).to_dict()
+KEPT = {name: str(value) if value is None or isinstance(value, list) else value for name, value in SETTINGS.items()}  # as trackers get them
+OURS = ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT")
+RUN = """
+import json, sys
+from pathlib import Path
+from accelerate import Accelerator
+from cozyrag.tracking import log_numbers, start_trackers, wanted_trackers
+
+out, names = Path("out"), wanted_trackers(sys.argv[1:])
+accelerator = Accelerator(cpu=True, log_with=names, project_dir=str(out))
+start_trackers(accelerator, names, project="my-project", run_name="my-run", folder=out / "trackers", settings=json.load(sys.stdin))
+log_numbers(accelerator, {"loss": 1.5, "recall@5": 62.5, "em_interval": [1.0, 2.0]}, step=3, prefix="generator")
+accelerator.end_training()
+"""
+
+
+@pytest.fixture
+def environment():
+    """The environment as it was, once the test is over; the trackers' own variables are unset for it."""
+    before = dict(os.environ)
+    for name in OURS:
+        os.environ.pop(name, None)
+    yield os.environ
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Recorder:
+    """Stands for an Accelerator: notes what the trackers would get."""
+
+    def __init__(self, is_main_process=True):
+        self.is_main_process = is_main_process
+        self.project_configuration = SimpleNamespace(logging_dir="elsewhere")
+        self.started, self.logged = [], []
+
+    def init_trackers(self, project, config, init_kwargs):
+        self.started.append((project, config, init_kwargs))
+
+    def log(self, numbers, step):
+        self.logged.append((numbers, step))
+
+
+def start(recorder, names, folder, settings=()):
+    start_trackers(recorder, names, project="p", run_name="r", folder=folder, settings=dict(settings))
+
+
+# ---- which trackers
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [(["none"], []), ([], []), (["mlflow"], ["mlflow"]), (["none", "wandb"], ["wandb"]), (list(TRACKERS), list(TRACKERS))],
+)
+def test_none_stands_for_no_tracker(asked, names):
+    assert wanted_trackers(asked) == names
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_missing_package_is_named_with_the_way_to_get_it(name, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else there(asked))
+    with pytest.raises(InputError) as caught:
+        wanted_trackers(list(TRACKERS))
+    assert f"--report_to {name}" in str(caught.value) and f"pip install {name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("names", "main"), [([], True), (["mlflow", "wandb"], False)])
+def test_without_trackers_or_off_the_main_process_nothing_is_touched(names, main, tmp_path, environment):
+    recorder, before = Recorder(main), dict(environment)
+    start(recorder, names, tmp_path / "trackers")
+    assert recorder.started == [] and dict(environment) == before and not (tmp_path / "trackers").exists()
+
+
+# ---- what they are handed
+
+
+def test_settings_are_handed_over_as_plain_values(tmp_path, environment):
+    recorder = Recorder()
+    settings = parse_settings(["--questions", "my.tsv", "--report_to", "mlflow", "wandb"]).to_dict()
+    start(recorder, ["mlflow", "wandb"], tmp_path, settings)
+    [(project, config, options)] = recorder.started
+    assert project == "p" and set(config) == set(settings) and {type(value) for value in config.values()} <= {int, float, str, bool}
+    assert (config["rounds"], config["use_cpu"], config["threads"], config["report_to"]) == (2, False, "None", "['mlflow', 'wandb']")
+    assert options == {"mlflow": {"run_name": "r", "logging_dir": str(tmp_path / "mlflow-artifacts")}, "wandb": {"name": "r", "dir": str(tmp_path)}}
+
+
+def test_only_the_trackers_asked_for_get_options_and_variables(tmp_path, environment):
+    recorder = Recorder()
+    start(recorder, ["tensorboard"], tmp_path)
+    assert recorder.started == [("p", {}, {})] and recorder.project_configuration.logging_dir == str(tmp_path)
+    assert not {"MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_SILENT"} & set(environment)
+
+
+def test_without_word_from_the_user_they_need_no_network(tmp_path, environment):
+    start(Recorder(), ["mlflow", "wandb"], tmp_path)
+    assert environment["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert environment["WANDB_MODE"] == "offline" and environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+@pytest.mark.parametrize("given", [{"MLFLOW_TRACKING_URI": "http://mine"}, {"WANDB_MODE": "online"}, {"WANDB_MODE": "disabled"}])
+def test_what_the_user_set_is_respected(given, tmp_path, environment):
+    environment.update(given)
+    start(Recorder(), ["mlflow", "wandb"], tmp_path)
+    assert {name: environment[name] for name in given} == given
+
+
+def test_with_an_api_key_wandb_is_left_online(tmp_path, environment):
+    environment["WANDB_API_KEY"] = "key"
+    start(Recorder(), ["wandb"], tmp_path)
+    assert "WANDB_MODE" not in environment
+
+
+def test_numbers_are_plain_floats_under_a_prefix():
+    recorder = Recorder()
+    log_numbers(recorder, {"loss": np.float64(0.5), "recall@1": 3, "em_interval": [0.1, 0.2], "kind": "examined"}, step=7, prefix="examined")
+    [(numbers, step)] = recorder.logged
+    assert numbers == {"examined/loss": 0.5, "examined/recall_at_1": 3.0} and step == 7
+    assert {type(value) for value in numbers.values()} == {float}
+
+
+# ---- the real packages, each in a process of its own, whose home, temporary and working folders all lie in tmp_path
+
+
+@pytest.fixture
+def tracked(tmp_path):
+    """Runs RUN with a tracker and secrets in the environment; returns its output folder."""
+
+    def run(name):
+        for folder in ("home", "tmp", "work"):
+            (tmp_path / folder).mkdir()
+        plain = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+        command = [sys.executable, "-c", RUN, name]
+        environment = plain | folders | SECRETS
+        done = subprocess.run(command, cwd=tmp_path / "work", input=json.dumps(SETTINGS), env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / "work" / "out"
+
+    return run
+
+
+def holders(folder, text):
+    """The files below a folder that hold the text."""
+    return {path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()}
+
+
+def check_place_and_secrets(tmp_path, out):
+    files = {path for path in (tmp_path / "work").rglob("*") if path.is_file()}
+    assert files and all((out / "trackers") in path.parents for path in files), files
+    for name, secret in SECRETS.items():
+        assert not holders(tmp_path, secret) and not holders(tmp_path, name)
+
+
+def test_tensorboard_keeps_settings_and_numbers_below_trackers(tracked, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tracked("tensorboard")
+    check_place_and_secrets(tmp_path, out)
+    events = EventAccumulator(str(out / "trackers" / "my-project")).Reload()
+    assert {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
+        "generator/loss": [(3, 1.5)],
+        "generator/recall_at_5": [(3, 62.5)],
+    }
+    [path] = (out / "trackers").rglob("hparams.yml")
+    assert yaml.safe_load(path.read_text()) == KEPT
+
+
+def test_wandb_offline_keeps_settings_and_numbers_below_trackers(tracked, tmp_path):
+    out = tracked("wandb")
+    check_place_and_secrets(tmp_path, out)
+    [record] = (out / "trackers" / "wandb").glob("offline-run-*/run-*.wandb")
+    raw = record.read_bytes()
+    for words in (b"my-project", b"my-run", b'"my.tsv"', b"retriever_learning_rate", b"generator/loss", b"generator/recall_at_5", b"62.5"):
+        assert words in raw, words
+    log = (record.parent / "logs" / "debug.log").read_text()
+    assert "config_cb" in log and str(KEPT) in log
+
+
+@pytest.mark.slow
+def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers(tracked, tmp_path):
+    out = tracked("mlflow")
+    check_place_and_secrets(tmp_path, out)
+    with sqlite3.connect(out / "trackers" / "mlflow.db") as database:
+
+        def rows(query):
+            return database.execute(query).fetchall()
+
+        assert dict(rows("SELECT key, value FROM params")) == {name: str(value) for name, value in KEPT.items()}
+        assert set(rows("SELECT key, value, step FROM metrics")) == {("generator/loss", 1.5, 3), ("generator/recall_at_5", 62.5, 3)}
+        assert rows("SELECT name, status FROM runs") == [("my-run", "FINISHED")]
+        assert ("my-project",) in rows("SELECT name FROM experiments")
