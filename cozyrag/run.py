@@ -97,16 +97,17 @@ def _set_threads(threads: int | None) -> None:
 def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
     """Questions, questions to examine with, and passages. "quickstart" stands for the files of the package."""
     data = settings.data
-    files = {name: getattr(data, name) for name in QUICKSTART_FILES}
+    given = vars(data)
+    files = {name: given[name] for name in QUICKSTART_FILES}
     if data.questions == QUICKSTART:
-        files = {name: given if given not in (None, QUICKSTART) else QUICKSTART_FILES[name] for name, given in files.items()}
+        files = {name: QUICKSTART_FILES[name] if file in (None, QUICKSTART) else file for name, file in files.items()}
     names = ("question_column", "answer_column", "context_column", "title_column", "id_column", "passage_id_column")
     return load_corpus(
         **files,
         questions_split=data.questions_split,
         eval_split=data.eval_split,
         passages_split=data.passages_split,
-        columns={name: getattr(data, name) for name in names},
+        columns={name: given[name] for name in names},
         text_column=data.text_column,
         max_questions=data.max_questions,
         max_eval_questions=data.max_eval_questions,
@@ -171,6 +172,11 @@ def announce(rounds: Rounds) -> None:
         f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, {torch.get_num_threads()} threads each, "
         f"precision {accelerator.mixed_precision}; {settings.training.rounds} rounds into {settings.output.output_dir}."
     )
+    if settings.models.generator == SCRATCH:
+        rounds.say(
+            "Note: a generator from scratch has never read a word. From a few thousand questions it learns what answers look like, not how to find "
+            "them; for answers worth reading start from a pretrained one, such as --generator distilgpt2."
+        )
     if rounds.resumed_from:
         rounds.say(f"Going on from {rounds.resumed_from.name}.")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":

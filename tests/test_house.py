@@ -146,9 +146,7 @@ def test_no_file_has_a_name_that_says_nothing_or_hides_a_package():
 
 @pytest.mark.parametrize("name", sorted(TREES))
 def test_every_module_opens_with_a_docstring(name):
-    first = ast.get_docstring(TREES[name])
-    assert first and first.splitlines()[0].rstrip().endswith((".", "!", "?", ";", ",")) or first and "\n" in first
-    assert len(first.split()) >= 5
+    assert len((ast.get_docstring(TREES[name]) or "").split()) >= 5
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)

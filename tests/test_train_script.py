@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex, made_by
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retriever import Retriever
+from cozyrag.run import train
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -148,14 +150,22 @@ def test_killed_in_each_phase_and_resumed_ends_bit_equal(settings, one_process, 
 
 
 def test_resume_refuses_other_settings_and_names_them(settings, one_process):
-    done = launch([*settings, "--output_dir", one_process[0], "--resume", "--max_grad_norm", 5], check=False)
-    assert done.returncode == 2 and "max_grad_norm (was 1.0, now 5.0)" in done.stderr
+    with pytest.raises(InputError, match=r"max_grad_norm \(was 1.0, now 5.0\)"):
+        train([*map(str, settings), "--output_dir", str(one_process[0]), "--resume", "--max_grad_norm", "5"])
 
 
-def test_two_processes_that_would_be_strangers_are_refused(settings, tmp_path):
-    for environment in ({"MASTER_PORT": "29500", "MASTER_ADDR": "127.0.0.1"},):
-        done = launch([*settings, "--output_dir", tmp_path / "out"], environment=environment, check=False)
-        assert done.returncode == 2 and "cpu_ddp.yaml" in done.stderr
+def test_processes_that_would_be_strangers_are_refused(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="cpu_ddp.yaml"):
+        train([*map(str, settings), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_accelerate_launch_with_cpu_and_two_processes_is_refused(settings, tmp_path):
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(ROOT / "train.py")]
+    done = subprocess.run([*start, *map(str, settings), "--output_dir", str(tmp_path / "out")], env=os.environ | MACHINE, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "cpu_ddp.yaml" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -190,19 +200,28 @@ def bad_files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_gets_one_clear_sentence_and_exit_code_2(name, bad_files, tmp_path):
+def test_bad_input_gets_one_clear_sentence_and_nothing_is_written(name, bad_files, tmp_path, monkeypatch):
+    arguments, expected = BAD[name]
+    monkeypatch.chdir(bad_files)
+    with pytest.raises(InputError) as found:
+        train([*arguments, "--output_dir", str(tmp_path / "out")])
+    assert expected in str(found.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["row without a question", "unknown setting in YAML"])
+def test_the_script_prints_that_sentence_and_exits_with_2(name, bad_files, tmp_path):
     arguments, expected = BAD[name]
     done = launch([*arguments, "--output_dir", tmp_path / "out"], cwd=bad_files, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     assert lines[-1].startswith("error: ") and expected in lines[-1]
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     for extra in ([], ["--overwrite_output_dir"]):
-        done = launch(["--output_dir", tmp_path, *extra], check=False)
-        assert done.returncode == 2 and "precious.txt" in done.stderr
+        with pytest.raises(InputError, match="precious.txt"):
+            train(["--output_dir", str(tmp_path), *extra])
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
