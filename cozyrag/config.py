@@ -81,6 +81,10 @@ class ModelSettings:
 class ContextSettings:
     """Retrieval and contexts."""
 
+    retrieval: Literal["dense", "bm25", "hybrid"] = setting(
+        "hybrid",
+        "How passages are found: by vectors, by words (BM25), or by both, their scores added up with a weight chosen on training questions.",
+    )
     top_k: int = setting(4, "Passages retrieved to make a question's context.")
     context_tokens: int = setting(128, "Budget of a context, in tokens of the generator.")
     answer_tokens: int = setting(24, "Longest answer that is written, in tokens of the generator.")

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from cozyrag.index import PassageIndex, Passages
+from cozyrag.index import Passages
 from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.search import Found
 
 SEARCH_DEPTH = 60
 NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer ones are too often right without being marked so
@@ -127,53 +127,55 @@ class ContextMaker:
             return gold_row
         return next((int(row) for row in rows if self.holds_answer(row, answers)), -1)
 
-    def negatives(self, positive: int, rows: Sequence[int], answers: Sequence[str]) -> list[int]:
-        """The best-ranked passages of ranks 4 to 60 that hold no answer."""
-        found = []
-        for row in rows[NEGATIVE_RANKS]:
+    def negatives(self, positive: int, rankings: Sequence[Sequence[int]], answers: Sequence[str]) -> list[int]:
+        """The best-ranked passages of ranks 4 to 60 that hold no answer, taken from the rankings in turn."""
+        found: dict[int, None] = {}
+        for row in (row for rank in zip(*(ranking[NEGATIVE_RANKS] for ranking in rankings), strict=True) for row in rank):
             if len(found) == self.hard_negatives:
                 break
             if row != positive and not self.holds_answer(row, answers):
-                found.append(int(row))
-        return found
+                found[int(row)] = None
+        return list(found)
 
 
 def attach_contexts(
     questions: Dataset,
     *,
-    index: PassageIndex,
-    encode: Callable[[list[str]], np.ndarray],
+    search: Callable[[list[str]], Found],
     maker: ContextMaker,
     fingerprint: str,
     batch_size: int = 512,
-    desc: str | None = None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> Dataset:
     """The contexts table: questions with the passages found, their context, positive and hard negatives.
 
     Args:
-        encode: questions (n,) to vectors (n, dim).
+        search: questions to what is found for them, SEARCH_DEPTH deep or as deep as there are passages.
         fingerprint: at most 64 characters that name this result; hashing the models instead would never hit a cache.
+        progress: told after each batch how many questions it had.
     """
 
     def retrieve(batch: dict) -> dict:
-        scores, rows = index.search(encode(batch["question"]), SEARCH_DEPTH)
+        result = search(batch["question"])
+        rankings = [ranking.tolist() for ranking in result.rankings]
         columns: dict[str, list] = {name: [] for name in CONTEXT_FEATURES if name not in questions.column_names}
         for i, (question, answers, passage_id) in enumerate(zip(batch["question"], batch["answers"], batch["passage_id"], strict=True)):
-            found = rows[i].tolist()
+            found = result.rows[i].tolist()
             gold = maker.row_of.get(passage_id, -1)
             context = maker.context(question, found)
             positive = maker.positive(gold, found, answers)
             columns["rows"].append(found)
-            columns["scores"].append(scores[i].tolist())
+            columns["scores"].append(result.scores[i].tolist())
             columns["context"].append(context)
             columns["answer_in_context"].append(contains_answer(normalize_answer(context), answers))
             columns["gold_row"].append(gold)
             columns["positive"].append(positive)
-            columns["negatives"].append(maker.negatives(positive, found, answers) if positive >= 0 else [])
+            columns["negatives"].append(maker.negatives(positive, [ranking[i] for ranking in rankings], answers) if positive >= 0 else [])
+        progress(len(batch["question"]))
         return columns
 
     if not len(questions):  # map would hand an empty table back without the new columns
         return Dataset.from_dict({name: [] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
     return questions.map(
-        retrieve, batched=True, batch_size=batch_size, features=CONTEXT_FEATURES, new_fingerprint=fingerprint, keep_in_memory=True, desc=desc
+        retrieve, batched=True, batch_size=batch_size, features=CONTEXT_FEATURES, new_fingerprint=fingerprint, keep_in_memory=True
     )

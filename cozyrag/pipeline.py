@@ -17,8 +17,10 @@ from cozyrag.contexts import ContextMaker
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
+from cozyrag.lexical import LexicalIndex
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
+from cozyrag.search import Searcher
 
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 1
@@ -26,7 +28,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Source:
-    """A passage that was retrieved for an answer; `score` is its cosine with the question, -1 to 1."""
+    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or their weighted sum."""
 
     id: str
     title: str
@@ -44,7 +46,7 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(*, fingerprint: str, top_k: int, context_tokens: int, answer_tokens: int) -> dict:
+def describe_pair(*, fingerprint: str, retrieval: str, weight: float, top_k: int, context_tokens: int, answer_tokens: int) -> dict:
     """The content of cozyrag.json: where the pieces lie and how they are to be used together."""
     return {
         "format_version": FORMAT_VERSION,
@@ -53,6 +55,7 @@ def describe_pair(*, fingerprint: str, top_k: int, context_tokens: int, answer_t
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
         "index": {"folder": "index"},
         "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
+        "retrieval": {"mode": retrieval, "weight": weight},
         "contexts": {"top_k": top_k, "context_tokens": context_tokens, "answer_tokens": answer_tokens},
     }
 
@@ -75,10 +78,25 @@ def read_pair(folder: Path) -> dict:
 class CozyRAG:
     """A generator, a retriever and their index, ready to answer."""
 
-    def __init__(self, generator: Generator, retriever: Retriever, index: PassageIndex, *, top_k: int, context_tokens: int, answer_tokens: int):
+    def __init__(
+        self,
+        generator: Generator,
+        retriever: Retriever,
+        index: PassageIndex,
+        *,
+        mode: str,
+        weight: float,
+        top_k: int,
+        context_tokens: int,
+        answer_tokens: int,
+    ):
         self.generator = generator
         self.retriever = retriever
         self.index = index
+        lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read())
+        self.searcher = Searcher(
+            index, lexical, encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64), mode=mode, weight=weight
+        )
         self.top_k = top_k
         self.context_tokens = context_tokens
         self.answer_tokens = answer_tokens
@@ -98,7 +116,7 @@ class CozyRAG:
         generator.model.to(device).eval()
         retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
         index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=retriever.fingerprint())
-        return cls(generator, retriever, index, **pair["contexts"])
+        return cls(generator, retriever, index, **pair["retrieval"], **pair["contexts"])
 
     def answer(self, question: str, *, top_k: int | None = None) -> Answer:
         """Answer one question; see `answers`."""
@@ -112,19 +130,20 @@ class CozyRAG:
         k = self.top_k if top_k is None else top_k
         if k < 1:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
-        scores, rows = self.index.search(self.retriever.encode(questions, kind="query", batch_size=64), k)
+        found = self.searcher.search(questions, k)
+        scores, rows = found.scores, found.rows
         maker = self._maker if k == self.top_k else ContextMaker(self.index.passages, self.generator.count_tokens, top_k=k, budget=self.context_tokens)
         contexts = [maker.context(question, found.tolist()) for question, found in zip(questions, rows, strict=True)]
         texts = self.generator.answer(questions, contexts, context_tokens=self.context_tokens, max_new_tokens=self.answer_tokens)
         sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)
         return [
-            Answer(text, score, context, tuple(self._source(row, cosine) for row, cosine in zip(found, cosines, strict=True)))
-            for text, score, context, found, cosines in zip(texts, sure, contexts, rows, scores, strict=True)
+            Answer(text, score, context, tuple(self._source(row, score) for row, score in zip(found, points, strict=True)))
+            for text, score, context, found, points in zip(texts, sure, contexts, rows, scores, strict=True)
         ]
 
-    def _source(self, row: int, cosine: float) -> Source:
+    def _source(self, row: int, score: float) -> Source:
         passages = self.index.passages
-        return Source(passages.ids[row], passages.titles[row], passages.texts[row], float(cosine))
+        return Source(passages.ids[row], passages.titles[row], passages.texts[row], float(score))
 
 
 def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path:

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,16 +21,21 @@ from tqdm.auto import tqdm as tqdm_auto
 
 from cozyrag.checkpoint import Checkpoints, Progress, write_json, write_jsonl
 from cozyrag.config import Settings
-from cozyrag.contexts import CONTEXT_FEATURES, ContextMaker, attach_contexts, split_sentences
+from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, split_sentences
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import examine, table
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
+from cozyrag.lexical import LexicalIndex
 from cozyrag.pipeline import describe_pair
+from cozyrag.questions import take
 from cozyrag.retriever import Retriever
+from cozyrag.search import Searcher
 from cozyrag.tracking import log_numbers
 from cozyrag.trainer import StepReport, train_generator, train_retriever
+
+WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
 
 
 class Rounds:
@@ -58,6 +63,8 @@ class Rounds:
         self.resumed_from = resumed_from
         self.folder = Path(settings.output.output_dir)
         self.index: PassageIndex | None = None
+        self.lexical: LexicalIndex | None = None
+        self.searcher: Searcher | None = None
         self.steps_logged = sum(1 for row in progress.metrics if row["kind"] == "step")
         self.passages = Passages.of(corpus.passages)
         self.maker = ContextMaker(
@@ -164,21 +171,50 @@ class Rounds:
 
     def _contexts(self, questions: Dataset, desc: str) -> Dataset:
         """Retrieve for a table of questions; every process does a share and all get the whole."""
-        index = self.current_index()
+        searcher = self.current_searcher()
         with self.timed("retrieve"):
             share = questions.shard(self.accelerator.num_processes, self.accelerator.process_index, contiguous=True)
+            bar = tqdm(total=len(share), desc=desc, unit="question")
             contexts = attach_contexts(
                 share,
-                index=index,
-                encode=lambda texts: self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size),
+                search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
                 maker=self.maker,
-                fingerprint=_digest(index.fingerprint, questions._fingerprint, str(self.progress.round), str(self.accelerator.process_index)),
-                desc=desc,
+                fingerprint=_digest(searcher.index.fingerprint, searcher.mode, str(searcher.weight), questions._fingerprint, str(self.progress.round), str(self.accelerator.process_index)),
+                batch_size=256,
+                progress=bar.update,
             )
+            bar.close()
             if self.accelerator.num_processes > 1:
                 parts = gather_object([contexts[:]])
                 contexts = Dataset.from_dict({name: [value for part in parts for value in part[name]] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
         return contexts
+
+    def current_searcher(self) -> Searcher:
+        """The search over the index as it is now; in hybrid mode its weight is chosen anew whenever the vectors are new."""
+        index = self.current_index()
+        if self.searcher is not None and self.searcher.index is index:
+            return self.searcher
+        mode = self.settings.contexts.retrieval
+        if mode != "dense" and self.lexical is None:
+            self.lexical = LexicalIndex(self.passages.to_read())
+        self.searcher = Searcher(index, self.lexical, encode=self._encode_questions, mode=mode)
+        if mode == "hybrid":
+            self._choose_weight(self.searcher)
+        return self.searcher
+
+    def _choose_weight(self, searcher: Searcher) -> None:
+        """The weight of the two searches, by recall@5 on training questions whose gold passage is known."""
+        columns = take(self.corpus.questions, WEIGHT_QUESTIONS, self.settings.training.seed)[:]
+        known = [(question, self.maker.row_of[gold]) for question, gold in zip(columns["question"], columns["passage_id"], strict=True) if gold is not None]
+        if not known:
+            self.say(f"No gold passage is known, so the two searches are weighed by the usual {searcher.weight:g} to 1.")
+            return
+        with self.timed("weigh searches"):
+            recall = searcher.choose_weight(*(list(column) for column in zip(*known, strict=True)))
+        self.record({"kind": "weight", "round": self.progress.round, "weight": searcher.weight, "recall@5": {f"{w:g}": round(100 * r, 2) for w, r in recall.items()}})
+
+    def _encode_questions(self, texts: Sequence[str]) -> np.ndarray:
+        return self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size)
 
     def current_index(self) -> PassageIndex:
         """The index of the retriever as it is now: kept, read from the output folder, or made anew."""
@@ -216,7 +252,12 @@ class Rounds:
         write_json(
             self.folder / "cozyrag.json",
             describe_pair(
-                fingerprint=self.index.fingerprint, top_k=contexts.top_k, context_tokens=contexts.context_tokens, answer_tokens=contexts.answer_tokens
+                fingerprint=self.index.fingerprint,
+                retrieval=contexts.retrieval,
+                weight=self.current_searcher().weight,
+                top_k=contexts.top_k,
+                context_tokens=contexts.context_tokens,
+                answer_tokens=contexts.answer_tokens,
             ),
         )
 
