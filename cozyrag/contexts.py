@@ -146,13 +146,14 @@ def attach_contexts(
     maker: ContextMaker,
     fingerprint: str,
     batch_size: int = 512,
-    desc: str | None = None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> Dataset:
     """The contexts table: questions with the passages found, their context, positive and hard negatives.
 
     Args:
         encode: questions (n,) to vectors (n, dim).
         fingerprint: at most 64 characters that name this result; hashing the models instead would never hit a cache.
+        progress: told after each batch how many questions it had.
     """
 
     def retrieve(batch: dict) -> dict:
@@ -170,10 +171,11 @@ def attach_contexts(
             columns["gold_row"].append(gold)
             columns["positive"].append(positive)
             columns["negatives"].append(maker.negatives(positive, found, answers) if positive >= 0 else [])
+        progress(len(batch["question"]))
         return columns
 
     if not len(questions):  # map would hand an empty table back without the new columns
         return Dataset.from_dict({name: [] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
     return questions.map(
-        retrieve, batched=True, batch_size=batch_size, features=CONTEXT_FEATURES, new_fingerprint=fingerprint, keep_in_memory=True, desc=desc
+        retrieve, batched=True, batch_size=batch_size, features=CONTEXT_FEATURES, new_fingerprint=fingerprint, keep_in_memory=True
     )

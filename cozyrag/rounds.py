@@ -167,14 +167,17 @@ class Rounds:
         index = self.current_index()
         with self.timed("retrieve"):
             share = questions.shard(self.accelerator.num_processes, self.accelerator.process_index, contiguous=True)
+            bar = tqdm(total=len(share), desc=desc, unit="question")
             contexts = attach_contexts(
                 share,
                 index=index,
                 encode=lambda texts: self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size),
                 maker=self.maker,
                 fingerprint=_digest(index.fingerprint, questions._fingerprint, str(self.progress.round), str(self.accelerator.process_index)),
-                desc=desc,
+                batch_size=256,
+                progress=bar.update,
             )
+            bar.close()
             if self.accelerator.num_processes > 1:
                 parts = gather_object([contexts[:]])
                 contexts = Dataset.from_dict({name: [value for part in parts for value in part[name]] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)

@@ -366,6 +366,20 @@ def test_questions_are_encoded_once_in_batches(batch_size, batches):
     assert seen == batches
 
 
+def test_progress_is_told_of_each_batch():
+    told, index = [], index_of()
+    attach_contexts(
+        questions(),
+        index=index,
+        encode=lambda texts: on_circle([ANGLES[text] for text in texts]),
+        maker=ContextMaker(index.passages, count_words, top_k=2, budget=6),
+        fingerprint="name",
+        batch_size=3,
+        progress=told.append,
+    )
+    assert told == [3, 1]
+
+
 def test_fingerprint_names_the_result_and_reuses_nothing(tmp_path):
     first, second = attached(fingerprint="one"), attached(fingerprint="one", top_k=3, budget=99)
     assert first._fingerprint == second._fingerprint == "one"
