@@ -1,7 +1,8 @@
 """What the user may choose: every setting, its unit and its default, parsed and checked once.
 
 Settings come from the command line and from one YAML file (`--config FILE.yaml`); the command line wins. An unknown
-setting is an error wherever it stands. The quickstart set brings a settings file of its own, under both. Left out: what the settings do; only train.py and the trainer know this file.
+setting is an error wherever it stands. The quickstart set brings a settings file of its own, under both. Left out: what
+the settings do; only the modules that run things (run, rounds, trainer, checkpoint) know this file.
 """
 
 import dataclasses

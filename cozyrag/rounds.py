@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from datasets import Dataset
 from tqdm.auto import tqdm as tqdm_auto
 
@@ -196,7 +196,8 @@ class Rounds:
             return self.searcher
         mode = self.settings.contexts.retrieval
         if mode != "dense" and self.lexical is None:
-            self.lexical = LexicalIndex(self.passages.to_read())
+            with self.timed("index"):
+                self.lexical = LexicalIndex(self.passages.to_read())
         self.searcher = Searcher(index, self.lexical, encode=self._encode_questions, mode=mode)
         if mode == "hybrid":
             self._choose_weight(self.searcher)
@@ -211,6 +212,7 @@ class Rounds:
             return
         with self.timed("weigh searches"):
             recall = searcher.choose_weight(*(list(column) for column in zip(*known, strict=True)))
+        searcher.weight = broadcast_object_list([searcher.weight])[0]  # a near tie must not part the processes
         self.record({"kind": "weight", "round": self.progress.round, "weight": searcher.weight, "recall@5": {f"{w:g}": round(100 * r, 2) for w, r in recall.items()}})
 
     def _encode_questions(self, texts: Sequence[str]) -> np.ndarray:

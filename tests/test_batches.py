@@ -116,6 +116,15 @@ def test_rows_of_several_pools_are_mixed():
     assert {frozenset(step.tolist()) for step in one} != {frozenset(step.tolist()) for step in two}
 
 
+@pytest.mark.parametrize("extra", [0, 1, 5])
+def test_an_epoch_of_several_pools_covers_each_row_once(extra):
+    size = 3 * 2 * SORTING_POOL + extra
+    lengths = np.random.default_rng(2).integers(5, 90, size=size)
+    steps = plan(lengths, batch_size=2)
+    assert len(steps) == -(-size // 2)
+    assert sorted(np.concatenate(steps).tolist()) == list(range(size))
+
+
 def test_no_rows_no_steps():
     assert plan([]) == []
 

@@ -20,13 +20,21 @@ from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
 
 ROLES = ("generator", "retriever")
-TIMES = "| seconds | index | examine |\n|---|---:|---:|\n| before | 1.5 | 2.5 |\n\nPeak memory of the main process: 0.50 GiB."
+TIMES = "| seconds | index | examine |\n|---|---:|---:|\n| before | 1.5 | 2.5 |\n\nPeak memory: 0.50 GiB."
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", flags=re.DOTALL)
 
 
 def examined(hits):
     """A summary as a run records it, of 8 questions of which `hits` are answered and found."""
-    row = {"em": 1.0, "f1": 1.0, "recall@1": 1.0, "recall@5": 1.0, "recall@20": 1.0, "mrr@10": 1.0, "answer_in_context": 1.0}
+    row = {
+        "em": 1.0,
+        "f1": 1.0,
+        "recall@1": 1.0,
+        "recall@5": 1.0,
+        "recall@20": 1.0,
+        "mrr@10": 1.0,
+        "answer_in_context": 1.0,
+    }
     rows = [row if number < hits else dict.fromkeys(row, 0.0) | {"f1": 0.5, "mrr@10": 0.25} for number in range(8)]
     return {"kind": "examined", "round": 1} | summarize(rows)
 
@@ -58,7 +66,10 @@ def test_a_card_is_whole(role, tmp_path):
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("arguments", [(), ("--generator", "scratch"), ("--generator", "distilgpt2", "--report_to", "mlflow", "--run_name", "r")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--generator", "scratch"), ("--generator", "distilgpt2", "--report_to", "mlflow", "--run_name", "r")],
+)
 def test_no_placeholder_is_left(role, arguments, tmp_path):
     text = str(card(tmp_path, role, *arguments))
     for leftover in ("None", "{{", "}}", "{%", "More Information Needed", "TODO", "<"):
@@ -71,11 +82,25 @@ def test_no_placeholder_is_left(role, arguments, tmp_path):
 def test_the_metadata_is_what_the_hub_expects(role, tmp_path):
     loaded = card(tmp_path, role)
     data = yaml.safe_load(FRONT.match(str(loaded)).group(1))
-    allowed = {"library_name", "pipeline_tag", "tags", "base_model", "model-index", "language", "license", "datasets", "metrics"}
+    allowed = {
+        "library_name",
+        "pipeline_tag",
+        "tags",
+        "base_model",
+        "model-index",
+        "language",
+        "license",
+        "datasets",
+        "metrics",
+    }
     assert set(data) <= allowed and None not in data.values()
     assert data["library_name"] == {"generator": "transformers", "retriever": "sentence-transformers"}[role]
     assert data["pipeline_tag"] == {"generator": "text-generation", "retriever": "sentence-similarity"}[role]
-    assert "cozyrag" in data["tags"] and len(set(data["tags"])) == len(data["tags"]) and all(re.fullmatch(r"[a-z0-9_-]+", tag) for tag in data["tags"])
+    assert (
+        "cozyrag" in data["tags"]
+        and len(set(data["tags"])) == len(data["tags"])
+        and all(re.fullmatch(r"[a-z0-9_-]+", tag) for tag in data["tags"])
+    )
     [model] = data["model-index"]
     for result in model["results"]:
         assert result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]
@@ -84,11 +109,16 @@ def test_the_metadata_is_what_the_hub_expects(role, tmp_path):
 
 @pytest.mark.parametrize(
     ("role", "names"),
-    [("generator", {"exact_match": "em", "f1": "f1"}), ("retriever", {"recall@1": "recall@1", "recall@5": "recall@5", "mrr@10": "mrr@10"})],
+    [
+        ("generator", {"exact_match": "em", "f1": "f1"}),
+        ("retriever", {"recall@1": "recall@1", "recall@5": "recall@5", "mrr@10": "mrr@10"}),
+    ],
 )
 def test_the_metrics_are_those_of_the_last_examination(role, names, tmp_path):
     loaded = card(tmp_path, role)
-    assert {result.metric_type: result.metric_value for result in loaded.data.eval_results} == {kind: AFTER[name] for kind, name in names.items()}
+    assert {result.metric_type: result.metric_value for result in loaded.data.eval_results} == {
+        kind: AFTER[name] for kind, name in names.items()
+    }
     assert loaded.data.model_name == f"CoZyRAG {role}"
     assert {result.dataset_name for result in loaded.data.eval_results} == {"8 questions of my.tsv"}
 
@@ -125,7 +155,9 @@ def test_base_model_is_named_if_and_only_if_it_is_on_the_hub(role, given, base_m
 @pytest.mark.parametrize("form", ["absolute", "relative", "two/levels", "./dot"])
 def test_a_local_folder_is_no_base_model(role, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = {"absolute": str(tmp_path / "model"), "relative": "model", "two/levels": "my/model", "./dot": "./model"}[form]
+    name = {"absolute": str(tmp_path / "model"), "relative": "model", "two/levels": "my/model", "./dot": "./model"}[
+        form
+    ]
     Path(name).mkdir(parents=True)
     assert card(tmp_path, role, f"--{role}", name).data.base_model is None
 
@@ -149,14 +181,20 @@ def code(text):
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_code_of_both_cards_runs_on_a_pair(generator_path, retriever_path, corpus_files, tmp_path, monkeypatch, capsys):
+def test_the_code_of_both_cards_runs_on_a_pair(
+    generator_path, retriever_path, corpus_files, tmp_path, monkeypatch, capsys
+):
     blocks = [block for role in ROLES for block in code(str(card(tmp_path, role)))]
     assert len(blocks) == 3
     retriever = Retriever.load(str(retriever_path))
     passages = read_passages(str(corpus_files["passages"]))[0].select(range(10))
-    vectors = retriever.encode([passage_text(row["title"], row["text"]) for row in passages], kind="document", batch_size=10)
+    vectors = retriever.encode(
+        [passage_text(row["title"], row["text"]) for row in passages], kind="document", batch_size=10
+    )
     index = PassageIndex(passages, vectors, fingerprint=retriever.fingerprint())
-    tiny_pair = CozyRAG(tiny.Generator.load(str(generator_path)), retriever, index, top_k=2, context_tokens=40, answer_tokens=4)
+    tiny_pair = CozyRAG(
+        tiny.Generator.load(str(generator_path)), retriever, index, mode="dense", weight=15.0, top_k=2, context_tokens=40, answer_tokens=4
+    )
     monkeypatch.setattr(CozyRAG, "from_pretrained", classmethod(lambda cls, name: tiny_pair))
     for block in blocks:
         block = block.replace("FOLDER/generator", str(generator_path)).replace("FOLDER/retriever", str(retriever_path))

@@ -53,7 +53,12 @@ class FakePair:
         if question == "bad":
             raise InputError("The question is bad. Ask another.")
         self.asked.append((question, top_k))
-        return Answer(question.upper(), 0.876, "context", (Source("p1", "Title", "Short text.", 0.91234), Source("p2", "", "x" * 161, -0.5)))
+        return Answer(
+            question.upper(),
+            0.876,
+            "context",
+            (Source("p1", "Title", "Short text.", 0.91234), Source("p2", "", "x" * 161, -0.5)),
+        )
 
 
 @pytest.fixture
@@ -90,23 +95,29 @@ def test_questions_given_as_arguments_leave_standard_input_alone(call, fake_pair
 
 
 def test_a_text_of_160_characters_is_shown_whole(call, fake_pair, monkeypatch):
-    monkeypatch.setattr(FakePair, "answer", lambda self, question, *, top_k: Answer("a", 0.5, "", (Source("p", "T", "y" * 160, 0.0),)))
+    monkeypatch.setattr(
+        FakePair, "answer", lambda self, question, *, top_k: Answer("a", 0.5, "", (Source("p", "T", "y" * 160, 0.0),))
+    )
     assert call("ask", "my-run", "q?")[1].endswith(f"T: {'y' * 160}\n")
 
 
 def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, tmp_path):
     retriever = Retriever.load(str(retriever_path))
     passages = read_passages(str(corpus_files["passages"]))[0]
-    vectors = retriever.encode([passage_text(row["title"], row["text"]) for row in passages], kind="document", batch_size=40)
+    vectors = retriever.encode(
+        [passage_text(row["title"], row["text"]) for row in passages], kind="document", batch_size=40
+    )
     Generator.load(str(generator_path)).save(tmp_path / "generator")
     retriever.save(tmp_path / "retriever")
     PassageIndex(passages, vectors, fingerprint=retriever.fingerprint()).save(tmp_path / "index")
-    facts = pipeline.describe_pair(fingerprint=retriever.fingerprint(), top_k=3, context_tokens=60, answer_tokens=4)
+    facts = pipeline.describe_pair(fingerprint=retriever.fingerprint(), retrieval="dense", weight=15.0, top_k=3, context_tokens=60, answer_tokens=4)
     (tmp_path / "cozyrag.json").write_text(json.dumps(facts))
     code, out, _ = call("ask", tmp_path, "What colour is the fox 0?", "--top_k", 2)
     expected = CozyRAG.from_pretrained(tmp_path).answer("What colour is the fox 0?", top_k=2)
     assert code == 0 and out.splitlines()[0] == f"{expected.text}   (certainty {expected.score:.2f})"
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [[f"[{n}]", f"{source.score:.3f}"] for n, source in enumerate(expected.passages, 1)]
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
+        [f"[{n}]", f"{source.score:.3f}"] for n, source in enumerate(expected.passages, 1)
+    ]
 
 
 # ---- cozyrag train, cozyrag push
@@ -128,7 +139,9 @@ def test_train_help_shows_the_settings(call):
 @pytest.mark.parametrize(("arguments", "private"), [([], False), (["--private"], True)])
 def test_push_uploads_and_says_where_to(call, monkeypatch, arguments, private):
     seen = []
-    monkeypatch.setattr(hub, "push_pair", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag")
+    monkeypatch.setattr(
+        hub, "push_pair", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag"
+    )
     assert call("push", "my-run", "me/rag", *arguments) == (0, "Pushed to https://hub.example/me/rag\n", "")
     assert seen == [(("my-run", "me/rag"), {"private": private})]
 
@@ -146,7 +159,10 @@ def test_help_names_the_three_commands(call):
 
 
 def test_the_command_line_opens_without_loading_torch():
-    code = "import sys; sys.argv = ['cozyrag', '--help']; from cozyrag.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys; sys.argv = ['cozyrag', '--help']; from cozyrag.cli import main\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -172,7 +188,10 @@ def test_the_installed_commands_exist():
         (["train", "--rounds", "two"], ["--rounds", "'two'"]),
         (["train", "--genrator", "x"], ["'--genrator'", "did you mean 'generator'?"]),
         (["train", "stray"], ["'stray'"]),
-        (["train", "--questions", "none.tsv", "--output_dir", "OUT", "--use_cpu", "--threads", "1"], ["none.tsv", "there is none"]),
+        (
+            ["train", "--questions", "none.tsv", "--output_dir", "OUT", "--use_cpu", "--threads", "1"],
+            ["none.tsv", "there is none"],
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_line_on_stderr_and_exit_code_2(call, arguments, words, tmp_path, monkeypatch):
@@ -184,7 +203,11 @@ def test_a_mistake_ends_with_one_line_on_stderr_and_exit_code_2(call, arguments,
 
 
 def test_answers_given_before_a_mistake_are_kept(call, fake_pair):
-    assert call("ask", "my-run", "who?", "bad") == (2, SHOWN.format("WHO?"), "error: The question is bad. Ask another.\n")
+    assert call("ask", "my-run", "who?", "bad") == (
+        2,
+        SHOWN.format("WHO?"),
+        "error: The question is bad. Ask another.\n",
+    )
 
 
 @pytest.mark.parametrize(

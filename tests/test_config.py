@@ -14,7 +14,9 @@ from cozyrag.errors import InputError
 
 OWN = ["--questions", "own.tsv"]  # not the quickstart set, which brings settings of its own
 FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
-DEFAULTS = {name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for name, f in FIELDS.items()}
+DEFAULTS = {
+    name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for name, f in FIELDS.items()
+}
 RANGES = {  # setting: (values that must be refused, values at the edge that must be accepted)
     "eval_share": ([-0.01, 0.51], [0, 0.5]),
     "dropout": ([-0.1, 1.0], [0, 0.99]),
@@ -116,20 +118,38 @@ def test_without_arguments_every_setting_has_its_default():
     assert values() == DEFAULTS | {"questions": "own.tsv"}
 
 
-def test_to_dict_is_a_copy():
+def test_no_list_is_shared_between_settings():
     settings = parse_settings(OWN)
     settings.to_dict()["report_to"].append("wandb")
-    assert settings.output.report_to == ["none"] == OutputSettings().report_to
+    assert settings.output.report_to == ["none"]
+    settings.output.report_to.append("mlflow")
+    assert parse_settings(OWN).output.report_to == OutputSettings().report_to == ["none"]
 
 
 def test_command_line_values_reach_their_group():
-    settings = parse_settings([*OWN, "--rounds", "3", "--top_k=2", "--use_cpu", "--report_to", "mlflow", "wandb", "--generator_learning_rate", "1e-3"])
+    settings = parse_settings(
+        [
+            *OWN,
+            "--rounds",
+            "3",
+            "--top_k=2",
+            "--use_cpu",
+            "--report_to",
+            "mlflow",
+            "wandb",
+            "--generator_learning_rate",
+            "1e-3",
+        ]
+    )
     assert (settings.training.rounds, settings.contexts.top_k, settings.training.use_cpu) == (3, 2, True)
     assert settings.output.report_to == ["mlflow", "wandb"]
     assert settings.training.generator_learning_rate == 0.001
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [(["--use_cpu"], True), (["--use_cpu", "true"], True), (["--use_cpu", "false"], False), ([], False)])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--use_cpu"], True), (["--use_cpu", "true"], True), (["--use_cpu", "false"], False), ([], False)],
+)
 def test_switches(arguments, expected):
     assert values(*arguments)["use_cpu"] is expected
 
@@ -174,14 +194,18 @@ def test_every_number_has_a_range():
     assert numbers == set(RANGES)
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (refused, _) in RANGES.items() for value in refused])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, (refused, _) in RANGES.items() for value in refused]
+)
 def test_out_of_range_is_refused_naming_setting_and_value(name, value):
     found = FIELDS[name].type if FIELDS[name].type in (int, float) else int
     message = refusal(f"--{name}={value}")
     assert f"--{name}:" in message and f"found {found(value)}." in message and "at least" in message
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (_, accepted) in RANGES.items() for value in accepted])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, (_, accepted) in RANGES.items() for value in accepted]
+)
 def test_the_ends_of_the_range_are_accepted(name, value):
     assert values(f"--{name}={value}")[name] == value
 
@@ -196,15 +220,25 @@ def test_nan_is_refused(name):
 
 def test_yaml_values_of_every_kind(write):
     path = write(
-        "rounds: 3\ngenerator_learning_rate: 1e-3\ndropout: 0.25\nuse_cpu: true\nskip_bad_rows: no\nreport_to: [mlflow, wandb]\n"
-        "eval_questions: null\nmax_eval_questions:\nmixed_precision: no\nlr_scheduler_type: 'cosine'\nrun_name: \"null\"\nproject_name: 7\n"
+        "rounds: 3\ngenerator_learning_rate: 1e-3\ndropout: 0.25\nuse_cpu: true\nskip_bad_rows: no\n"
+        "report_to: [mlflow, wandb]\neval_questions: null\nmax_eval_questions:\nmixed_precision: no\n"
+        "lr_scheduler_type: 'cosine'\nrun_name: \"null\"\nproject_name: 7\n"
     )
     found = values("--config", path)
     assert found == DEFAULTS | {
-        "questions": "own.tsv", "rounds": 3, "generator_learning_rate": 0.001, "dropout": 0.25, "use_cpu": True, "skip_bad_rows": False,
-        "report_to": ["mlflow", "wandb"], "max_eval_questions": None, "mixed_precision": "no", "lr_scheduler_type": "cosine", "run_name": "null",
+        "questions": "own.tsv",
+        "rounds": 3,
+        "generator_learning_rate": 0.001,
+        "dropout": 0.25,
+        "use_cpu": True,
+        "skip_bad_rows": False,
+        "report_to": ["mlflow", "wandb"],
+        "max_eval_questions": None,
+        "mixed_precision": "no",
+        "lr_scheduler_type": "cosine",
+        "run_name": "null",
         "project_name": "7",
-    }  # fmt: skip
+    }
     assert type(found["generator_learning_rate"]) is float and type(found["rounds"]) is int
 
 
@@ -274,7 +308,9 @@ def test_a_file_that_is_no_mapping_is_refused(write, content, found):
     assert path in message and "setting: value" in message and found in message
 
 
-@pytest.mark.parametrize("content", ["rounds: [1\n", "a: b: c\n", "rounds: 1\n--- \ntop_k: 2\n", b"run_name: caf\xe9\n"])
+@pytest.mark.parametrize(
+    "content", ["rounds: [1\n", "a: b: c\n", "rounds: 1\n--- \ntop_k: 2\n", b"run_name: caf\xe9\n"]
+)
 def test_broken_yaml_is_refused_naming_the_file(write, content):
     path = write(content)
     message = refusal("--config", path)

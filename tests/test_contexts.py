@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, split_sentences
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
+from cozyrag.search import Searcher
 from cozyrag.questions import FEATURES
 
 
@@ -222,7 +223,7 @@ def test_positive_is_gold_else_the_best_answer_holder_else_none(gold, ranking, a
 
 def negatives_of(ranking, *, holders=(), positive=-1, count=1):
     texts = ["The zebra." if row in holders else "Nothing." for row in range(max(ranking) + 1)]
-    return maker_of(*texts, hard_negatives=count).negatives(positive, ranking, ["zebra"])
+    return maker_of(*texts, hard_negatives=count).negatives(positive, [ranking], ["zebra"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 50])
@@ -244,6 +245,11 @@ def test_negatives_stop_at_rank_60():
 def test_negatives_hold_no_answer_and_are_not_the_positive(ranking, holders, positive, count):
     allowed = [row for rank, row in enumerate(ranking, 1) if 4 <= rank <= 60 and row not in holders and row != positive]
     assert negatives_of(ranking, holders=holders, positive=positive, count=count) == allowed[:count]
+
+
+def test_negatives_of_two_rankings_come_from_both_in_turn_and_once_each():
+    maker = maker_of(*["Nothing."] * 20, hard_negatives=4)
+    assert maker.negatives(5, [list(range(10)), [9, 8, 7, 3, 5, 6, 4, 0]], ["zebra"]) == [3, 4, 6, 7]
 
 
 # ---- the contexts table ----
@@ -291,8 +297,7 @@ def attached(
     maker = ContextMaker(index.passages, count_words, **{"top_k": 2, "budget": 6, "hard_negatives": 2} | limits)
     return attach_contexts(
         questions() if asked is None else asked,
-        index=index,
-        encode=encode,
+        search=lambda texts: Searcher(index, None, encode=encode, mode="dense").search(texts, SEARCH_DEPTH),
         maker=maker,
         fingerprint=fingerprint,
         batch_size=batch_size,
@@ -364,6 +369,19 @@ def test_questions_are_encoded_once_in_batches(batch_size, batches):
 
     assert attached(encode=encode, batch_size=batch_size)[:] == attached()[:]
     assert seen == batches
+
+
+def test_progress_is_told_of_each_batch():
+    told, index = [], index_of()
+    attach_contexts(
+        questions(),
+        search=lambda texts: Searcher(index, None, encode=lambda asked: on_circle([ANGLES[text] for text in asked]), mode="dense").search(texts, 60),
+        maker=ContextMaker(index.passages, count_words, top_k=2, budget=6),
+        fingerprint="name",
+        batch_size=3,
+        progress=told.append,
+    )
+    assert told == [3, 1]
 
 
 def test_fingerprint_names_the_result_and_reuses_nothing(tmp_path):

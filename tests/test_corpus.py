@@ -7,23 +7,40 @@ from cozyrag.corpus import load_corpus
 from cozyrag.errors import InputError
 from cozyrag.passages import passage_id
 
-COLUMNS = {f"{name}_column": name for name in ("question", "context", "title", "id", "passage_id")} | {"answer_column": "answers"}
+COLUMNS = {f"{name}_column": name for name in ("question", "context", "title", "id", "passage_id")} | {
+    "answer_column": "answers"
+}
 PASSAGES, QUESTIONS = tiny.corpus(20)  # 20 passages, two questions each
 
 
 def load(questions, **options):
     options = {
-        "eval_questions": None, "passages": None, "questions_split": "train", "eval_split": "validation", "passages_split": "train",
-        "columns": COLUMNS, "text_column": "text", "max_questions": None, "max_eval_questions": None, "eval_share": 0.1,
-        "skip_bad_rows": False, "seed": 1, "say": lambda text: None,
-    } | options  # fmt: skip
-    return load_corpus(questions=str(questions), **{name: str(value) if hasattr(value, "joinpath") else value for name, value in options.items()})
+        "eval_questions": None,
+        "passages": None,
+        "questions_split": "train",
+        "eval_split": "validation",
+        "passages_split": "train",
+        "columns": COLUMNS,
+        "text_column": "text",
+        "max_questions": None,
+        "max_eval_questions": None,
+        "eval_share": 0.1,
+        "skip_bad_rows": False,
+        "seed": 1,
+        "say": lambda text: None,
+    } | options
+    return load_corpus(
+        questions=str(questions),
+        **{name: str(value) if hasattr(value, "joinpath") else value for name, value in options.items()},
+    )
 
 
 def with_context(rows, *, drop=("passage_id",)):
     """Question rows that carry their passage instead of naming it."""
     texts = {passage["id"]: passage for passage in PASSAGES}
-    carried = [row | {"context": texts[row["passage_id"]]["text"], "title": texts[row["passage_id"]]["title"]} for row in rows]
+    carried = [
+        row | {"context": texts[row["passage_id"]]["text"], "title": texts[row["passage_id"]]["title"]} for row in rows
+    ]
     return [{name: value for name, value in row.items() if name not in drop} for row in carried]
 
 
@@ -46,7 +63,9 @@ def test_passages_come_from_the_contexts_of_both_question_files(write):
     assert corpus.passages["text"][:] == [passage["text"] for passage in PASSAGES[:15]]
     assert corpus.passages["title"][:] == [passage["title"] for passage in PASSAGES[:15]]
     assert corpus.passages["id"][:] == [passage_id(passage["text"]) for passage in PASSAGES[:15]]
-    assert corpus.eval_questions["passage_id"][:] == [passage_id(PASSAGES[number]["text"]) for number in (10, 10, 11, 11, 12, 12, 13, 13, 14, 14)]
+    assert corpus.eval_questions["passage_id"][:] == [
+        passage_id(PASSAGES[number]["text"]) for number in (10, 10, 11, 11, 12, 12, 13, 13, 14, 14)
+    ]
 
 
 def test_contexts_of_one_of_the_files_are_enough(write):
@@ -60,7 +79,10 @@ def test_contexts_of_one_of_the_files_are_enough(write):
 def test_a_passage_file_is_taken_whole_and_in_order(write, passages):
     corpus = load(write("q.jsonl", QUESTIONS[:4]), eval_questions=write("e.jsonl", QUESTIONS[4:6]), passages=passages)
     assert [dict(row) for row in corpus.passages] == PASSAGES
-    assert corpus.questions["id"][:] == ["q0a", "q0b", "q1a", "q1b"] and corpus.eval_questions["id"][:] == ["q2a", "q2b"]
+    assert corpus.questions["id"][:] == ["q0a", "q0b", "q1a", "q1b"] and corpus.eval_questions["id"][:] == [
+        "q2a",
+        "q2b",
+    ]
 
 
 def test_a_passage_file_wins_over_the_contexts(write):
@@ -73,12 +95,22 @@ def test_no_passages_anywhere_is_refused_with_both_ways_out(write):
     questions = write("q.jsonl", [{"question": "a?", "answers": ["b"]}, {"question": "c?", "answers": ["d"]}])
     with pytest.raises(InputError) as caught:
         load(questions)
-    assert all(word in str(caught.value) for word in (str(questions), "'context'", "--passages FILE", "question file with contexts"))
+    assert all(
+        word in str(caught.value)
+        for word in (str(questions), "'context'", "--passages FILE", "question file with contexts")
+    )
 
 
 def test_an_unknown_gold_passage_is_refused_naming_file_question_and_passage(write, passages):
-    good, bad = write("good.jsonl", QUESTIONS[:4]), write("bad.jsonl", [*QUESTIONS[4:6], QUESTIONS[6] | {"passage_id": "p99"}])
-    for options in ({"questions": bad}, {"questions": bad, "eval_questions": good}, {"questions": good, "eval_questions": bad}):
+    good, bad = (
+        write("good.jsonl", QUESTIONS[:4]),
+        write("bad.jsonl", [*QUESTIONS[4:6], QUESTIONS[6] | {"passage_id": "p99"}]),
+    )
+    for options in (
+        {"questions": bad},
+        {"questions": bad, "eval_questions": good},
+        {"questions": good, "eval_questions": bad},
+    ):
         with pytest.raises(InputError) as caught:
             load(**options, passages=passages)
         message = str(caught.value)
@@ -94,7 +126,9 @@ def test_questions_without_gold_passage_are_welcome(write, passages):
 def test_contexts_and_a_passage_file_without_them_are_refused(write, passages):
     rows = with_context(QUESTIONS[:4])
     with pytest.raises(InputError, match="gold passage"):
-        load(write("q.jsonl", rows), passages=passages)  # the file gives p0, p1... to the texts, contexts make ids of their own
+        load(
+            write("q.jsonl", rows), passages=passages
+        )  # the file gives p0, p1... to the texts, contexts make ids of their own
 
 
 # ---- which questions
@@ -146,29 +180,53 @@ def test_the_seed_decides_and_nothing_else(write, passages, options):
 
 
 def test_column_names_reach_both_readers(write):
-    asked = [{"q": row["question"], "a": row["answers"], "key": row["id"], "gold": row["passage_id"]} for row in QUESTIONS]
+    asked = [
+        {"q": row["question"], "a": row["answers"], "key": row["id"], "gold": row["passage_id"]} for row in QUESTIONS
+    ]
     pool = write("p.jsonl", [{"key": row["id"], "name": row["title"], "body": row["text"]} for row in PASSAGES])
     columns = {
-        "question_column": "q", "answer_column": "a", "context_column": "c", "title_column": "name", "id_column": "key", "passage_id_column": "gold",
-    }  # fmt: skip
-    corpus = load(write("q.jsonl", asked[:30]), eval_questions=write("e.jsonl", asked[30:]), passages=pool, columns=columns, text_column="body")
+        "question_column": "q",
+        "answer_column": "a",
+        "context_column": "c",
+        "title_column": "name",
+        "id_column": "key",
+        "passage_id_column": "gold",
+    }
+    corpus = load(
+        write("q.jsonl", asked[:30]),
+        eval_questions=write("e.jsonl", asked[30:]),
+        passages=pool,
+        columns=columns,
+        text_column="body",
+    )
     assert [dict(row) for row in corpus.passages] == PASSAGES
     assert [dict(row) for row in corpus.questions] + [dict(row) for row in corpus.eval_questions] == QUESTIONS
 
 
 def test_bad_rows_stop_the_run_or_are_told_once_for_each_file(write):
     bad = {"id": "x", "question": "", "answers": ["y"]}
-    files = {"eval_questions": write("e.jsonl", [*QUESTIONS[4:6], bad]), "passages": write("p.jsonl", [*PASSAGES, {"id": "p77", "text": " "}])}
+    files = {
+        "eval_questions": write("e.jsonl", [*QUESTIONS[4:6], bad]),
+        "passages": write("p.jsonl", [*PASSAGES, {"id": "p77", "text": " "}]),
+    }
     questions = write("q.jsonl", [*QUESTIONS[:4], bad])
     with pytest.raises(InputError, match="q.jsonl, line 5: empty question.*--skip_bad_rows"):
         load(questions, **files)
     said = []
     corpus = load(questions, **files, skip_bad_rows=True, say=said.append)
     assert [len(table) for table in (corpus.questions, corpus.eval_questions, corpus.passages)] == [4, 2, 20]
-    assert [name in text and "1 row skipped" in text for name, text in zip(("q.jsonl", "e.jsonl", "p.jsonl"), said, strict=True)] == [True] * 3
+    assert [
+        name in text and "1 row skipped" in text
+        for name, text in zip(("q.jsonl", "e.jsonl", "p.jsonl"), said, strict=True)
+    ] == [True] * 3
 
 
 def test_a_held_out_file_reports_its_bad_rows_once(write, passages):
     said = []
-    load(write("q.jsonl", [*QUESTIONS, {"question": "", "answers": ["y"]}]), passages=passages, skip_bad_rows=True, say=said.append)
+    load(
+        write("q.jsonl", [*QUESTIONS, {"question": "", "answers": ["y"]}]),
+        passages=passages,
+        skip_bad_rows=True,
+        say=said.append,
+    )
     assert len(said) == 1

@@ -13,10 +13,10 @@ ROOT = PACKAGE.parent
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 # A module may import modules of the tiers above its own line, never of its own line or below.
 TIERS = (
-    ("errors", "embedded", "losses", "metrics", "fingerprints"),
+    ("errors", "embedded", "losses", "metrics", "fingerprints", "lexical"),
     ("tables", "prompts", "index", "tracking", "cards", "retriever"),
-    ("passages", "batches", "contexts"),
-    ("questions", "generator"),
+    ("passages", "batches", "search"),
+    ("questions", "generator", "contexts"),
     ("corpus", "evaluation", "pipeline"),
     ("config", "hub"),
     ("trainer", "checkpoint"),
@@ -26,7 +26,13 @@ TIERS = (
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
 MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "rounds", "cli"}
-FORBIDDEN_NAMES = {"evaluate.py", "datasets.py", "utils.py", "common.py", "helpers.py"}  # the first two would hide packages
+FORBIDDEN_NAMES = {
+    "evaluate.py",
+    "datasets.py",
+    "utils.py",
+    "common.py",
+    "helpers.py",
+}  # the first two would hide packages
 
 
 def imported(tree):
@@ -34,7 +40,11 @@ def imported(tree):
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[2] or "__init__" for alias in node.names if alias.name.split(".")[0] == "cozyrag"}
+            found |= {
+                alias.name.partition(".")[2] or "__init__"
+                for alias in node.names
+                if alias.name.split(".")[0] == "cozyrag"
+            }
         elif isinstance(node, ast.ImportFrom) and node.module == "cozyrag":
             found |= {alias.name if alias.name in TREES else "__init__" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cozyrag."):
@@ -49,7 +59,10 @@ def calls(tree):
             yield (node.func.id,)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value
-            yield (owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else "", node.func.attr)
+            yield (
+                owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else "",
+                node.func.attr,
+            )
 
 
 def calling(wanted):
@@ -71,7 +84,12 @@ def test_imports_go_to_earlier_tiers_only(name):
 
 
 def test_no_import_is_relative():
-    assert [name for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level] == []
+    assert [
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+    ] == []
 
 
 def test_the_package_itself_imports_its_modules_only_when_asked():
@@ -110,7 +128,9 @@ def test_only_the_trainer_calls_backward():
 
 
 def test_only_the_trainer_steps_an_optimizer_or_makes_one():
-    assert calling(lambda call: len(call) == 2 and call[-1] == "step" and any(word in call[0] for word in ("optim", "sched"))) == {"trainer"}
+    assert calling(
+        lambda call: len(call) == 2 and call[-1] == "step" and any(word in call[0] for word in ("optim", "sched"))
+    ) == {"trainer"}
     assert calling(lambda call: call[-1] in ("AdamW", "Adam", "SGD", "get_scheduler")) == {"trainer"}
 
 
@@ -119,11 +139,17 @@ def test_only_run_constructs_an_accelerator():
 
 
 def test_only_the_index_attaches_and_searches_faiss():
-    assert calling(lambda call: call[-1] in ("IndexFlatIP", "search_batch", "add_faiss_index_from_external_arrays", "add_faiss_index")) == {"index"}
+    assert calling(
+        lambda call: (
+            call[-1] in ("IndexFlatIP", "search_batch", "add_faiss_index_from_external_arrays", "add_faiss_index")
+        )
+    ) == {"index"}
 
 
 def test_only_the_uploader_talks_to_the_hub_to_write():
-    assert calling(lambda call: call[-1] in ("create_repo", "create_commit", "upload_folder", "upload_file", "push_to_hub")) == {"hub"}
+    assert calling(
+        lambda call: call[-1] in ("create_repo", "create_commit", "upload_folder", "upload_file", "push_to_hub")
+    ) == {"hub"}
 
 
 def test_only_the_doors_end_the_process():
@@ -131,17 +157,25 @@ def test_only_the_doors_end_the_process():
 
 
 def test_no_pickles_are_read_or_written():
-    assert calling(lambda call: call in {("torch", "load"), ("torch", "save")} or call[0] in ("pickle", "joblib")) == set()
+    assert (
+        calling(lambda call: call in {("torch", "load"), ("torch", "save")} or call[0] in ("pickle", "joblib")) == set()
+    )
 
 
 # ---- how files are written
 
 
 def test_no_file_has_a_name_that_says_nothing_or_hides_a_package():
-    sources = [path for folder in (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "scripts") for path in folder.rglob("*.py")]
+    sources = [
+        path
+        for folder in (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "scripts")
+        for path in folder.rglob("*.py")
+    ]
     sources += ROOT.glob("*.py")
     assert [str(path) for path in sources if path.name in FORBIDDEN_NAMES] == []
-    assert not set(TREES) & (set(sys.stdlib_module_names) | {"torch", "faiss", "datasets", "evaluate", "accelerate", "transformers"})
+    assert not set(TREES) & (
+        set(sys.stdlib_module_names) | {"torch", "faiss", "datasets", "evaluate", "accelerate", "transformers"}
+    )
 
 
 @pytest.mark.parametrize("name", sorted(TREES))
@@ -159,7 +193,9 @@ def test_public_functions_and_classes_say_what_they_do(name):
     silent = [
         node.name
         for node in TREES[name].body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
     ]
     assert silent == []
 
@@ -170,10 +206,18 @@ def test_no_broad_except_no_mutable_default_no_guessing(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            faults += [f"line {node.lineno}: broad except" for kind in caught if kind is None or ast.unparse(kind) in ("Exception", "BaseException")]
+            faults += [
+                f"line {node.lineno}: broad except"
+                for kind in caught
+                if kind is None or ast.unparse(kind) in ("Exception", "BaseException")
+            ]
         elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
             defaults = [*node.args.defaults, *node.args.kw_defaults]
-            faults += [f"line {node.lineno}: mutable default" for value in defaults if isinstance(value, (ast.List, ast.Dict, ast.Set))]
+            faults += [
+                f"line {node.lineno}: mutable default"
+                for value in defaults
+                if isinstance(value, (ast.List, ast.Dict, ast.Set))
+            ]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
             faults.append(f"line {node.lineno}: hasattr")
     assert faults == []

@@ -54,7 +54,9 @@ class FakeApi:
     def create_commit(self, repo_id, operations, *, commit_message, repo_type):
         self._called("commit", repo_id, repo_type)
         given = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
-        self.content[repo_id] = {name: source if isinstance(source, bytes) else Path(source).read_bytes() for name, source in given.items()}
+        self.content[repo_id] = {
+            name: source if isinstance(source, bytes) else Path(source).read_bytes() for name, source in given.items()
+        }
         self.messages.add(commit_message)
         return SimpleNamespace(oid=f"sha-of-{repo_id}")
 
@@ -68,7 +70,9 @@ def folder(tmp_path):
             path = root / piece / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    (root / "cozyrag.json").write_text(json.dumps(describe_pair(fingerprint="f" * 16, top_k=4, context_tokens=64, answer_tokens=8)))
+    (root / "cozyrag.json").write_text(
+        json.dumps(describe_pair(fingerprint="f" * 16, retrieval="hybrid", weight=15.0, top_k=4, context_tokens=64, answer_tokens=8))
+    )
     (root / "checkpoints").mkdir()
     (root / "checkpoints" / "secret.bin").write_bytes(b"not yours")
     (root / "metrics.jsonl").write_text("{}\n")
@@ -76,7 +80,11 @@ def folder(tmp_path):
 
 
 def snapshot(folder):
-    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_the_three_repositories_are_written_in_order_the_generator_last(folder):
@@ -91,7 +99,9 @@ def test_each_repository_gets_its_piece_and_nothing_else(folder):
     assert api.content["me/rag-retriever"] == FILES["retriever"]
     assert api.content["me/rag-index"] == FILES["index"]
     generator = api.content["me/rag"]
-    assert set(generator) == {*FILES["generator"], "cozyrag.json"} and all(generator[name] == content for name, content in FILES["generator"].items())
+    assert set(generator) == {*FILES["generator"], "cozyrag.json"} and all(
+        generator[name] == content for name, content in FILES["generator"].items()
+    )
 
 
 def test_the_last_commit_names_the_exact_revisions_of_the_other_two(folder):

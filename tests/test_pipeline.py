@@ -31,13 +31,15 @@ from cozyrag.rounds import Rounds
 
 PASSAGES, QUESTIONS = tiny.corpus()
 ASKED = [row["question"] for row in QUESTIONS[:6]]
-SETTINGS = parse_settings(["--questions", "my.tsv", "--top_k", "3", "--context_tokens", "60", "--answer_tokens", "7"])
+SETTINGS = parse_settings(["--questions", "my.tsv", "--retrieval", "dense", "--top_k", "3", "--context_tokens", "60", "--answer_tokens", "7"])
 httpx = importlib.import_module(HTTPError.__module__.split(".")[0])
 
 
 def index_of(retriever, corpus_files):
     table = read_passages(str(corpus_files["passages"]))[0]
-    vectors = retriever.encode([passage_text(row["title"], row["text"]) for row in table], kind="document", batch_size=16)
+    vectors = retriever.encode(
+        [passage_text(row["title"], row["text"]) for row in table], kind="document", batch_size=16
+    )
     return PassageIndex(table, vectors, fingerprint=retriever.fingerprint())
 
 
@@ -48,8 +50,11 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     root.mkdir()
     retriever = Retriever.load(str(retriever_path), max_tokens=32)
     index = index_of(retriever, corpus_files)
-    run = SimpleNamespace(folder=root, settings=SETTINGS, generator=Generator.load(str(generator_path)), retriever=retriever)
+    run = SimpleNamespace(
+        folder=root, settings=SETTINGS, generator=Generator.load(str(generator_path)), retriever=retriever
+    )
     run.index, run.current_index = index, lambda: index
+    run.current_searcher = lambda: SimpleNamespace(weight=12.5)
     Rounds._save_pair(run)
     return root
 
@@ -71,6 +76,7 @@ def copy(folder, tmp_path):
 def test_the_folder_carries_how_the_pieces_are_used_together(folder, pair):
     assert sorted(path.name for path in folder.iterdir()) == ["cozyrag.json", "generator", "index", "retriever"]
     assert (pair.top_k, pair.context_tokens, pair.answer_tokens) == (3, 60, 7)
+    assert (pair.searcher.mode, pair.searcher.weight) == ("dense", 12.5)
     assert pair.retriever.model.max_seq_length == 32
     assert not pair.generator.model.training and {p.dtype for p in pair.generator.model.parameters()} == {torch.float32}
 
@@ -118,7 +124,10 @@ def written(model, tokenizer, prompt, tokens):
 @torch.no_grad()
 @pytest.mark.parametrize("asked", ASKED[:3])
 def test_text_and_score_are_the_greedy_answer_and_the_geometric_mean_of_its_probabilities(asked, pair, folder):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "generator").eval(), AutoTokenizer.from_pretrained(folder / "generator")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "generator").eval(),
+        AutoTokenizer.from_pretrained(folder / "generator"),
+    )
     answer = pair.answer(asked)
     prompt = tokenizer.encode(answer.context)[:60] + tokenizer.encode(f"\nQuestion: {asked}\nAnswer:")
     assert answer.text == written(model, tokenizer, prompt, 7)
@@ -148,13 +157,29 @@ def test_white_space_around_and_inside_a_question_means_nothing(pair):
 @pytest.mark.parametrize(("top_k", "found"), [(1, 1), (5, 5), (40, 40), (1000, 40)])
 def test_top_k_of_one_question_decides_how_many_passages_are_read(pair, top_k, found):
     sources = pair.answer(ASKED[0], top_k=top_k).passages
-    assert len(sources) == found and [source.score for source in sources] == sorted((source.score for source in sources), reverse=True)
+    assert len(sources) == found and [source.score for source in sources] == sorted(
+        (source.score for source in sources), reverse=True
+    )
     assert len(pair.answer(ASKED[0]).passages) == 3  # the next one is as trained again
 
 
 def test_context_is_made_from_the_top_k_passages_only(pair):
     [best] = pair.answer(ASKED[0], top_k=1).passages
-    assert pair.answer(ASKED[0], top_k=1).context.startswith(f"{best.title}: ") and "\n" not in pair.answer(ASKED[0], top_k=1).context
+    assert (
+        pair.answer(ASKED[0], top_k=1).context.startswith(f"{best.title}: ")
+        and "\n" not in pair.answer(ASKED[0], top_k=1).context
+    )
+
+
+def test_with_a_larger_top_k_sentences_of_far_passages_reach_the_context(pair):
+    """The question's own words pick its sentence out of all 40 passages, wherever the untrained retriever ranked it."""
+    for number, asked in enumerate(ASKED):
+        gold = PASSAGES[number // 2]["text"].split(". ")
+        assert any(sentence in pair.answer(asked, top_k=40).context for sentence in gold)
+    assert not all(
+        any(source.id == f"p{number // 2}" for source in pair.answer(asked).passages)
+        for number, asked in enumerate(ASKED)
+    )
 
 
 @pytest.mark.parametrize("top_k", [0, -1])
@@ -179,7 +204,10 @@ def test_a_question_too_long_for_the_generator_is_refused_not_cut(pair):
 
 @torch.no_grad()
 def test_transformers_loads_the_generator_by_itself(folder, pair):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "generator"), AutoTokenizer.from_pretrained(folder / "generator")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "generator"),
+        AutoTokenizer.from_pretrained(folder / "generator"),
+    )
     batch = tokenizer(PASSAGES[0]["text"], return_tensors="pt")
     assert tokenizer.decode(batch["input_ids"][0]) == PASSAGES[0]["text"]
     assert torch.equal(model.eval()(**batch).logits, pair.generator.model(**batch).logits)
@@ -311,7 +339,11 @@ def test_what_was_pushed_loads_as_the_same_pair_at_the_revisions_it_names(folder
     monkeypatch.setattr(pipeline, "snapshot_download", hub.download)
     pulled = CozyRAG.from_pretrained("me/rag", revision=last, token="tok")
     assert pulled.answers(ASKED[:3]) == pair.answers(ASKED[:3])
-    assert hub.asked == [("me/rag", "rev2", "tok", "model"), ("me/rag-retriever", "rev0", "tok", "model"), ("me/rag-index", "rev1", "tok", "dataset")]
+    assert hub.asked == [
+        ("me/rag", "rev2", "tok", "model"),
+        ("me/rag-retriever", "rev0", "tok", "model"),
+        ("me/rag-index", "rev1", "tok", "dataset"),
+    ]
 
 
 def test_a_folder_is_taken_before_a_repository_of_that_name(folder, monkeypatch):
@@ -336,5 +368,7 @@ def test_the_package_offers_the_pair_by_name():
 
 
 def test_asking_for_the_version_does_not_load_torch():
-    code = "import cozyrag, sys; assert cozyrag.__version__ and not {'torch', 'transformers', 'faiss'} & set(sys.modules)"
+    code = (
+        "import cozyrag, sys; assert cozyrag.__version__ and not {'torch', 'transformers', 'faiss'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=Path(cozyrag.__file__).parents[1], check=True)

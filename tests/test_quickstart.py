@@ -39,7 +39,9 @@ def test_passages_have_80_to_200_words():
 
 def test_passages_are_clean():
     for row in PASSAGES:
-        assert set(row) >= {"id", "title", "text"} and all(isinstance(value, str) and value == " ".join(value.split()) != "" for value in row.values()), row["id"]
+        assert set(row) >= {"id", "title", "text"} and all(
+            isinstance(value, str) and value == " ".join(value.split()) != "" for value in row.values()
+        ), row["id"]
         assert row["text"].endswith((".", "!", "?")), row["id"]
         assert not re.search(r"<[a-z/]+>|\[\d+\]|&\w+;|https?:|\ufffd", row["text"]), row["id"]
 
@@ -65,20 +67,31 @@ def test_questions_are_clean():
 
 
 def test_every_answer_stands_verbatim_in_its_gold_passage():
-    assert [(row["id"], answer) for row in ALL for answer in row["answers"] if answer not in TEXTS[row["passage_id"]]] == []
+    assert [
+        (row["id"], answer) for row in ALL for answer in row["answers"] if answer not in TEXTS[row["passage_id"]]
+    ] == []
 
 
 def test_the_measure_that_looks_for_answers_finds_them_all_but_a_few_possessives():
-    """SQuAD's normaliser makes one word of "Harrison's"; anything else that hides an answer would be a fault of the set."""
+    """SQuAD's normaliser makes one word of "Harrison's"; anything else that hides an answer is a fault of the set."""
     normalized = {key: normalize_answer(text) for key, text in TEXTS.items()}
-    hidden = [(row["passage_id"], answer) for row in ALL for answer in row["answers"] if not contains_answer(normalized[row["passage_id"]], [answer])]
+    hidden = [
+        (row["passage_id"], answer)
+        for row in ALL
+        for answer in row["answers"]
+        if not contains_answer(normalized[row["passage_id"]], [answer])
+    ]
     assert all(f"{answer}'s" in TEXTS[key] for key, answer in hidden), hidden
     assert len(hidden) < len(ALL) / 100
 
 
 def test_no_answer_is_whispered_by_its_question():
     """An answer of several words in the question itself would teach copying; single words may be part of a choice."""
-    told = [row["id"] for row in ALL if len(row["answers"][0].split()) > 2 and contains_answer(normalize_answer(row["question"]), row["answers"])]
+    told = [
+        row["id"]
+        for row in ALL
+        if len(row["answers"][0].split()) > 2 and contains_answer(normalize_answer(row["question"]), row["answers"])
+    ]
     assert told == []
 
 
@@ -100,16 +113,24 @@ def test_every_passage_has_several_questions():
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_readers_take_every_row(split):
     questions = read_questions(str(QUICKSTART_FOLDER / f"{split}.jsonl"))
-    assert [dict(row) for row in questions.table] == QUESTIONS[split] and questions.report is None and questions.passages is None
+    assert (
+        [dict(row) for row in questions.table] == QUESTIONS[split]
+        and questions.report is None
+        and questions.passages is None
+    )
 
 
 def test_the_reader_takes_every_passage():
     table, report = read_passages(QUICKSTART["passages"])
-    assert report is None and [dict(row) for row in table] == [{name: row[name] for name in ("id", "title", "text")} for row in PASSAGES]
+    assert report is None and [dict(row) for row in table] == [
+        {name: row[name] for name in ("id", "title", "text")} for row in PASSAGES
+    ]
 
 
 def test_the_names_of_the_package_lead_to_the_files():
     assert {name: path.rsplit("/", 1)[-1] for name, path in QUICKSTART.items()} == {
-        "questions": "train.jsonl", "eval_questions": "validation.jsonl", "passages": "passages.jsonl",
-    }  # fmt: skip
+        "questions": "train.jsonl",
+        "eval_questions": "validation.jsonl",
+        "passages": "passages.jsonl",
+    }
     assert QUICKSTART_SETTINGS.is_file()

@@ -51,6 +51,17 @@ def test_trained_vectors_are_the_indexed_vectors(retriever, kind, prompts):
     np.testing.assert_allclose(trained, retriever.encode(TEXTS, kind=kind, batch_size=3), atol=1e-5)
 
 
+def test_embedding_many_texts_of_mixed_length_keeps_their_order(retriever):
+    """They are padded together with texts of like length, and must come back in the order given."""
+    texts = [passage["text"][: 5 + 13 * (i * 7 % 20)] for i, passage in enumerate(tiny.corpus(40)[0])]
+    assert len(texts) > 2 * cozyrag.retriever.EMBED_TOGETHER
+    retriever.model.eval()
+    with torch.no_grad():
+        together = retriever.embed(texts, kind="query")
+        alone = torch.cat([retriever.embed([text], kind="query") for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_kinds_have_prompts_of_their_own(retriever):
     retriever.model.prompts.update({"query": "What colour: ", "document": "The tower "})
     asked, told = (retriever.encode(["fox"], kind=kind, batch_size=1) for kind in ("query", "document"))

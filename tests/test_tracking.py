@@ -1,4 +1,4 @@
-"""What trackers are told (settings and numbers, never the environment) and where it lies, with the real packages and no network."""
+"""What trackers are told (settings and numbers, no environment) and where it lies: the real packages, no network."""
 
 import importlib.util
 import json
@@ -17,9 +17,16 @@ from cozyrag.config import TRACKERS, parse_settings
 from cozyrag.errors import InputError
 from cozyrag.tracking import log_numbers, start_trackers, wanted_trackers
 
-SECRETS = {"HF_TOKEN": "hf_SECRETtoken", "AWS_SECRET_ACCESS_KEY": "aws_SECRETkey", "MLFLOW_TRACKING_TOKEN": "mlflow_SECRETtoken", "MY_PASSWORD": "my_SECRETword"}
+SECRETS = {
+    "HF_TOKEN": "hf_SECRETtoken",
+    "AWS_SECRET_ACCESS_KEY": "aws_SECRETkey",
+    "MLFLOW_TRACKING_TOKEN": "mlflow_SECRETtoken",
+    "MY_PASSWORD": "my_SECRETword",
+}
 SETTINGS = parse_settings(["--questions", "my.tsv", "--rounds", "3", "--retriever_learning_rate", "7e-6"]).to_dict()
-KEPT = {name: str(value) if value is None or isinstance(value, list) else value for name, value in SETTINGS.items()}  # as trackers get them
+KEPT = {
+    name: str(value) if value is None or isinstance(value, list) else value for name, value in SETTINGS.items()
+}  # as trackers get them
 OURS = ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT")
 RUN = """
 import json, sys
@@ -29,7 +36,8 @@ from cozyrag.tracking import log_numbers, start_trackers, wanted_trackers
 
 out, names = Path("out"), wanted_trackers(sys.argv[1:])
 accelerator = Accelerator(cpu=True, log_with=names, project_dir=str(out))
-start_trackers(accelerator, names, project="my-project", run_name="my-run", folder=out / "trackers", settings=json.load(sys.stdin))
+settings = json.load(sys.stdin)
+start_trackers(accelerator, names, project="my-project", run_name="my-run", folder=out / "trackers", settings=settings)
 log_numbers(accelerator, {"loss": 1.5, "recall@5": 62.5, "em_interval": [1.0, 2.0]}, step=3, prefix="generator")
 accelerator.end_training()
 """
@@ -70,7 +78,13 @@ def start(recorder, names, folder, settings=()):
 
 @pytest.mark.parametrize(
     ("asked", "names"),
-    [(["none"], []), ([], []), (["mlflow"], ["mlflow"]), (["none", "wandb"], ["wandb"]), (list(TRACKERS), list(TRACKERS))],
+    [
+        (["none"], []),
+        ([], []),
+        (["mlflow"], ["mlflow"]),
+        (["none", "wandb"], ["wandb"]),
+        (list(TRACKERS), list(TRACKERS)),
+    ],
 )
 def test_none_stands_for_no_tracker(asked, names):
     assert wanted_trackers(asked) == names
@@ -100,9 +114,21 @@ def test_settings_are_handed_over_as_plain_values(tmp_path, environment):
     settings = parse_settings(["--questions", "my.tsv", "--report_to", "mlflow", "wandb"]).to_dict()
     start(recorder, ["mlflow", "wandb"], tmp_path, settings)
     [(project, config, options)] = recorder.started
-    assert project == "p" and set(config) == set(settings) and {type(value) for value in config.values()} <= {int, float, str, bool}
-    assert (config["rounds"], config["use_cpu"], config["threads"], config["report_to"]) == (2, False, "None", "['mlflow', 'wandb']")
-    assert options == {"mlflow": {"run_name": "r", "logging_dir": str(tmp_path / "mlflow-artifacts")}, "wandb": {"name": "r", "dir": str(tmp_path)}}
+    assert (
+        project == "p"
+        and set(config) == set(settings)
+        and {type(value) for value in config.values()} <= {int, float, str, bool}
+    )
+    assert (config["rounds"], config["use_cpu"], config["threads"], config["report_to"]) == (
+        2,
+        False,
+        "None",
+        "['mlflow', 'wandb']",
+    )
+    assert options == {
+        "mlflow": {"run_name": "r", "logging_dir": str(tmp_path / "mlflow-artifacts")},
+        "wandb": {"name": "r", "dir": str(tmp_path)},
+    }
 
 
 def test_only_the_trackers_asked_for_get_options_and_variables(tmp_path, environment):
@@ -118,7 +144,9 @@ def test_without_word_from_the_user_they_need_no_network(tmp_path, environment):
     assert environment["WANDB_MODE"] == "offline" and environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-@pytest.mark.parametrize("given", [{"MLFLOW_TRACKING_URI": "http://mine"}, {"WANDB_MODE": "online"}, {"WANDB_MODE": "disabled"}])
+@pytest.mark.parametrize(
+    "given", [{"MLFLOW_TRACKING_URI": "http://mine"}, {"WANDB_MODE": "online"}, {"WANDB_MODE": "disabled"}]
+)
 def test_what_the_user_set_is_respected(given, tmp_path, environment):
     environment.update(given)
     start(Recorder(), ["mlflow", "wandb"], tmp_path)
@@ -133,7 +161,12 @@ def test_with_an_api_key_wandb_is_left_online(tmp_path, environment):
 
 def test_numbers_are_plain_floats_under_a_prefix():
     recorder = Recorder()
-    log_numbers(recorder, {"loss": np.float64(0.5), "recall@1": 3, "em_interval": [0.1, 0.2], "kind": "examined"}, step=7, prefix="examined")
+    log_numbers(
+        recorder,
+        {"loss": np.float64(0.5), "recall@1": 3, "em_interval": [0.1, 0.2], "kind": "examined"},
+        step=7,
+        prefix="examined",
+    )
     [(numbers, step)] = recorder.logged
     assert numbers == {"examined/loss": 0.5, "examined/recall_at_1": 3.0} and step == 7
     assert {type(value) for value in numbers.values()} == {float}
@@ -149,11 +182,24 @@ def tracked(tmp_path):
     def run(name):
         for folder in ("home", "tmp", "work"):
             (tmp_path / folder).mkdir()
-        plain = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        plain = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
         command = [sys.executable, "-c", RUN, name]
         environment = plain | folders | SECRETS
-        done = subprocess.run(command, cwd=tmp_path / "work", input=json.dumps(SETTINGS), env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command,
+            cwd=tmp_path / "work",
+            input=json.dumps(SETTINGS),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         return tmp_path / "work" / "out"
 
@@ -191,7 +237,15 @@ def test_wandb_offline_keeps_settings_and_numbers_below_trackers(tracked, tmp_pa
     check_place_and_secrets(tmp_path, out)
     [record] = (out / "trackers" / "wandb").glob("offline-run-*/run-*.wandb")
     raw = record.read_bytes()
-    for words in (b"my-project", b"my-run", b'"my.tsv"', b"retriever_learning_rate", b"generator/loss", b"generator/recall_at_5", b"62.5"):
+    for words in (
+        b"my-project",
+        b"my-run",
+        b'"my.tsv"',
+        b"retriever_learning_rate",
+        b"generator/loss",
+        b"generator/recall_at_5",
+        b"62.5",
+    ):
         assert words in raw, words
     log = (record.parent / "logs" / "debug.log").read_text()
     assert "config_cb" in log and str(KEPT) in log
@@ -207,6 +261,9 @@ def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers(tracked,
             return database.execute(query).fetchall()
 
         assert dict(rows("SELECT key, value FROM params")) == {name: str(value) for name, value in KEPT.items()}
-        assert set(rows("SELECT key, value, step FROM metrics")) == {("generator/loss", 1.5, 3), ("generator/recall_at_5", 62.5, 3)}
+        assert set(rows("SELECT key, value, step FROM metrics")) == {
+            ("generator/loss", 1.5, 3),
+            ("generator/recall_at_5", 62.5, 3),
+        }
         assert rows("SELECT name, status FROM runs") == [("my-run", "FINISHED")]
         assert ("my-project",) in rows("SELECT name FROM experiments")

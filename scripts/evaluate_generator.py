@@ -1,0 +1,70 @@
+"""How well a generator reads: its answers when it is given the gold passage, cut down by the package's own filter.
+
+No retrieval takes part, so this is the reader alone: the ceiling of what the pair can do with perfect retrieval.
+
+    python scripts/evaluate_generator.py GENERATOR --questions squad_dev.jsonl.gz --context_tokens 128
+
+Prints EM and F1 with 95 % intervals (percentile bootstrap over the questions) and how many questions still have their
+answer in the filtered context. Left out: the whole pair, which train.py examines.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from cozyrag.cli import door
+from cozyrag.contexts import ContextMaker
+from cozyrag.errors import InputError
+from cozyrag.generator import Generator
+from cozyrag.index import Passages
+from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
+from cozyrag.questions import read_questions, take
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """EM, F1 and answer survival in percent, over the questions that know their gold passage."""
+    read = read_questions(options.questions)
+    if read.passages is None:
+        raise InputError(f"{options.questions}: expected questions that carry their gold passage (column 'context'), found none.")
+    questions = take(read.table, options.max_questions, 0)[:]
+    generator = Generator.load(options.generator)
+    generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    maker = ContextMaker(Passages.of(read.passages), generator.count_tokens, top_k=1, budget=options.context_tokens)
+    pairs = zip(questions["question"], questions["passage_id"], strict=True)
+    contexts = [maker.context(question, [maker.row_of[gold]]) for question, gold in pairs]
+    began = time.perf_counter()
+    predictions = generator.answer(
+        questions["question"], contexts, context_tokens=options.context_tokens, max_new_tokens=24, batch_size=options.batch_size,
+        progress=lambda batches: tqdm(batches, desc="answering", unit="batch"),
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    scores = {
+        "em": np.array([exact_match(p, a) for p, a in zip(predictions, questions["answers"], strict=True)]),
+        "f1": np.array([f1(p, a) for p, a in zip(predictions, questions["answers"], strict=True)]),
+        "answer_in_context": np.array([contains_answer(normalize_answer(c), a) for c, a in zip(contexts, questions["answers"], strict=True)], dtype=float),
+    }
+    report = {"questions": len(predictions), "context_tokens": options.context_tokens, "questions_per_second": round(len(predictions) / seconds, 1)}
+    for name, values in scores.items():
+        report[name] = round(100 * float(values.mean()), 2)
+        report[f"{name}_interval"] = [round(100 * float(end), 2) for end in bootstrap_interval(values)]
+    return report
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("generator", help="checkpoint folder or Hub id")
+    parser.add_argument("--questions", required=True, help="questions that carry their gold passage: SQuAD layout or a context column")
+    parser.add_argument("--context_tokens", type=int, default=128, help="budget of the filtered passage, in tokens (default: 128)")
+    parser.add_argument("--max_questions", type=int, help="a sample of so many questions (default: all)")
+    parser.add_argument("--batch_size", type=int, default=64, help="questions answered at once (default: 64)")
+    options = parser.parse_args()
+    door(lambda: print(json.dumps(evaluate(options), indent=2)))
+
+
+if __name__ == "__main__":
+    main()
