@@ -37,7 +37,7 @@ def write_card(folder: Path, *, role: str, settings: Mapping, results: str, summ
     card = ModelCard.from_template(
         data,
         template_path=str(shipped_folder("model_cards") / f"{role}.md"),
-        base=base,
+        base=_public(base),
         questions=Path(settings["questions"]).name,
         settings=_settings_rows(settings),
         results=results,
@@ -51,7 +51,12 @@ def write_card(folder: Path, *, role: str, settings: Mapping, results: str, summ
 def _settings_rows(settings: Mapping) -> str:
     """Lines of the settings table: those that are set, without where the run lay and went to."""
     shown = {name: value for name, value in settings.items() if value is not None and not name.startswith("hub_") and name != "output_dir"}
-    return "\n".join(f"| {name} | {value} |" for name, value in shown.items())
+    return "\n".join(f"| {name} | {_public(value)} |" for name, value in shown.items())
+
+
+def _public(value: object) -> object:
+    """Names of local files without the folders they lie in, which are nobody's business."""
+    return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
 
 
 def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalResult]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from cozyrag.embedded import QUICKSTART_SETTINGS
@@ -262,5 +264,10 @@ def check_settings(settings: Settings) -> None:
         raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")
     if settings.output.push_to_hub and not settings.output.hub_model_id:
         raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
+    if settings.output.hub_model_id:
+        try:
+            validate_repo_id(settings.output.hub_model_id)
+        except HFValidationError as error:
+            raise InputError(f"--hub_model_id: expected user/name, found {settings.output.hub_model_id!r} ({error}).") from error
     if settings.output.resume and settings.output.overwrite_output_dir:
         raise InputError("--resume goes on with what --output_dir holds and --overwrite_output_dir deletes it: give one of the two.")

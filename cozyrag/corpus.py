@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from cozyrag.errors import InputError
 from cozyrag.passages import merge_passages, read_passages
-from cozyrag.questions import hold_out, read_questions, take
+from cozyrag.questions import Questions, hold_out, read_questions, take
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def load_corpus(
     """Read the tables; `columns` names the question file's columns as `read_questions` takes them.
 
     Raises:
-        InputError: a file that cannot be used; no passages anywhere; a gold passage that no passage has.
+        InputError: a file that cannot be used; no passages anywhere; a gold id that no passage has.
     """
     train = read_questions(questions, split=questions_split, skip_bad_rows=skip_bad_rows, **columns)
     asked = train if eval_questions is None else read_questions(eval_questions, split=eval_split, skip_bad_rows=skip_bad_rows, **columns)
@@ -63,20 +63,32 @@ def load_corpus(
                 "Give --passages FILE, or a question file with contexts."
             )
         pool = merge_passages(carried)
-    _check_gold(train.table, pool, questions)
-    _check_gold(asked.table, pool, eval_questions or questions)
-    train_table, asked_table = train.table, asked.table
+    train_table = _with_gold(train, pool, questions, say)
+    asked_table = train_table if asked is train else _with_gold(asked, pool, eval_questions, say)
     if eval_questions is None:
-        train_table, asked_table = hold_out(train.table, share=eval_share, limit=max_eval_questions or len(train.table), seed=seed)
+        train_table, asked_table = hold_out(train_table, share=eval_share, limit=max_eval_questions or len(train_table), seed=seed)
     return Corpus(take(train_table, max_questions, seed), take(asked_table, max_eval_questions, seed), pool)
 
 
-def _check_gold(questions: Dataset, passages: Dataset, source: str) -> None:
-    """A gold passage that is not there would silently turn into "unknown"."""
-    columns, known = questions.select_columns(["id", "passage_id"])[:], set(passages[:]["id"])
+def _with_gold(questions: Questions, passages: Dataset, source: str, say: Callable[[str], None]) -> Dataset:
+    """The questions table with gold ids that are among the passages.
+
+    An id that the question file names and no passage has is an error: it would silently turn into "unknown". A context
+    that the question file carries is found among the passages by its text; one that is not there is unknown, and counted.
+    """
+    columns, pool = questions.table[:], passages[:]
+    known = set(pool["id"])
+    if questions.passages is not None:
+        by_text, carried = dict(zip(pool["text"], pool["id"], strict=True)), questions.passages[:]
+        place = {own: by_text.get(text) for own, text in zip(carried["id"], carried["text"], strict=True)}
+        columns["passage_id"] = [gold if gold in known else place.get(gold, gold) for gold in columns["passage_id"]]
+        unknown = sum(gold is None for gold in columns["passage_id"])
+        if unknown:
+            say(f"{source}: the contexts of {unknown} of {len(questions.table)} questions are not among the passages, so their gold passage is unknown.")
     for row_id, gold in zip(columns["id"], columns["passage_id"], strict=True):
         if gold is not None and gold not in known:
             raise InputError(
                 f"{source}, question {row_id!r}: its gold passage {gold!r} is not among the {len(known)} passages. "
                 "Give the passage file that belongs to the questions, or remove the passage_id column."
             )
+    return Dataset.from_dict(columns, features=questions.table.features)

@@ -95,6 +95,11 @@ class Retriever:
         if not len(texts):
             return np.zeros((0, self.model.get_embedding_dimension()), dtype=np.float32)
         vectors = encode(list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=progress)
+        if not np.isfinite(vectors).all():
+            raise InputError(
+                "Expected vectors of numbers from the retriever, found NaN or infinity: its training has diverged. "
+                "Lower --retriever_learning_rate, or go on from an earlier checkpoint."
+            )
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
     def fingerprint(self) -> str:

@@ -41,7 +41,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], *, project: s
             os.environ.setdefault("WANDB_MODE", "offline")
     options = {
         "mlflow": {"run_name": run_name, "logging_dir": str(folder / "mlflow-artifacts")},
-        "wandb": {"name": run_name, "dir": str(folder)},
+        "wandb": {"name": run_name, "dir": str(folder), "settings": {"x_disable_meta": True, "console": "off"}},  # no command line, no host, no screen
     }
     accelerator.project_configuration.logging_dir = str(folder)  # where Accelerate lets TensorBoard write
     plain = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings.items()}

@@ -368,3 +368,9 @@ def test_own_questions_do_not_get_the_settings_of_the_quickstart_set(quickstart_
 
 def test_the_settings_shipped_with_the_quickstart_set_are_accepted():
     assert values(own=[])["questions"] == "quickstart"
+
+
+@pytest.mark.parametrize("name", ["a b/c", "user/", "one/two/three", "user/na--me"])
+def test_a_hub_name_that_cannot_be_one_is_refused_before_anything_is_trained(name):
+    with pytest.raises(InputError, match="--hub_model_id: expected user/name"):
+        parse_settings(["--push_to_hub", "--hub_model_id", name])

