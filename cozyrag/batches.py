@@ -21,7 +21,9 @@ def phase_seed(seed: int, *, round_number: int, phase: str, step: int = 0) -> in
     return int(np.random.SeedSequence([seed, round_number, PHASES.index(phase), step]).generate_state(1)[0])
 
 
-def plan_steps(lengths: Sequence[int], *, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> list[np.ndarray]:
+def plan_steps(
+    lengths: Sequence[int], *, batch_size: int, epochs: float, max_steps: int | None, seed: int
+) -> list[np.ndarray]:
     """The rows of every optimizer step of a phase.
 
     Each epoch is shuffled, cut into pools of `SORTING_POOL` batches, each pool sorted by length and cut into batches,
@@ -95,7 +97,9 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tens
     }
 
 
-def collate_packed(examples: Sequence[Example], *, row_tokens: int, rows: int, pad_id: int) -> tuple[dict[str, torch.Tensor], int]:
+def collate_packed(
+    examples: Sequence[Example], *, row_tokens: int, rows: int, pad_id: int
+) -> tuple[dict[str, torch.Tensor], int]:
     """As many of `examples`, in order, as fit into `rows` rows of `row_tokens` tokens, several to a row, and their number.
 
     Each example keeps its own positions from 0 and sees only itself: with `position_ids` that start anew and no
@@ -121,7 +125,12 @@ def collate_packed(examples: Sequence[Example], *, row_tokens: int, rows: int, p
         positions.append(np.arange(example.prompt_length - 1, length - 1) + row * row_tokens + start)
         targets.append(np.asarray(example.input_ids[example.prompt_length :], dtype=np.int64))
         used, start = used + 1, start + length
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "positions": np.concatenate(positions), "targets": np.concatenate(targets)}
+    batch = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "positions": np.concatenate(positions),
+        "targets": np.concatenate(targets),
+    }
     return {name: torch.from_numpy(array) for name, array in batch.items()}, used
 
 

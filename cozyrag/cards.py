@@ -50,7 +50,11 @@ def write_card(folder: Path, *, role: str, settings: Mapping, results: str, summ
 
 def _settings_rows(settings: Mapping) -> str:
     """Lines of the settings table: those that are set, without where the run lay and went to."""
-    shown = {name: value for name, value in settings.items() if value is not None and not name.startswith("hub_") and name != "output_dir"}
+    shown = {
+        name: value
+        for name, value in settings.items()
+        if value is not None and not name.startswith("hub_") and name != "output_dir"
+    }
     return "\n".join(f"| {name} | {_public(value)} |" for name, value in shown.items())
 
 
@@ -61,10 +65,20 @@ def _public(value: object) -> object:
 
 def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalResult]:
     """The model-index entries of one role."""
-    names = {"em": "exact_match", "f1": "f1"} if role == "generator" else {"recall@1": "recall@1", "recall@5": "recall@5", "mrr@10": "mrr@10"}
+    names = (
+        {"em": "exact_match", "f1": "f1"}
+        if role == "generator"
+        else {"recall@1": "recall@1", "recall@5": "recall@5", "mrr@10": "mrr@10"}
+    )
     task = "question-answering" if role == "generator" else "sentence-similarity"
     asked = Path(settings["eval_questions"] or settings["questions"]).name
     return [
-        EvalResult(task_type=task, dataset_type="custom", dataset_name=f"{summary['questions']} questions of {asked}", metric_type=kind, metric_value=summary[name])
+        EvalResult(
+            task_type=task,
+            dataset_type="custom",
+            dataset_name=f"{summary['questions']} questions of {asked}",
+            metric_type=kind,
+            metric_value=summary[name],
+        )
         for name, kind in names.items()
     ]

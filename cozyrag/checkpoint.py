@@ -19,7 +19,19 @@ from cozyrag.generator import Generator
 from cozyrag.retriever import Retriever
 
 PHASES = ("generator", "retriever", "examine")
-OURS = ("checkpoints", "contexts", "examined", "generator", "retriever", "index", "trackers", "cozyrag.json", "metrics.jsonl", "settings.json", "README.md")
+OURS = (
+    "checkpoints",
+    "contexts",
+    "examined",
+    "generator",
+    "retriever",
+    "index",
+    "trackers",
+    "cozyrag.json",
+    "metrics.jsonl",
+    "settings.json",
+    "README.md",
+)
 FREE_TO_CHANGE = {  # settings that do not touch the course of training
     "resume", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "logging_steps", "report_to", "project_name", "run_name",
     "push_to_hub", "hub_model_id", "hub_private", "threads", "encode_batch_size", "answer_batch_size", "rounds",
@@ -47,7 +59,9 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"--output_dir: expected a folder, {folder.absolute()} is a file. Give another name.")
     content = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if resume and not _complete_checkpoints(folder):
-        raise InputError(f"--resume: expected a checkpoint under {folder.absolute() / 'checkpoints'}, found none. Start without --resume.")
+        raise InputError(
+            f"--resume: expected a checkpoint under {folder.absolute() / 'checkpoints'}, found none. Start without --resume."
+        )
     if content and not resume and not overwrite:
         raise InputError(
             f"--output_dir: expected a new or empty folder, {folder.absolute()} holds {content[0]!r}{' and more' if len(content) > 1 else ''}; "
@@ -99,7 +113,9 @@ class Checkpoints:
         changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
         if changed:
             listed = ", ".join(f"{name} (was {before.get(name)!r}, now {now[name]!r})" for name in changed)
-            raise InputError(f"--resume: expected the settings of the interrupted run, found other ones for {listed}. Give the old ones or start anew.")
+            raise InputError(
+                f"--resume: expected the settings of the interrupted run, found other ones for {listed}. Give the old ones or start anew."
+            )
         return Progress(**saved)
 
     def save(self, progress: Progress, generator: Generator, retriever: Retriever) -> None:

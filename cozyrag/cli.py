@@ -28,10 +28,14 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="cozyrag", description="Fine-tune a retriever and a generator together, and ask them.")
+    parser = argparse.ArgumentParser(
+        prog="cozyrag", description="Fine-tune a retriever and a generator together, and ask them."
+    )
     parser.add_argument("--version", action="version", version=f"cozyrag {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="train a pair, as train.py does; `cozyrag train --help` shows every setting", add_help=False)
+    commands.add_parser(
+        "train", help="train a pair, as train.py does; `cozyrag train --help` shows every setting", add_help=False
+    )
     _add_ask(commands)
     _add_push(commands)
     arguments, rest = parser.parse_known_args()
@@ -48,7 +52,9 @@ def _main() -> None:
 def _add_ask(commands: argparse._SubParsersAction) -> None:
     ask = commands.add_parser("ask", help="ask a trained pair a question and see its sources")
     ask.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
-    ask.add_argument("questions", nargs="*", metavar="QUESTION", help="questions in quotes; none: one a line from standard input")
+    ask.add_argument(
+        "questions", nargs="*", metavar="QUESTION", help="questions in quotes; none: one a line from standard input"
+    )
     ask.add_argument("--top_k", type=int, help="passages to read (default: as trained)")
     ask.set_defaults(act=_ask)
 
@@ -56,7 +62,9 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
 def _add_push(commands: argparse._SubParsersAction) -> None:
     push = commands.add_parser("push", help="upload a trained pair and its index to the Hugging Face Hub")
     push.add_argument("model", metavar="OUTPUT", help="output folder of a run")
-    push.add_argument("repo", metavar="USER/NAME", help="repository of the generator; -retriever and -index are added for the others")
+    push.add_argument(
+        "repo", metavar="USER/NAME", help="repository of the generator; -retriever and -index are added for the others"
+    )
     push.add_argument("--private", action="store_true", help="make the repositories private")
     push.set_defaults(act=_push)
 

@@ -41,24 +41,35 @@ class DataSettings:
         "Training questions: a .tsv/.csv/.jsonl/.json (SQuAD layout too)/.parquet file, also .gz, or a Hub dataset id. "
         "'quickstart' is the set that comes with the package.",
     )
-    eval_questions: str | None = setting(None, "Questions to examine with, same formats. None: a share of --questions is held out.")
+    eval_questions: str | None = setting(
+        None, "Questions to examine with, same formats. None: a share of --questions is held out."
+    )
     passages: str | None = setting(
-        None, "Passages to search: .jsonl/.csv/.parquet file or Hub dataset id. None: the contexts that the question files carry."
+        None,
+        "Passages to search: .jsonl/.csv/.parquet file or Hub dataset id. None: the contexts that the question files carry.",
     )
     questions_split: str = setting("train", "Split to read when --questions is a Hub dataset.")
     eval_split: str = setting("validation", "Split to read when --eval_questions is a Hub dataset.")
     passages_split: str = setting("train", "Split to read when --passages is a Hub dataset.")
     question_column: str = setting("question", "Column that holds the question.")
     answer_column: str = setting("answers", "Column that holds the answer or answers.")
-    context_column: str = setting("context", "Column of the question file that holds the gold passage, if there is one.")
+    context_column: str = setting(
+        "context", "Column of the question file that holds the gold passage, if there is one."
+    )
     title_column: str = setting("title", "Column that holds the title of a passage.")
     text_column: str = setting("text", "Column of the passage file that holds the text.")
     id_column: str = setting("id", "Column that holds the id of a row.")
-    passage_id_column: str = setting("passage_id", "Column of the question file that names the gold passage's id, if there is one.")
+    passage_id_column: str = setting(
+        "passage_id", "Column of the question file that names the gold passage's id, if there is one."
+    )
     max_questions: int | None = setting(None, "Train on at most this many questions, drawn with --seed. None: all.")
     max_eval_questions: int | None = setting(500, "Examine on at most this many questions, drawn with --seed.")
-    eval_share: float = setting(0.1, "Share of --questions held out when there is no --eval_questions, 0 to 0.5; split by gold passage.")
-    skip_bad_rows: bool = setting(False, "Skip unusable rows, counted and listed up to 10, instead of stopping at them.")
+    eval_share: float = setting(
+        0.1, "Share of --questions held out when there is no --eval_questions, 0 to 0.5; split by gold passage."
+    )
+    skip_bad_rows: bool = setting(
+        False, "Skip unusable rows, counted and listed up to 10, instead of stopping at them."
+    )
 
 
 @dataclass
@@ -100,27 +111,46 @@ class ContextSettings:
 class TrainingSettings:
     """Training."""
 
-    rounds: int = setting(2, "Laps of the relay: generator phase, retriever phase, index again, examine. 0 only examines.")
+    rounds: int = setting(
+        2, "Laps of the relay: generator phase, retriever phase, index again, examine. 0 only examines."
+    )
     generator_epochs: float = setting(1.0, "Passes over the questions in each generator phase; may be a fraction.")
-    generator_steps: int | None = setting(None, "Most optimizer steps of each generator phase. 0 leaves the generator as it is.")
-    generator_batch_size: int = setting(32, "Questions of one generator step, over all processes and accumulation pieces.")
+    generator_steps: int | None = setting(
+        None, "Most optimizer steps of each generator phase. 0 leaves the generator as it is."
+    )
+    generator_batch_size: int = setting(
+        32, "Questions of one generator step, over all processes and accumulation pieces."
+    )
     generator_learning_rate: float = setting(2e-4, "Peak learning rate of the generator (AdamW).")
     retriever_epochs: float = setting(1.0, "Passes over the pairs in each retriever phase; may be a fraction.")
-    retriever_steps: int | None = setting(None, "Most optimizer steps of each retriever phase. 0 leaves the retriever as it is.")
-    retriever_batch_size: int = setting(64, "Pairs of one retriever step, over all processes; every pair is the others' negative.")
+    retriever_steps: int | None = setting(
+        None, "Most optimizer steps of each retriever phase. 0 leaves the retriever as it is."
+    )
+    retriever_batch_size: int = setting(
+        64, "Pairs of one retriever step, over all processes; every pair is the others' negative."
+    )
     retriever_learning_rate: float = setting(3e-5, "Peak learning rate of the retriever (AdamW).")
     temperature: float = setting(0.05, "Temperature of the retriever's contrastive loss.")
-    hard_negatives: int = setting(1, "Mined negatives for each question: ranks 4 to 60 of the search, never one that holds an answer.")
+    hard_negatives: int = setting(
+        1, "Mined negatives for each question: ranks 4 to 60 of the search, never one that holds an answer."
+    )
     gradient_accumulation_steps: int = setting(
-        1, "Pieces in which each process works through its share of a step: more pieces need less memory and give the same result."
+        1,
+        "Pieces in which each process works through its share of a step: more pieces need less memory and give the same result.",
     )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
     weight_decay: float = setting(0.01, "Weight decay of AdamW; none on biases and norms.")
     warmup_ratio: float = setting(0.1, "Share of a phase's steps in which the learning rate climbs to its peak.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = setting("linear", "How the learning rate goes on after the warm-up.")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(None, "Precision of the arithmetic. None: what accelerate launch was told, else no.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = setting(
+        "linear", "How the learning rate goes on after the warm-up."
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
+        None, "Precision of the arithmetic. None: what accelerate launch was told, else no."
+    )
     use_cpu: bool = setting(False, "Train on the CPU although there is a GPU.")
-    threads: int | None = setting(None, "CPU threads of each process. None: the cores of the machine shared by its processes.")
+    threads: int | None = setting(
+        None, "CPU threads of each process. None: the cores of the machine shared by its processes."
+    )
     seed: int = setting(42, "Seed of every random choice.")
 
 
@@ -128,17 +158,23 @@ class TrainingSettings:
 class OutputSettings:
     """What is left behind."""
 
-    output_dir: str = setting("cozyrag-output", "Folder for the two checkpoints, the index, metrics.jsonl and cozyrag.json.")
+    output_dir: str = setting(
+        "cozyrag-output", "Folder for the two checkpoints, the index, metrics.jsonl and cozyrag.json."
+    )
     overwrite_output_dir: bool = setting(False, "Delete what an earlier run left in --output_dir and start anew.")
     resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
-    save_steps: int = setting(200, "Optimizer steps between checkpoints to resume from; phases end with one in any case. 0: only those.")
+    save_steps: int = setting(
+        200, "Optimizer steps between checkpoints to resume from; phases end with one in any case. 0: only those."
+    )
     save_total_limit: int = setting(2, "Checkpoints kept.")
     logging_steps: int = setting(10, "Optimizer steps between log lines.")
     report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard.")
     project_name: str = setting("cozyrag", "Project or experiment under which the trackers file the run.")
     run_name: str | None = setting(None, "Name of the run in the trackers. None: the name of --output_dir.")
     push_to_hub: bool = setting(False, "Upload both models and the index to the Hugging Face Hub when the run ends.")
-    hub_model_id: str | None = setting(None, "user/name of the generator's repository; -retriever and -index are added for the other two.")
+    hub_model_id: str | None = setting(
+        None, "user/name of the generator's repository; -retriever and -index are added for the other two."
+    )
     hub_private: bool = setting(False, "Make the repositories private.")
 
 
@@ -183,15 +219,21 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
     for group in GROUPS:
         group._argument_group_name = group.__doc__.rstrip(".")
     parser = _Parser(GROUPS, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins over it.")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins over it."
+    )
     known, _ = parser.parse_known_args(arguments)  # --help ends here, with the defaults that own questions get
     chosen = _read_yaml(Path(known.config)) if known.config else {}
     parser.set_defaults(**chosen)
     if parser.parse_known_args(arguments)[0].questions == QUICKSTART:
         parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | chosen)
-    *groups, leftovers, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    *groups, leftovers, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
-        raise InputError(f"Command line: unknown setting {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-').split('=')[0])}. See --help.")
+        raise InputError(
+            f"Command line: unknown setting {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-').split('=')[0])}. See --help."
+        )
     del leftovers  # only --config, already used
     settings = Settings(*groups)
     check_settings(settings)
@@ -203,9 +245,13 @@ def _read_yaml(path: Path) -> dict:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"--config: expected a YAML file, {path.absolute()} cannot be read ({error.strerror}). Check the path.") from error
+        raise InputError(
+            f"--config: expected a YAML file, {path.absolute()} cannot be read ({error.strerror}). Check the path."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config: {path} is not valid YAML in UTF-8 ({' '.join(str(error).split())}). Correct it and run again.") from error
+        raise InputError(
+            f"--config: {path} is not valid YAML in UTF-8 ({' '.join(str(error).split())}). Correct it and run again."
+        ) from error
     if node is None or node.tag.endswith(":null"):
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -224,10 +270,16 @@ def _read_yaml(path: Path) -> dict:
 def _yaml_value(name: str, node: yaml.Node, where: str):
     """One value, checked by the same argparse types as the command line."""
     several = get_origin(KINDS[name]) is list
-    if several and isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+    if (
+        several
+        and isinstance(node, yaml.SequenceNode)
+        and all(isinstance(item, yaml.ScalarNode) for item in node.value)
+    ):
         return [item.value for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
-        raise InputError(f"{where}: expected one value{' or a list of values' if several else ''} for {name}, found a {node.id}.")
+        raise InputError(
+            f"{where}: expected one value{' or a list of values' if several else ''} for {name}, found a {node.id}."
+        )
     if node.tag.endswith(":null"):
         if type(None) not in get_args(KINDS[name]):
             raise InputError(f"{where}: expected a value for {name}, found nothing. Give one or remove the line.")
@@ -258,7 +310,9 @@ def check_settings(settings: Settings) -> None:
     ):  # fmt: skip
         value = values[name]
         if value is not None and not (low <= value and (high is None or value <= high)):
-            raise InputError(f"--{name}: expected a value of at least {low}{f' and at most {high}' if high is not None else ''}, found {value}.")
+            raise InputError(
+                f"--{name}: expected a value of at least {low}{f' and at most {high}' if high is not None else ''}, found {value}."
+            )
     strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]
     if strangers:
         raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")
@@ -268,6 +322,10 @@ def check_settings(settings: Settings) -> None:
         try:
             validate_repo_id(settings.output.hub_model_id)
         except HFValidationError as error:
-            raise InputError(f"--hub_model_id: expected user/name, found {settings.output.hub_model_id!r} ({error}).") from error
+            raise InputError(
+                f"--hub_model_id: expected user/name, found {settings.output.hub_model_id!r} ({error})."
+            ) from error
     if settings.output.resume and settings.output.overwrite_output_dir:
-        raise InputError("--resume goes on with what --output_dir holds and --overwrite_output_dir deletes it: give one of the two.")
+        raise InputError(
+            "--resume goes on with what --output_dir holds and --overwrite_output_dir deletes it: give one of the two."
+        )

@@ -130,7 +130,9 @@ class ContextMaker:
     def negatives(self, positive: int, rankings: Sequence[Sequence[int]], answers: Sequence[str]) -> list[int]:
         """The best-ranked passages of ranks 4 to 60 that hold no answer, taken from the rankings in turn."""
         found: dict[int, None] = {}
-        for row in (row for rank in zip(*(ranking[NEGATIVE_RANKS] for ranking in rankings), strict=True) for row in rank):
+        for row in (
+            row for rank in zip(*(ranking[NEGATIVE_RANKS] for ranking in rankings), strict=True) for row in rank
+        ):
             if len(found) == self.hard_negatives:
                 break
             if row != positive and not self.holds_answer(row, answers):
@@ -159,7 +161,9 @@ def attach_contexts(
         result = search(batch["question"])
         rankings = [ranking.tolist() for ranking in result.rankings]
         columns: dict[str, list] = {name: [] for name in CONTEXT_FEATURES if name not in questions.column_names}
-        for i, (question, answers, passage_id) in enumerate(zip(batch["question"], batch["answers"], batch["passage_id"], strict=True)):
+        for i, (question, answers, passage_id) in enumerate(
+            zip(batch["question"], batch["answers"], batch["passage_id"], strict=True)
+        ):
             found = result.rows[i].tolist()
             gold = maker.row_of.get(passage_id, -1)
             context = maker.context(question, found)
@@ -170,12 +174,19 @@ def attach_contexts(
             columns["answer_in_context"].append(contains_answer(normalize_answer(context), answers))
             columns["gold_row"].append(gold)
             columns["positive"].append(positive)
-            columns["negatives"].append(maker.negatives(positive, [ranking[i] for ranking in rankings], answers) if positive >= 0 else [])
+            columns["negatives"].append(
+                maker.negatives(positive, [ranking[i] for ranking in rankings], answers) if positive >= 0 else []
+            )
         progress(len(batch["question"]))
         return columns
 
     if not len(questions):  # map would hand an empty table back without the new columns
         return Dataset.from_dict({name: [] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
     return questions.map(
-        retrieve, batched=True, batch_size=batch_size, features=CONTEXT_FEATURES, new_fingerprint=fingerprint, keep_in_memory=True
+        retrieve,
+        batched=True,
+        batch_size=batch_size,
+        features=CONTEXT_FEATURES,
+        new_fingerprint=fingerprint,
+        keep_in_memory=True,
     )

@@ -46,13 +46,19 @@ def load_corpus(
         InputError: a file that cannot be used; no passages anywhere; a gold id that no passage has.
     """
     train = read_questions(questions, split=questions_split, skip_bad_rows=skip_bad_rows, **columns)
-    asked = train if eval_questions is None else read_questions(eval_questions, split=eval_split, skip_bad_rows=skip_bad_rows, **columns)
+    asked = (
+        train
+        if eval_questions is None
+        else read_questions(eval_questions, split=eval_split, skip_bad_rows=skip_bad_rows, **columns)
+    )
     for report in dict.fromkeys((train.report, asked.report)):
         if report:
             say(report)
     if passages is not None:
         names = {name: columns[name] for name in ("id_column", "title_column")}
-        pool, report = read_passages(passages, split=passages_split, text_column=text_column, skip_bad_rows=skip_bad_rows, **names)
+        pool, report = read_passages(
+            passages, split=passages_split, text_column=text_column, skip_bad_rows=skip_bad_rows, **names
+        )
         if report:
             say(report)
     else:
@@ -66,7 +72,9 @@ def load_corpus(
     train_table = _with_gold(train, pool, questions, say)
     asked_table = train_table if asked is train else _with_gold(asked, pool, eval_questions, say)
     if eval_questions is None:
-        train_table, asked_table = hold_out(train_table, share=eval_share, limit=max_eval_questions or len(train_table), seed=seed)
+        train_table, asked_table = hold_out(
+            train_table, share=eval_share, limit=max_eval_questions or len(train_table), seed=seed
+        )
     return Corpus(take(train_table, max_questions, seed), take(asked_table, max_eval_questions, seed), pool)
 
 
@@ -84,7 +92,9 @@ def _with_gold(questions: Questions, passages: Dataset, source: str, say: Callab
         columns["passage_id"] = [gold if gold in known else place.get(gold, gold) for gold in columns["passage_id"]]
         unknown = sum(gold is None for gold in columns["passage_id"])
         if unknown:
-            say(f"{source}: the contexts of {unknown} of {len(questions.table)} questions are not among the passages, so their gold passage is unknown.")
+            say(
+                f"{source}: the contexts of {unknown} of {len(questions.table)} questions are not among the passages, so their gold passage is unknown."
+            )
     for row_id, gold in zip(columns["id"], columns["passage_id"], strict=True):
         if gold is not None and gold not in known:
             raise InputError(

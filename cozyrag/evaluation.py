@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
+from cozyrag.contexts import split_sentences
 from cozyrag.generator import Generator
 from cozyrag.metrics import bootstrap_interval, exact_match, f1, rank_of, recall_at, reciprocal_rank
 
@@ -45,7 +46,10 @@ def examine(
             progress=lambda batches: tqdm(batches, desc=desc, unit="batch"),
         )
     predictions = gather_object(predictions)
-    rows = [_examined({name: column[row] for name, column in columns.items()}, predictions[row], top_k) for row in range(len(contexts))]
+    rows = [
+        _examined({name: column[row] for name, column in columns.items()}, predictions[row], top_k)
+        for row in range(len(contexts))
+    ]
     return summarize(rows), rows
 
 
@@ -95,5 +99,25 @@ def table(summaries: Sequence[tuple[str, dict]]) -> str:
         first, last = summaries[0][1], summaries[-1][1]
         lines.append("| change | " + " | ".join(f"{last[metric] - first[metric]:+.1f}" for metric in SHOWN) + " |")
     last = summaries[-1][1]
-    intervals = ", ".join(f"{name.upper()} {last[f'{name}_interval'][0]:.1f} to {last[f'{name}_interval'][1]:.1f}" for name in ("em", "f1"))
-    return "\n".join(lines) + f"\n\nPercent of {last['questions']} questions; 95 % intervals of the last line: {intervals}."
+    intervals = ", ".join(
+        f"{name.upper()} {last[f'{name}_interval'][0]:.1f} to {last[f'{name}_interval'][1]:.1f}"
+        for name in ("em", "f1")
+    )
+    return (
+        "\n".join(lines)
+        + f"\n\nPercent of {last['questions']} questions; 95 % intervals of the last line: {intervals}."
+    )
+
+
+def examples(rows: Sequence[dict], count: int = 3) -> str:
+    """A few answers from the better half, each with its verdict and the sentence of the context it stands in."""
+    better = sorted(rows, key=lambda row: -row["f1"])[: len(rows) // 2 or 1]
+    lines = []
+    for row in better[:: max(1, len(better) // count)][:count]:
+        sentences = [text for part in row["context"].split("\n") for text in split_sentences(part)]
+        prediction, reference = row["prediction"], row["answers"][0] if row["answers"] else "none"
+        source = next((text for text in sentences if prediction and prediction in text), "(not in the context)")
+        lines.append(
+            f"  Q: {row['question']}\n  A: {prediction}   [{row['verdict']}; reference: {reference}]\n  source: {source}"
+        )
+    return "\n\n".join(lines)

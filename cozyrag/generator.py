@@ -72,10 +72,16 @@ class Generator:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Length of each text in this generator's tokens."""
-        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
+        return (
+            [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+            if texts
+            else []
+        )
 
     @classmethod
-    def load(cls, name: str, *, revision: str | None = None, dropout: float = 0.0, token: str | None = None) -> "Generator":
+    def load(
+        cls, name: str, *, revision: str | None = None, dropout: float = 0.0, token: str | None = None
+    ) -> "Generator":
         """Load a checkpoint folder or a Hub id, weights in float32.
 
         Raises:
@@ -88,12 +94,16 @@ class Generator:
                 name, config=_training_config(config, dropout), revision=revision, token=token, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
-            raise InputError(_not_to_be_had("generator", name, error, "--generator scratch trains a small GPT-2 from nothing")) from error
+            raise InputError(
+                _not_to_be_had("generator", name, error, "--generator scratch trains a small GPT-2 from nothing")
+            ) from error
         _check_head(model)
         return cls(model, tokenizer)
 
     @classmethod
-    def from_scratch(cls, texts: Iterable[str], *, config: GPT2Config | None = None, vocab_size: int = 8192) -> "Generator":
+    def from_scratch(
+        cls, texts: Iterable[str], *, config: GPT2Config | None = None, vocab_size: int = 8192
+    ) -> "Generator":
         """A small untrained GPT-2 with a byte-level BPE tokenizer of its own, trained on `texts`."""
         tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
         config = config or GPT2Config(n_embd=256, n_layer=4, n_head=4, n_positions=512)
@@ -140,7 +150,9 @@ class Generator:
         return [" ".join(text.split()) for text in texts]
 
     @torch.inference_mode()
-    def confidence(self, questions: Sequence[str], contexts: Sequence[str], answers: Sequence[str], *, context_tokens: int) -> list[float]:
+    def confidence(
+        self, questions: Sequence[str], contexts: Sequence[str], answers: Sequence[str], *, context_tokens: int
+    ) -> list[float]:
         """Geometric mean of the probabilities of each answer's tokens, EOS included: 0 (no idea) to 1 (certain)."""
         examples = encode_examples(
             self.tokenizer,
@@ -153,7 +165,9 @@ class Generator:
         was_training = self.model.training
         losses = TokenLosses(self.model.eval())
         batches = (collate([example], pad_id=self.tokenizer.pad_token_id) for example in examples)
-        sure = [math.exp(-losses(**{k: v.to(self.device) for k, v in batch.items()}).mean().item()) for batch in batches]
+        sure = [
+            math.exp(-losses(**{k: v.to(self.device) for k, v in batch.items()}).mean().item()) for batch in batches
+        ]
         self.model.train(was_training)
         return sure
 

@@ -16,7 +16,9 @@ from cozyrag.errors import InputError
 from cozyrag.pipeline import PAIR_FILE, read_pair
 
 
-def push_pair(folder: str | Path, repo_id: str, *, private: bool = False, api: HfApi | None = None, message: str = "CoZyRAG pair") -> str:
+def push_pair(
+    folder: str | Path, repo_id: str, *, private: bool = False, api: HfApi | None = None, message: str = "CoZyRAG pair"
+) -> str:
     """Upload what train.py left in `folder`; returns the address of the generator's repository.
 
     Raises:
@@ -32,11 +34,19 @@ def push_pair(folder: str | Path, repo_id: str, *, private: bool = False, api: H
         retriever = _commit(api, f"{repo_id}-retriever", "model", pieces["retriever"], message)
         index = _commit(api, f"{repo_id}-index", "dataset", pieces["index"], message)
         pair["generator"] = {"folder": "."}
-        pair["retriever"] = {"repo": f"{repo_id}-retriever", "revision": retriever, "fingerprint": pair["retriever"]["fingerprint"]}
+        pair["retriever"] = {
+            "repo": f"{repo_id}-retriever",
+            "revision": retriever,
+            "fingerprint": pair["retriever"]["fingerprint"],
+        }
         pair["index"] = {"repo": f"{repo_id}-index", "revision": index}
         switch = CommitOperationAdd(PAIR_FILE, json.dumps(pair, indent=2).encode())
         _commit(api, repo_id, "model", [*pieces["generator"], switch], message)
-    except (HTTPError, OSError, ValueError) as error:  # no connection is a bare HTTPError, a refusal an OSError too, a bad name a ValueError
+    except (
+        HTTPError,
+        OSError,
+        ValueError,
+    ) as error:  # no connection is a bare HTTPError, a refusal an OSError too, a bad name a ValueError
         cause = " ".join(str(error).split())[:200]
         again = f"cozyrag push {shlex.quote(str(folder))} {shlex.quote(repo_id)}{' --private' if private else ''}"
         raise InputError(
@@ -50,7 +60,9 @@ def _files(folder: Path) -> list[CommitOperationAdd]:
     """Every file of a piece of the pair. Raises InputError when there is none."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     if not files:
-        raise InputError(f"Expected files to upload in {folder.absolute()}, found none, so the pair is not whole. Copy the folder anew or run train.py again.")
+        raise InputError(
+            f"Expected files to upload in {folder.absolute()}, found none, so the pair is not whole. Copy the folder anew or run train.py again."
+        )
     return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
 
 

@@ -81,7 +81,9 @@ class PassageIndex:
         self.fingerprint = fingerprint
         self._index = faiss.IndexFlatIP(vectors.shape[1])
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-        self._table = table.select_columns(["id"])  # a Dataset of our own: the caller's stays free of the index, which goes by name
+        self._table = table.select_columns(
+            ["id"]
+        )  # a Dataset of our own: the caller's stays free of the index, which goes by name
         no_vectors = np.zeros((0, vectors.shape[1]), dtype=np.float32)  # the index is already filled: no second copy
         with _no_bars():
             self._table.add_faiss_index_from_external_arrays(no_vectors, index_name=COLUMN, custom_index=self._index)
@@ -101,7 +103,9 @@ class PassageIndex:
         """
         k = min(k, len(self))
         # FAISS keeps any of those that tie for the last place, so a few more are asked for and cut off after sorting.
-        scores, rows = self._table.search_batch(COLUMN, np.ascontiguousarray(queries, dtype=np.float32), min(k + SPARE, len(self)))
+        scores, rows = self._table.search_batch(
+            COLUMN, np.ascontiguousarray(queries, dtype=np.float32), min(k + SPARE, len(self))
+        )
         order = np.lexsort((rows, -scores), axis=-1)[:, :k]
         return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
 
@@ -113,7 +117,13 @@ class PassageIndex:
         table.to_parquet(str(folder / "passages.parquet"))
         save_file({COLUMN: np.ascontiguousarray(self.vectors)}, folder / "vectors.safetensors")
         faiss.write_index(self._index, str(folder / "index.faiss"))
-        facts = {"retriever_fingerprint": self.fingerprint, "passages": len(self), "dimensions": self.vectors.shape[1], "metric": "inner product", "factory": "Flat"}
+        facts = {
+            "retriever_fingerprint": self.fingerprint,
+            "passages": len(self),
+            "dimensions": self.vectors.shape[1],
+            "metric": "inner product",
+            "factory": "Flat",
+        }
         (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -126,7 +136,9 @@ class PassageIndex:
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).exists()]
         if missing:
-            raise InputError(f"Expected an index in {folder}, {missing[0]} is missing. Run train.py again, or copy the whole folder.")
+            raise InputError(
+                f"Expected an index in {folder}, {missing[0]} is missing. Run train.py again, or copy the whole folder."
+            )
         found = made_by(folder)
         if found != fingerprint:
             raise InputError(

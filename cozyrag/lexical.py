@@ -35,9 +35,15 @@ class LexicalIndex:
 
     def scores_at(self, question: str, rows: np.ndarray) -> np.ndarray:
         """BM25 scores (n_rows,) of one question for chosen rows only."""
-        words = bm25s.tokenize([question], token_pattern=TOKENS, stopwords=None, return_ids=False, show_progress=False)[0]
+        words = bm25s.tokenize([question], token_pattern=TOKENS, stopwords=None, return_ids=False, show_progress=False)[
+            0
+        ]
         known = [self._bm25.vocab_dict[word] for word in words if word in self._bm25.vocab_dict]
-        asked = np.bincount(known, minlength=self._scores.shape[1]).astype(np.float32) if known else np.zeros(self._scores.shape[1], dtype=np.float32)
+        asked = (
+            np.bincount(known, minlength=self._scores.shape[1]).astype(np.float32)
+            if known
+            else np.zeros(self._scores.shape[1], dtype=np.float32)
+        )
         return self._scores[rows] @ asked
 
     def _tokenize(self, texts: Sequence[str]):

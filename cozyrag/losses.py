@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 
-def contrastive_loss(queries: torch.Tensor, passages: torch.Tensor, *, positives: torch.Tensor, temperature: float) -> torch.Tensor:
+def contrastive_loss(
+    queries: torch.Tensor, passages: torch.Tensor, *, positives: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """InfoNCE: each query must score its own passage above all others of the batch.
 
     Van den Oord et al. 2018 (arXiv:1807.03748, eq. 4) with the cosine over a temperature as score, and in-batch

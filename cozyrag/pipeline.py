@@ -46,7 +46,9 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(*, fingerprint: str, retrieval: str, weight: float, top_k: int, context_tokens: int, answer_tokens: int) -> dict:
+def describe_pair(
+    *, fingerprint: str, retrieval: str, weight: float, top_k: int, context_tokens: int, answer_tokens: int
+) -> dict:
     """The content of cozyrag.json: where the pieces lie and how they are to be used together."""
     return {
         "format_version": FORMAT_VERSION,
@@ -64,7 +66,9 @@ def read_pair(folder: Path) -> dict:
     """cozyrag.json of a folder, checked. Raises InputError when there is none or it is of another format."""
     path = folder / PAIR_FILE
     if not path.exists():
-        raise InputError(f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is no folder that train.py wrote to its end.")
+        raise InputError(
+            f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is no folder that train.py wrote to its end."
+        )
     try:
         pair = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -95,7 +99,11 @@ class CozyRAG:
         self.index = index
         lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read())
         self.searcher = Searcher(
-            index, lexical, encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64), mode=mode, weight=weight
+            index,
+            lexical,
+            encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64),
+            mode=mode,
+            weight=weight,
         )
         self.top_k = top_k
         self.context_tokens = context_tokens
@@ -103,7 +111,9 @@ class CozyRAG:
         self._maker = ContextMaker(index.passages, generator.count_tokens, top_k=top_k, budget=context_tokens)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None, device: str | None = None) -> "CozyRAG":
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, token: str | None = None, device: str | None = None
+    ) -> "CozyRAG":
         """Load what train.py left in a folder, or what was pushed as `user/name`.
 
         Raises:
@@ -132,12 +142,20 @@ class CozyRAG:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
         found = self.searcher.search(questions, k)
         scores, rows = found.scores, found.rows
-        maker = self._maker if k == self.top_k else ContextMaker(self.index.passages, self.generator.count_tokens, top_k=k, budget=self.context_tokens)
+        maker = (
+            self._maker
+            if k == self.top_k
+            else ContextMaker(self.index.passages, self.generator.count_tokens, top_k=k, budget=self.context_tokens)
+        )
         contexts = [maker.context(question, found.tolist()) for question, found in zip(questions, rows, strict=True)]
-        texts = self.generator.answer(questions, contexts, context_tokens=self.context_tokens, max_new_tokens=self.answer_tokens)
+        texts = self.generator.answer(
+            questions, contexts, context_tokens=self.context_tokens, max_new_tokens=self.answer_tokens
+        )
         sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)
         return [
-            Answer(text, score, context, tuple(self._source(row, score) for row, score in zip(found, points, strict=True)))
+            Answer(
+                text, score, context, tuple(self._source(row, score) for row, score in zip(found, points, strict=True))
+            )
             for text, score, context, found, points in zip(texts, sure, contexts, rows, scores, strict=True)
         ]
 

@@ -38,7 +38,13 @@ class Retriever:
 
     @classmethod
     def load(
-        cls, name: str, *, revision: str | None = None, max_tokens: int | None = None, device: str = "cpu", token: str | None = None
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        max_tokens: int | None = None,
+        device: str = "cpu",
+        token: str | None = None,
     ) -> "Retriever":
         """Load a SentenceTransformer folder or Hub id, weights in float32.
 
@@ -46,7 +52,9 @@ class Retriever:
             InputError: nothing can be had under that name; the message names the ways out.
         """
         try:
-            model = SentenceTransformer(name, revision=revision, device=device, token=token, model_kwargs={"dtype": torch.float32})
+            model = SentenceTransformer(
+                name, revision=revision, device=device, token=token, model_kwargs={"dtype": torch.float32}
+            )
         except (OSError, ValueError) as error:
             cause = " ".join(str(error).split())[:200]
             raise InputError(
@@ -80,13 +88,18 @@ class Retriever:
         """Vectors (n_texts, dim) with gradients; `kind` is "query" or "document", for models that prompt them differently."""
         prompt = self.model.prompts.get(kind) or ""
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        parts = [self._forward([prompt + texts[row] for row in order[at : at + EMBED_TOGETHER]]) for at in range(0, len(order), EMBED_TOGETHER)]
+        parts = [
+            self._forward([prompt + texts[row] for row in order[at : at + EMBED_TOGETHER]])
+            for at in range(0, len(order), EMBED_TOGETHER)
+        ]
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=self.device)
         return torch.cat(parts)[back]
 
     def _forward(self, texts: list[str]) -> torch.Tensor:
         features = self.model.preprocess(texts)
-        features = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in features.items()}
+        features = {
+            key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in features.items()
+        }
         return F.normalize(self.model(features)["sentence_embedding"].float(), dim=-1)
 
     def encode(self, texts: Sequence[str], *, kind: str, batch_size: int, progress: bool = False) -> np.ndarray:

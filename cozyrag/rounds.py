@@ -1,35 +1,31 @@
 """The relay: retrieve, teach the generator, teach the retriever, index again, examine, save - round after round.
 
 A run is a walk over (round, phase); each phase ends by writing down what comes next, so an interrupted run goes on
-there. Left out: how a phase trains (trainer.py), what a checkpoint holds (checkpoint.py), reading files (corpus.py).
+there. Left out: how a phase trains (trainer.py), what a checkpoint holds (checkpoint.py), reading files (corpus.py), the log (report.py).
 """
 
 import hashlib
-import resource
 import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from datasets import Dataset
-from tqdm.auto import tqdm as tqdm_auto
 
 from cozyrag.checkpoint import Checkpoints, Progress, write_json, write_jsonl
 from cozyrag.config import Settings
-from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, split_sentences
+from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts
 from cozyrag.corpus import Corpus
-from cozyrag.evaluation import examine, table
+from cozyrag.evaluation import examine
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.lexical import LexicalIndex
 from cozyrag.pipeline import describe_pair
 from cozyrag.questions import take
+from cozyrag.report import RunLog
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
 from cozyrag.tracking import log_numbers
@@ -65,7 +61,7 @@ class Rounds:
         self.index: PassageIndex | None = None
         self.lexical: LexicalIndex | None = None
         self.searcher: Searcher | None = None
-        self.steps_logged = sum(1 for row in progress.metrics if row["kind"] == "step")
+        self.log = RunLog(accelerator, self.folder, progress.metrics)
         self.passages = Passages.of(corpus.passages)
         self.maker = ContextMaker(
             self.passages,
@@ -86,7 +82,7 @@ class Rounds:
     def teach_generator(self) -> None:
         """Generator phase: the retriever is frozen, its contexts are made once."""
         contexts = self.training_contexts()
-        with self.timed("generator phase"):
+        with self.log.timed("generator phase", self.progress.round):
             train_generator(
                 self.accelerator,
                 self.generator,
@@ -101,7 +97,7 @@ class Rounds:
     def teach_retriever(self) -> None:
         """Retriever phase: the generator is frozen, positives and hard negatives come from the contexts table."""
         contexts = self.training_contexts()
-        with self.timed("retriever phase"):
+        with self.log.timed("retriever phase", self.progress.round):
             train_retriever(
                 self.accelerator,
                 self.retriever,
@@ -117,7 +113,7 @@ class Rounds:
         """Index again, let the pair answer the held-out questions, and save it."""
         round_number = self.progress.round
         contexts = self._contexts(self.corpus.eval_questions, f"round {round_number}: retrieving for the examination")
-        with self.timed("examine"):
+        with self.log.timed("examine", self.progress.round):
             summary, rows = examine(
                 self.accelerator,
                 self.generator,
@@ -128,12 +124,12 @@ class Rounds:
                 batch_size=self.settings.contexts.answer_batch_size,
                 desc=f"round {round_number}: examining",
             )
-        self.record({"kind": "examined", "round": round_number} | summary)
-        log_numbers(self.accelerator, summary, step=self.steps_logged, prefix="examined")
+        self.log.record({"kind": "examined", "round": round_number} | summary)
+        log_numbers(self.accelerator, summary, step=self.log.steps, prefix="examined")
         if self.accelerator.is_main_process:
             write_jsonl(self.folder / "examined" / f"round-{round_number:03d}.jsonl", rows)
             self._save_pair()
-        self.say(f"\n{self.results()}\n")
+        self.log.say(f"\n{self.log.results()}\n")
         self._go_on(Progress(round_number + 1, "generator"))
 
     # ---- what the acts stand on ----
@@ -161,8 +157,8 @@ class Rounds:
             "without_answer": sum(not answers for answers in columns["answers"]),
             "answer_in_context": sum(columns["answer_in_context"]),
         }
-        self.record({"kind": "contexts", "round": self.progress.round} | facts)
-        self.say(
+        self.log.record({"kind": "contexts", "round": self.progress.round} | facts)
+        self.log.say(
             f"round {self.progress.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold passage; the answer is in the context "
             f"of {facts['answer_in_context']}; {facts['without_positive']} without a positive passage teach the generator only"
             + (f"; {facts['without_answer']} without an answer teach neither" if facts["without_answer"] else "")
@@ -172,21 +168,31 @@ class Rounds:
     def _contexts(self, questions: Dataset, desc: str) -> Dataset:
         """Retrieve for a table of questions; every process does a share and all get the whole."""
         searcher = self.current_searcher()
-        with self.timed("retrieve"):
+        with self.log.timed("retrieve", self.progress.round):
             share = questions.shard(self.accelerator.num_processes, self.accelerator.process_index, contiguous=True)
             bar = tqdm(total=len(share), desc=desc, unit="question")
             contexts = attach_contexts(
                 share,
                 search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
                 maker=self.maker,
-                fingerprint=_digest(searcher.index.fingerprint, searcher.mode, str(searcher.weight), questions._fingerprint, str(self.progress.round), str(self.accelerator.process_index)),
+                fingerprint=_digest(
+                    searcher.index.fingerprint,
+                    searcher.mode,
+                    str(searcher.weight),
+                    questions._fingerprint,
+                    str(self.progress.round),
+                    str(self.accelerator.process_index),
+                ),
                 batch_size=256,
                 progress=bar.update,
             )
             bar.close()
             if self.accelerator.num_processes > 1:
                 parts = gather_object([contexts[:]])
-                contexts = Dataset.from_dict({name: [value for part in parts for value in part[name]] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
+                contexts = Dataset.from_dict(
+                    {name: [value for part in parts for value in part[name]] for name in CONTEXT_FEATURES},
+                    features=CONTEXT_FEATURES,
+                )
         return contexts
 
     def current_searcher(self) -> Searcher:
@@ -196,7 +202,7 @@ class Rounds:
             return self.searcher
         mode = self.settings.contexts.retrieval
         if mode != "dense" and self.lexical is None:
-            with self.timed("index"):
+            with self.log.timed("index", self.progress.round):
                 self.lexical = LexicalIndex(self.passages.to_read())
         self.searcher = Searcher(index, self.lexical, encode=self._encode_questions, mode=mode)
         if mode == "hybrid":
@@ -206,14 +212,27 @@ class Rounds:
     def _choose_weight(self, searcher: Searcher) -> None:
         """The weight of the two searches, by recall@5 on training questions whose gold passage is known."""
         columns = take(self.corpus.questions, WEIGHT_QUESTIONS, self.settings.training.seed)[:]
-        known = [(question, self.maker.row_of[gold]) for question, gold in zip(columns["question"], columns["passage_id"], strict=True) if gold is not None]
+        known = [
+            (question, self.maker.row_of[gold])
+            for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
+            if gold is not None
+        ]
         if not known:
-            self.say(f"No gold passage is known, so the two searches are weighed by the usual {searcher.weight:g} to 1.")
+            self.log.say(
+                f"No gold passage is known, so the two searches are weighed by the usual {searcher.weight:g} to 1."
+            )
             return
-        with self.timed("weigh searches"):
+        with self.log.timed("weigh searches", self.progress.round):
             recall = searcher.choose_weight(*(list(column) for column in zip(*known, strict=True)))
         searcher.weight = broadcast_object_list([searcher.weight])[0]  # a near tie must not part the processes
-        self.record({"kind": "weight", "round": self.progress.round, "weight": searcher.weight, "recall@5": {f"{w:g}": round(100 * r, 2) for w, r in recall.items()}})
+        self.log.record(
+            {
+                "kind": "weight",
+                "round": self.progress.round,
+                "weight": searcher.weight,
+                "recall@5": {f"{w:g}": round(100 * r, 2) for w, r in recall.items()},
+            }
+        )
 
     def _encode_questions(self, texts: Sequence[str]) -> np.ndarray:
         return self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size)
@@ -224,7 +243,7 @@ class Rounds:
         if self.index is None and made_by(self.folder / "index") == fingerprint:
             self.index = PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
         if self.index is None or self.index.fingerprint != fingerprint:
-            with self.timed("index"):
+            with self.log.timed("index", self.progress.round):
                 self.index = PassageIndex(self.corpus.passages, self._encode_passages(), fingerprint=fingerprint)
         return self.index
 
@@ -267,7 +286,7 @@ class Rounds:
 
     def _go_on(self, progress: Progress) -> None:
         self._check_processes_agree()
-        progress.metrics = self.progress.metrics
+        progress.metrics = self.log.rows
         self.progress = progress
         self.resumed_from = None
         self.checkpoints.save(progress, self.generator, self.retriever)
@@ -277,58 +296,13 @@ class Rounds:
         if self.accelerator.num_processes == 1:
             return
         found = gather_object([[weights_fingerprint(self.generator.model), self.retriever.fingerprint()]])
-        self.record({"kind": "processes", "round": self.progress.round, "phase": self.progress.phase, "fingerprints": found})
+        self.log.record(
+            {"kind": "processes", "round": self.progress.round, "phase": self.progress.phase, "fingerprints": found}
+        )
         if any(pair != found[0] for pair in found):
-            raise RuntimeError(f"the processes ended the {self.progress.phase} phase with different weights: {found}; nothing more is saved")
-
-    def record(self, row: dict) -> None:
-        """Add a row to metrics.jsonl."""
-        self.progress.metrics.append(row)
-        if self.accelerator.is_main_process:
-            write_jsonl(self.folder / "metrics.jsonl", self.progress.metrics)
-
-    def say(self, text: str) -> None:
-        """A line on the screen, above the progress bars, from the main process only."""
-        if self.accelerator.is_main_process:
-            tqdm_auto.write(text, file=sys.stdout)
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Record the seconds that a part of the round takes."""
-        start = time.perf_counter()
-        yield
-        self.record({"kind": "time", "round": self.progress.round, "part": part, "seconds": round(time.perf_counter() - start, 2)})
-
-    def examined(self) -> list[tuple[str, dict]]:
-        """(name, summary) of every examination so far."""
-        rows = [row for row in self.progress.metrics if row["kind"] == "examined"]
-        return [("before" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
-
-    def results(self) -> str:
-        """The before -> after table."""
-        return table(self.examined())
-
-    def times(self) -> str:
-        """Seconds of each part of each round, and the peak memory of this process."""
-        rows = [row for row in self.progress.metrics if row["kind"] == "time"]
-        parts = list(dict.fromkeys(row["part"] for row in rows))
-        lines = ["| seconds | " + " | ".join(parts) + " |", "|---|" + "---:|" * len(parts)]
-        for number in sorted({row["round"] for row in rows}):
-            sums = [sum(row["seconds"] for row in rows if row["round"] == number and row["part"] == part) for part in parts]
-            lines.append(f"| {'before' if number == 0 else f'round {number}'} | " + " | ".join(f"{seconds:.1f}" for seconds in sums) + " |")
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        return "\n".join(lines) + f"\n\nPeak memory of the main process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB."
-
-    def examples(self, rows: list[dict], count: int = 3) -> str:
-        """A few answers with the sentence of the context they stand in; right ones first, marked as what they are."""
-        chosen = sorted(rows, key=lambda row: -row["f1"])[: len(rows) // 2 or 1]
-        chosen = chosen[:: max(1, len(chosen) // count)][:count]
-        lines = []
-        for row in chosen:
-            sentences = [text for part in row["context"].split("\n") for text in split_sentences(part)]
-            source = next((text for text in sentences if row["prediction"] and row["prediction"] in text), "(not in the context)")
-            lines.append(f"  Q: {row['question']}\n  A: {row['prediction']}   [{row['verdict']}; reference: {row['answers'][0] if row['answers'] else '-'}]\n  source: {source}")
-        return "\n\n".join(lines)
+            raise RuntimeError(
+                f"the processes ended the {self.progress.phase} phase with different weights: {found}; nothing more is saved"
+            )
 
 
 class _Watcher:
@@ -352,7 +326,7 @@ class _Watcher:
         rounds, output = self.rounds, self.rounds.settings.output
         self.losses.append(report.loss)
         self.rates.append(1 / report.rate)
-        rounds.steps_logged += 1
+        rounds.log.steps += 1
         rounds.progress.step = report.step
         if report.step % output.logging_steps == 0 or report.step == report.steps:
             self._log(report)
@@ -362,11 +336,20 @@ class _Watcher:
     def _log(self, report: StepReport) -> None:
         rounds, progress = self.rounds, self.rounds.progress
         loss, rate = float(np.mean(self.losses)), float(1 / np.mean(self.rates))
-        row = {"kind": "step", "round": progress.round, "phase": progress.phase, "step": report.step, "loss": loss, "learning_rate": report.learning_rate, "rate": round(rate, 2)}
-        rounds.record(row)
+        row = {
+            "kind": "step",
+            "round": progress.round,
+            "phase": progress.phase,
+            "step": report.step,
+            "loss": loss,
+            "learning_rate": report.learning_rate,
+            "rate": round(rate, 2),
+            "steps_so_far": rounds.log.steps,
+        }
+        rounds.log.record(row)
         numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate}
-        log_numbers(rounds.accelerator, numbers, step=rounds.steps_logged, prefix=progress.phase)
-        rounds.say(
+        log_numbers(rounds.accelerator, numbers, step=rounds.log.steps, prefix=progress.phase)
+        rounds.log.say(
             f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {loss:.4f}, learning rate {report.learning_rate:.2e}, {rate:.1f} {self.unit}"
         )
         self.losses.clear()

@@ -20,8 +20,10 @@ from cozyrag.cards import write_card
 from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output, write_json
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
-from cozyrag.embedded import EMBEDDED_GENERATOR, QUICKSTART as QUICKSTART_FILES
+from cozyrag.embedded import EMBEDDED_GENERATOR
+from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
+from cozyrag.evaluation import examples
 from cozyrag.generator import SCRATCH, Generator
 from cozyrag.hub import push_pair
 from cozyrag.retriever import Retriever
@@ -33,7 +35,9 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
     """One run, from settings to two checkpoints. Raises InputError for what the user can put right."""
     started = time.perf_counter()
     settings = parse_settings(arguments, description=description)
-    check_output(Path(settings.output.output_dir), resume=settings.output.resume, overwrite=settings.output.overwrite_output_dir)
+    check_output(
+        Path(settings.output.output_dir), resume=settings.output.resume, overwrite=settings.output.overwrite_output_dir
+    )
     accelerator = make_accelerator(settings)
     checkpoints = Checkpoints(accelerator, Path(settings.output.output_dir), settings)
     newest = checkpoints.newest() if settings.output.resume else None
@@ -63,7 +67,9 @@ def make_accelerator(settings: Settings) -> Accelerator:
             "MULTI_CPU): it would train alone. Use `accelerate launch --config_file accelerate_configs/cpu_ddp.yaml train.py`."
         )
     if "fp16" in (training.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")) and cpu:
-        raise InputError("--mixed_precision fp16: expected a GPU, found only the CPU. Use no (or bf16 on a CPU that has it).")
+        raise InputError(
+            "--mixed_precision fp16: expected a GPU, found only the CPU. Use no (or bf16 on a CPU that has it)."
+        )
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=training.mixed_precision,
@@ -137,7 +143,9 @@ def open_output(accelerator: Accelerator, settings: Settings) -> None:
     )
 
 
-def load_models(accelerator: Accelerator, settings: Settings, corpus: Corpus, newest: Path | None) -> tuple[Generator, Retriever]:
+def load_models(
+    accelerator: Accelerator, settings: Settings, corpus: Corpus, newest: Path | None
+) -> tuple[Generator, Retriever]:
     """The pair, on this process's device: as named in the settings, or as an interrupted run left it."""
     models, device, reads = settings.models, accelerator.device, settings.contexts.passage_tokens
     if newest:
@@ -148,7 +156,9 @@ def load_models(accelerator: Accelerator, settings: Settings, corpus: Corpus, ne
         if models.retriever == EMBEDDED:
             retriever = Retriever.load_embedded(max_tokens=reads, device=str(device))
         else:
-            retriever = Retriever.load(models.retriever, revision=models.retriever_revision, max_tokens=reads, device=str(device))
+            retriever = Retriever.load(
+                models.retriever, revision=models.retriever_revision, max_tokens=reads, device=str(device)
+            )
     generator.model.to(device)
     return generator, retriever
 
@@ -165,40 +175,51 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
 def announce(rounds: Rounds) -> None:
     """Say what is about to happen, in a few lines."""
     settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
-    sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)]
-    rounds.say(
+    sizes = [
+        sum(p.numel() for p in model.parameters()) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)
+    ]
+    rounds.log.say(
         f"CoZyRAG: {len(corpus.questions)} questions to train on, {len(corpus.eval_questions)} to examine with, {len(corpus.passages)} passages.\n"
         f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters); "
         f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, {torch.get_num_threads()} threads each, "
         f"precision {accelerator.mixed_precision}; {settings.training.rounds} rounds into {settings.output.output_dir}."
     )
     if settings.models.generator == SCRATCH:
-        rounds.say(
+        rounds.log.say(
             "Note: a generator from scratch has never read a word. From a few thousand questions it learns what answers look like, not how to find "
             "them; for answers worth reading start from a pretrained one, such as --generator distilgpt2."
         )
     if rounds.resumed_from:
-        rounds.say(f"Going on from {rounds.resumed_from.name}.")
+        rounds.log.say(f"Going on from {rounds.resumed_from.name}.")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        rounds.say("Note: bf16 on a CPU without native support for it is two to three times slower than float32.")
+        rounds.log.say("Note: bf16 on a CPU without native support for it is two to three times slower than float32.")
 
 
 def finish(rounds: Rounds, started: float) -> None:
     """Cards, the tables, three answers, what to try next; then the Hub if asked."""
     settings, folder, accelerator = rounds.settings, rounds.folder, rounds.accelerator
-    rounds.say(f"{rounds.results()}\n\n{rounds.times()}\n")
+    rounds.log.say(f"{rounds.log.results()}\n\n{rounds.log.times()}\n")
     if accelerator.is_main_process:
         for role in ("generator", "retriever"):
-            summary = rounds.examined()[-1][1]
-            write_card(folder / role, role=role, settings=settings.to_dict(), results=rounds.results(), summary=summary, times=rounds.times())
+            summary = rounds.log.examined()[-1][1]
+            write_card(
+                folder / role,
+                role=role,
+                settings=settings.to_dict(),
+                results=rounds.log.results(),
+                summary=summary,
+                times=rounds.log.times(),
+            )
         newest = sorted((folder / "examined").glob("*.jsonl"))[-1]
         rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
-        rounds.say(f"Some of its answers:\n\n{rounds.examples(rows)}\n")
-        rounds.say(
+        rounds.log.say(f"Some of its answers:\n\n{examples(rows)}\n")
+        rounds.log.say(
             f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
             f'  cozyrag ask {folder} "{rows[0]["question"]}"\n'
             f"  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir my-rag"
         )
     accelerator.end_training()
     if settings.output.push_to_hub and accelerator.is_main_process:
-        rounds.say(f"Pushed to {push_pair(folder, settings.output.hub_model_id, private=settings.output.hub_private)}")
+        rounds.log.say(
+            f"Pushed to {push_pair(folder, settings.output.hub_model_id, private=settings.output.hub_private)}"
+        )

@@ -55,8 +55,12 @@ class Searcher:
             scores, rows = self.index.search(vectors, k)
             return Found(scores, rows, (rows,))
         pool = self._pool(questions, vectors, max(k, CANDIDATES))
-        scores, rows = zip(*(_best(rows, self.weight * dense + lexical, k) for rows, dense, lexical in pool.candidates), strict=True)
-        return Found(np.stack(scores).astype(np.float32), np.stack(rows), (pool.dense_rows[:, :k], pool.lexical_rows[:, :k]))
+        scores, rows = zip(
+            *(_best(rows, self.weight * dense + lexical, k) for rows, dense, lexical in pool.candidates), strict=True
+        )
+        return Found(
+            np.stack(scores).astype(np.float32), np.stack(rows), (pool.dense_rows[:, :k], pool.lexical_rows[:, :k])
+        )
 
     def choose_weight(self, questions: Sequence[str], relevant: Sequence[int], *, k: int = 5) -> dict[float, float]:
         """Share of the questions whose relevant row is among the k best, for each weight of WEIGHTS; the best becomes the weight.
@@ -65,7 +69,14 @@ class Searcher:
         """
         pool = self._pool(questions, self.encode(questions), CANDIDATES)
         recall = {
-            weight: float(np.mean([row in _best(rows, weight * dense + lexical, k)[1] for (rows, dense, lexical), row in zip(pool.candidates, relevant, strict=True)]))
+            weight: float(
+                np.mean(
+                    [
+                        row in _best(rows, weight * dense + lexical, k)[1]
+                        for (rows, dense, lexical), row in zip(pool.candidates, relevant, strict=True)
+                    ]
+                )
+            )
             for weight in WEIGHTS
         }
         self.weight = min(WEIGHTS, key=lambda weight: (-recall[weight], abs(weight - DEFAULT_WEIGHT)))

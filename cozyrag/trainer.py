@@ -84,7 +84,11 @@ def train_generator(
 
     def take_step(rows: np.ndarray) -> float:
         return generator_step(
-            accelerator, module, [examples[row] for row in rows], pad_id=generator.tokenizer.pad_token_id, pieces=settings.gradient_accumulation_steps
+            accelerator,
+            module,
+            [examples[row] for row in rows],
+            pad_id=generator.tokenizer.pad_token_id,
+            pieces=settings.gradient_accumulation_steps,
         )
 
     _run_phase(
@@ -97,7 +101,9 @@ def train_generator(
     return len(steps)
 
 
-def generator_step(accelerator: Accelerator, module: torch.nn.Module, examples: Sequence[Example], *, pad_id: int, pieces: int) -> float:
+def generator_step(
+    accelerator: Accelerator, module: torch.nn.Module, examples: Sequence[Example], *, pad_id: int, pieces: int
+) -> float:
     """Gradients of the mean loss over all answer tokens of the step; returns that loss.
 
     Every process works through `pieces` micro-batches. Each micro-batch weighs as much as it has answer tokens, so
@@ -186,9 +192,14 @@ def retriever_step(
     its own vectors back through its encoder (gradient caching, Gao et al. 2021, arXiv:2101.06983). With one piece the
     graph of the first pass is kept and nothing is computed twice.
     """
-    sides = [_Side(accelerator, retriever, questions, "query", pieces), _Side(accelerator, retriever, passages, "document", pieces)]
+    sides = [
+        _Side(accelerator, retriever, questions, "query", pieces),
+        _Side(accelerator, retriever, passages, "document", pieces),
+    ]
     leaves = [side.gathered() for side in sides]
-    loss = contrastive_loss(*leaves, positives=torch.tensor(positives, device=accelerator.device), temperature=temperature)
+    loss = contrastive_loss(
+        *leaves, positives=torch.tensor(positives, device=accelerator.device), temperature=temperature
+    )
     accelerator.backward(loss)
     for side, leaf in zip(sides, leaves, strict=True):
         side.backward(leaf.grad)
@@ -203,7 +214,9 @@ class _Side:
         self.accelerator, self.retriever, self.kind = accelerator, retriever, kind
         self.shares = share_out(range(len(texts)), parts=accelerator.num_processes)
         mine = self.shares[accelerator.process_index]
-        self.pieces = [[texts[mine[at]] for at in piece] for piece in share_out(range(len(mine)), parts=pieces) if piece]
+        self.pieces = [
+            [texts[mine[at]] for at in piece] for piece in share_out(range(len(mine)), parts=pieces) if piece
+        ]
         with torch.set_grad_enabled(len(self.pieces) == 1):
             self.vectors = [self._embed(piece) for piece in self.pieces]
 
@@ -226,7 +239,7 @@ class _Side:
     def backward(self, gradient: torch.Tensor) -> None:
         """Send the gradients of this process's vectors back through the encoder."""
         start = sum(len(share) for share in self.shares[: self.accelerator.process_index])
-        for number, piece in enumerate(self.pieces):
+        for piece in self.pieces:
             vectors = self.vectors[0] if len(self.pieces) == 1 else self._embed(piece)
             vectors.backward(gradient[start : start + len(piece)])
             start += len(piece)
@@ -258,7 +271,9 @@ def _run_phase(
     """Take the steps of a phase: gradients, clip, AdamW, schedule. A resumed phase takes the ones that are left."""
     if not steps:
         return
-    optimizer, scheduler = accelerator.prepare(*_optimizer(parameters, len(steps), learning_rate, settings, accelerator.device.type))
+    optimizer, scheduler = accelerator.prepare(
+        *_optimizer(parameters, len(steps), learning_rate, settings, accelerator.device.type)
+    )
     done = watcher.restore()
     bar = tqdm(total=len(steps), initial=done, desc=f"round {round_number}: {phase} phase", unit="step")
     clock = time.perf_counter()
@@ -277,11 +292,15 @@ def _run_phase(
     bar.close()
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], steps: int, learning_rate: float, settings: TrainingSettings, device: str):
+def _optimizer(
+    parameters: list[torch.nn.Parameter], steps: int, learning_rate: float, settings: TrainingSettings, device: str
+):
     """AdamW (weight decay on matrices only) and its schedule."""
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     others = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=device in ("cpu", "cuda"))
     warmup = round(settings.warmup_ratio * steps)
-    return optimizer, get_scheduler(settings.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    return optimizer, get_scheduler(
+        settings.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+    )

@@ -29,7 +29,9 @@ def evaluate(options: argparse.Namespace) -> dict:
     """EM, F1 and answer survival in percent, over the questions that know their gold passage."""
     read = read_questions(options.questions)
     if read.passages is None:
-        raise InputError(f"{options.questions}: expected questions that carry their gold passage (column 'context'), found none.")
+        raise InputError(
+            f"{options.questions}: expected questions that carry their gold passage (column 'context'), found none."
+        )
     questions = take(read.table, options.max_questions, 0)[:]
     generator = Generator.load(options.generator)
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,9 +47,16 @@ def evaluate(options: argparse.Namespace) -> dict:
     scores = {
         "em": np.array([exact_match(p, a) for p, a in zip(predictions, questions["answers"], strict=True)]),
         "f1": np.array([f1(p, a) for p, a in zip(predictions, questions["answers"], strict=True)]),
-        "answer_in_context": np.array([contains_answer(normalize_answer(c), a) for c, a in zip(contexts, questions["answers"], strict=True)], dtype=float),
+        "answer_in_context": np.array(
+            [contains_answer(normalize_answer(c), a) for c, a in zip(contexts, questions["answers"], strict=True)],
+            dtype=float,
+        ),
     }
-    report = {"questions": len(predictions), "context_tokens": options.context_tokens, "questions_per_second": round(len(predictions) / seconds, 1)}
+    report = {
+        "questions": len(predictions),
+        "context_tokens": options.context_tokens,
+        "questions_per_second": round(len(predictions) / seconds, 1),
+    }
     for name, values in scores.items():
         report[name] = round(100 * float(values.mean()), 2)
         report[f"{name}_interval"] = [round(100 * float(end), 2) for end in bootstrap_interval(values)]
@@ -58,8 +67,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("generator", help="checkpoint folder or Hub id")
-    parser.add_argument("--questions", required=True, help="questions that carry their gold passage: SQuAD layout or a context column")
-    parser.add_argument("--context_tokens", type=int, default=128, help="budget of the filtered passage, in tokens (default: 128)")
+    parser.add_argument(
+        "--questions", required=True, help="questions that carry their gold passage: SQuAD layout or a context column"
+    )
+    parser.add_argument(
+        "--context_tokens", type=int, default=128, help="budget of the filtered passage, in tokens (default: 128)"
+    )
     parser.add_argument("--max_questions", type=int, help="a sample of so many questions (default: all)")
     parser.add_argument("--batch_size", type=int, default=64, help="questions answered at once (default: 64)")
     options = parser.parse_args()

@@ -58,13 +58,19 @@ def prepare(options: argparse.Namespace) -> None:
             if title not in left_out and title not in seen:
                 seen.add(title)
                 articles.append((row["title"], row["text"]))
-    questions = [row for path in options.questions for row in rows_of(path) if plain_title(row["title"]) not in left_out]
-    tokenizer = train_tokenizer([text for _, text in articles] + [row["context"] for row in questions[::5]], options.vocab_size)
+    questions = [
+        row for path in options.questions for row in rows_of(path) if plain_title(row["title"]) not in left_out
+    ]
+    tokenizer = train_tokenizer(
+        [text for _, text in articles] + [row["context"] for row in questions[::5]], options.vocab_size
+    )
     tokenizer.save_pretrained(folder / "tokenizer")
     passages = {row["context"]: row["title"] for row in questions}
     articles += [(title.replace("_", " "), text) for text, title in passages.items()]
     counts = write_text(folder / "text.npz", tokenizer, articles)
-    print(f"text: {len(articles)} articles and paragraphs, {counts[0]:,} sentences, {counts[1]:,} tokens; {dropped} articles left out")
+    print(
+        f"text: {len(articles)} articles and paragraphs, {counts[0]:,} sentences, {counts[1]:,} tokens; {dropped} articles left out"
+    )
     write_questions(folder, tokenizer, questions, passages, seed=options.seed)
 
 
@@ -85,7 +91,9 @@ def plain_title(title: str) -> str:
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> GPT2Tokenizer:
     """A byte-level BPE tokenizer of GPT-2's kind."""
-    return GPT2Tokenizer().train_new_from_iterator((texts[i : i + 100] for i in range(0, len(texts), 100)), vocab_size=vocab_size)
+    return GPT2Tokenizer().train_new_from_iterator(
+        (texts[i : i + 100] for i in range(0, len(texts), 100)), vocab_size=vocab_size
+    )
 
 
 def write_text(path: Path, tokenizer: GPT2Tokenizer, articles: list[tuple[str, str]]) -> tuple[int, int]:
@@ -103,14 +111,23 @@ def write_text(path: Path, tokenizer: GPT2Tokenizer, articles: list[tuple[str, s
         article_ends.append(len(sentence_ends))
         titles.extend(tokenizer(f"{title.replace('_', ' ')}:")["input_ids"])
         title_ends.append(len(titles))
-    arrays = {"tokens": np.array(tokens, dtype=np.uint16), "sentence_ends": np.array(sentence_ends, dtype=np.int64), "article_ends": np.array(article_ends, dtype=np.int64)}
-    np.savez_compressed(path, **arrays, titles=np.array(titles, dtype=np.uint16), title_ends=np.array(title_ends, dtype=np.int64))
+    arrays = {
+        "tokens": np.array(tokens, dtype=np.uint16),
+        "sentence_ends": np.array(sentence_ends, dtype=np.int64),
+        "article_ends": np.array(article_ends, dtype=np.int64),
+    }
+    np.savez_compressed(
+        path, **arrays, titles=np.array(titles, dtype=np.uint16), title_ends=np.array(title_ends, dtype=np.int64)
+    )
     return len(sentence_ends), len(tokens)
 
 
-def write_questions(folder: Path, tokenizer: GPT2Tokenizer, questions: list[dict], passages: dict[str, str], *, seed: int) -> None:
+def write_questions(
+    folder: Path, tokenizer: GPT2Tokenizer, questions: list[dict], passages: dict[str, str], *, seed: int
+) -> None:
     """Stage 2 as token arrays: for each question its prompt tail, its answer, and one context for each of VARIANTS."""
     import bm25s
+
     from cozyrag.contexts import ContextMaker, split_sentences
     from cozyrag.index import Passages
 
@@ -119,21 +136,30 @@ def write_questions(folder: Path, tokenizer: GPT2Tokenizer, questions: list[dict
     searcher = bm25s.BM25()
     searcher.index(bm25s.tokenize(table.to_read(), show_progress=False), show_progress=False)
     row_of = {text: row for row, text in enumerate(texts)}
-    makers = [ContextMaker(table, lambda t: [len(ids) for ids in tokenizer(t)["input_ids"]], top_k=k, budget=128) for k in (1, 4)]
+    makers = [
+        ContextMaker(table, lambda t: [len(ids) for ids in tokenizer(t)["input_ids"]], top_k=k, budget=128)
+        for k in (1, 4)
+    ]
     titles = sorted(set(passages.values()))
     held_out = set(np.random.default_rng(seed).choice(titles, size=min(8, len(titles) // 10), replace=False).tolist())
     pieces: dict[str, list[list[int]]] = {name: [] for name in (*VARIANTS, "question", "answer")}
     validation = []
     for start in tqdm(range(0, len(questions), 2000), desc="contexts of mixed quality", unit="2000 questions"):
         batch = questions[start : start + 2000]
-        found, _ = searcher.retrieve(bm25s.tokenize([row["question"] for row in batch], show_progress=False), k=min(9, len(texts)), show_progress=False)
+        found, _ = searcher.retrieve(
+            bm25s.tokenize([row["question"] for row in batch], show_progress=False),
+            k=min(9, len(texts)),
+            show_progress=False,
+        )
         for row, rows in zip(batch, found.tolist(), strict=True):
             gold = row_of[row["context"]]
             contexts = {
                 "gold": makers[0].context(row["question"], [gold]),
                 "found": makers[1].context(row["question"], rows),
                 "without": makers[1].context(row["question"], [r for r in rows if r != gold][:4]),
-                "sentence": next((s for s in split_sentences(row["context"]) if row["answers"][0] in s), row["context"]),
+                "sentence": next(
+                    (s for s in split_sentences(row["context"]) if row["answers"][0] in s), row["context"]
+                ),
             }
             if row["title"] in held_out:
                 validation.append({"question": row["question"], "answers": row["answers"], "context": contexts["gold"]})
@@ -149,7 +175,9 @@ def write_questions(folder: Path, tokenizer: GPT2Tokenizer, questions: list[dict
         arrays[f"{name}_ends"] = np.cumsum([len(i) for i in ids])
     np.savez_compressed(folder / "questions.npz", **arrays)
     (folder / "validation.json").write_text(json.dumps(validation[:: max(1, len(validation) // 400)]), encoding="utf-8")
-    print(f"questions: {len(pieces['answer'])} to train on; {len(validation)} of {len(held_out)} articles held out for validation")
+    print(
+        f"questions: {len(pieces['answer'])} to train on; {len(validation)} of {len(held_out)} articles held out for validation"
+    )
 
 
 # ---- examples out of token arrays ----
@@ -166,11 +194,26 @@ class Cloze:
         self.starts_word = np.array([token.startswith("Ġ") for token in vocabulary])
         self.capital = np.array([token[1:2].isupper() and token.startswith("Ġ") for token in vocabulary])
         self.digit = np.array([token[1:2].isdigit() and token.startswith("Ġ") for token in vocabulary])
-        self.punctuation = np.array([not any(c.isalnum() for c in token.lstrip("Ġ")) and token.isascii() or token in "Ġ" for token in vocabulary])
-        words = {"digit": ["when", "how many", "which year", "what year", "how much"], "capital": ["who", "what", "which", "where", "who", "what"], "other": ["what", "what", "which", "how"]}
+        self.punctuation = np.array(
+            [
+                not any(c.isalnum() for c in token.lstrip("Ġ")) and token.isascii() or token in "Ġ"
+                for token in vocabulary
+            ]
+        )
+        words = {
+            "digit": ["when", "how many", "which year", "what year", "how much"],
+            "capital": ["who", "what", "which", "where", "who", "what"],
+            "other": ["what", "what", "which", "how"],
+        }
         encode = lambda text: np.array(tokenizer(text)["input_ids"], dtype=np.uint16)  # noqa: E731
-        self.asks = {kind: [(encode(f" {w}"), encode(f" {w.capitalize()}")) for w in each] for kind, each in words.items()}
-        self.cue, self.answer_cue, self.eos = encode(QUESTION_CUE.rstrip()), encode(f"?{ANSWER_CUE}"), np.array([tokenizer.eos_token_id], dtype=np.uint16)
+        self.asks = {
+            kind: [(encode(f" {w}"), encode(f" {w.capitalize()}")) for w in each] for kind, each in words.items()
+        }
+        self.cue, self.answer_cue, self.eos = (
+            encode(QUESTION_CUE.rstrip()),
+            encode(f"?{ANSWER_CUE}"),
+            np.array([tokenizer.eos_token_id], dtype=np.uint16),
+        )
 
     def example(self, random: np.random.Generator) -> Example | None:
         """One example, or None where the text drawn does not lend itself to one."""
@@ -218,7 +261,11 @@ class Cloze:
         ends = np.append(starts[1:], len(tokens))
         notable = np.flatnonzero((self.capital | self.digit)[tokens[starts]])
         notable = notable[notable > 0]
-        first = int(random.choice(notable)) if len(notable) and random.random() < 0.85 else int(random.integers(len(starts)))
+        first = (
+            int(random.choice(notable))
+            if len(notable) and random.random() < 0.85
+            else int(random.integers(len(starts)))
+        )
         last = min(first + min(int(random.geometric(0.45)), 6), len(starts)) - 1
         begin, stop = starts[first], ends[last]
         answer = tokens[begin:stop]
@@ -231,11 +278,23 @@ class Cloze:
         in_place, in_front = asks[int(random.integers(len(asks)))]
         reach = int(random.integers(5, 14))
         forget = random.random() * 0.5
-        kept_before = [tokens[starts[w] : ends[w]] for w in range(max(0, first - reach), first) if random.random() >= forget]
-        kept_after = [tokens[starts[w] : ends[w]] for w in range(last + 1, min(len(starts), last + 1 + reach)) if random.random() >= forget]
+        kept_before = [
+            tokens[starts[w] : ends[w]] for w in range(max(0, first - reach), first) if random.random() >= forget
+        ]
+        kept_after = [
+            tokens[starts[w] : ends[w]]
+            for w in range(last + 1, min(len(starts), last + 1 + reach))
+            if random.random() >= forget
+        ]
         if not kept_before and not kept_after:
             return None
-        order = [*kept_before, in_place, *kept_after] if random.random() < 0.4 else [in_front, *kept_after, *kept_before] if random.random() < 0.4 else [in_front, *kept_before, *kept_after]
+        order = (
+            [*kept_before, in_place, *kept_after]
+            if random.random() < 0.4
+            else [in_front, *kept_after, *kept_before]
+            if random.random() < 0.4
+            else [in_front, *kept_before, *kept_after]
+        )
         question = np.concatenate(order)
         while len(question) and self.punctuation[question[-1]]:
             question = question[:-1]
@@ -274,7 +333,14 @@ class Steps(Dataset):
     """Step number to packed batch, so that a resumed run sees the batches it would have seen."""
 
     def __init__(self, source: Cloze | Questions, *, steps: int, rows: int, row_tokens: int, seed: int, pad_id: int):
-        self.source, self.steps, self.rows, self.row_tokens, self.seed, self.pad_id = source, steps, rows, row_tokens, seed, pad_id
+        self.source, self.steps, self.rows, self.row_tokens, self.seed, self.pad_id = (
+            source,
+            steps,
+            rows,
+            row_tokens,
+            seed,
+            pad_id,
+        )
 
     def __len__(self) -> int:
         return self.steps
@@ -318,8 +384,15 @@ def train(options: argparse.Namespace) -> None:
     pad = tokenizer.pad_token_id
     shape = {"rows": options.rows, "row_tokens": options.row_tokens, "pad_id": pad}
     stages = {
-        1: Steps(Cloze(folder, tokenizer, lm_share=options.lm_share), steps=options.stage1_steps, seed=options.seed, **shape),
-        2: Steps(Questions(folder, tokenizer, mixed=not options.gold_only), steps=options.stage2_steps, seed=options.seed + 1, **shape),
+        1: Steps(
+            Cloze(folder, tokenizer, lm_share=options.lm_share), steps=options.stage1_steps, seed=options.seed, **shape
+        ),
+        2: Steps(
+            Questions(folder, tokenizer, mixed=not options.gold_only),
+            steps=options.stage2_steps,
+            seed=options.seed + 1,
+            **shape,
+        ),
     }
     validation = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
     say_cost(accelerator, generator, options)
@@ -354,19 +427,39 @@ def say_cost(accelerator: Accelerator, generator: Generator, options: argparse.N
 
 
 def run_stage(
-    accelerator: Accelerator, generator: Generator, steps: Steps, stage: int, state: dict, output: Path, validation: list[dict], options: argparse.Namespace
+    accelerator: Accelerator,
+    generator: Generator,
+    steps: Steps,
+    stage: int,
+    state: dict,
+    output: Path,
+    validation: list[dict],
+    options: argparse.Namespace,
 ) -> None:
     """One stage: AdamW, warm-up and cosine, log lines, validation, a state to resume from."""
     peak = options.learning_rate if stage == 1 else options.learning_rate * options.stage2_rate
     parameters = list(generator.model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1}, {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
     first = state["step"] if state["stage"] == stage else 0
     if first:
-        optimizer.load_state_dict(torch.load(output / "state" / "optimizer.pt", map_location=accelerator.device, weights_only=True))
+        optimizer.load_state_dict(
+            torch.load(output / "state" / "optimizer.pt", map_location=accelerator.device, weights_only=True)
+        )
     module = TokenLosses(generator.model)
-    module = torch.compile(module, dynamic=True) if accelerator.device.type == "cuda" and not options.no_compile else module
-    loader = DataLoader(steps, batch_size=None, sampler=range(first, len(steps)), num_workers=options.workers, prefetch_factor=8 if options.workers else None)
+    module = (
+        torch.compile(module, dynamic=True) if accelerator.device.type == "cuda" and not options.no_compile else module
+    )
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, len(steps)),
+        num_workers=options.workers,
+        prefetch_factor=8 if options.workers else None,
+    )
     losses, began, answered = [], time.perf_counter(), time.perf_counter()
     for step, batch in enumerate(loader, first):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
@@ -382,10 +475,21 @@ def run_stage(
         losses.append(loss.detach())
         done = step + 1
         if done == first + 20:
-            print(f"stage {stage}: about {(time.perf_counter() - began) / 20 * (len(steps) - first) / 60:.1f} minutes for {len(steps) - first} steps", flush=True)
+            print(
+                f"stage {stage}: about {(time.perf_counter() - began) / 20 * (len(steps) - first) / 60:.1f} minutes for {len(steps) - first} steps",
+                flush=True,
+            )
         if done % options.logging_steps == 0 or done == len(steps):
             rate = options.rows * options.row_tokens * (done - first) / (time.perf_counter() - began)
-            log(output, {"stage": stage, "step": done, "loss": round(float(torch.stack(losses).mean()), 4), "tokens_per_second": round(rate)})
+            log(
+                output,
+                {
+                    "stage": stage,
+                    "step": done,
+                    "loss": round(float(torch.stack(losses).mean()), 4),
+                    "tokens_per_second": round(rate),
+                },
+            )
             losses.clear()
         if time.perf_counter() - answered > 60 * options.validate_minutes or done == len(steps):
             log(output, {"stage": stage, "step": done} | validate(generator, validation))
@@ -403,10 +507,23 @@ def shape_of_rate(step: int, steps: int) -> float:
 
 def validate(generator: Generator, rows: list[dict]) -> dict:
     """EM and F1, in percent, on held-out questions with the filtered gold passage."""
-    answers = generator.answer([row["question"] for row in rows], [row["context"] for row in rows], context_tokens=144, max_new_tokens=24, batch_size=100)
-    scores = [(exact_match(answer, row["answers"]), f1(answer, row["answers"])) for answer, row in zip(answers, rows, strict=True)]
+    answers = generator.answer(
+        [row["question"] for row in rows],
+        [row["context"] for row in rows],
+        context_tokens=144,
+        max_new_tokens=24,
+        batch_size=100,
+    )
+    scores = [
+        (exact_match(answer, row["answers"]), f1(answer, row["answers"]))
+        for answer, row in zip(answers, rows, strict=True)
+    ]
     em, f1_mean = np.mean(scores, axis=0)
-    return {"validation_em": round(100 * float(em), 2), "validation_f1": round(100 * float(f1_mean), 2), "sample": answers[:3]}
+    return {
+        "validation_em": round(100 * float(em), 2),
+        "validation_f1": round(100 * float(f1_mean), 2),
+        "sample": answers[:3],
+    }
 
 
 def log(output: Path, row: dict) -> None:
@@ -420,7 +537,11 @@ def save_state(output: Path, generator: Generator, optimizer: torch.optim.Optimi
     """What --resume needs, written aside and renamed file by file, progress last."""
     folder = output / "state"
     folder.mkdir(exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in generator.model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_file(weights, folder / "model.partial")
     torch.save(optimizer.state_dict(), folder / "optimizer.partial")
     (folder / "progress.partial").write_text(json.dumps({"stage": stage, "step": step}), encoding="utf-8")
@@ -442,16 +563,28 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("prepare", help="text and questions to token arrays", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    first.add_argument("--text", nargs="+", required=True, help="JSON-lines files or folders of articles with title and text")
-    first.add_argument("--questions", nargs="+", required=True, help="question files with question, answers, title and context")
-    first.add_argument("--leave_out", nargs="*", default=[], help="question files whose titles are left out of everything")
+    first = commands.add_parser(
+        "prepare", help="text and questions to token arrays", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    first.add_argument(
+        "--text", nargs="+", required=True, help="JSON-lines files or folders of articles with title and text"
+    )
+    first.add_argument(
+        "--questions", nargs="+", required=True, help="question files with question, answers, title and context"
+    )
+    first.add_argument(
+        "--leave_out", nargs="*", default=[], help="question files whose titles are left out of everything"
+    )
     first.add_argument("--folder", required=True, help="where the token arrays go")
     first.add_argument("--vocab_size", type=int, default=8192, help="entries of the tokenizer")
     first.add_argument("--seed", type=int, default=42, help="choice of the validation articles")
-    second = commands.add_parser("train", help="token arrays to a generator", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    second = commands.add_parser(
+        "train", help="token arrays to a generator", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     second.add_argument("--folder", required=True, help="what prepare wrote")
-    second.add_argument("--output_dir", required=True, help="where generator/, log.jsonl and the state to resume from go")
+    second.add_argument(
+        "--output_dir", required=True, help="where generator/, log.jsonl and the state to resume from go"
+    )
     second.add_argument("--stage1_steps", type=int, default=20000, help="steps of reading practice; 0 leaves it out")
     second.add_argument("--stage2_steps", type=int, default=4000, help="steps on questions; 0 leaves it out")
     second.add_argument("--gold_only", action="store_true", help="stage 2 with the gold passage only (ablation)")
@@ -459,13 +592,17 @@ def main() -> None:
     second.add_argument("--row_tokens", type=int, default=256, help="tokens of a packed row")
     second.add_argument("--width", type=int, default=256, help="hidden size, a multiple of 64")
     second.add_argument("--layers", type=int, default=4, help="transformer layers")
-    second.add_argument("--lm_share", type=float, default=0.3, help="share of stage 1 examples in which every token is a target")
+    second.add_argument(
+        "--lm_share", type=float, default=0.3, help="share of stage 1 examples in which every token is a target"
+    )
     second.add_argument("--learning_rate", type=float, default=1e-3, help="peak of stage 1")
     second.add_argument("--stage2_rate", type=float, default=0.5, help="peak of stage 2, as a share of stage 1's")
     second.add_argument("--workers", type=int, default=0, help="processes that make batches")
     second.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     second.add_argument("--logging_steps", type=int, default=50, help="steps between log lines")
-    second.add_argument("--validate_minutes", type=float, default=10, help="minutes between validations and saved states")
+    second.add_argument(
+        "--validate_minutes", type=float, default=10, help="minutes between validations and saved states"
+    )
     second.add_argument("--no_compile", action="store_true", help="do without torch.compile on a GPU")
     second.add_argument("--resume", action="store_true", help="go on where an earlier run in --output_dir stopped")
     second.add_argument("--seed", type=int, default=42, help="weights and batches")

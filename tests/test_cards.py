@@ -193,7 +193,14 @@ def test_the_code_of_both_cards_runs_on_a_pair(
     )
     index = PassageIndex(passages, vectors, fingerprint=retriever.fingerprint())
     tiny_pair = CozyRAG(
-        tiny.Generator.load(str(generator_path)), retriever, index, mode="dense", weight=15.0, top_k=2, context_tokens=40, answer_tokens=4
+        tiny.Generator.load(str(generator_path)),
+        retriever,
+        index,
+        mode="dense",
+        weight=15.0,
+        top_k=2,
+        context_tokens=40,
+        answer_tokens=4,
     )
     monkeypatch.setattr(CozyRAG, "from_pretrained", classmethod(lambda cls, name: tiny_pair))
     for block in blocks:

@@ -110,7 +110,9 @@ def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, 
     Generator.load(str(generator_path)).save(tmp_path / "generator")
     retriever.save(tmp_path / "retriever")
     PassageIndex(passages, vectors, fingerprint=retriever.fingerprint()).save(tmp_path / "index")
-    facts = pipeline.describe_pair(fingerprint=retriever.fingerprint(), retrieval="dense", weight=15.0, top_k=3, context_tokens=60, answer_tokens=4)
+    facts = pipeline.describe_pair(
+        fingerprint=retriever.fingerprint(), retrieval="dense", weight=15.0, top_k=3, context_tokens=60, answer_tokens=4
+    )
     (tmp_path / "cozyrag.json").write_text(json.dumps(facts))
     code, out, _ = call("ask", tmp_path, "What colour is the fox 0?", "--top_k", 2)
     expected = CozyRAG.from_pretrained(tmp_path).answer("What colour is the fox 0?", top_k=2)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, split_sentences
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
-from cozyrag.search import Searcher
 from cozyrag.questions import FEATURES
+from cozyrag.search import Searcher
 
 
 def count_words(texts):
@@ -375,7 +375,9 @@ def test_progress_is_told_of_each_batch():
     told, index = [], index_of()
     attach_contexts(
         questions(),
-        search=lambda texts: Searcher(index, None, encode=lambda asked: on_circle([ANGLES[text] for text in asked]), mode="dense").search(texts, 60),
+        search=lambda texts: Searcher(
+            index, None, encode=lambda asked: on_circle([ANGLES[text] for text in asked]), mode="dense"
+        ).search(texts, 60),
         maker=ContextMaker(index.passages, count_words, top_k=2, budget=6),
         fingerprint="name",
         batch_size=3,

@@ -127,7 +127,9 @@ def test_contexts_are_found_by_their_text_in_a_passage_file_with_ids_of_its_own(
     rows = with_context(QUESTIONS[:4])
     rows[0]["context"] = "A text that the passage file does not have."
     said = []
-    corpus = load(write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", QUESTIONS[4:6]), say=said.append)
+    corpus = load(
+        write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", QUESTIONS[4:6]), say=said.append
+    )
     assert corpus.questions["passage_id"][:] == [None, *(row["passage_id"] for row in QUESTIONS[1:4])]
     assert any("1 of 4 questions are not among the passages" in text for text in said)
 

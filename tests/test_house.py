@@ -20,6 +20,7 @@ TIERS = (
     ("corpus", "evaluation", "pipeline"),
     ("config", "hub"),
     ("trainer", "checkpoint"),
+    ("report",),
     ("rounds",),
     ("run",),
     ("cli",),

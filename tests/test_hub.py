@@ -71,7 +71,11 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     (root / "cozyrag.json").write_text(
-        json.dumps(describe_pair(fingerprint="f" * 16, retrieval="hybrid", weight=15.0, top_k=4, context_tokens=64, answer_tokens=8))
+        json.dumps(
+            describe_pair(
+                fingerprint="f" * 16, retrieval="hybrid", weight=15.0, top_k=4, context_tokens=64, answer_tokens=8
+            )
+        )
     )
     (root / "checkpoints").mkdir()
     (root / "checkpoints" / "secret.bin").write_bytes(b"not yours")

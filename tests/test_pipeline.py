@@ -31,7 +31,9 @@ from cozyrag.rounds import Rounds
 
 PASSAGES, QUESTIONS = tiny.corpus()
 ASKED = [row["question"] for row in QUESTIONS[:6]]
-SETTINGS = parse_settings(["--questions", "my.tsv", "--retrieval", "dense", "--top_k", "3", "--context_tokens", "60", "--answer_tokens", "7"])
+SETTINGS = parse_settings(
+    ["--questions", "my.tsv", "--retrieval", "dense", "--top_k", "3", "--context_tokens", "60", "--answer_tokens", "7"]
+)
 httpx = importlib.import_module(HTTPError.__module__.split(".")[0])
 
 

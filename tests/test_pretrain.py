@@ -39,16 +39,42 @@ def prepared(script, tmp_path_factory):
     """Token arrays of 40 articles and 120 questions; three titles are left out."""
     folder = tmp_path_factory.mktemp("pretrain")
     passages, questions = corpus(40)
-    text = " ".join(f"In the year {1200 + i}, Count Robert of Burgundy gave {i} silver coins to the old monastery near Dijon." for i in range(5))
+    text = " ".join(
+        f"In the year {1200 + i}, Count Robert of Burgundy gave {i} silver coins to the old monastery near Dijon."
+        for i in range(5)
+    )
     articles = [{"id": p["id"], "title": p["title"], "text": f"{p['text']} {text}"} for p in passages]
     rows = [
-        {"id": q["id"], "question": q["question"], "answers": q["answers"], "title": passages[n // 2]["title"], "context": passages[n // 2]["text"]}
+        {
+            "id": q["id"],
+            "question": q["question"],
+            "answers": q["answers"],
+            "title": passages[n // 2]["title"],
+            "context": passages[n // 2]["text"],
+        }
         for n, q in enumerate(questions)
     ]
     left_out = [{"title": passages[n]["title"].replace(" ", "_").upper()} for n in (3, 4, 5)]
-    files = [write_jsonl(folder / f"{name}.jsonl", data) for name, data in (("text", articles), ("questions", rows), ("left_out", left_out))]
+    files = [
+        write_jsonl(folder / f"{name}.jsonl", data)
+        for name, data in (("text", articles), ("questions", rows), ("left_out", left_out))
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        run(script, patch, "prepare", "--text", files[0], "--questions", files[1], "--leave_out", files[2], "--folder", folder / "prepared", "--vocab_size", 600)
+        run(
+            script,
+            patch,
+            "prepare",
+            "--text",
+            files[0],
+            "--questions",
+            files[1],
+            "--leave_out",
+            files[2],
+            "--folder",
+            folder / "prepared",
+            "--vocab_size",
+            600,
+        )
     return folder / "prepared", [passages[n] for n in (3, 4, 5)]
 
 
@@ -56,10 +82,19 @@ def test_titles_left_out_are_nowhere_in_the_arrays(prepared):
     folder, left_out = prepared
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     text, questions = np.load(folder / "text.npz"), np.load(folder / "questions.npz")
-    everything = [tokenizer.decode(array.tolist()) for array in (text["tokens"], text["titles"], *(questions[n] for n in ("question", "gold", "found", "without", "sentence")))]
+    everything = [
+        tokenizer.decode(array.tolist())
+        for array in (
+            text["tokens"],
+            text["titles"],
+            *(questions[n] for n in ("question", "gold", "found", "without", "sentence")),
+        )
+    ]
     assert "Fox 0:" in everything[1]
     for passage in left_out:
-        assert not any(passage["title"].lower() + end in part.lower() for part in everything for end in (":", " is", "?"))
+        assert not any(
+            passage["title"].lower() + end in part.lower() for part in everything for end in (":", " is", "?")
+        )
 
 
 def test_a_made_up_question_has_its_answer_in_its_context_and_not_in_itself(script, prepared):
@@ -94,7 +129,11 @@ def test_example_tokens_are_those_the_package_would_make(script, prepared):
 
 
 def test_weights_of_targets_sum_to_one_for_answers_and_one_for_plain_text(script):
-    examples = [script.Example(list(range(10)), 1), script.Example(list(range(10)), 7), script.Example(list(range(12)), 10)]
+    examples = [
+        script.Example(list(range(10)), 1),
+        script.Example(list(range(10)), 7),
+        script.Example(list(range(12)), 10),
+    ]
     weights = script.target_weights(examples)
     assert weights.shape == (9 + 3 + 2,)
     torch.testing.assert_close(weights[:9].sum(), torch.tensor(1.0))
@@ -123,17 +162,55 @@ def test_both_stages_train_and_a_resumed_run_ends_bit_equal(script, prepared, tm
 
     monkeypatch.setattr(script, "save_state", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        run(script, monkeypatch, "train", "--folder", folder, "--output_dir", tmp_path / "halves", *steps, *SMALL, "--validate_minutes", 0)
+        run(
+            script,
+            monkeypatch,
+            "train",
+            "--folder",
+            folder,
+            "--output_dir",
+            tmp_path / "halves",
+            *steps,
+            *SMALL,
+            "--validate_minutes",
+            0,
+        )
     monkeypatch.setattr(script, "save_state", save)
-    run(script, monkeypatch, "train", "--folder", folder, "--output_dir", tmp_path / "halves", *steps, *SMALL, "--resume")
+    run(
+        script,
+        monkeypatch,
+        "train",
+        "--folder",
+        folder,
+        "--output_dir",
+        tmp_path / "halves",
+        *steps,
+        *SMALL,
+        "--resume",
+    )
     whole, halves = (load_file(tmp_path / name / "generator" / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
 def test_the_result_is_an_ordinary_checkpoint_in_half_precision(script, prepared, tmp_path, monkeypatch):
     folder, _ = prepared
-    run(script, monkeypatch, "train", "--folder", folder, "--output_dir", tmp_path, "--stage1_steps", 1, "--stage2_steps", 1, *SMALL)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "generator" / "model.safetensors").values()} == {torch.float16}
+    run(
+        script,
+        monkeypatch,
+        "train",
+        "--folder",
+        folder,
+        "--output_dir",
+        tmp_path,
+        "--stage1_steps",
+        1,
+        "--stage2_steps",
+        1,
+        *SMALL,
+    )
+    assert {tensor.dtype for tensor in load_file(tmp_path / "generator" / "model.safetensors").values()} == {
+        torch.float16
+    }
     generator = Generator.load(str(tmp_path / "generator"))
     assert generator.model.dtype == torch.float32
     assert isinstance(generator.answer(["What is it?"], ["A fox."], context_tokens=32, max_new_tokens=3)[0], str)

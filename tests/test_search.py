@@ -60,7 +60,9 @@ def searcher(mode, *, weight=DEFAULT_WEIGHT, aimed_at=0.0):
     table = Dataset.from_dict({"id": list("abcde"), "title": [""] * 5, "text": TEXTS})
     aim = np.array([np.cos(np.deg2rad(aimed_at)), np.sin(np.deg2rad(aimed_at))], dtype=np.float32)
     index = PassageIndex(table, VECTORS, fingerprint="f")
-    return Searcher(index, LexicalIndex(TEXTS), encode=lambda texts: np.tile(aim, (len(texts), 1)), mode=mode, weight=weight)
+    return Searcher(
+        index, LexicalIndex(TEXTS), encode=lambda texts: np.tile(aim, (len(texts), 1)), mode=mode, weight=weight
+    )
 
 
 def test_each_mode_ranks_by_its_own_scores():
@@ -100,7 +102,9 @@ def test_the_sum_over_candidates_equals_the_sum_over_everything_when_all_are_can
     queries = vectors[:7]
     table = Dataset.from_dict({"id": [str(i) for i in range(CANDIDATES)], "title": [""] * CANDIDATES, "text": texts})
     index = PassageIndex(table, vectors, fingerprint="f")
-    found = Searcher(index, LexicalIndex(texts), encode=lambda asked: queries, mode="hybrid", weight=7.0).search(texts[:7], 10)
+    found = Searcher(index, LexicalIndex(texts), encode=lambda asked: queries, mode="hybrid", weight=7.0).search(
+        texts[:7], 10
+    )
     for i in range(7):
         everything = 7.0 * vectors @ queries[i] + bm25(texts[i], texts)
         np.testing.assert_allclose(found.scores[i], np.sort(everything)[::-1][:10], atol=1e-4)
@@ -110,4 +114,9 @@ def test_the_sum_over_candidates_equals_the_sum_over_everything_when_all_are_can
 def test_an_unknown_mode_or_a_missing_index_is_refused(mode, lexical):
     table = Dataset.from_dict({"id": list("abcde"), "title": [""] * 5, "text": TEXTS})
     with pytest.raises(ValueError, match=mode):
-        Searcher(PassageIndex(table, VECTORS, fingerprint="f"), LexicalIndex(TEXTS) if lexical else None, encode=lambda texts: VECTORS[:1], mode=mode)
+        Searcher(
+            PassageIndex(table, VECTORS, fingerprint="f"),
+            LexicalIndex(TEXTS) if lexical else None,
+            encode=lambda texts: VECTORS[:1],
+            mode=mode,
+        )

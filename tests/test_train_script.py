@@ -29,10 +29,23 @@ def launch(arguments, *, config=None, cwd=None, environment=None, check=True, ti
     if config:
         path = ROOT / "accelerate_configs" / config
         port = ["--main_process_port", "0"] if "ddp" in config else []
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *port, str(ROOT / "train.py")]
+        start = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(path),
+            *port,
+            str(ROOT / "train.py"),
+        ]
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [*start, *map(str, arguments)], cwd=cwd, env=clean | MACHINE | (environment or {}), capture_output=True, text=True, timeout=timeout
+        [*start, *map(str, arguments)],
+        cwd=cwd,
+        env=clean | MACHINE | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
@@ -43,9 +56,34 @@ def launch(arguments, *, config=None, cwd=None, environment=None, check=True, ti
 def settings(corpus_files, generator_path, retriever_path):
     """Settings of a small whole run, without the output folder."""
     files = [part for name, path in corpus_files.items() for part in (f"--{name}", path)]
-    sizes = ["--generator_batch_size", 8, "--retriever_batch_size", 16, "--top_k", 3, "--context_tokens", 64, "--answer_tokens", 6]
+    sizes = [
+        "--generator_batch_size",
+        8,
+        "--retriever_batch_size",
+        16,
+        "--top_k",
+        3,
+        "--context_tokens",
+        64,
+        "--answer_tokens",
+        6,
+    ]
     rates = ["--generator_learning_rate", 3e-3, "--retriever_learning_rate", 1e-3]
-    return [*files, "--generator", generator_path, "--retriever", retriever_path, *sizes, *rates, "--logging_steps", 1, "--rounds", 2, "--generator_epochs", 3]
+    return [
+        *files,
+        "--generator",
+        generator_path,
+        "--retriever",
+        retriever_path,
+        *sizes,
+        *rates,
+        "--logging_steps",
+        1,
+        "--rounds",
+        2,
+        "--generator_epochs",
+        3,
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +113,27 @@ def test_what_a_run_leaves_behind_loads_with_the_ordinary_libraries(one_process)
     assert SentenceTransformer(str(folder / "retriever")).encode(["a question"]).shape == (1, 32)
     answer = CozyRAG.from_pretrained(folder).answer("What colour is the fox 0?")
     assert isinstance(answer.text, str) and 0 <= answer.score <= 1 and len(answer.passages) == 3
-    for name in ("generator/README.md", "retriever/README.md", "settings.json", "metrics.jsonl", "examined/round-002.jsonl"):
+    for name in (
+        "generator/README.md",
+        "retriever/README.md",
+        "settings.json",
+        "metrics.jsonl",
+        "examined/round-002.jsonl",
+    ):
         assert (folder / name).stat().st_size > 0
 
 
 def test_the_screen_shows_before_and_after(one_process):
     screen = one_process[1]
-    for text in ("| before |", "| after round 1 |", "| after round 2 |", "| change |", "QA pairs/s", "cozyrag ask", "generator phase"):
+    for text in (
+        "| before |",
+        "| after round 1 |",
+        "| after round 2 |",
+        "| change |",
+        "QA pairs/s",
+        "cozyrag ask",
+        "generator phase",
+    ):
         assert text in screen
 
 
@@ -125,7 +177,9 @@ def test_two_processes_take_the_same_steps_as_one(one_process, two_processes, ph
 
 def test_two_processes_examine_alike(one_process, two_processes):
     for a, b in zip(metrics(one_process[0], "examined"), metrics(two_processes, "examined"), strict=True):
-        assert a["recall@5"] == b["recall@5"] and a["em"] == pytest.approx(b["em"], abs=7)  # a near tie may turn one of 16 answers
+        assert a["recall@5"] == b["recall@5"] and a["em"] == pytest.approx(
+            b["em"], abs=7
+        )  # a near tie may turn one of 16 answers
 
 
 def test_killed_in_each_phase_and_resumed_ends_bit_equal(settings, one_process, tmp_path):
@@ -134,7 +188,10 @@ def test_killed_in_each_phase_and_resumed_ends_bit_equal(settings, one_process, 
     for mark in ("round-001-0-generator-000006", "round-001-1-retriever-000002", "round-002-0-generator-000004"):
         resume = ["--resume"] if folder.exists() else []
         run = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *map(str, arguments), *resume], env=os.environ | MACHINE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, str(ROOT / "train.py"), *map(str, arguments), *resume],
+            env=os.environ | MACHINE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         until = time.time() + 120
         while not (folder / "checkpoints" / mark).exists() and time.time() < until and run.poll() is None:
@@ -163,8 +220,22 @@ def test_processes_that_would_be_strangers_are_refused(settings, tmp_path, monke
 
 
 def test_accelerate_launch_with_cpu_and_two_processes_is_refused(settings, tmp_path):
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(ROOT / "train.py")]
-    done = subprocess.run([*start, *map(str, settings), "--output_dir", str(tmp_path / "out")], env=os.environ | MACHINE, capture_output=True, text=True, timeout=120)
+    start = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        str(ROOT / "train.py"),
+    ]
+    done = subprocess.run(
+        [*start, *map(str, settings), "--output_dir", str(tmp_path / "out")],
+        env=os.environ | MACHINE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0 and "cpu_ddp.yaml" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -178,8 +249,14 @@ BAD = {
     "bytes that are not UTF-8": (["--questions", "latin.tsv", "--passages", "p.jsonl"], "line 2"),
     "unknown setting on the command line": (["--learning_speed", "3"], "learning_speed"),
     "unknown setting in YAML": (["--config", "bad.yaml"], "bad.yaml, line 2"),
-    "no such generator": (["--questions", "good.tsv", "--passages", "p.jsonl", "--generator", "no-such/model"], "no-such/model"),
-    "no such retriever": (["--questions", "good.tsv", "--passages", "p.jsonl", "--generator", "scratch", "--retriever", "no-such/model"], "no-such/model"),
+    "no such generator": (
+        ["--questions", "good.tsv", "--passages", "p.jsonl", "--generator", "no-such/model"],
+        "no-such/model",
+    ),
+    "no such retriever": (
+        ["--questions", "good.tsv", "--passages", "p.jsonl", "--generator", "scratch", "--retriever", "no-such/model"],
+        "no-such/model",
+    ),
     "no passages": (["--questions", "good.tsv"], "--passages"),
     "fp16 without a GPU": (["--mixed_precision", "fp16", "--use_cpu"], "fp16"),
 }
@@ -189,7 +266,9 @@ BAD = {
 def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "p.jsonl").write_text('{"id": "1", "title": "A", "text": "Paris is the capital of France."}\n')
-    (folder / "good.tsv").write_text("What is the capital of France?\tParis\n" * 1 + "Which country has Paris as its capital?\tFrance\n")
+    (folder / "good.tsv").write_text(
+        "What is the capital of France?\tParis\n" * 1 + "Which country has Paris as its capital?\tFrance\n"
+    )
     (folder / "empty.tsv").write_text("")
     (folder / "noquestion.tsv").write_text("What is it?\tParis\n\tParis\n")
     (folder / "column.csv").write_text("q,answer\nWhat is it?,Paris\n")

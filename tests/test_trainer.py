@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from tiny import corpus
 
 from cozyrag.config import TrainingSettings
 from cozyrag.contexts import CONTEXT_FEATURES
@@ -15,7 +16,6 @@ from cozyrag.losses import contrastive_loss
 from cozyrag.prompts import encode_examples
 from cozyrag.retriever import Retriever
 from cozyrag.trainer import generator_step, retriever_step, train_generator, train_retriever
-from tiny import corpus
 
 
 class Notes:
@@ -69,7 +69,15 @@ def tables():
 
 
 def settings(**changes):
-    return TrainingSettings(**{"generator_batch_size": 8, "retriever_batch_size": 8, "generator_learning_rate": 1e-2, "retriever_learning_rate": 1e-2} | changes)
+    return TrainingSettings(
+        **{
+            "generator_batch_size": 8,
+            "retriever_batch_size": 8,
+            "generator_learning_rate": 1e-2,
+            "retriever_learning_rate": 1e-2,
+        }
+        | changes
+    )
 
 
 def weights(model):
@@ -80,10 +88,20 @@ def moved(model, before):
     return {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
 
 
-def test_generator_phase_moves_every_generator_weight_and_no_retriever_weight(accelerator, generator, retriever, tables):
+def test_generator_phase_moves_every_generator_weight_and_no_retriever_weight(
+    accelerator, generator, retriever, tables
+):
     before, retriever_before = weights(generator.model), weights(retriever.model)
     notes = Notes()
-    steps = train_generator(accelerator, generator, tables[0], settings=settings(generator_epochs=3), context_tokens=64, round_number=1, watcher=notes)
+    steps = train_generator(
+        accelerator,
+        generator,
+        tables[0],
+        settings=settings(generator_epochs=3),
+        context_tokens=64,
+        round_number=1,
+        watcher=notes,
+    )
     assert steps == len(notes.reports) == 18
     assert moved(generator.model, before) == set(before)
     assert moved(retriever.model, retriever_before) == set()
@@ -91,10 +109,19 @@ def test_generator_phase_moves_every_generator_weight_and_no_retriever_weight(ac
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
-def test_retriever_phase_moves_every_retriever_weight_but_the_pooler_and_no_generator_weight(accelerator, generator, retriever, tables):
+def test_retriever_phase_moves_every_retriever_weight_but_the_pooler_and_no_generator_weight(
+    accelerator, generator, retriever, tables
+):
     before, generator_before = weights(retriever.model), weights(generator.model)
     notes = Notes()
-    train_retriever(accelerator, retriever, *tables, settings=settings(retriever_epochs=8, retriever_learning_rate=2e-3), round_number=1, watcher=notes)
+    train_retriever(
+        accelerator,
+        retriever,
+        *tables,
+        settings=settings(retriever_epochs=8, retriever_learning_rate=2e-3),
+        round_number=1,
+        watcher=notes,
+    )
     pooler = {name for name in before if ".pooler." in name}
     assert pooler
     assert moved(retriever.model, before) == set(before) - pooler
@@ -106,7 +133,12 @@ def test_retriever_phase_moves_every_retriever_weight_but_the_pooler_and_no_gene
 def test_steps_of_zero_leave_the_weights_alone(accelerator, generator, retriever, tables):
     before = weights_fingerprint(generator.model), retriever.fingerprint()
     still = settings(generator_steps=0, retriever_steps=0)
-    assert train_generator(accelerator, generator, tables[0], settings=still, context_tokens=64, round_number=1, watcher=Notes()) == 0
+    assert (
+        train_generator(
+            accelerator, generator, tables[0], settings=still, context_tokens=64, round_number=1, watcher=Notes()
+        )
+        == 0
+    )
     assert train_retriever(accelerator, retriever, *tables, settings=still, round_number=1, watcher=Notes()) == 0
     assert (weights_fingerprint(generator.model), retriever.fingerprint()) == before
 
@@ -117,13 +149,29 @@ def test_rows_without_answer_or_positive_are_left_out(accelerator, generator, re
     for row in rows[::2]:
         row.update(answers=[], positive=-1)
     half = Dataset.from_list(rows, features=CONTEXT_FEATURES)
-    assert train_generator(accelerator, generator, half, settings=settings(), context_tokens=64, round_number=1, watcher=Notes()) == len(rows) // 2 // 8
-    assert train_retriever(accelerator, retriever, half, passages, settings=settings(), round_number=1, watcher=Notes()) == len(rows) // 2 // 8
+    assert (
+        train_generator(
+            accelerator, generator, half, settings=settings(), context_tokens=64, round_number=1, watcher=Notes()
+        )
+        == len(rows) // 2 // 8
+    )
+    assert (
+        train_retriever(accelerator, retriever, half, passages, settings=settings(), round_number=1, watcher=Notes())
+        == len(rows) // 2 // 8
+    )
 
 
 def test_warm_up_climbs_and_the_schedule_falls(accelerator, generator, tables):
     notes = Notes()
-    train_generator(accelerator, generator, tables[0], settings=settings(warmup_ratio=0.5), context_tokens=64, round_number=1, watcher=notes)
+    train_generator(
+        accelerator,
+        generator,
+        tables[0],
+        settings=settings(warmup_ratio=0.5),
+        context_tokens=64,
+        round_number=1,
+        watcher=notes,
+    )
     rates = [report.learning_rate for report in notes.reports]
     assert rates[0] == 0 and rates[3] == pytest.approx(1e-2) and rates[-1] < rates[3]
 
@@ -132,7 +180,15 @@ def test_same_seed_same_weights_and_another_round_another_order(accelerator, gen
     prints = []
     for round_number in (1, 1, 2):
         generator = Generator.load(str(generator_path))
-        train_generator(accelerator, generator, tables[0], settings=settings(generator_steps=3), context_tokens=64, round_number=round_number, watcher=Notes())
+        train_generator(
+            accelerator,
+            generator,
+            tables[0],
+            settings=settings(generator_steps=3),
+            context_tokens=64,
+            round_number=round_number,
+            watcher=Notes(),
+        )
         prints.append(weights_fingerprint(generator.model))
     assert prints[0] == prints[1] != prints[2]
 
@@ -151,11 +207,15 @@ def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, g
             generator.tokenizer,
             questions=columns["question"],
             contexts=columns["context"],
-            answers=[answers[0] * (1 + row % 3) for row, answers in enumerate(columns["answers"])],  # uneven numbers of answer tokens
+            answers=[
+                answers[0] * (1 + row % 3) for row, answers in enumerate(columns["answers"])
+            ],  # uneven numbers of answer tokens
             context_tokens=64,
             max_length=generator.max_length,
         )
-        loss = generator_step(accelerator, TokenLosses(generator.model), examples, pad_id=generator.tokenizer.pad_token_id, pieces=cut)
+        loss = generator_step(
+            accelerator, TokenLosses(generator.model), examples, pad_id=generator.tokenizer.pad_token_id, pieces=cut
+        )
         found.append((loss, gradients(generator.model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     for name, gradient in found[0][1].items():
@@ -165,10 +225,19 @@ def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, g
 @pytest.mark.parametrize("pieces", [1, 2, 3, 20])
 def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_pieces(accelerator, retriever_path, pieces):
     passages, questions = corpus(6)
-    texts, asked, positives = [row["text"] for row in passages], [row["question"] for row in questions], [row // 2 for row in range(len(questions))]
+    texts, asked, positives = (
+        [row["text"] for row in passages],
+        [row["question"] for row in questions],
+        [row // 2 for row in range(len(questions))],
+    )
     plain = Retriever.load(str(retriever_path), max_tokens=64)
     plain.model.eval()
-    loss = contrastive_loss(plain.embed(asked, kind="query"), plain.embed(texts, kind="document"), positives=torch.tensor(positives), temperature=0.05)
+    loss = contrastive_loss(
+        plain.embed(asked, kind="query"),
+        plain.embed(texts, kind="document"),
+        positives=torch.tensor(positives),
+        temperature=0.05,
+    )
     loss.backward()
     ours = Retriever.load(str(retriever_path), max_tokens=64)
     ours.model.eval()

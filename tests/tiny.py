@@ -12,7 +12,20 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2Config
 from cozyrag.generator import Generator
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink", "grey", "orange")
-THINGS = ("fox", "river", "tower", "violin", "planet", "cheese", "engine", "bridge", "falcon", "garden", "castle", "lamp")
+THINGS = (
+    "fox",
+    "river",
+    "tower",
+    "violin",
+    "planet",
+    "cheese",
+    "engine",
+    "bridge",
+    "falcon",
+    "garden",
+    "castle",
+    "lamp",
+)
 
 
 def corpus(size: int = 40) -> tuple[list[dict], list[dict]]:
@@ -23,8 +36,17 @@ def corpus(size: int = 40) -> tuple[list[dict], list[dict]]:
         name, year = f"{thing} {i}", 1500 + 11 * i
         text = f"The {name} is {colour}. It was made in {year}. People of village {i * 3} keep the {name} in a house of stone."
         passages.append({"id": f"p{i}", "title": name.title(), "text": text})
-        questions.append({"id": f"q{i}a", "question": f"What colour is the {name}?", "answers": [colour], "passage_id": f"p{i}"})
-        questions.append({"id": f"q{i}b", "question": f"In which year was the {name} made?", "answers": [str(year)], "passage_id": f"p{i}"})
+        questions.append(
+            {"id": f"q{i}a", "question": f"What colour is the {name}?", "answers": [colour], "passage_id": f"p{i}"}
+        )
+        questions.append(
+            {
+                "id": f"q{i}b",
+                "question": f"In which year was the {name} made?",
+                "answers": [str(year)],
+                "passage_id": f"p{i}",
+            }
+        )
     return passages, questions
 
 
@@ -51,11 +73,23 @@ def make_retriever(folder: Path, *, seed: int = 0) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     texts = [passage["text"] for passage in corpus()[0]] + [question["question"] for question in corpus()[1]]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(bert)
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    }
     BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), **size)).save_pretrained(bert)
     transformer = Transformer(str(bert), max_seq_length=64)
-    SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save_pretrained(str(folder), create_model_card=False)
+    SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save_pretrained(
+        str(folder), create_model_card=False
+    )
     return folder

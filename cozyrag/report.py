@@ -1,0 +1,76 @@
+"""What a run tells while it goes on: metrics.jsonl, lines on the screen, the tables of results and of times.
+
+Left out: the trackers (tracking.py) and what the numbers mean (evaluation.py).
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from cozyrag.checkpoint import write_jsonl
+from cozyrag.evaluation import table
+
+
+class RunLog:
+    """The rows of metrics.jsonl, kept by every process and written by the main one.
+
+    Args:
+        rows: those of an interrupted run, to go on from; the list is kept and added to.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, rows: list[dict]):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.rows = rows
+        self.steps = max((row["steps_so_far"] for row in rows if row["kind"] == "step"), default=0)
+
+    def record(self, row: dict) -> None:
+        """Add a row to metrics.jsonl."""
+        self.rows.append(row)
+        if self.accelerator.is_main_process:
+            write_jsonl(self.folder / "metrics.jsonl", self.rows)
+
+    def say(self, text: str) -> None:
+        """A line on the screen, above the progress bars, from the main process only."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stdout)
+
+    @contextmanager
+    def timed(self, part: str, round_number: int) -> Iterator[None]:
+        """Record the seconds that a part of a round takes."""
+        start = time.perf_counter()
+        yield
+        seconds = round(time.perf_counter() - start, 2)
+        self.record({"kind": "time", "round": round_number, "part": part, "seconds": seconds})
+
+    def examined(self) -> list[tuple[str, dict]]:
+        """(name, summary) of every examination so far."""
+        rows = [row for row in self.rows if row["kind"] == "examined"]
+        return [("before" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
+
+    def results(self) -> str:
+        """The before -> after table."""
+        return table(self.examined())
+
+    def times(self) -> str:
+        """Seconds of each part of each round as a Markdown table, and the peak memory of this process."""
+        rows = [row for row in self.rows if row["kind"] == "time"]
+        parts = list(dict.fromkeys(row["part"] for row in rows))
+        lines = ["| seconds | " + " | ".join(parts) + " |", "|---|" + "---:|" * len(parts)]
+        for number in sorted({row["round"] for row in rows}):
+            spent = [sum(r["seconds"] for r in rows if r["round"] == number and r["part"] == part) for part in parts]
+            name = "before" if number == 0 else f"round {number}"
+            lines.append(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in spent) + " |")
+        return "\n".join(lines) + f"\n\nPeak memory of the main process: {peak_memory() / 1e9:.2f} GB."
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held in memory so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
