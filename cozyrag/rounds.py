@@ -129,7 +129,8 @@ class Rounds:
         if self.accelerator.is_main_process:
             write_jsonl(self.folder / "examined" / f"round-{round_number:03d}.jsonl", rows)
             self._save_pair()
-        self.log.say(f"\n{self.log.results()}\n")
+        if round_number < self.settings.training.rounds:  # the last table comes with the times, at the end
+            self.log.say(f"\n{self.log.results()}\n")
         self._go_on(Progress(round_number + 1, "generator"))
 
     # ---- what the acts stand on ----

@@ -198,7 +198,7 @@ def announce(rounds: Rounds) -> None:
 def finish(rounds: Rounds, started: float) -> None:
     """Cards, the tables, three answers, what to try next; then the Hub if asked."""
     settings, folder, accelerator = rounds.settings, rounds.folder, rounds.accelerator
-    rounds.log.say(f"{rounds.log.results()}\n\n{rounds.log.times()}\n")
+    rounds.log.say(f"\n{rounds.log.results()}\n\n{rounds.log.times()}\n")
     if accelerator.is_main_process:
         for role in ("generator", "retriever"):
             summary = rounds.log.examined()[-1][1]
