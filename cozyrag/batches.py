@@ -78,18 +78,26 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tens
         positions: (n_answer_tokens,) int64, indices into the flattened (batch * length) hidden states;
         targets: (n_answer_tokens,) int64, the token each of those positions must predict.
         A position is one before its target, since a causal model predicts the next token.
+        rows, columns: (n_answer_tokens,) int64, whose answer a target belongs to and the how-manieth token of it;
+        keywords: (batch, k) int64, padded with -1.
     """
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    positions, targets = [], []
+    keywords = torch.full((len(examples), max(1, *(len(e.keywords) for e in examples))), -1, dtype=torch.long)
+    positions, targets, columns = [], [], []
     for row, example in enumerate(examples):
         ids = torch.tensor(example.input_ids, dtype=torch.long)
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
+        keywords[row, : len(example.keywords)] = torch.tensor(example.keywords, dtype=torch.long)
         positions.append(torch.arange(example.prompt_length - 1, len(ids) - 1) + row * length)
         targets.append(ids[example.prompt_length :])
+        columns.append(torch.arange(len(targets[-1])))
     return {
+        "rows": torch.repeat_interleave(torch.arange(len(examples)), torch.tensor([len(each) for each in targets])),
+        "columns": torch.cat(columns),
+        "keywords": keywords,
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "positions": torch.cat(positions),

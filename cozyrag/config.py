@@ -102,6 +102,8 @@ class ContextSettings:
     top_k: int = setting(4, "Passages retrieved to make a question's context.")
     context_tokens: int = setting(128, "Budget of a context, in tokens of the generator.")
     answer_tokens: int = setting(24, "Longest answer that is written, in tokens of the generator.")
+    min_answer_tokens: int = setting(0, "Fewest tokens that are written before an answer may end. 0: no limit.")
+    no_repeat_ngram_size: int = setting(0, "No n-gram of this length is written twice in an answer. 0: no limit.")
     passage_tokens: int = setting(160, "What the retriever reads of a passage, in its tokens.")
     encode_batch_size: int = setting(64, "Texts that the retriever encodes at once when it does not train.")
     answer_batch_size: int = setting(64, "Questions that the generator answers at once.")
@@ -134,6 +136,11 @@ class TrainingSettings:
     hard_negatives: int = setting(
         1, "Mined negatives for each question: ranks 4 to 60 of the search, never one that holds an answer."
     )
+    repeat_penalty: float = setting(0.0, "Weight of the penalty on repeated n-grams in answers. 0: off.")
+    repeat_ngram: int = setting(3, "Length of those n-grams, in tokens.")
+    keyword_penalty: float = setting(0.0, "Weight of the penalty on the question's keywords in answers. 0: off.")
+    short_penalty: float = setting(0.0, "Weight of the penalty on answers that end too soon. 0: off.")
+    short_tokens: int = setting(3, "What counts as too soon, in tokens; never more than the reference answer has.")
     gradient_accumulation_steps: int = setting(
         1,
         "Pieces in which each process works through its share of a step: more pieces need less memory and give the same result.",
@@ -307,6 +314,8 @@ def check_settings(settings: Settings) -> None:
         ("generator_steps", 0, None), ("retriever_steps", 0, None), ("temperature", 1e-4, None), ("weight_decay", 0.0, None), ("save_steps", 0, None),
         ("save_total_limit", 1, None), ("logging_steps", 1, None), ("threads", 1, None), ("max_questions", 1, None), ("max_eval_questions", 1, None),
         ("generator_learning_rate", 0.0, None), ("retriever_learning_rate", 0.0, None), ("seed", 0, 2**32 - 1),
+        ("repeat_penalty", 0.0, None), ("keyword_penalty", 0.0, None), ("short_penalty", 0.0, None), ("repeat_ngram", 1, None),
+        ("short_tokens", 1, None), ("min_answer_tokens", 0, None), ("no_repeat_ngram_size", 0, None),
     ):  # fmt: skip
         value = values[name]
         if value is not None and not (low <= value and (high is None or value <= high)):

@@ -27,6 +27,8 @@ def examine(
     context_tokens: int,
     answer_tokens: int,
     batch_size: int,
+    min_answer_tokens: int = 0,
+    no_repeat_ngram_size: int = 0,
     desc: str | None = None,
 ) -> tuple[dict, list[dict]]:
     """Greedy answers to all questions, scored.
@@ -42,6 +44,8 @@ def examine(
             [columns["context"][row] for row in mine],
             context_tokens=context_tokens,
             max_new_tokens=answer_tokens,
+            min_new_tokens=min_answer_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size,
             batch_size=batch_size,
             progress=lambda batches: tqdm(batches, desc=desc, unit="batch"),
         )

@@ -24,6 +24,7 @@ from transformers import (
 
 from cozyrag.batches import collate
 from cozyrag.errors import InputError
+from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, encode_prompts
 
 SCRATCH = "scratch"
@@ -41,13 +42,35 @@ class TokenLosses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, positions, targets, attention_mask=None, position_ids=None) -> torch.Tensor:
+    def forward(self, input_ids, positions, targets, attention_mask=None, position_ids=None, **unused) -> torch.Tensor:
         """Losses of shape (n_targets,) in nats; arguments as `batches.collate` or `collate_packed` makes them."""
+        logits = self.logits(input_ids, positions, attention_mask, position_ids)
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def logits(self, input_ids, positions, attention_mask, position_ids=None) -> torch.Tensor:
+        """Logits (n_positions, vocabulary) in float32 at the positions asked for."""
         hidden = self.model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions]).float()
+
+
+class PenalizedLosses(TokenLosses):
+    """Token losses, and the penalties on what the model would write instead."""
+
+    def __init__(self, model: PreTrainedModel, *, penalties: Penalties, eos: int):
+        super().__init__(model)
+        self.penalties = penalties
+        self.eos = eos
+
+    def forward(self, input_ids, positions, targets, attention_mask, rows, columns, keywords):
+        """(losses (n_targets,), penalties summed over the answers (n_penalties,)), from one pass."""
+        logits = self.logits(input_ids, positions, attention_mask)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        lengths = torch.bincount(rows, minlength=len(input_ids)) - 1  # without EOS
+        padded = logits.new_zeros(len(input_ids), int(columns.max()) + 1, logits.shape[-1])
+        padded = padded.index_put((rows, columns), torch.softmax(logits, dim=-1))
+        return losses, self.penalties.values(padded, lengths, keywords, eos=self.eos)
 
 
 class Generator:
@@ -120,9 +143,19 @@ class Generator:
         context_tokens: int,
         max_new_tokens: int,
         batch_size: int = 32,
+        min_new_tokens: int = 0,
+        no_repeat_ngram_size: int = 0,
         progress=iter,
     ) -> list[str]:
-        """Greedy answers, in the order of the questions; batches are made of prompts of like length."""
+        """Greedy answers, in the order of the questions; batches are made of prompts of like length.
+
+        `min_new_tokens` and `no_repeat_ngram_size` are transformers' controls of decoding, 0 = off.
+        """
+        limits = {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens or None,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+        }
         prompts = encode_prompts(
             self.tokenizer,
             questions=questions,
@@ -137,15 +170,15 @@ class Generator:
         self.model.eval()
         for start in progress(range(0, len(order), batch_size)):
             rows = order[start : start + batch_size]
-            for row, text in zip(rows, self._complete([prompts[row] for row in rows], max_new_tokens), strict=True):
+            for row, text in zip(rows, self._complete([prompts[row] for row in rows], limits), strict=True):
                 answers[row] = text
         self.model.train(was_training)
         return answers
 
-    def _complete(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    def _complete(self, prompts: list[list[int]], limits: dict) -> list[str]:
         """What the model writes behind each prompt. Prompts are padded on the left, so all answers start together."""
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
-        output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        output = self.model.generate(**batch, **limits, do_sample=False)
         texts = self.tokenizer.decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 

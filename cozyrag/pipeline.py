@@ -46,10 +46,11 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(
-    *, fingerprint: str, retrieval: str, weight: float, top_k: int, context_tokens: int, answer_tokens: int
-) -> dict:
-    """The content of cozyrag.json: where the pieces lie and how they are to be used together."""
+def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts: int) -> dict:
+    """The content of cozyrag.json: where the pieces lie and how they are to be used together.
+
+    `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "cozyrag_version": __version__,
@@ -58,7 +59,7 @@ def describe_pair(
         "index": {"folder": "index"},
         "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
         "retrieval": {"mode": retrieval, "weight": weight},
-        "contexts": {"top_k": top_k, "context_tokens": context_tokens, "answer_tokens": answer_tokens},
+        "contexts": contexts,
     }
 
 
@@ -93,6 +94,8 @@ class CozyRAG:
         top_k: int,
         context_tokens: int,
         answer_tokens: int,
+        min_answer_tokens: int = 0,
+        no_repeat_ngram_size: int = 0,
     ):
         self.generator = generator
         self.retriever = retriever
@@ -108,6 +111,8 @@ class CozyRAG:
         self.top_k = top_k
         self.context_tokens = context_tokens
         self.answer_tokens = answer_tokens
+        self.min_answer_tokens = min_answer_tokens
+        self.no_repeat_ngram_size = no_repeat_ngram_size
         self._maker = ContextMaker(index.passages, generator.count_tokens, top_k=top_k, budget=context_tokens)
 
     @classmethod
@@ -149,7 +154,12 @@ class CozyRAG:
         )
         contexts = [maker.context(question, found.tolist()) for question, found in zip(questions, rows, strict=True)]
         texts = self.generator.answer(
-            questions, contexts, context_tokens=self.context_tokens, max_new_tokens=self.answer_tokens
+            questions,
+            contexts,
+            context_tokens=self.context_tokens,
+            max_new_tokens=self.answer_tokens,
+            min_new_tokens=self.min_answer_tokens,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
         )
         sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)
         return [

@@ -5,8 +5,10 @@ training. Only the context is ever shortened: a question or an answer that lost 
 Left out: which passages and sentences make the context (contexts.py), padding and tensors (batches.py).
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,14 +16,21 @@ from cozyrag.errors import InputError
 
 QUESTION_CUE = "\nQuestion: "
 ANSWER_CUE = "\nAnswer:"
+WORD = re.compile(r"\w+")
+COMMON = 50  # a word that stands in more than one in so many questions ("what", "the", "of") is no keyword ...
+RARE = 5  # ... unless the questions are few and it stands in no more than this
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized training example: `input_ids[prompt_length:]` are the answer tokens, the last of them EOS."""
+    """One tokenized training example: `input_ids[prompt_length:]` are the answer tokens, the last of them EOS.
+
+    `keywords`: first tokens of the question's rare words that the answer does not use.
+    """
 
     input_ids: list[int]
     prompt_length: int
+    keywords: tuple[int, ...] = ()
 
 
 def encode_prompts(
@@ -80,6 +89,26 @@ def encode_examples(
         reserve=[len(ids) for ids in answers_ids],
     )
     return [Example(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers_ids, strict=True)]
+
+
+def with_keywords(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], questions: Sequence[str]
+) -> list[Example]:
+    """The examples with their keywords: words of the question that few other questions have."""
+    words = [list(dict.fromkeys(WORD.findall(question))) for question in questions]
+    counts = Counter(word.lower() for each in words for word in set(each))
+    limit = max(len(questions) / COMMON, RARE)
+    rare = [[word for word in each if counts[word.lower()] <= limit] for each in words]
+    vocabulary = sorted({word for each in rare for word in each})
+    first = dict(
+        zip(vocabulary, (ids[0] for ids in _tokenize(tokenizer, [f" {word}" for word in vocabulary])), strict=True)
+    )
+    found = []
+    for example, each in zip(examples, rare, strict=True):
+        used = set(example.input_ids[example.prompt_length :])
+        keywords = tuple(dict.fromkeys(first[word] for word in each if first[word] not in used))
+        found.append(replace(example, keywords=keywords))
+    return found
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -111,17 +111,19 @@ class Rounds:
 
     def examine(self) -> None:
         """Index again, let the pair answer the held-out questions, and save it."""
-        round_number = self.progress.round
+        round_number, chosen = self.progress.round, self.settings.contexts
         contexts = self._contexts(self.corpus.eval_questions, f"round {round_number}: retrieving for the examination")
         with self.log.timed("examine", self.progress.round):
             summary, rows = examine(
                 self.accelerator,
                 self.generator,
                 contexts,
-                top_k=self.settings.contexts.top_k,
-                context_tokens=self.settings.contexts.context_tokens,
-                answer_tokens=self.settings.contexts.answer_tokens,
-                batch_size=self.settings.contexts.answer_batch_size,
+                top_k=chosen.top_k,
+                context_tokens=chosen.context_tokens,
+                answer_tokens=chosen.answer_tokens,
+                min_answer_tokens=chosen.min_answer_tokens,
+                no_repeat_ngram_size=chosen.no_repeat_ngram_size,
+                batch_size=chosen.answer_batch_size,
                 desc=f"round {round_number}: examining",
             )
         self.log.record({"kind": "examined", "round": round_number} | summary)
@@ -280,6 +282,8 @@ class Rounds:
                 top_k=contexts.top_k,
                 context_tokens=contexts.context_tokens,
                 answer_tokens=contexts.answer_tokens,
+                min_answer_tokens=contexts.min_answer_tokens,
+                no_repeat_ngram_size=contexts.no_repeat_ngram_size,
             ),
         )
 
@@ -313,6 +317,7 @@ class _Watcher:
         self.rounds = rounds
         self.unit = unit
         self.losses: list[float] = []
+        self.penalties: list[dict[str, float]] = []
         self.rates: list[float] = []
 
     def restore(self) -> int:
@@ -326,6 +331,7 @@ class _Watcher:
         """A log line every `logging_steps`, a checkpoint every `save_steps`."""
         rounds, output = self.rounds, self.rounds.settings.output
         self.losses.append(report.loss)
+        self.penalties.append(report.penalties)
         self.rates.append(1 / report.rate)
         rounds.log.steps += 1
         rounds.progress.step = report.step
@@ -337,6 +343,7 @@ class _Watcher:
     def _log(self, report: StepReport) -> None:
         rounds, progress = self.rounds, self.rounds.progress
         loss, rate = float(np.mean(self.losses)), float(1 / np.mean(self.rates))
+        penalties = {name: float(np.mean([each[name] for each in self.penalties])) for name in report.penalties}
         row = {
             "kind": "step",
             "round": progress.round,
@@ -346,14 +353,16 @@ class _Watcher:
             "learning_rate": report.learning_rate,
             "rate": round(rate, 2),
             "steps_so_far": rounds.log.steps,
-        }
+        } | penalties
         rounds.log.record(row)
-        numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate}
+        numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate} | penalties
         log_numbers(rounds.accelerator, numbers, step=rounds.log.steps, prefix=progress.phase)
+        told = "".join(f", {name} {value:.4f}" for name, value in penalties.items())
         rounds.log.say(
-            f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {loss:.4f}, learning rate {report.learning_rate:.2e}, {rate:.1f} {self.unit}"
+            f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {loss:.4f}{told}, learning rate {report.learning_rate:.2e}, {rate:.1f} {self.unit}"
         )
         self.losses.clear()
+        self.penalties.clear()
         self.rates.clear()
 
 

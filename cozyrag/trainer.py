@@ -20,22 +20,27 @@ from transformers import get_scheduler
 
 from cozyrag.batches import answer_tokens, collate, phase_seed, plan_steps, share_out
 from cozyrag.config import TrainingSettings
-from cozyrag.generator import Generator, TokenLosses
+from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss
-from cozyrag.prompts import Example, encode_examples
+from cozyrag.penalties import Penalties
+from cozyrag.prompts import Example, encode_examples, with_keywords
 from cozyrag.retriever import Retriever
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step tells: `loss` in nats (mean over the step), `rate` in rows per second since the last report."""
+    """What a step tells: `loss` in nats (mean over the step), `rate` in rows per second since the last report.
+
+    `penalties`: those that are on, by name, as means over the answers and before their weights.
+    """
 
     step: int
     steps: int
     loss: float
     learning_rate: float
     rate: float
+    penalties: dict[str, float]
 
 
 class Watcher(Protocol):
@@ -79,17 +84,25 @@ def train_generator(
         max_steps=settings.generator_steps,
         seed=phase_seed(settings.seed, round_number=round_number, phase="generator"),
     )
+    penalties = _penalties(settings)
+    if penalties.names:
+        examples = with_keywords(generator.tokenizer, examples, [columns["question"][row] for row in usable])
+        losses = PenalizedLosses(generator.model, penalties=penalties, eos=generator.tokenizer.eos_token_id)
+    else:
+        losses = TokenLosses(generator.model)
     generator.model.train()
-    module = accelerator.prepare(TokenLosses(generator.model))
+    module = accelerator.prepare(losses)
 
-    def take_step(rows: np.ndarray) -> float:
-        return generator_step(
+    def take_step(rows: np.ndarray) -> dict[str, float]:
+        told = generator_step(
             accelerator,
             module,
             [examples[row] for row in rows],
             pad_id=generator.tokenizer.pad_token_id,
             pieces=settings.gradient_accumulation_steps,
+            weights=penalties.weights,
         )
+        return dict(zip(["loss", *penalties.names], told, strict=True))
 
     _run_phase(
         accelerator, "generator", list(module.parameters()), steps, take_step,
@@ -101,28 +114,53 @@ def train_generator(
     return len(steps)
 
 
-def generator_step(
-    accelerator: Accelerator, module: torch.nn.Module, examples: Sequence[Example], *, pad_id: int, pieces: int
-) -> float:
-    """Gradients of the mean loss over all answer tokens of the step; returns that loss.
+def _penalties(settings: TrainingSettings) -> Penalties:
+    return Penalties(
+        repeats=settings.repeat_penalty,
+        keywords=settings.keyword_penalty,
+        shortness=settings.short_penalty,
+        ngram=settings.repeat_ngram,
+        min_tokens=settings.short_tokens,
+    )
 
-    Every process works through `pieces` micro-batches. Each micro-batch weighs as much as it has answer tokens, so
-    uneven lengths and shares change nothing.
+
+def generator_step(
+    accelerator: Accelerator,
+    module: torch.nn.Module,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    pieces: int,
+    weights: Sequence[float] = (),
+) -> list[float]:
+    """Gradients of the mean loss over all answer tokens of the step and of the weighted penalties.
+
+    Every process works through `pieces` micro-batches. Each micro-batch weighs as much as it has answer tokens (for the
+    penalties: answers), so uneven lengths and shares change nothing.
+
+    Args:
+        module: TokenLosses, or with `weights` of the penalties that are on PenalizedLosses.
+
+    Returns:
+        the loss, then the penalties before their weights, each a mean over the step.
     """
     world = accelerator.num_processes
     mine = share_out(range(len(examples)), parts=world * pieces)[accelerator.process_index :: world]
-    total = answer_tokens(examples)
-    loss = torch.zeros((), device=accelerator.device)
+    # DDP takes the mean over processes, we want the sum
+    shares = torch.tensor([world / answer_tokens(examples)] + [world / len(examples)] * len(weights))
+    shares, factors = shares.to(accelerator.device), torch.tensor([1.0, *weights], device=accelerator.device)
+    told = torch.zeros_like(factors)
     for number, rows in enumerate(mine):
         # An empty share still goes forward and backward, with weight 0: DDP waits for every process.
         batch = collate([examples[row] for row in rows] or examples[:1], pad_id=pad_id)
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        weight = world / total if rows else 0.0  # DDP takes the mean over processes, we want the sum
         with accelerator.no_sync(module) if number + 1 < len(mine) else nullcontext():
-            piece = module(**batch).sum() * weight
-            accelerator.backward(piece)
-        loss += piece.detach()
-    return accelerator.reduce(loss, reduction="mean").item()
+            result = module(**batch)
+            losses, penalties = result if weights else (result, result.new_zeros(0))
+            parts = torch.cat([losses.sum().unsqueeze(0), penalties]) * shares * bool(rows)
+            accelerator.backward((parts * factors).sum())
+        told += parts.detach()
+    return accelerator.reduce(told, reduction="mean").tolist()
 
 
 def train_retriever(
@@ -151,12 +189,12 @@ def train_retriever(
     )
     retriever.model.eval()
 
-    def take_step(rows: np.ndarray) -> float:
+    def take_step(rows: np.ndarray) -> dict[str, float]:
         rows = [usable[row] for row in rows]
         positives = [columns["positive"][row] for row in rows]
         found = dict.fromkeys(positives + [row for at in rows for row in columns["negatives"][at]])
         places = {row: place for place, row in enumerate(found)}
-        return retriever_step(
+        loss = retriever_step(
             accelerator,
             retriever,
             [columns["question"][row] for row in rows],
@@ -165,6 +203,7 @@ def train_retriever(
             temperature=settings.temperature,
             pieces=settings.gradient_accumulation_steps,
         )
+        return {"loss": loss}
 
     parameters = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
     _run_phase(
@@ -261,7 +300,7 @@ def _run_phase(
     phase: str,
     parameters: list[torch.nn.Parameter],
     steps: list[np.ndarray],
-    take_step: Callable[[np.ndarray], float],
+    take_step: Callable[[np.ndarray], dict[str, float]],
     *,
     settings: TrainingSettings,
     learning_rate: float,
@@ -279,14 +318,16 @@ def _run_phase(
     clock = time.perf_counter()
     for number in range(done, len(steps)):
         set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
-        loss = take_step(steps[number])
+        told = take_step(steps[number])
         accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
         used_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         now = time.perf_counter()
-        watcher.after_step(StepReport(number + 1, len(steps), loss, used_rate, len(steps[number]) / (now - clock)))
+        watcher.after_step(
+            StepReport(number + 1, len(steps), told.pop("loss"), used_rate, len(steps[number]) / (now - clock), told)
+        )
         clock = time.perf_counter()  # what the watcher took (saving, logging) is not training time
         bar.update()
     bar.close()

@@ -165,6 +165,9 @@ def test_collate_by_hand():
         "attention_mask": [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         "positions": [1, 2, 6, 12, 13],
         "targets": [7, 1, 1, 2, 1],
+        "rows": [0, 0, 1, 2, 2],
+        "columns": [0, 1, 0, 0, 1],
+        "keywords": [[-1], [-1], [-1]],
     }
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 

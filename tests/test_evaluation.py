@@ -122,7 +122,13 @@ def test_generator_is_asked_with_the_contexts_and_budgets():
     generator, _, _ = examined()
     assert generator.questions == [f"Question {number}?" for number in range(8)]
     assert generator.contexts == [f"Context {number}." for number in range(8)]
-    assert generator.options == {"context_tokens": 50, "max_new_tokens": 7, "batch_size": 3}
+    assert generator.options == {
+        "context_tokens": 50,
+        "max_new_tokens": 7,
+        "min_new_tokens": 0,
+        "no_repeat_ngram_size": 0,
+        "batch_size": 3,
+    }
     assert generator.batches == [0, 3, 6]
 
 

@@ -405,3 +405,16 @@ def test_example_with_a_one_token_prompt(generator):
     with torch.no_grad():
         logs = generator.model(torch.tensor([[5, 6]])).logits[0, 0].log_softmax(-1)
     assert losses.item() == pytest.approx(-logs[6].item(), rel=1e-5)
+
+
+def test_the_limits_of_decoding_reach_the_model(generator_path, monkeypatch):
+    generator = Generator.load(str(generator_path))
+    generate, seen = generator.model.generate, []
+    monkeypatch.setattr(generator.model, "generate", lambda **options: seen.append(options) or generate(**options))
+    asked = {"context_tokens": 16, "max_new_tokens": 8}
+    plain = generator.answer(["What is it?"], ["A fox."], **asked)
+    limited = generator.answer(["What is it?"], ["A fox."], **asked, min_new_tokens=3, no_repeat_ngram_size=1)
+    assert (seen[0]["min_new_tokens"], seen[0]["no_repeat_ngram_size"]) == (None, 0)
+    assert (seen[1]["min_new_tokens"], seen[1]["no_repeat_ngram_size"], seen[1]["max_new_tokens"]) == (3, 1, 8)
+    words = limited[0].split()
+    assert len(words) == len(set(words)) and plain != limited

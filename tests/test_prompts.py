@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
-from cozyrag.prompts import Example, encode_examples, encode_prompts
+from cozyrag.prompts import Example, encode_examples, encode_prompts, with_keywords
 from cozyrag.retriever import Retriever
 
 EOS = 0
@@ -176,3 +176,14 @@ def test_question_and_answer_are_never_cut(tokenizer, question, answer, context,
     assert example.prompt_length == cut + len(asked)
     text = tokenizer.decode(example.input_ids[:-1])
     assert text.endswith(f"\nQuestion: {question}\nAnswer:" + (f" {answer}" if answer else ""))
+
+
+def test_keywords_are_the_first_tokens_of_rare_question_words_that_the_answer_does_not_use(generator_path):
+    tokenizer = Generator.load(str(generator_path)).tokenizer
+    questions = [f"What colour is the fox {number}?" for number in range(60)] + ["Which falcon keeps a lamp?"]
+    examples = [Example(tokenizer(" lamp")["input_ids"] + [tokenizer.eos_token_id], 0)] * 61
+    found = with_keywords(tokenizer, examples, questions)
+    first = {word: tokenizer(f" {word}")["input_ids"][0] for word in ("Which", "falcon", "keeps", "a", "lamp", "7")}
+    assert set(found[-1].keywords) == {first[word] for word in ("Which", "falcon", "keeps", "a")} - {first["lamp"]}
+    assert found[7].keywords == (first["7"],)  # what, colour, is, the and fox stand in nearly every question
+    assert [example.input_ids for example in found] == [example.input_ids for example in examples]

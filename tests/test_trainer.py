@@ -10,10 +10,11 @@ from tiny import corpus
 from cozyrag.config import TrainingSettings
 from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.fingerprints import weights_fingerprint
-from cozyrag.generator import Generator, TokenLosses
+from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss
-from cozyrag.prompts import encode_examples
+from cozyrag.penalties import Penalties
+from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import Retriever
 from cozyrag.trainer import generator_step, retriever_step, train_generator, train_retriever
 
@@ -247,3 +248,56 @@ def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_piece
     assert set(expected) == set(got)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradient, got[name], atol=1e-5, rtol=1e-3)
+
+
+PENALTIES = {"repeat_penalty": 0.3, "repeat_ngram": 1, "keyword_penalty": 0.5, "short_penalty": 0.2}
+
+
+def test_penalties_are_told_and_a_penalty_that_is_off_is_not(accelerator, generator_path, tables):
+    for wanted in ({}, {"keyword_penalty": 0.5}, PENALTIES):
+        generator, notes = Generator.load(str(generator_path)), Notes()
+        chosen = settings(generator_steps=2, **wanted)
+        train_generator(
+            accelerator, generator, tables[0], settings=chosen, context_tokens=64, round_number=1, watcher=notes
+        )
+        names = {"repeat_penalty": "repeats", "keyword_penalty": "keywords", "short_penalty": "shortness"}
+        assert set(notes.reports[0].penalties) == {names[name] for name in wanted if name in names}
+        assert all(value >= 0 for value in notes.reports[0].penalties.values())
+
+
+@pytest.mark.parametrize("name", ["repeat_penalty", "keyword_penalty", "short_penalty"])
+def test_each_penalty_alone_moves_the_generator_and_comes_down(accelerator, generator_path, tables, name):
+    found = {}
+    for weight in (0.0, 30.0):
+        generator, notes = Generator.load(str(generator_path)), Notes()
+        told = settings(generator_epochs=3, repeat_ngram=1, **{"short_tokens": 9, name: max(weight, 1e-9)})
+        train_generator(
+            accelerator, generator, tables[0], settings=told, context_tokens=64, round_number=1, watcher=notes
+        )
+        found[weight] = np.mean([next(iter(report.penalties.values())) for report in notes.reports[-3:]])
+    assert found[30.0] < found[0.0]
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 11])
+def test_accumulation_pieces_do_not_change_the_gradient_of_penalties(accelerator, generator_path, tables, pieces):
+    columns = tables[0][:9]
+    found = []
+    for cut in (1, pieces):
+        generator = Generator.load(str(generator_path))
+        examples = encode_examples(
+            generator.tokenizer,
+            questions=columns["question"],
+            contexts=columns["context"],
+            answers=[answers[0] * (1 + row % 3) for row, answers in enumerate(columns["answers"])],
+            context_tokens=64,
+            max_length=generator.max_length,
+        )
+        examples = with_keywords(generator.tokenizer, examples, columns["question"])
+        penalties = Penalties(repeats=0.3, keywords=0.5, shortness=0.2, ngram=1)
+        module = PenalizedLosses(generator.model, penalties=penalties, eos=generator.tokenizer.eos_token_id)
+        pad = generator.tokenizer.pad_token_id
+        told = generator_step(accelerator, module, examples, pad_id=pad, pieces=cut, weights=penalties.weights)
+        found.append((told, gradients(generator.model)))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], atol=1e-6, rtol=1e-4)

@@ -1,0 +1,135 @@
+"""Each penalty equals brute-force enumeration over all sequences of a tiny vocabulary, and its gradient is right and points right."""
+
+import itertools
+
+import pytest
+import torch
+
+from cozyrag.penalties import expected_repeats, expected_shortfall, keyword_mass
+
+VOCABULARY = 3
+
+
+def distributions(positions, *, seed=0, answers=2, vocabulary=VOCABULARY):
+    torch.manual_seed(seed)
+    return torch.softmax(2 * torch.randn(answers, positions, vocabulary, dtype=torch.float64), dim=-1)
+
+
+def enumerated(probabilities, value):
+    """Expectation of value(sequence) over all sequences, positions independent: the sum over vocabulary ** positions terms."""
+    expected = []
+    for answer in probabilities:
+        total = 0.0
+        for sequence in itertools.product(range(answer.shape[1]), repeat=answer.shape[0]):
+            chance = 1.0
+            for position, token in enumerate(sequence):
+                chance *= float(answer[position, token])
+            total += chance * value(sequence)
+        expected.append(total)
+    return torch.tensor(expected, dtype=torch.float64)
+
+
+def repeats(sequence, n):
+    grams = [sequence[i : i + n] for i in range(len(sequence) - n + 1)]
+    return sum(a == b for a, b in itertools.combinations(grams, 2))
+
+
+def everything(probabilities):
+    return torch.ones(probabilities.shape[:2], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("positions", [1, 2, 4, 7])
+def test_repeats_equal_enumeration_overlapping_ones_too(n, positions):
+    probabilities = distributions(positions)
+    expected = enumerated(probabilities, lambda sequence: repeats(sequence, n))
+    torch.testing.assert_close(expected_repeats(probabilities, everything(probabilities), n=n), expected)
+
+
+def test_repeats_of_shorter_answers_in_a_padded_batch():
+    probabilities = distributions(6)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    together = expected_repeats(probabilities, mask, n=2)
+    alone = expected_repeats(probabilities[1:, :4], mask[1:, :4], n=2)
+    torch.testing.assert_close(together[1:], alone)
+
+
+@pytest.mark.parametrize("keywords", [[[0], [2]], [[0, 2], [1, -1]], [[-1], [-1]]])
+def test_keyword_mass_equals_enumeration(keywords):
+    probabilities = distributions(4)
+    found = keyword_mass(probabilities, everything(probabilities), torch.tensor(keywords))
+    for answer, wanted in enumerate(keywords):
+        share = enumerated(
+            probabilities[answer : answer + 1],
+            lambda sequence, wanted=wanted: sum(token in wanted for token in sequence) / 4,
+        )
+        torch.testing.assert_close(found[answer : answer + 1], share)
+
+
+def test_keyword_mass_counts_only_the_answer():
+    probabilities = distributions(4)
+    mask = torch.tensor([[True, True, False, False], [False] * 4])
+    found = keyword_mass(probabilities, mask, torch.tensor([[1], [1]]))
+    torch.testing.assert_close(found[0], probabilities[0, :2, 1].mean())
+    assert found[1] == 0
+
+
+@pytest.mark.parametrize("minimum", [[0, 1], [2, 3], [4, 4]])
+def test_shortfall_equals_enumeration(minimum):
+    probabilities = distributions(4)
+    stop = 0  # the token that ends an answer
+
+    def length(sequence):
+        return sequence.index(stop) if stop in sequence else len(sequence)
+
+    found = expected_shortfall(probabilities[:, :, stop], torch.tensor(minimum))
+    for answer, least in enumerate(minimum):
+        expected = enumerated(
+            probabilities[answer : answer + 1], lambda sequence, least=least: max(0, least - length(sequence))
+        )
+        torch.testing.assert_close(found[answer : answer + 1], expected)
+
+
+PENALTIES = {
+    "repeats of one token": lambda p: expected_repeats(p, everything(p), n=1),
+    "repeats of two": lambda p: expected_repeats(p, everything(p), n=2),
+    "repeats of three": lambda p: expected_repeats(p, everything(p), n=3),
+    "keywords": lambda p: keyword_mass(p, everything(p), torch.tensor([[1], [2]])),
+    "shortfall": lambda p: expected_shortfall(p[:, :, 0], torch.tensor([3, 4])),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_gradients_match_finite_differences(name):
+    logits = distributions(5).log().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: PENALTIES[name](torch.softmax(x, dim=-1)), (logits,))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_step_against_the_gradient_lowers_the_penalty(name):
+    logits = distributions(5).log().requires_grad_()
+    before = PENALTIES[name](torch.softmax(logits, dim=-1)).sum()
+    before.backward()
+    assert logits.grad.abs().max() > 1e-4
+    after = PENALTIES[name](torch.softmax(logits - 0.1 * logits.grad, dim=-1)).sum()
+    assert after < before
+
+
+def test_the_gradients_point_the_right_way():
+    logits = torch.zeros(1, 4, VOCABULARY, dtype=torch.float64)
+    logits[0, :, 1] = 1.0  # leans towards writing token 1 again and again
+    for name, column, sign in (("repeats of one token", 1, 1), ("keywords", 1, 1), ("shortfall", 0, 1)):
+        leaf = logits.clone().requires_grad_()
+        minimum = {
+            "shortfall": lambda p: expected_shortfall(p[:, :, 0], torch.tensor([3])),
+            "keywords": lambda p: keyword_mass(p, everything(p), torch.tensor([[1]])),
+        }
+        minimum.get(name, PENALTIES[name])(torch.softmax(leaf, dim=-1)).sum().backward()
+        assert (sign * leaf.grad[0, :3, column] > 0).all(), name
+
+
+def test_a_sure_answer_that_repeats_nothing_costs_nothing():
+    sure = torch.eye(4, dtype=torch.float64).unsqueeze(0)
+    assert expected_repeats(sure, everything(sure), n=1).item() == 0
+    again = torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1]].unsqueeze(0)
+    assert expected_repeats(again, everything(again), n=2).item() == 1
