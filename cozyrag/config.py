@@ -325,6 +325,10 @@ def check_settings(settings: Settings) -> None:
     strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]
     if strangers:
         raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")
+    if values["min_answer_tokens"] > values["answer_tokens"]:
+        raise InputError(
+            f"--min_answer_tokens: expected at most --answer_tokens, {values['answer_tokens']}, found {values['min_answer_tokens']}."
+        )
     if settings.output.push_to_hub and not settings.output.hub_model_id:
         raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
     if settings.output.hub_model_id:

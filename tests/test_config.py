@@ -33,6 +33,13 @@ RANGES = {  # setting: (values that must be refused, values at the edge that mus
     "hard_negatives": ([-1, 51], [0, 50]),
     "gradient_accumulation_steps": ([0], [1]),
     "generator_epochs": ([-0.5], [0]),
+    "repeat_penalty": ([-0.1], [0, 3]),
+    "keyword_penalty": ([-0.1], [0, 3]),
+    "short_penalty": ([-0.1], [0, 3]),
+    "repeat_ngram": ([0], [1]),
+    "short_tokens": ([0], [1]),
+    "min_answer_tokens": ([-1], [0]),
+    "no_repeat_ngram_size": ([-1], [0]),
     "retriever_epochs": ([-0.5], [0]),
     "generator_steps": ([-1], [0]),
     "retriever_steps": ([-1], [0]),
@@ -374,3 +381,10 @@ def test_the_settings_shipped_with_the_quickstart_set_are_accepted():
 def test_a_hub_name_that_cannot_be_one_is_refused_before_anything_is_trained(name):
     with pytest.raises(InputError, match="--hub_model_id: expected user/name"):
         parse_settings(["--push_to_hub", "--hub_model_id", name])
+
+
+def test_an_answer_cannot_have_to_be_longer_than_it_may_be():
+    assert "--min_answer_tokens: expected at most --answer_tokens, 5, found 6" in refusal(
+        "--answer_tokens=5", "--min_answer_tokens=6"
+    )
+    assert values("--answer_tokens=6", "--min_answer_tokens=6")["min_answer_tokens"] == 6
