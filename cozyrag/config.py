@@ -154,6 +154,10 @@ class TrainingSettings:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, "Precision of the arithmetic. None: what accelerate launch was told, else no."
     )
+    gate: Literal["on", "off"] = setting(
+        "on",
+        "Take a model back after a phase that made it worse on the held-out questions: F1 for the generator, recall@5 for the retriever.",
+    )
     use_cpu: bool = setting(False, "Train on the CPU although there is a GPU.")
     threads: int | None = setting(
         None, "CPU threads of each process. None: the cores of the machine shared by its processes."

@@ -204,6 +204,10 @@ class Generator:
         self.model.train(was_training)
         return sure
 
+    def restore(self, folder: str | Path) -> None:
+        """Take the weights of a checkpoint that `save` wrote."""
+        self.model.load_state_dict(Generator.load(str(folder)).model.state_dict())
+
     def save(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face checkpoint (safetensors)."""
         self.model.save_pretrained(folder)

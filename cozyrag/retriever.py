@@ -119,6 +119,10 @@ class Retriever:
         """16 hex digits that change when a weight or the reading length changes: whose vectors an index holds."""
         return weights_fingerprint(self.model, str(self.model.max_seq_length), str(sorted(self.model.prompts.items())))
 
+    def restore(self, folder: str | Path) -> None:
+        """Take the weights of a checkpoint that `save` wrote."""
+        self.model.load_state_dict(Retriever.load(str(folder)).model.state_dict())
+
     def save(self, folder: str | Path) -> None:
         """Write an ordinary SentenceTransformer checkpoint (safetensors)."""
         self.model.save_pretrained(str(folder), create_model_card=False)

@@ -5,8 +5,10 @@ there. Left out: how a phase trains (trainer.py), what a checkpoint holds (check
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attac
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import examine
 from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.gate import judge
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.lexical import LexicalIndex
@@ -61,6 +64,8 @@ class Rounds:
         self.index: PassageIndex | None = None
         self.lexical: LexicalIndex | None = None
         self.searcher: Searcher | None = None
+        self.held_out: Dataset | None = None  # contexts of the held-out questions, as of the last examination
+        self.examined: list[dict] | None = None  # and its rows
         self.log = RunLog(accelerator, self.folder, progress.metrics)
         self.passages = Passages.of(corpus.passages)
         self.maker = ContextMaker(
@@ -92,6 +97,8 @@ class Rounds:
                 round_number=self.progress.round,
                 watcher=_Watcher(self, "QA pairs/s"),
             )
+        if self.settings.training.gate == "on":
+            self._gate_generator()
         self._go_on(Progress(self.progress.round, "retriever"))
 
     def teach_retriever(self) -> None:
@@ -111,10 +118,73 @@ class Rounds:
 
     def examine(self) -> None:
         """Index again, let the pair answer the held-out questions, and save it."""
-        round_number, chosen = self.progress.round, self.settings.contexts
-        contexts = self._contexts(self.corpus.eval_questions, f"round {round_number}: retrieving for the examination")
+        round_number = self.progress.round
+        contexts = self._held_out_contexts()
+        if round_number and self.settings.training.gate == "on":
+            contexts = self._gate_retriever(contexts)
+        summary, rows = self._examine(contexts, f"round {round_number}: examining")
+        self.held_out, self.examined = contexts, rows
+        self.log.record({"kind": "examined", "round": round_number} | summary)
+        log_numbers(self.accelerator, summary, step=self.log.steps, prefix="examined")
+        if self.accelerator.is_main_process:
+            write_jsonl(self._examined_path(round_number), rows)
+            self._save_pair()
+        if round_number < self.settings.training.rounds:  # the last table comes with the times, at the end
+            self.log.say(f"\n{self.log.results()}\n")
+        self._go_on(Progress(round_number + 1, "generator"))
+
+    # ---- do no harm ----
+
+    def _gate_generator(self) -> None:
+        """Take the generator back if it answers worse than before the phase, from the same contexts."""
+        contexts = self.held_out or self._held_out_contexts()
+        _, rows = self._examine(contexts, f"round {self.progress.round}: has the generator gained?")
+        if not self._judged("generator", "f1", [row["f1"] for row in rows]):
+            self.generator.restore(self.folder / "generator")
+
+    def _gate_retriever(self, contexts: Dataset) -> Dataset:
+        """Take the retriever back if it finds less than before the phase; gives the contexts of the one that stays."""
+        columns = contexts.select_columns(["rows", "positive"])[:]
+        found = [
+            float(positive in rows[:5]) for rows, positive in zip(columns["rows"], columns["positive"], strict=True)
+        ]
+        if self._judged("retriever", "recall@5", found):
+            return contexts
+        self.retriever.restore(self.folder / "retriever")
+        self.index = None  # the one that was saved with it is read again
+        return self._held_out_contexts()
+
+    def _judged(self, model: str, metric: str, after: list[float]) -> bool:
+        """Whether the model stays; the reason goes to the screen and to metrics.jsonl."""
+        before = [row[metric] for row in self._last_examined()]
+        verdict = judge(np.array(before), np.array(after))
+        self.log.record(
+            {"kind": "gate", "round": self.progress.round, "model": model, "metric": metric} | asdict(verdict)
+        )
+        self.log.say(f"round {self.progress.round}: {verdict.sentence(model, metric)}")
+        return verdict.kept
+
+    def _last_examined(self) -> list[dict]:
+        """Rows of the last examination; a resumed run reads them again."""
+        if self.examined is None:
+            lines = self._examined_path(self.progress.round - 1).read_text(encoding="utf-8").splitlines()
+            self.examined = [json.loads(line) for line in lines]
+        return self.examined
+
+    def _examined_path(self, round_number: int) -> Path:
+        return self.folder / "examined" / f"round-{round_number:03d}.jsonl"
+
+    # ---- what the acts stand on ----
+
+    def _held_out_contexts(self) -> Dataset:
+        return self._contexts(
+            self.corpus.eval_questions, f"round {self.progress.round}: retrieving for held-out questions"
+        )
+
+    def _examine(self, contexts: Dataset, desc: str) -> tuple[dict, list[dict]]:
+        chosen = self.settings.contexts
         with self.log.timed("examine", self.progress.round):
-            summary, rows = examine(
+            return examine(
                 self.accelerator,
                 self.generator,
                 contexts,
@@ -124,18 +194,8 @@ class Rounds:
                 min_answer_tokens=chosen.min_answer_tokens,
                 no_repeat_ngram_size=chosen.no_repeat_ngram_size,
                 batch_size=chosen.answer_batch_size,
-                desc=f"round {round_number}: examining",
+                desc=desc,
             )
-        self.log.record({"kind": "examined", "round": round_number} | summary)
-        log_numbers(self.accelerator, summary, step=self.log.steps, prefix="examined")
-        if self.accelerator.is_main_process:
-            write_jsonl(self.folder / "examined" / f"round-{round_number:03d}.jsonl", rows)
-            self._save_pair()
-        if round_number < self.settings.training.rounds:  # the last table comes with the times, at the end
-            self.log.say(f"\n{self.log.results()}\n")
-        self._go_on(Progress(round_number + 1, "generator"))
-
-    # ---- what the acts stand on ----
 
     def training_contexts(self) -> Dataset:
         """The contexts table of this round: made when the round begins, read again from disk afterwards."""

@@ -17,7 +17,7 @@ TIERS = (
     ("tables", "prompts", "index", "tracking", "cards", "retriever"),
     ("passages", "batches", "search"),
     ("questions", "generator", "contexts"),
-    ("corpus", "evaluation", "pipeline"),
+    ("corpus", "evaluation", "pipeline", "gate"),
     ("config", "hub"),
     ("trainer", "checkpoint"),
     ("report",),
