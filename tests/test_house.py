@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 import cozyrag
 
@@ -222,3 +223,27 @@ def test_no_broad_except_no_mutable_default_no_guessing(name):
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
             faults.append(f"line {node.lineno}: hasattr")
     assert faults == []
+
+
+# ---- the accelerate configs
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_each_config_and_it_says_what_it_is_for(path):
+    config = load_config_from_file(str(path))
+    processes = {"cpu": 1, "cpu_ddp": 2, "single_gpu": 1, "multi_gpu": 2, "multi_node": 4}
+    assert config.num_processes == processes[path.stem]
+    assert config.use_cpu is path.stem.startswith("cpu")
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_all_five_configs_are_there():
+    names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert names == {"cpu", "cpu_ddp", "single_gpu", "multi_gpu", "multi_node"}
+
+
+def test_ci_runs_the_second_command_of_the_readme():
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```bash\n")
+    second = blocks[2].split("\n```")[0]
+    assert second.startswith("python3 -m venv") and "pytest" in second and "\n" not in second
+    assert second in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
