@@ -77,9 +77,9 @@ class ModelSettings:
     """The pair of models."""
 
     generator: str = setting(
-        EMBEDDED,
-        "Causal LM that writes the answers: a folder or a Hub id such as distilgpt2; 'embedded' is the small GPT-2 that comes with "
-        "the package, 'scratch' a small untrained GPT-2 with a tokenizer trained on your passages.",
+        "distilgpt2",
+        "Causal LM that writes the answers: a folder or a Hub id; 'scratch' is a small untrained GPT-2 with a tokenizer trained on "
+        "your passages, for trying things out without the network.",
     )
     retriever: str = setting(
         EMBEDDED,
@@ -123,7 +123,7 @@ class TrainingSettings:
     generator_batch_size: int = setting(
         32, "Questions of one generator step, over all processes and accumulation pieces."
     )
-    generator_learning_rate: float = setting(2e-4, "Peak learning rate of the generator (AdamW).")
+    generator_learning_rate: float = setting(1e-4, "Peak learning rate of the generator (AdamW).")
     retriever_epochs: float = setting(1.0, "Passes over the pairs in each retriever phase; may be a fraction.")
     retriever_steps: int | None = setting(
         None, "Most optimizer steps of each retriever phase. 0 leaves the retriever as it is."

@@ -1,6 +1,6 @@
-"""Where the things that come with the package lie: the quickstart set and the small generator.
+"""Where the things that come with the package lie: the quickstart set and its settings, templates and launch settings.
 
-They make the first run independent of the network. Left out: reading them, which the ordinary readers do.
+The set makes the first run independent of the network. Left out: reading them, which the ordinary readers do.
 """
 
 from pathlib import Path
@@ -13,7 +13,6 @@ QUICKSTART = {
     "passages": str(QUICKSTART_FOLDER / "passages.jsonl"),
 }
 QUICKSTART_SETTINGS = QUICKSTART_FOLDER / "settings.yaml"
-EMBEDDED_GENERATOR = _PACKAGE / "data" / "generator"
 
 
 def shipped_folder(name: str) -> Path:

@@ -20,7 +20,6 @@ from cozyrag.cards import write_card
 from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output, write_json
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
-from cozyrag.embedded import EMBEDDED_GENERATOR
 from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
@@ -167,8 +166,6 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     models = settings.models
     if models.generator == SCRATCH:
         return Generator.from_scratch(corpus.passages[:]["text"])
-    if models.generator == EMBEDDED:
-        return Generator.load(str(EMBEDDED_GENERATOR), dropout=models.dropout)
     return Generator.load(models.generator, revision=models.generator_revision, dropout=models.dropout)
 
 
