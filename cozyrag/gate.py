@@ -10,6 +10,8 @@ import numpy as np
 
 from cozyrag.metrics import paired_bootstrap
 
+WORSE = 0.8  # one or two questions turned by chance stay below it, three turned the same way do not
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -31,10 +33,10 @@ class Verdict:
 
 
 def judge(before: np.ndarray, after: np.ndarray) -> Verdict:
-    """Keep the new model unless it is more likely worse than not.
+    """Keep the new model unless the questions say that it got worse.
 
     Paired bootstrap over the questions (see metrics.paired_bootstrap): taken back when the mean got lower in more than
-    half of the resamples. No change at all is kept: a metric at its ceiling or its floor says nothing against a model.
+    `WORSE` of the resamples. No change is kept: a metric at its ceiling or its floor says nothing against a model.
 
     Args:
         before, after: (n_questions,) scores of the same questions, 0 to 1.
@@ -42,4 +44,4 @@ def judge(before: np.ndarray, after: np.ndarray) -> Verdict:
     _, low, high, _ = paired_bootstrap(before, after)
     worse = 1 - paired_bootstrap(after, before)[3]
     means = [round(100 * float(np.mean(values)), 2) for values in (before, after)]
-    return Verdict(worse <= 0.5, *means, (round(100 * low, 2), round(100 * high, 2)), round(worse, 4))
+    return Verdict(worse <= WORSE, *means, (round(100 * low, 2), round(100 * high, 2)), round(worse, 4))
