@@ -38,7 +38,7 @@ def made_by(folder: str | Path) -> str | None:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the progress bar of datasets, which here would say "0it"."""
+    """Without the progress bars of datasets, which here would flash by and say nothing."""
     hidden = are_progress_bars_disabled()
     datasets.disable_progress_bars()
     yield
@@ -145,5 +145,6 @@ class PassageIndex:
                 f"The index in {folder} was made by retriever {found}, but the retriever in use is {fingerprint}: their vectors do not "
                 "compare. Use the retriever that was saved with the index, or index the passages again."
             )
-        table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
+        with _no_bars():
+            table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
         return cls(table, load_file(folder / "vectors.safetensors")[COLUMN], fingerprint=found)
