@@ -92,7 +92,8 @@ class ContextMaker:
         for rank, row in enumerate(rows[: self.top_k]):
             sentences, tokens = self._sentences_of(row)
             for number, (sentence, length) in enumerate(zip(sentences, tokens, strict=True)):
-                score = sum(self._rarity.get(word, 0.0) for word in asked & _words(sentence))
+                shared = (self._rarity.get(word, 0.0) for word in asked & _words(sentence))
+                score = math.fsum(shared)  # exact: sets have another order in each process, ties must stay ties
                 choices.append((-score, rank, number, sentence, length))
         kept, room, titled = [], self.budget, set()
         for _, rank, number, sentence, length in sorted(choices):
