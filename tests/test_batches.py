@@ -12,7 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.batches import PHASES, SORTING_POOL, answer_tokens, collate, phase_seed, plan_steps, share_out
+from cozyrag.batches import (
+    PHASES,
+    SORTING_POOL,
+    Reading,
+    answer_tokens,
+    collate,
+    collate_readings,
+    phase_seed,
+    plan_steps,
+    reading_mask,
+    share_out,
+)
+from cozyrag.generator import Generator, TokenLosses
 from cozyrag.prompts import Example
 
 PAD = 99
@@ -197,3 +209,46 @@ def test_labels_stand_on_the_answer_and_nowhere_else(rows, pad_id):
 def test_answer_tokens_by_hand():
     assert answer_tokens([Example([5, 6, 7, 1], 2), Example([8, 9, 1], 2)]) == 3
     assert answer_tokens([]) == 0
+
+
+# ---- readings: a context shared by several questions ----
+
+
+READINGS = [
+    Reading([5, 6, 7, 8], [([9, 10], [11, 2]), ([12, 13, 14], [15, 16, 2]), ([9], [2])], plain=True),
+    Reading([20, 21], [([22, 23], [24, 25, 2])]),
+    Reading([30] * 9, [([31], [32, 2])]),
+]
+
+
+def test_a_reading_gives_the_losses_of_its_separate_examples(generator_path):
+    losses = TokenLosses(Generator.load(str(generator_path)).model.eval())
+    batch, used = collate_readings(READINGS, row_tokens=24, rows=2, pad_id=0)
+    assert used == 3
+    mask = reading_mask(batch["documents"], batch["branches"])
+    with torch.no_grad():
+        shared = losses(batch["input_ids"], batch["positions"], batch["targets"], mask, batch["position_ids"])
+        apart = []
+        for reading in READINGS:
+            if reading.plain:
+                alone = collate([Example(reading.context, 1)], pad_id=0)
+                apart.append(losses(**alone))
+            for asked, answer in reading.branches:
+                prompt = reading.context + asked
+                apart.append(losses(**collate([Example(prompt + answer, len(prompt))], pad_id=0)))
+    torch.testing.assert_close(shared, torch.cat(apart), rtol=1e-4, atol=1e-5)
+    assert batch["plain"].tolist() == [True] * 3 + [False] * (len(shared) - 3)
+
+
+def test_readings_that_do_not_fit_are_left_for_the_next_step():
+    batch, used = collate_readings(READINGS, row_tokens=17, rows=1, pad_id=0)
+    assert used == 1
+    assert (batch["documents"] == 1).sum() == len(READINGS[0])
+    with pytest.raises(ValueError, match="at most 10 tokens"):
+        collate_readings(READINGS, row_tokens=10, rows=4, pad_id=0)
+
+
+def test_who_sees_whom_in_a_row_of_readings():
+    mask = reading_mask(torch.tensor([[1, 1, 1, 1, 2, 0]]), torch.tensor([[0, 1, 1, 2, 0, 0]]))[0, 0]
+    seen = [[key for key in range(6) if mask[query, key]] for query in range(6)]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 3], [4], [5]]

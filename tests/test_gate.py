@@ -21,7 +21,16 @@ def scores(ones, of=100):
 
 @pytest.mark.parametrize(
     ("before", "after", "kept"),
-    [(50, 60, True), (60, 50, False), (50, 50, True), (100, 100, True), (0, 0, True), (100, 99, True), (100, 98, False), (0, 1, True)],
+    [
+        (50, 60, True),
+        (60, 50, False),
+        (50, 50, True),
+        (100, 100, True),
+        (0, 0, True),
+        (100, 99, True),
+        (100, 98, False),
+        (0, 1, True),
+    ],
 )
 def test_a_model_is_kept_unless_the_questions_say_it_got_worse(before, after, kept):
     assert judge(scores(before), scores(after)).kept is kept

@@ -1,7 +1,9 @@
 """The pretraining script on a handful of articles: what is left out, what a made-up question looks like, resuming."""
 
+import importlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import corpus, write_jsonl
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, GPT2LMHeadModel
 
 from cozyrag.generator import Generator
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 
 pytest.importorskip("bm25s")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_generator.py"
+sys.path.insert(0, str(SCRIPT.parent))  # the script imports its neighbour
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,8 @@ def prepared(script, tmp_path_factory):
             folder / "prepared",
             "--vocab_size",
             600,
+            "--warm_start",
+            "none",
         )
     return folder / "prepared", [passages[n] for n in (3, 4, 5)]
 
@@ -97,50 +102,118 @@ def test_titles_left_out_are_nowhere_in_the_arrays(prepared):
         )
 
 
+def readings_of(source, count):
+    made = [source.reading(np.random.default_rng([1, i])) for i in range(count)]
+    return [reading for reading in made if reading is not None]
+
+
 def test_a_made_up_question_has_its_answer_in_its_context_and_not_in_itself(script, prepared):
     folder, _ = prepared
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    cloze = script.Cloze(folder, tokenizer, lm_share=0.0)
-    examples = [cloze.example(np.random.default_rng([1, i])) for i in range(200)]
-    examples = [example for example in examples if example is not None]
-    assert len(examples) > 100
-    for example in examples:
-        prompt = tokenizer.decode(example.input_ids[: example.prompt_length])
-        answer = tokenizer.decode(example.input_ids[example.prompt_length :])
-        assert answer.endswith(tokenizer.eos_token) and answer.startswith(" ")
-        context, asked = prompt.split(QUESTION_CUE)
-        assert asked.endswith(f"?{ANSWER_CUE}")
-        assert answer.removesuffix(tokenizer.eos_token).strip() in context
+    readings = readings_of(script.Cloze(folder, tokenizer, lm_share=0.0), 100)
+    assert len(readings) > 80
+    assert max(len(reading.branches) for reading in readings) > 3
+    for reading in readings:
+        context = tokenizer.decode(reading.context)
+        for asked, answered in reading.branches:
+            question, answer = tokenizer.decode(asked), tokenizer.decode(answered)
+            assert question.startswith(QUESTION_CUE) and question.endswith(f"?{ANSWER_CUE}")
+            assert answer.endswith(tokenizer.eos_token) and answer.startswith(" ")
+            assert answer.removesuffix(tokenizer.eos_token).strip() in context
 
 
-def test_example_tokens_are_those_the_package_would_make(script, prepared):
+def test_tokens_are_those_the_package_would_make(script, prepared):
     folder, _ = prepared
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     for source in (script.Cloze(folder, tokenizer, lm_share=0.0), script.Questions(folder, tokenizer, mixed=True)):
-        for i in range(50):
-            example = source.example(np.random.default_rng([2, i]))
-            if example is None:
-                continue
-            text = tokenizer.decode(example.input_ids[:-1])
-            context, rest = text.split(QUESTION_CUE)
-            question, answer = rest.split(ANSWER_CUE)
-            pieces = [context, f"{QUESTION_CUE}{question}{ANSWER_CUE}", answer]
-            assert [i for piece in pieces for i in tokenizer(piece)["input_ids"]] == example.input_ids[:-1]
+        for reading in readings_of(source, 50):
+            assert tokenizer(tokenizer.decode(reading.context))["input_ids"] == reading.context
+            for asked, answer in reading.branches:
+                assert tokenizer(tokenizer.decode(asked))["input_ids"] == asked
+                assert tokenizer(tokenizer.decode(answer[:-1]))["input_ids"] == answer[:-1]
+
+
+def test_a_paragraph_comes_with_its_own_questions(script, prepared):
+    folder, _ = prepared
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    source = script.Questions(folder, tokenizer, mixed=True)
+    several = [reading for reading in readings_of(source, 100) if len(reading.branches) > 1]
+    assert several
+    for reading in several:
+        context = tokenizer.decode(reading.context)
+        for asked, answer in reading.branches:
+            name = re.search(r"(Fox|Village|Owl|\w+) (\d+)", tokenizer.decode(asked)).group(2)
+            assert f" {name}" in context
+            assert tokenizer.decode(answer[:-1]).strip() in context
+
+
+def test_gold_only_leaves_out_the_other_contexts(script, prepared):
+    folder, _ = prepared
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    for reading in readings_of(script.Questions(folder, tokenizer, mixed=False), 100):
+        for _, answer in reading.branches:
+            assert tokenizer.decode(answer[:-1]).strip() in tokenizer.decode(reading.context)
 
 
 def test_weights_of_targets_sum_to_one_for_answers_and_one_for_plain_text(script):
-    examples = [
-        script.Example(list(range(10)), 1),
-        script.Example(list(range(10)), 7),
-        script.Example(list(range(12)), 10),
-    ]
-    weights = script.target_weights(examples)
-    assert weights.shape == (9 + 3 + 2,)
+    plain = torch.tensor([True] * 9 + [False] * 5)
+    weights = script.target_weights(plain)
     torch.testing.assert_close(weights[:9].sum(), torch.tensor(1.0))
     torch.testing.assert_close(weights[9:].sum(), torch.tensor(1.0))
+    torch.testing.assert_close(script.target_weights(~torch.zeros(4, dtype=torch.bool)).sum(), torch.tensor(1.0))
 
 
-SMALL = ["--rows", 2, "--row_tokens", 256, "--width", 64, "--layers", 1, "--logging_steps", 1, "--threads", 1]
+@pytest.fixture(scope="module")
+def small_bert(tmp_path_factory, prepared):
+    """A BERT of two layers with a word-piece vocabulary of its own; its norms and biases are no longer the initial ones."""
+    folder = tmp_path_factory.mktemp("bert")
+    letters = [chr(c) for c in range(33, 127)]
+    words = ["fox", "red", "village", "monastery", "the", "of", "is", "in", "coins", "count"]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words]
+    (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(pieces), hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += (0.2 if parameter.ndim == 1 else 0.1) * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_a_warm_start_computes_what_bert_computes(script, prepared, small_bert):
+    """R2 of every norm is that of BERT's hidden states under a causal mask, taken from transformers' own BERT as a decoder."""
+    warm_start = importlib.import_module("warm_start")
+    tokenizer = AutoTokenizer.from_pretrained(prepared[0] / "tokenizer")
+    sample = torch.from_numpy(np.load(prepared[0] / "text.npz")["tokens"][:640].astype(np.int64)).view(8, 80)
+    config = script.gpt2_config(tokenizer, width=48, layers=2, heads=4)
+    model, quality = warm_start.from_encoder(str(small_bert), tokenizer, sample, config=config)
+    assert len(quality) == 4 and min(quality) > 0.8
+    cold, _ = GPT2LMHeadModel(config), None
+    bert = BertModel.from_pretrained(small_bert, is_decoder=True).eval()
+    words = bert.embeddings.word_embeddings.weight
+    vectors = torch.stack(
+        [words[ids].mean(0) for ids in warm_start._pieces(AutoTokenizer.from_pretrained(small_bert), tokenizer)]
+    )
+    with torch.no_grad():
+        wanted = bert(inputs_embeds=vectors[sample], attention_mask=torch.ones_like(sample)).last_hidden_state
+        shares = []
+        for each in (model, cold):
+            got = each.transformer(sample, output_hidden_states=True).hidden_states
+            stream = each.transformer.h[-1](got[-2])
+            stream = stream[0] if isinstance(stream, tuple) else stream
+            normed = torch.nn.functional.layer_norm(stream, stream.shape[-1:]).flatten(0, 1)
+            x, y = normed - normed.mean(0), wanted.flatten(0, 1) - wanted.flatten(0, 1).mean(0)
+            slope = (x * y).mean(0) / x.pow(2).mean(0)
+            shares.append(1 - ((x * slope - y).pow(2).sum() / y.pow(2).sum()).item())
+    assert shares[0] > 0.75 > 0.3 > shares[1]
+
+
+SMALL = ["--rows", 2, "--row_tokens", 384, "--width", 64, "--layers", 1, "--logging_steps", 1, "--threads", 1]
 
 
 def test_both_stages_train_and_a_resumed_run_ends_bit_equal(script, prepared, tmp_path, monkeypatch):
