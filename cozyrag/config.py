@@ -101,6 +101,15 @@ class ContextSettings:
     )
     top_k: int = setting(4, "Passages retrieved to make a question's context.")
     context_tokens: int = setting(128, "Budget of a context, in tokens of the generator.")
+    context_filter: Literal["both", "vectors", "overlap"] = setting(
+        "both",
+        "How sentences are chosen for a context: by rare words shared with the question, by the cosine of their vectors with it, or by both.",
+    )
+    keep_sentence_vectors: bool = setting(
+        True,
+        "Keep the vectors of all sentences with the index (half precision, about 4 KB a passage); else they are made on the fly "
+        "for the passages found, which costs time instead of memory.",
+    )
     answer_tokens: int = setting(24, "Longest answer that is written, in tokens of the generator.")
     min_answer_tokens: int = setting(0, "Fewest tokens that are written before an answer may end. 0: no limit.")
     no_repeat_ngram_size: int = setting(0, "No n-gram of this length is written twice in an answer. 0: no limit.")

@@ -1,7 +1,7 @@
 """Questions to contexts: what the generator reads, and what the retriever is to learn from.
 
-For each question the passages found, the sentences of the best ones that fit the token budget, and the positive and
-hard negatives. Left out: encoding and searching themselves (retriever.py, index.py), tokens of the prompt (prompts.py).
+For each question the passages found, the sentences of the best ones that fit the token budget (scored by shared words,
+by vectors, or by both), and the positive and hard negatives. Left out: encoding and searching themselves (retriever.py, index.py), tokens of the prompt (prompts.py).
 """
 
 import math
@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from cozyrag.index import Passages
+from cozyrag.index import PassageIndex, Passages
 from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.retriever import Retriever
 from cozyrag.search import Found
+from cozyrag.sentences import split_sentences
 
+FILTERS = ("overlap", "vectors", "both")
 SEARCH_DEPTH = 60
 NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer ones are too often right without being marked so
-_STOP, _CLOSING = "[.!?。！？]", "[\"')\\]”’]"
-SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: what is matched is lost
-    rf"(?:(?<={_STOP})|(?<={_STOP}{_CLOSING})|(?<={_STOP}{_CLOSING}{{2}}))\s+(?=[\"'(\[“‘]*[^\Wa-z_])|\n+"
-)
 WORD = re.compile(r"\w+")
 CONTEXT_FEATURES = Features(
     {
@@ -41,14 +41,35 @@ CONTEXT_FEATURES = Features(
 )
 
 
-def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, by closing punctuation before a new start; rough on abbreviations, which costs little here."""
-    return [sentence for sentence in SENTENCE_END.split(text) if sentence.strip()]
+def sentence_source(index: PassageIndex, retriever: Retriever) -> Callable[[Sequence[int]], list[np.ndarray]]:
+    """Vectors of the sentences of passages, by row: those kept with the index, or made on the fly where it keeps none."""
+    if index.sentences is not None:
+        return index.sentences.of
+    passages = index.passages
+
+    def encode(rows: Sequence[int]) -> list[np.ndarray]:
+        made = retriever.encode_passages(passages.select(rows), passages.spans(rows), batch_size=64)[1]
+        return made.of(range(len(rows)))
+
+    return encode
 
 
 @lru_cache(maxsize=200_000)
 def _words(text: str) -> frozenset[str]:
     return frozenset(WORD.findall(text.lower()))
+
+
+def _cosines(sentences: np.ndarray, question: np.ndarray) -> np.ndarray:
+    """(n_sentences,) cosines; NaN for a sentence that lies beyond what the retriever reads of its passage."""
+    return np.where(sentences.any(axis=1), sentences.astype(np.float32) @ question, np.nan)
+
+
+def _standardized(values: np.ndarray) -> np.ndarray:
+    """Z-scores; unknown values count as the mean."""
+    known = values[~np.isnan(values)]
+    if not len(known) or known.std() == 0:
+        return np.zeros_like(values)
+    return np.nan_to_num((values - known.mean()) / known.std(), nan=0.0)
 
 
 @dataclass
@@ -60,6 +81,10 @@ class ContextMaker:
         count_tokens: lengths in generator tokens of a list of texts.
         top_k: passages whose sentences compete for the context.
         budget: tokens of the context.
+        score_by: one of FILTERS. "overlap": the summed rarity (inverse document frequency) of the words that a sentence
+            shares with the question; "vectors": the cosine of sentence and question; "both": their sum, each z-scored
+            over the sentences that compete.
+        sentence_vectors: see `sentence_source`; not needed for "overlap".
     """
 
     passages: Passages
@@ -67,10 +92,14 @@ class ContextMaker:
     top_k: int
     budget: int
     hard_negatives: int = 0
+    score_by: str = "overlap"
+    sentence_vectors: Callable[[Sequence[int]], list[np.ndarray]] | None = None
     _normalized: dict[int, str] = field(default_factory=dict)
     _sentences: dict[int, tuple[list[str], list[int]]] = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.score_by not in FILTERS:
+            raise ValueError(f"expected a filter among {', '.join(FILTERS)}, found {self.score_by!r}")
         self.row_of = {passage_id: row for row, passage_id in enumerate(self.passages.ids)}
         counts = Counter(word for text in self.passages.to_read() for word in set(WORD.findall(text.lower())))
         self._rarity = {word: math.log(1 + len(self.passages.ids) / count) for word, count in counts.items()}
@@ -81,28 +110,57 @@ class ContextMaker:
             self._normalized[row] = normalize_answer(self.passages.texts[row])
         return contains_answer(self._normalized[row], answers)
 
-    def context(self, question: str, rows: Sequence[int]) -> str:
-        """The sentences of the top-k passages that share most with the question, in original order, within the budget.
+    def contexts(
+        self, questions: Sequence[str], found: Sequence[Sequence[int]], vectors: np.ndarray | None = None
+    ) -> list[str]:
+        """The context of each question.
 
-        Sentences are scored by the summed rarity (inverse document frequency) of the words they share with the
-        question; earlier passages win ties. Each passage brings its title along.
+        Args:
+            found: for each question the rows of the passages found, best first.
+            vectors: (n_questions, dim) of the questions; not needed for "overlap".
+        """
+        if self.score_by == "overlap":
+            return [self.context(question, rows) for question, rows in zip(questions, found, strict=True)]
+        competing = sorted({row for rows in found for row in rows[: self.top_k]})
+        sentences = dict(zip(competing, self.sentence_vectors(competing) if competing else [], strict=True))
+        return [
+            self.context(question, rows, [_cosines(sentences[row], vector) for row in rows[: self.top_k]])
+            for question, rows, vector in zip(questions, found, vectors, strict=True)
+        ]
+
+    def context(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray] = ()) -> str:
+        """The best-scored sentences of the top-k passages, in original order, within the budget.
+
+        Earlier passages win ties. Each passage brings its title along.
+
+        Args:
+            cosines: for each of the top-k passages those of its sentences with the question; NaN where it was not read.
         """
         asked = _words(question)
-        choices = []  # (score, passage rank, sentence number, text, tokens)
+        choices = []  # (passage rank, sentence number, text, tokens)
         for rank, row in enumerate(rows[: self.top_k]):
-            sentences, tokens = self._sentences_of(row)
-            for number, (sentence, length) in enumerate(zip(sentences, tokens, strict=True)):
-                shared = (self._rarity.get(word, 0.0) for word in asked & _words(sentence))
-                score = math.fsum(shared)  # exact: sets have another order in each process, ties must stay ties
-                choices.append((-score, rank, number, sentence, length))
+            choices.extend(
+                (rank, number, *each) for number, each in enumerate(zip(*self._sentences_of(row), strict=True))
+            )
+        scores = self._scores(asked, [sentence for _, _, sentence, _ in choices], cosines)
         kept, room, titled = [], self.budget, set()
-        for _, rank, number, sentence, length in sorted(choices):
+        for _, (rank, number, sentence, length) in sorted(zip((-scores).tolist(), choices, strict=True)):
             cost = length + (0 if rank in titled else self._title_tokens(rows[rank]))
             if cost <= room or not kept:
                 kept.append((rank, number, sentence))
                 titled.add(rank)
                 room -= cost
         return self._write(sorted(kept), rows)
+
+    def _scores(self, asked: frozenset[str], sentences: Sequence[str], cosines: Sequence[np.ndarray]) -> np.ndarray:
+        """What each sentence is worth. Overlap is summed exactly: sets have another order in each process, ties must stay ties."""
+        overlap = np.array(
+            [math.fsum(self._rarity.get(word, 0.0) for word in asked & _words(sentence)) for sentence in sentences]
+        )
+        if self.score_by == "overlap" or not len(sentences):
+            return overlap
+        near = _standardized(np.concatenate(cosines))
+        return near if self.score_by == "vectors" else near + _standardized(overlap)
 
     def _write(self, kept: list[tuple[int, int, str]], rows: Sequence[int]) -> str:
         parts = []
@@ -162,12 +220,12 @@ def attach_contexts(
         result = search(batch["question"])
         rankings = [ranking.tolist() for ranking in result.rankings]
         columns: dict[str, list] = {name: [] for name in CONTEXT_FEATURES if name not in questions.column_names}
-        for i, (question, answers, passage_id) in enumerate(
-            zip(batch["question"], batch["answers"], batch["passage_id"], strict=True)
+        contexts = maker.contexts(batch["question"], result.rows.tolist(), result.vectors)
+        for i, (context, answers, passage_id) in enumerate(
+            zip(contexts, batch["answers"], batch["passage_id"], strict=True)
         ):
             found = result.rows[i].tolist()
             gold = maker.row_of.get(passage_id, -1)
-            context = maker.context(question, found)
             positive = maker.positive(gold, found, answers)
             columns["rows"].append(found)
             columns["scores"].append(result.scores[i].tolist())

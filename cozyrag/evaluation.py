@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
-from cozyrag.contexts import split_sentences
 from cozyrag.generator import Generator
 from cozyrag.metrics import bootstrap_interval, exact_match, f1, rank_of, recall_at, reciprocal_rank
+from cozyrag.sentences import split_sentences
 
 RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")

@@ -6,7 +6,7 @@ with the passages found (contexts.py).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from datasets.utils import are_progress_bars_disabled
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
+from cozyrag.sentences import SentenceVectors, sentence_spans
 
 COLUMN = "vectors"
 SPARE = 16
@@ -61,7 +62,19 @@ class Passages:
 
     def to_read(self) -> list[str]:
         """Every passage as the retriever reads it."""
-        return [passage_text(title, text) for title, text in zip(self.titles, self.texts, strict=True)]
+        return self.select(range(len(self.ids)))
+
+    def select(self, rows: Sequence[int]) -> list[str]:
+        """Some passages as the retriever reads them."""
+        return [passage_text(self.titles[row], self.texts[row]) for row in rows]
+
+    def spans(self, rows: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """Where the sentences of these passages stand in what the retriever reads, in characters."""
+        shifts = [len(read) - len(self.texts[row]) for read, row in zip(self.select(rows), rows, strict=True)]
+        return [
+            [(start + shift, end + shift) for start, end in sentence_spans(self.texts[row])]
+            for row, shift in zip(rows, shifts, strict=True)
+        ]
 
 
 class PassageIndex:
@@ -71,13 +84,17 @@ class PassageIndex:
         table: passages, columns id, title, text.
         vectors: (n_passages, dim) float32, row i = passage i.
         fingerprint: that of the retriever that made the vectors.
+        sentences: vectors of the passages' sentences, for the context filter; None where they are made on the fly.
     """
 
-    def __init__(self, table: Dataset, vectors: np.ndarray, *, fingerprint: str):
+    def __init__(
+        self, table: Dataset, vectors: np.ndarray, *, fingerprint: str, sentences: SentenceVectors | None = None
+    ):
         if len(table) != len(vectors):  # datasets would attach a wrong number of vectors without a word
             raise ValueError(f"expected one vector for each of {len(table)} passages, found {len(vectors)}")
         self.passages = Passages.of(table)
         self.vectors = vectors
+        self.sentences = sentences
         self.fingerprint = fingerprint
         self._index = faiss.IndexFlatIP(vectors.shape[1])
         self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
@@ -115,7 +132,10 @@ class PassageIndex:
         folder.mkdir(parents=True, exist_ok=True)
         table = Dataset.from_dict({"id": self.passages.ids, "title": self.passages.titles, "text": self.passages.texts})
         table.to_parquet(str(folder / "passages.parquet"))
-        save_file({COLUMN: np.ascontiguousarray(self.vectors)}, folder / "vectors.safetensors")
+        tensors = {COLUMN: np.ascontiguousarray(self.vectors)}
+        if self.sentences is not None:
+            tensors |= {"sentence_vectors": self.sentences.vectors, "sentence_ends": self.sentences.ends}
+        save_file(tensors, folder / "vectors.safetensors")
         faiss.write_index(self._index, str(folder / "index.faiss"))
         facts = {
             "retriever_fingerprint": self.fingerprint,
@@ -147,4 +167,7 @@ class PassageIndex:
             )
         with _no_bars():
             table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
-        return cls(table, load_file(folder / "vectors.safetensors")[COLUMN], fingerprint=found)
+        tensors = load_file(folder / "vectors.safetensors")
+        kept = "sentence_vectors" in tensors
+        sentences = SentenceVectors(tensors["sentence_vectors"], tensors["sentence_ends"]) if kept else None
+        return cls(table, tensors[COLUMN], fingerprint=found, sentences=sentences)

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 
 from cozyrag import __version__
-from cozyrag.contexts import ContextMaker
+from cozyrag.contexts import ContextMaker, sentence_source
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
@@ -46,7 +46,7 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts: int) -> dict:
+def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts: int | str) -> dict:
     """The content of cozyrag.json: where the pieces lie and how they are to be used together.
 
     `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
@@ -96,6 +96,7 @@ class CozyRAG:
         answer_tokens: int,
         min_answer_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
+        context_filter: str = "overlap",
     ):
         self.generator = generator
         self.retriever = retriever
@@ -113,7 +114,14 @@ class CozyRAG:
         self.answer_tokens = answer_tokens
         self.min_answer_tokens = min_answer_tokens
         self.no_repeat_ngram_size = no_repeat_ngram_size
-        self._maker = ContextMaker(index.passages, generator.count_tokens, top_k=top_k, budget=context_tokens)
+        self._maker = ContextMaker(
+            index.passages,
+            generator.count_tokens,
+            top_k=top_k,
+            budget=context_tokens,
+            score_by=context_filter,
+            sentence_vectors=sentence_source(index, retriever),
+        )
 
     @classmethod
     def from_pretrained(
@@ -147,12 +155,8 @@ class CozyRAG:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
         found = self.searcher.search(questions, k)
         scores, rows = found.scores, found.rows
-        maker = (
-            self._maker
-            if k == self.top_k
-            else ContextMaker(self.index.passages, self.generator.count_tokens, top_k=k, budget=self.context_tokens)
-        )
-        contexts = [maker.context(question, found.tolist()) for question, found in zip(questions, rows, strict=True)]
+        self._maker.top_k = k
+        contexts = self._maker.contexts(questions, rows.tolist(), found.vectors)
         texts = self.generator.answer(
             questions,
             contexts,

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.sentences import SentenceVectors
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 EMBED_TOGETHER = 16  # texts of like length that are padded together: little padding, matrices still large
@@ -96,11 +98,11 @@ class Retriever:
         return torch.cat(parts)[back]
 
     def _forward(self, texts: list[str]) -> torch.Tensor:
+        return F.normalize(self._run(texts)["sentence_embedding"].float(), dim=-1)
+
+    def _run(self, texts: list[str]) -> dict:
         features = self.model.preprocess(texts)
-        features = {
-            key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in features.items()
-        }
-        return F.normalize(self.model(features)["sentence_embedding"].float(), dim=-1)
+        return self.model({k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()})
 
     def encode(self, texts: Sequence[str], *, kind: str, batch_size: int, progress: bool = False) -> np.ndarray:
         """Vectors (n_texts, dim) float32 without gradients, in the order of the texts."""
@@ -108,12 +110,59 @@ class Retriever:
         if not len(texts):
             return np.zeros((0, self.model.get_embedding_dimension()), dtype=np.float32)
         vectors = encode(list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=progress)
-        if not np.isfinite(vectors).all():
-            raise InputError(
-                "Expected vectors of numbers from the retriever, found NaN or infinity: its training has diverged. "
-                "Lower --retriever_learning_rate, or go on from an earlier checkpoint."
-            )
+        _check_finite(vectors)
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    @property
+    def reads_sentences(self) -> bool:
+        """Whether the mean over a sentence's token vectors compares with the vector of a question: mean pooling, known places."""
+        poolings = [module for module in self.model if isinstance(module, Pooling)]
+        return [each.pooling_mode for each in poolings] == ["mean"] and self.model.tokenizer.is_fast
+
+    @torch.inference_mode()
+    def encode_passages(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], *, batch_size: int
+    ) -> tuple[np.ndarray, SentenceVectors]:
+        """Vectors of passages and of their sentences, from one pass over each passage.
+
+        Late chunking (Guenther et al. 2024, arXiv:2409.04701): the tokens of a sentence, which have seen the whole
+        passage, are averaged. A sentence costs nothing extra and knows what its "it" stands for.
+
+        Args:
+            texts: passages as `Passages.to_read` gives them, that is with the title in front.
+            spans: for each the (start, end) of its sentences in it, in characters, in order (`Passages.spans`).
+
+        Returns:
+            vectors (n_texts, dim) float32, as `encode` gives them, and the vectors of the sentences.
+        """
+        prompt, dimensions = self.model.prompts.get("document") or "", self.model.get_embedding_dimension()
+        vectors = np.zeros((len(texts), dimensions), dtype=np.float32)
+        sentences: list[np.ndarray] = [np.zeros((0, dimensions))] * len(texts)
+        order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            read = [prompt + texts[row] for row in rows]
+            out = self._run(read)
+            vectors[rows] = F.normalize(out["sentence_embedding"].float(), dim=-1).cpu().numpy()
+            tokens = out["token_embeddings"].float().cpu().numpy()
+            for row, own, places in zip(rows, tokens, self._places(read), strict=True):
+                sentences[row] = _span_means(own, places - len(prompt), spans[row])
+        _check_finite(vectors)
+        return vectors, SentenceVectors.join(sentences, dimensions)
+
+    def _places(self, texts: list[str]) -> list[np.ndarray]:
+        """For each text where its tokens begin, in characters; -1 for [CLS] and its like."""
+        encoded = self.model.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.model.max_seq_length,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+        )
+        return [
+            np.where(np.array(special, dtype=bool), -1, np.array(offsets)[:, 0])
+            for special, offsets in zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """16 hex digits that change when a weight or the reading length changes: whose vectors an index holds."""
@@ -126,3 +175,27 @@ class Retriever:
     def save(self, folder: str | Path) -> None:
         """Write an ordinary SentenceTransformer checkpoint (safetensors)."""
         self.model.save_pretrained(str(folder), create_model_card=False)
+
+
+def _span_means(tokens: np.ndarray, places: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """L2-normalised mean of the token vectors of each span; zero for a span without tokens.
+
+    Args:
+        tokens: (at least n_tokens, dim), places: (n_tokens,) where in the text each begins. spans: in order, apart.
+    """
+    sums = np.zeros((len(spans), tokens.shape[1]), dtype=np.float32)
+    if not spans:
+        return sums
+    starts, ends = np.array(spans).T
+    span = np.searchsorted(starts, places, side="right") - 1
+    inside = (span >= 0) & (places < ends[span])
+    np.add.at(sums, span[inside], tokens[: len(places)][inside])
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+
+
+def _check_finite(vectors: np.ndarray) -> None:
+    if not np.isfinite(vectors).all():
+        raise InputError(
+            "Expected vectors of numbers from the retriever, found NaN or infinity: its training has diverged. "
+            "Lower --retriever_learning_rate, or go on from an earlier checkpoint."
+        )

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from cozyrag.checkpoint import Checkpoints, Progress, write_json, write_jsonl
 from cozyrag.config import Settings
-from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts
+from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import examine
 from cozyrag.fingerprints import weights_fingerprint
@@ -31,6 +31,7 @@ from cozyrag.questions import take
 from cozyrag.report import RunLog
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
+from cozyrag.sentences import SentenceVectors
 from cozyrag.tracking import log_numbers
 from cozyrag.trainer import StepReport, train_generator, train_retriever
 
@@ -74,6 +75,7 @@ class Rounds:
             top_k=settings.contexts.top_k,
             budget=settings.contexts.context_tokens,
             hard_negatives=settings.training.hard_negatives,
+            score_by=settings.contexts.context_filter if retriever.reads_sentences else "overlap",
         )
 
     def run(self) -> None:
@@ -267,6 +269,7 @@ class Rounds:
         if mode != "dense" and self.lexical is None:
             with self.log.timed("index", self.progress.round):
                 self.lexical = LexicalIndex(self.passages.to_read())
+        self.maker.sentence_vectors = sentence_source(index, self.retriever)
         self.searcher = Searcher(index, self.lexical, encode=self._encode_questions, mode=mode)
         if mode == "hybrid":
             self._choose_weight(self.searcher)
@@ -307,25 +310,39 @@ class Rounds:
             self.index = PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
         if self.index is None or self.index.fingerprint != fingerprint:
             with self.log.timed("index", self.progress.round):
-                self.index = PassageIndex(self.corpus.passages, self._encode_passages(), fingerprint=fingerprint)
+                vectors, sentences = self._encode_passages()
+                self.index = PassageIndex(self.corpus.passages, vectors, fingerprint=fingerprint, sentences=sentences)
         return self.index
 
-    def _encode_passages(self) -> np.ndarray:
-        """Vectors of all passages, every process encoding a share; longest first, so the time left is never underrated."""
-        texts = self.passages.to_read()
-        mine = range(len(texts))[self.accelerator.process_index :: self.accelerator.num_processes]
-        order = sorted(mine, key=lambda row: -len(texts[row]))
+    def _encode_passages(self) -> tuple[np.ndarray, SentenceVectors | None]:
+        """Vectors of all passages and their sentences, every process encoding a share.
+
+        Longest first, so the time left is never underrated.
+        """
+        keep = self.settings.contexts.keep_sentence_vectors and self.maker.score_by != "overlap"
+        mine = range(len(self.passages.ids))[self.accelerator.process_index :: self.accelerator.num_processes]
+        order = sorted(mine, key=lambda row: -len(self.passages.texts[row]))
         size = self.settings.contexts.encode_batch_size
-        vectors = np.zeros((len(texts), self.retriever.model.get_embedding_dimension()), dtype=np.float32)
+        vectors: dict[int, np.ndarray] = {}
+        sentences: dict[int, np.ndarray] = {}
         with tqdm(total=len(order), desc=f"round {self.progress.round}: indexing", unit="passage") as bar:
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
-                vectors[rows] = self.retriever.encode([texts[row] for row in rows], kind="document", batch_size=size)
+                texts = self.passages.select(rows)
+                if keep:
+                    made, own = self.retriever.encode_passages(texts, self.passages.spans(rows), batch_size=size)
+                    sentences.update(zip(rows, own.of(range(len(rows))), strict=True))
+                else:
+                    made = self.retriever.encode(texts, kind="document", batch_size=size)
+                vectors.update(zip(rows, made, strict=True))
                 bar.update(len(rows))
         if self.accelerator.num_processes > 1:
-            for rank, part in enumerate(gather_object([vectors[mine]])):
-                vectors[rank :: self.accelerator.num_processes] = part
-        return vectors
+            for part in gather_object([(vectors, sentences)]):
+                vectors |= part[0]
+                sentences |= part[1]
+        rows = range(len(self.passages.ids))
+        everything = np.stack([vectors[row] for row in rows])
+        return everything, SentenceVectors.join([sentences[row] for row in rows], everything.shape[1]) if keep else None
 
     def _save_pair(self) -> None:
         """The four things a run leaves: generator/, retriever/, index/ and the file that ties them."""
@@ -344,6 +361,7 @@ class Rounds:
                 answer_tokens=contexts.answer_tokens,
                 min_answer_tokens=contexts.min_answer_tokens,
                 no_repeat_ngram_size=contexts.no_repeat_ngram_size,
+                context_filter=self.maker.score_by,
             ),
         )
 

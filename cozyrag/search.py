@@ -20,11 +20,15 @@ DEFAULT_WEIGHT = 15.0
 
 @dataclass(frozen=True)
 class Found:
-    """What a search gives: `scores` (n, k) float32 descending, `rows` (n, k) int64, and the rankings (n, k) that negatives are mined from."""
+    """What a search gives: `scores` (n, k) float32 descending, `rows` (n, k) int64, and the rankings (n, k) that negatives are mined from.
+
+    `vectors`: (n, dim) float32, those of the questions, which the context filter wants whatever the mode.
+    """
 
     scores: np.ndarray
     rows: np.ndarray
     rankings: tuple[np.ndarray, ...]
+    vectors: np.ndarray
 
 
 class Searcher:
@@ -47,19 +51,22 @@ class Searcher:
 
     def search(self, questions: Sequence[str], k: int) -> Found:
         """The k best passages of each question; equal scores stand in the order of the rows."""
+        vectors = self.encode(questions)
         if self.mode == "bm25":
             scores, rows = self.lexical.search(questions, k)
-            return Found(scores, rows, (rows,))
-        vectors = self.encode(questions)
+            return Found(scores, rows, (rows,), vectors)
         if self.mode == "dense":
             scores, rows = self.index.search(vectors, k)
-            return Found(scores, rows, (rows,))
+            return Found(scores, rows, (rows,), vectors)
         pool = self._pool(questions, vectors, max(k, CANDIDATES))
         scores, rows = zip(
             *(_best(rows, self.weight * dense + lexical, k) for rows, dense, lexical in pool.candidates), strict=True
         )
         return Found(
-            np.stack(scores).astype(np.float32), np.stack(rows), (pool.dense_rows[:, :k], pool.lexical_rows[:, :k])
+            np.stack(scores).astype(np.float32),
+            np.stack(rows),
+            (pool.dense_rows[:, :k], pool.lexical_rows[:, :k]),
+            vectors,
         )
 
     def choose_weight(self, questions: Sequence[str], relevant: Sequence[int], *, k: int = 5) -> dict[float, float]:

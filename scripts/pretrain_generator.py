@@ -124,7 +124,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> GPT2Tokenizer:
 
 def write_text(path: Path, tokenizer: GPT2Tokenizer, articles: list[tuple[str, str]]) -> tuple[int, int]:
     """Sentences as one flat token array with their ends, and the sentence at which each article ends; titles likewise."""
-    from cozyrag.contexts import split_sentences
+    from cozyrag.sentences import split_sentences
 
     tokens, sentence_ends, article_ends, titles, title_ends = [], [], [], [], []
     for title, text in tqdm(articles, desc="tokenizing", unit="article"):
@@ -154,8 +154,9 @@ def write_questions(
     """Stage 2 as token arrays: for each question its prompt tail, its answer, and one context for each of VARIANTS."""
     import bm25s
 
-    from cozyrag.contexts import ContextMaker, split_sentences
+    from cozyrag.contexts import ContextMaker
     from cozyrag.index import Passages
+    from cozyrag.sentences import split_sentences
 
     texts = list(passages)
     table = Passages([str(i) for i in range(len(texts))], [passages[text] for text in texts], texts)

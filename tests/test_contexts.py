@@ -12,11 +12,13 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, split_sentences
+from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.questions import FEATURES
+from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
+from cozyrag.sentences import split_sentences
 
 
 def count_words(texts):
@@ -176,6 +178,83 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
 
     best = max(candidates, key=score, default=None)  # max gives the first of equals
     assert not kept or best in kept
+
+
+def cosine_maker(score_by, vectors, *texts, **more):
+    """A maker whose sentences have these vectors (one list for each text)."""
+    maker = maker_of(*texts, **more)
+    maker.score_by = score_by
+    maker.sentence_vectors = lambda rows: [np.array(vectors[row], dtype=np.float16).reshape(-1, 2) for row in rows]
+    return maker
+
+
+EAST, NORTH, UNREAD = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)
+
+
+def test_vectors_choose_the_sentence_that_points_where_the_question_points():
+    texts = ["The zebra ran. Its home is Oslo."], [[NORTH, EAST]]
+    for score_by, kept in (("overlap", "The zebra ran."), ("vectors", "Its home is Oslo.")):
+        maker = cosine_maker(score_by, texts[1], *texts[0], budget=4)
+        assert maker.contexts(["zebra"], [[0]], np.array([EAST])) == [kept]
+
+
+def test_both_adds_z_scores():
+    """Four sentences with overlaps and cosines by hand: each alone prefers another sentence than the sum does."""
+    texts = ["Zebra oslo. Zebra ran. Nothing else. Void here."]
+    cosines = np.array([0.1, 0.8, 0.9, 0.0])
+    vectors = [[(c, math.sqrt(1 - c * c)) for c in cosines]]
+    maker = cosine_maker("both", vectors, *texts, budget=2)
+    rarity = maker._rarity
+    overlap = np.array([rarity["zebra"] + rarity["oslo"], rarity["zebra"], 0.0, 0.0])
+    total = sum((values - values.mean()) / values.std() for values in (overlap, cosines))
+    assert (int(overlap.argmax()), int(cosines.argmax()), int(total.argmax())) == (0, 2, 1)
+    assert maker.contexts(["zebra oslo"], [[0]], np.array([EAST])) == ["Zebra ran."]
+
+
+def test_a_sentence_that_was_not_read_counts_as_average():
+    maker = cosine_maker("vectors", [[NORTH, UNREAD, EAST]], "Alpha ran. Beta ran. Gamma ran.", budget=4)
+    assert maker.contexts(["x"], [[0]], np.array([EAST])) == ["Beta ran. Gamma ran."]
+
+
+def test_equal_vectors_leave_the_choice_to_the_words():
+    maker = cosine_maker("both", [[EAST, EAST]], "Alpha ran. Zebra ran.", budget=2)
+    assert maker.contexts(["zebra"], [[0]], np.array([EAST])) == ["Zebra ran."]
+
+
+def test_passages_are_asked_for_once_in_a_batch_and_only_the_top_k():
+    asked = []
+    maker = cosine_maker("both", [[EAST]] * 3, "Alpha ran.", "Beta ran.", "Gamma ran.", top_k=2)
+    of = maker.sentence_vectors
+    maker.sentence_vectors = lambda rows: asked.append(list(rows)) or of(rows)
+    contexts = maker.contexts(["alpha", "beta"], [[1, 0, 2], [0, 1, 2]], np.array([EAST, EAST]))
+    assert asked == [[0, 1]]
+    assert contexts == ["Beta ran.\nAlpha ran.", "Alpha ran.\nBeta ran."]
+
+
+def test_nothing_found_asks_for_no_vectors():
+    assert cosine_maker("both", [], "Alpha.").contexts(["x"], [[]], np.array([EAST])) == [""]
+
+
+def test_sentences_on_the_fly_are_those_kept_with_the_index(retriever_path, tmp_path):
+    retriever = Retriever.load(str(retriever_path))
+    passages = [{"id": f"p{i}", "title": f"T {i}", "text": f"The fox {i} is red. It ran home."} for i in range(3)]
+    table = Dataset.from_list(passages)
+    columns = Passages.of(table)
+    vectors, sentences = retriever.encode_passages(columns.to_read(), columns.spans(range(3)), batch_size=2)
+    kept = PassageIndex(table, vectors, fingerprint=retriever.fingerprint(), sentences=sentences)
+    kept.save(tmp_path)
+    kept = PassageIndex.load(tmp_path, fingerprint=retriever.fingerprint())
+    bare = PassageIndex(table, vectors, fingerprint=retriever.fingerprint())
+    for one, other in zip(
+        sentence_source(kept, retriever)([2, 0]), sentence_source(bare, retriever)([2, 0]), strict=True
+    ):
+        assert one.shape == (2, 32)
+        np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=2e-3)
+
+
+def test_an_unknown_filter_is_refused():
+    with pytest.raises(ValueError, match="overlap, vectors, both"):
+        ContextMaker(Passages([], [], []), count_words, top_k=1, budget=1, score_by="magic")
 
 
 def test_budget_is_counted_in_the_tokens_of_the_generator(generator_path):

@@ -14,6 +14,7 @@ import torch
 
 import cozyrag.retriever
 from cozyrag.errors import InputError
+from cozyrag.index import Passages
 from cozyrag.retriever import Retriever
 
 TEXTS = [passage["text"][: 9 * (i + 1)] for i, passage in enumerate(tiny.corpus(7)[0])]
@@ -224,3 +225,56 @@ def test_vectors_that_are_not_numbers_are_refused(retriever_path):
         next(retriever.model.parameters()).fill_(float("nan"))
     with pytest.raises(InputError, match="diverged"):
         retriever.encode(["a text"], kind="query", batch_size=1)
+
+
+# ---- sentences: one pass over the passage ----
+
+
+PASSAGES = Passages(
+    [f"p{i}" for i in range(4)],
+    ["Red Fox", "", "Old_Owl", ""],
+    [
+        "The fox is red. It was made in 1500! People keep the fox in a house of stone.",
+        "One sentence only",
+        "  The owl is old.\nIt sleeps. \n",
+        "",
+    ],
+)
+
+
+def test_vectors_of_passages_are_those_of_encode(retriever):
+    texts, rows = PASSAGES.to_read(), range(4)
+    vectors, _ = retriever.encode_passages(texts, PASSAGES.spans(rows), batch_size=2)
+    np.testing.assert_allclose(vectors, retriever.encode(texts, kind="document", batch_size=2), atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["", "passage: "])
+def test_a_sentence_is_the_mean_of_its_tokens_in_the_passage(retriever, prompt):
+    """Tokens are taken from sentence-transformers' own token embeddings and assigned to sentences by their characters."""
+    retriever.model.prompts["document"] = prompt
+    texts, rows = PASSAGES.to_read(), range(4)
+    _, sentences = retriever.encode_passages(texts, PASSAGES.spans(rows), batch_size=3)
+    assert [len(each) for each in sentences.of(rows)] == [3, 1, 2, 0]
+    for row in rows:
+        whole = prompt + texts[row]
+        tokens = retriever.model.encode([whole], output_value="token_embeddings", prompt="")[0].float().numpy()
+        offsets = retriever.model.tokenizer(whole, return_offsets_mapping=True)["offset_mapping"]
+        for (start, end), vector in zip(PASSAGES.spans([row])[0], sentences.of([row])[0], strict=True):
+            own = [
+                at for at, (a, b) in enumerate(offsets) if b > a and start + len(prompt) <= a and b <= end + len(prompt)
+            ]
+            mean = tokens[own].mean(axis=0)
+            np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=2e-3)
+
+
+def test_a_sentence_that_is_not_read_has_no_vector(retriever_path):
+    retriever = Retriever.load(str(retriever_path), max_tokens=12)
+    _, sentences = retriever.encode_passages(PASSAGES.to_read()[:1], PASSAGES.spans([0]), batch_size=1)
+    lengths = np.linalg.norm(sentences.of([0])[0].astype(np.float32), axis=1)
+    assert lengths[0] == pytest.approx(1, abs=1e-3) and lengths[-1] == 0
+
+
+def test_only_mean_pooling_gives_vectors_of_sentences(retriever):
+    assert retriever.reads_sentences
+    retriever.model[1].pooling_mode = "cls"
+    assert not retriever.reads_sentences

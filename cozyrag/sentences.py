@@ -1,0 +1,50 @@
+"""Where the sentences of a text begin and end, and the vectors of sentences: texts and vectors must pair up.
+
+Sentences end by rules of punctuation, not by a model: rough on abbreviations, which costs little here. Left out: who
+makes the vectors (retriever.py) and what sentences are for (contexts.py).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_STOP, _CLOSING = "[.!?。！？]", "[\"')\\]”’]"
+SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: what is matched is lost
+    rf"(?:(?<={_STOP})|(?<={_STOP}{_CLOSING})|(?<={_STOP}{_CLOSING}{{2}}))\s+(?=[\"'(\[“‘]*[^\Wa-z_])|\n+"
+)
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end, in characters, of each sentence: closing punctuation before a new start, or a line break, ends one."""
+    starts = [0, *(match.end() for match in SENTENCE_END.finditer(text))]
+    ends = [*(match.start() for match in SENTENCE_END.finditer(text)), len(text)]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if text[start:end].strip()]
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text."""
+    return [text[start:end] for start, end in sentence_spans(text)]
+
+
+@dataclass(frozen=True)
+class SentenceVectors:
+    """Vectors of all sentences of all passages, one after another.
+
+    `vectors`: (n_sentences, dim) float16, L2-normalised, zero for a sentence beyond what the retriever reads;
+    `ends`: (n_passages,) int64, where the sentences of each passage end.
+    """
+
+    vectors: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence[np.ndarray], dimensions: int) -> "SentenceVectors":
+        """From one array (n_sentences of that passage, dim) for each passage."""
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return cls(np.concatenate([np.zeros((0, dimensions)), *parts]).astype(np.float16), ends)
+
+    def of(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """For each of these passages the vectors of its sentences."""
+        return [self.vectors[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows]
