@@ -483,11 +483,7 @@ def run_stage(
     """One stage: AdamW, warm-up and cosine, log lines, validation, a state to resume from."""
     peak = options.learning_rate if stage == 1 else options.learning_rate * options.stage2_rate
     parameters = list(generator.model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+    optimizer = make_optimizer(generator.model, peak, options.body_rate)
     first = state["step"] if state["stage"] == stage else 0
     if first:
         optimizer.load_state_dict(
@@ -510,7 +506,7 @@ def run_stage(
         weights = batch.pop("weights")
         batch["attention_mask"] = reading_mask(batch.pop("documents"), batch.pop("branches"))
         for group in optimizer.param_groups:
-            group["lr"] = peak * shape_of_rate(step, len(steps))
+            group["lr"] = peak * group["share"] * shape_of_rate(step, len(steps))
         with accelerator.autocast():
             loss = (module(**batch) * weights).sum()
         loss.backward()
@@ -540,6 +536,21 @@ def run_stage(
             log(output, {"stage": stage, "step": done} | validate(generator, validation))
             save_state(output, generator, optimizer, stage, done)
             answered = time.perf_counter()
+
+
+def make_optimizer(model: GPT2LMHeadModel, peak: float, body_rate: float) -> torch.optim.Optimizer:
+    """AdamW. Layers that know something already get a share of the rate, so that they are not washed out while the word
+    vectors learn to be written as well as read; the last norm, which sets how sure the model can be, gets more."""
+    last = list(model.transformer.ln_f.parameters())
+    words = list(model.transformer.wte.parameters())
+    body = [p for p in model.parameters() if all(p is not other for other in [*last, *words])]
+    groups = [
+        {"params": words, "share": 1.0, "weight_decay": 0.01},
+        {"params": [p for p in body if p.ndim >= 2], "share": body_rate, "weight_decay": 0.01},
+        {"params": [p for p in body if p.ndim < 2], "share": body_rate, "weight_decay": 0.0},
+        {"params": last, "share": 3.0, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
 
 def shape_of_rate(step: int, steps: int) -> float:
@@ -651,6 +662,12 @@ def main() -> None:
     )
     second.add_argument("--learning_rate", type=float, default=1e-3, help="peak of stage 1")
     second.add_argument("--stage2_rate", type=float, default=0.5, help="peak of stage 2, as a share of stage 1's")
+    second.add_argument(
+        "--body_rate",
+        type=float,
+        default=0.4,
+        help="learning rate of the layers, as a share of that of the word vectors; 1 suits an untrained model",
+    )
     second.add_argument("--workers", type=int, default=0, help="processes that make batches")
     second.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     second.add_argument("--logging_steps", type=int, default=50, help="steps between log lines")

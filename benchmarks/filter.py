@@ -1,0 +1,168 @@
+"""How contexts are best filtered: which share of the answers survives, what it costs, what the reader makes of it.
+
+    python benchmarks/filter.py --questions squad_dev.jsonl.gz --also_passages squad_train.jsonl.gz --index squad-index
+
+Questions are searched for in all passages of the question files. Of the answers that stand in one of the top-k passages
+found, the share that is still in the context is printed for several budgets and ways to choose sentences: by vectors of
+sentences encoded one by one, by vectors from one pass over the passage (late chunking), by shared words, by late chunking
+and words together, and by cutting the passages off. Left out: training; the retriever is as it comes unless one is named.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from cozyrag.cli import door
+from cozyrag.contexts import ContextMaker, sentence_source
+from cozyrag.generator import Generator
+from cozyrag.index import PassageIndex, Passages, made_by
+from cozyrag.lexical import LexicalIndex
+from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
+from cozyrag.passages import merge_passages
+from cozyrag.questions import read_questions, take
+from cozyrag.retriever import Retriever
+from cozyrag.search import Searcher
+from cozyrag.sentences import split_sentences
+
+WAYS = ("truncation", "one encode per sentence", "late chunking", "word overlap", "late chunking + overlap")
+
+
+def open_index(folder: Path, passages: Dataset, retriever: Retriever) -> PassageIndex:
+    """The index of these passages, read from the folder if this retriever made it, else made and kept there."""
+    if made_by(folder) == retriever.fingerprint():
+        return PassageIndex.load(folder, fingerprint=retriever.fingerprint())
+    columns = Passages.of(passages)
+    order = np.argsort([-len(text) for text in columns.texts], kind="stable")
+    vectors: dict[int, np.ndarray] = {}
+    sentences: dict[int, np.ndarray] = {}
+    for start in tqdm(range(0, len(order), 64), desc="indexing", unit="64 passages"):
+        rows = order[start : start + 64].tolist()
+        made, own = retriever.encode_passages(columns.select(rows), columns.spans(rows), batch_size=64)
+        vectors.update(zip(rows, made, strict=True))
+        sentences.update(zip(rows, own.of(range(len(rows))), strict=True))
+    rows = range(len(order))
+    joined = type(own).join([sentences[row] for row in rows], made.shape[1])
+    index = PassageIndex(
+        passages, np.stack([vectors[row] for row in rows]), fingerprint=retriever.fingerprint(), sentences=joined
+    )
+    index.save(folder)
+    return index
+
+
+def one_by_one(passages: Passages, retriever: Retriever) -> Callable[[Sequence[int]], list[np.ndarray]]:
+    """Sentence vectors as they are made plainly: every sentence a text of its own."""
+
+    def encode(rows: Sequence[int]) -> list[np.ndarray]:
+        sentences = [split_sentences(passages.texts[row]) for row in rows]
+        flat = [sentence for each in sentences for sentence in each]
+        vectors = retriever.encode(flat, kind="document", batch_size=64)
+        return np.split(vectors, np.cumsum([len(each) for each in sentences])[:-1])
+
+    return encode
+
+
+def truncated(maker: ContextMaker, rows: Sequence[int], tokenizer) -> str:
+    """The passages one after another, cut off at the budget."""
+    ids = tokenizer("\n".join(maker.passages.select(rows[: maker.top_k])), verbose=False)["input_ids"]
+    return tokenizer.decode(ids[: maker.budget])
+
+
+def contexts_of(
+    way: str, maker: ContextMaker, sources: dict, questions: Sequence[str], found, tokenizer
+) -> tuple[list[str], float]:
+    """Contexts of all questions in one of WAYS, and the seconds it took."""
+    began = time.perf_counter()
+    if way == "truncation":
+        contexts = [truncated(maker, rows, tokenizer) for rows in found.rows.tolist()]
+    else:
+        maker.score_by = {"word overlap": "overlap", "late chunking + overlap": "both"}.get(way, "vectors")
+        maker.sentence_vectors = sources["plain" if way == "one encode per sentence" else "late"]
+        contexts = maker.contexts(questions, found.rows.tolist(), found.vectors)
+    return contexts, time.perf_counter() - began
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print the tables."""
+    asked = read_questions(options.questions)
+    others = [read_questions(path).passages for path in options.also_passages]
+    passages = merge_passages([asked.passages, *others])
+    questions = take(asked.table, options.max_questions, 0)[:]
+    retriever = Retriever.load(options.retriever) if options.retriever else Retriever.load_embedded(max_tokens=160)
+    generator = Generator.load(options.generator)
+    index = open_index(Path(options.index), passages, retriever)
+    searcher = Searcher(
+        index,
+        LexicalIndex(index.passages.to_read()),
+        encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64),
+        mode="hybrid",
+    )
+    found = searcher.search(questions["question"], options.top_k)
+    maker = ContextMaker(index.passages, generator.count_tokens, top_k=options.top_k, budget=1)
+    present = np.array(
+        [any(maker.holds_answer(r, a) for r in rows) for rows, a in zip(found.rows, questions["answers"], strict=True)]
+    )
+    print(
+        f"{len(present)} questions, {len(index)} passages; an answer stands in the top {options.top_k} of {present.mean():.1%}.\n"
+    )
+    sources = {"late": sentence_source(index, retriever), "plain": one_by_one(index.passages, retriever)}
+    print("| way | " + " | ".join(f"{budget} tokens" for budget in options.budgets) + " | ms per question |")
+    print("|---|" + "---:|" * (len(options.budgets) + 1))
+    answered = {}
+    for way in WAYS:
+        cells, spent = [], 0.0
+        for budget in options.budgets:
+            maker.budget = budget
+            contexts, spent = contexts_of(way, maker, sources, questions["question"], found, generator.tokenizer)
+            kept = np.array(
+                [contains_answer(normalize_answer(c), a) for c, a in zip(contexts, questions["answers"], strict=True)],
+                dtype=float,
+            )[present]
+            low, high = bootstrap_interval(kept)
+            cells.append(f"{kept.mean():.3f} ({low:.3f} to {high:.3f})")
+            if budget == options.answer_at:
+                answered[way] = contexts
+        print(f"| {way} | " + " | ".join(cells) + f" | {1000 * spent / len(present):.1f} |", flush=True)
+    if answered:
+        print_answers(generator, questions, answered, options.answer_at)
+
+
+def print_answers(generator: Generator, questions: dict, answered: dict[str, list[str]], budget: int) -> None:
+    """EM and F1 of the generator from each way's contexts."""
+    print(f"\n| way, {budget} tokens | EM | F1 |\n|---|---:|---:|")
+    for way, contexts in answered.items():
+        texts = generator.answer(
+            questions["question"], contexts, context_tokens=budget, max_new_tokens=24, batch_size=64
+        )
+        cells = []
+        for metric in (exact_match, f1):
+            values = np.array([metric(text, a) for text, a in zip(texts, questions["answers"], strict=True)])
+            low, high = bootstrap_interval(values)
+            cells.append(f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        print(f"| {way} | {cells[0]} | {cells[1]} |", flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", required=True, help="questions that carry their gold passage")
+    parser.add_argument("--also_passages", nargs="*", default=[], help="question files whose passages are searched too")
+    parser.add_argument("--index", required=True, help="folder in which the index is kept for the next time")
+    parser.add_argument(
+        "--retriever", help="SentenceTransformer folder or Hub id (default: the embedded all-MiniLM-L6-v2)"
+    )
+    parser.add_argument("--generator", required=True, help="generator whose tokens the budgets count: folder or Hub id")
+    parser.add_argument("--max_questions", type=int, default=1500, help="a sample of so many questions (default: 1500)")
+    parser.add_argument("--top_k", type=int, default=4, help="passages whose sentences compete (default: 4)")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 96, 128, 192], help="tokens of a context")
+    parser.add_argument("--answer_at", type=int, help="one of the budgets at which the generator answers too")
+    options = parser.parse_args()
+    door(lambda: compare(options))
+
+
+if __name__ == "__main__":
+    main()
