@@ -22,6 +22,7 @@ PHASES = ("generator", "retriever", "examine")
 OURS = (
     "checkpoints",
     "contexts",
+    "feedback",
     "examined",
     "generator",
     "retriever",

@@ -81,7 +81,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     pair = CozyRAG.from_pretrained(arguments.model)
     for question in arguments.questions or (line.strip() for line in sys.stdin if line.strip()):
         answer = pair.answer(question, top_k=arguments.top_k)
-        print(f"{answer.text}   (certainty {answer.score:.2f})")
+        print(f"{answer.text or '(no answer in these passages)'}   (certainty {answer.score:.2f})")
         for number, source in enumerate(answer.passages, 1):
             text = source.text if len(source.text) <= 160 else f"{source.text[:157]}..."
             print(f"  [{number}] {source.score:.3f} {source.title or source.id}: {text}")

@@ -133,6 +133,16 @@ class TrainingSettings:
         32, "Questions of one generator step, over all processes and accumulation pieces."
     )
     generator_learning_rate: float = setting(1e-4, "Peak learning rate of the generator (AdamW).")
+    context_noise: float = setting(
+        0.0,
+        "Share of the training questions, drawn anew each round, whose context has no passage with the answer, so that the generator "
+        "does not trust blindly. 0 to 1.",
+    )
+    no_answer: bool = setting(
+        False,
+        "Learn to write nothing where there is no answer (questions without one, contexts of --context_noise), and keep silent when that is "
+        "likelier than a threshold chosen on the held-out questions.",
+    )
     retriever_epochs: float = setting(1.0, "Passes over the pairs in each retriever phase; may be a fraction.")
     retriever_steps: int | None = setting(
         None, "Most optimizer steps of each retriever phase. 0 leaves the retriever as it is."
@@ -144,6 +154,17 @@ class TrainingSettings:
     temperature: float = setting(0.05, "Temperature of the retriever's contrastive loss.")
     hard_negatives: int = setting(
         1, "Mined negatives for each question: ranks 4 to 60 of the search, never one that holds an answer."
+    )
+    contrastive_weight: float = setting(1.0, "Weight of the retriever's contrastive loss. 0: off.")
+    feedback_weight: float = setting(
+        0.0,
+        "Weight of the generator's feedback in the retriever's loss: passages that make the answer likelier shall be found first; "
+        "it also teaches from questions whose gold passage is unknown. 0: off.",
+    )
+    feedback_passages: int = setting(4, "Passages of each question that the generator judges, best ones first.")
+    feedback_temperature: float = setting(
+        0.1,
+        "Temperature of the generator's likelihoods (nats per token) and of the retriever's cosines in the feedback.",
     )
     repeat_penalty: float = setting(0.0, "Weight of the penalty on repeated n-grams in answers. 0: off.")
     repeat_ngram: int = setting(3, "Length of those n-grams, in tokens.")
@@ -327,7 +348,8 @@ def check_settings(settings: Settings) -> None:
         ("generator_steps", 0, None), ("retriever_steps", 0, None), ("temperature", 1e-4, None), ("weight_decay", 0.0, None), ("save_steps", 0, None),
         ("save_total_limit", 1, None), ("logging_steps", 1, None), ("threads", 1, None), ("max_questions", 1, None), ("max_eval_questions", 1, None),
         ("generator_learning_rate", 0.0, None), ("retriever_learning_rate", 0.0, None), ("seed", 0, 2**32 - 1),
-        ("repeat_penalty", 0.0, None), ("keyword_penalty", 0.0, None), ("short_penalty", 0.0, None), ("repeat_ngram", 1, None),
+        ("context_noise", 0.0, 1.0), ("contrastive_weight", 0.0, None), ("feedback_weight", 0.0, None), ("feedback_passages", 2, 60),
+        ("feedback_temperature", 1e-4, None), ("repeat_penalty", 0.0, None), ("keyword_penalty", 0.0, None), ("short_penalty", 0.0, None), ("repeat_ngram", 1, None),
         ("short_tokens", 1, None), ("min_answer_tokens", 0, None), ("no_repeat_ngram_size", 0, None),
     ):  # fmt: skip
         value = values[name]
@@ -338,6 +360,10 @@ def check_settings(settings: Settings) -> None:
     strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]
     if strangers:
         raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")
+    if not values["contrastive_weight"] and not values["feedback_weight"]:
+        raise InputError(
+            "--contrastive_weight and --feedback_weight are both 0: the retriever would learn from nothing. Give one of them, or --retriever_steps 0."
+        )
     if values["min_answer_tokens"] > values["answer_tokens"]:
         raise InputError(
             f"--min_answer_tokens: expected at most --answer_tokens, {values['answer_tokens']}, found {values['min_answer_tokens']}."

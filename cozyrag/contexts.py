@@ -6,10 +6,12 @@ by vectors, or by both), and the positive and hard negatives. Left out: encoding
 
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -34,6 +36,7 @@ CONTEXT_FEATURES = Features(
         "scores": List(Value("float32")),
         "context": Value("string"),
         "answer_in_context": Value("bool"),
+        "noised": Value("bool"),
         "gold_row": Value("int64"),
         "positive": Value("int64"),
         "negatives": List(Value("int64")),
@@ -57,6 +60,11 @@ def sentence_source(index: PassageIndex, retriever: Retriever) -> Callable[[Sequ
 @lru_cache(maxsize=200_000)
 def _words(text: str) -> frozenset[str]:
     return frozenset(WORD.findall(text.lower()))
+
+
+def _share_of(name: str) -> float:
+    """A number from 0 to 1 that depends on the name alone, so that processes and resumed runs draw the same."""
+    return zlib.crc32(name.encode()) / 2**32
 
 
 def _cosines(sentences: np.ndarray, question: np.ndarray) -> np.ndarray:
@@ -180,6 +188,11 @@ class ContextMaker:
         title = self.passages.titles[row]
         return len(title) // 3 + 2 if title else 0  # an estimate; prompts.py cuts what is over
 
+    def without_answer(self, rows: Sequence[int], gold_row: int, answers: Sequence[str]) -> list[int]:
+        """The first top-k of the rows that are neither the gold passage nor hold an answer."""
+        bare = (row for row in rows if row != gold_row and not self.holds_answer(row, answers))
+        return list(islice(bare, self.top_k))
+
     def positive(self, gold_row: int, rows: Sequence[int], answers: Sequence[str]) -> int:
         """The gold passage if known, else the best-ranked one that contains an answer, else -1 (never a bare top hit)."""
         if gold_row >= 0:
@@ -205,6 +218,8 @@ def attach_contexts(
     search: Callable[[list[str]], Found],
     maker: ContextMaker,
     fingerprint: str,
+    noise: float = 0.0,
+    noise_seed: str = "",
     batch_size: int = 512,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> Dataset:
@@ -213,6 +228,8 @@ def attach_contexts(
     Args:
         search: questions to what is found for them, SEARCH_DEPTH deep or as deep as there are passages.
         fingerprint: at most 64 characters that name this result; hashing the models instead would never hit a cache.
+        noise: share of the questions, drawn by id and `noise_seed`, whose context is made of the passages found that are
+            neither gold nor hold an answer, so that the generator learns not to trust blindly; their column `noised` is true.
         progress: told after each batch how many questions it had.
     """
 
@@ -220,13 +237,17 @@ def attach_contexts(
         result = search(batch["question"])
         rankings = [ranking.tolist() for ranking in result.rankings]
         columns: dict[str, list] = {name: [] for name in CONTEXT_FEATURES if name not in questions.column_names}
-        contexts = maker.contexts(batch["question"], result.rows.tolist(), result.vectors)
-        for i, (context, answers, passage_id) in enumerate(
-            zip(contexts, batch["answers"], batch["passage_id"], strict=True)
-        ):
-            found = result.rows[i].tolist()
-            gold = maker.row_of.get(passage_id, -1)
+        rows = result.rows.tolist()
+        golds = [maker.row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
+        noised = [_share_of(f"{noise_seed}|{row_id}") < noise for row_id in batch["id"]]
+        read = [
+            maker.without_answer(found, gold, answers) if spoiled else found
+            for found, gold, answers, spoiled in zip(rows, golds, batch["answers"], noised, strict=True)
+        ]
+        contexts = maker.contexts(batch["question"], read, result.vectors)
+        for i, (context, answers, found, gold) in enumerate(zip(contexts, batch["answers"], rows, golds, strict=True)):
             positive = maker.positive(gold, found, answers)
+            columns["noised"].append(noised[i])
             columns["rows"].append(found)
             columns["scores"].append(result.scores[i].tolist())
             columns["context"].append(context)

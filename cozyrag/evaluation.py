@@ -29,6 +29,7 @@ def examine(
     batch_size: int,
     min_answer_tokens: int = 0,
     no_repeat_ngram_size: int = 0,
+    no_answer_threshold: float | None = None,
     desc: str | None = None,
 ) -> tuple[dict, list[dict]]:
     """Greedy answers to all questions, scored.
@@ -46,6 +47,7 @@ def examine(
             max_new_tokens=answer_tokens,
             min_new_tokens=min_answer_tokens,
             no_repeat_ngram_size=no_repeat_ngram_size,
+            no_answer_threshold=no_answer_threshold,
             batch_size=batch_size,
             progress=lambda batches: tqdm(batches, desc=desc, unit="batch"),
         )
@@ -75,11 +77,35 @@ def _examined(question: dict, prediction: str, top_k: int) -> dict:
     return row | {"verdict": _verdict(row, found=rank is not None and rank <= top_k)}
 
 
+def choose_threshold(
+    nothing: np.ndarray, gain: np.ndarray, answerable: np.ndarray, weights: np.ndarray
+) -> tuple[float, float]:
+    """The probability of writing nothing above which silence pays best, and the weighted mean score there, 0 to 1.
+
+    A question that is answered scores its `gain`; one that is met with silence scores 1 if it has no answer, else 0.
+
+    Args:
+        nothing: (n,) probabilities; gain: (n,) scores of the answers if given; answerable: (n,) bool; weights: (n,).
+    """
+    order = np.argsort(-nothing, kind="stable")
+    silence = np.where(answerable, 0.0, 1.0)
+    steps = np.concatenate([[0.0], np.cumsum((weights * (silence - gain))[order])])
+    # silence for the first n of the order is only possible where a threshold can tell them from the next
+    levels = np.concatenate([[1.0], nothing[order]])
+    possible = np.append(levels[:-1] > levels[1:], levels[-1] > 0)
+    possible[0] = True
+    best = int(np.flatnonzero(possible)[np.argmax(steps[possible])])
+    threshold = 1.0 if best == 0 else float((levels[best] + (levels[best + 1] if best < len(order) else 0.0)) / 2)
+    return threshold, float((np.sum(weights * gain) + steps[best]) / np.sum(weights))
+
+
 def _verdict(row: dict, *, found: bool) -> str:
     if row["em"]:
         return "right"
+    if not row["answers"]:
+        return "answered the unanswerable"
     if row["answer_in_context"]:
-        return "reader missed"
+        return "reader missed" if row["prediction"] else "kept silent"
     return "filter dropped it" if found else "retrieval missed"
 
 

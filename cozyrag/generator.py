@@ -4,10 +4,10 @@ It loads, computes the loss of answers, writes answers and saves; what to train 
 Left out: optimizers, processes, devices beyond "where the model already is".
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -145,12 +145,20 @@ class Generator:
         batch_size: int = 32,
         min_new_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
+        no_answer_threshold: float | None = None,
         progress=iter,
     ) -> list[str]:
         """Greedy answers, in the order of the questions; batches are made of prompts of like length.
 
-        `min_new_tokens` and `no_repeat_ngram_size` are transformers' controls of decoding, 0 = off.
+        `min_new_tokens` and `no_repeat_ngram_size` are transformers' controls of decoding, 0 = off. With a
+        `no_answer_threshold` an answer is "" where writing nothing is more probable than that, and never empty elsewhere.
         """
+        if no_answer_threshold is not None:
+            min_new_tokens = max(1, min_new_tokens)
+            nothing = self.no_answer_probabilities(
+                questions, contexts, context_tokens=context_tokens, batch_size=batch_size
+            )
+            silent = nothing > no_answer_threshold
         limits = {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens or None,
@@ -173,7 +181,18 @@ class Generator:
             for row, text in zip(rows, self._complete([prompts[row] for row in rows], limits), strict=True):
                 answers[row] = text
         self.model.train(was_training)
+        if no_answer_threshold is not None:
+            answers = ["" if quiet else answer for answer, quiet in zip(answers, silent, strict=True)]
         return answers
+
+    def no_answer_probabilities(
+        self, questions: Sequence[str], contexts: Sequence[str], *, context_tokens: int, batch_size: int = 32
+    ) -> np.ndarray:
+        """(n,): how probable it is that nothing is written, that is, that EOS comes first."""
+        nothing = [""] * len(questions)
+        return np.exp(
+            self.log_likelihoods(questions, contexts, nothing, context_tokens=context_tokens, batch_size=batch_size)
+        )
 
     def _complete(self, prompts: list[list[int]], limits: dict) -> list[str]:
         """What the model writes behind each prompt. Prompts are padded on the left, so all answers start together."""
@@ -187,6 +206,24 @@ class Generator:
         self, questions: Sequence[str], contexts: Sequence[str], answers: Sequence[str], *, context_tokens: int
     ) -> list[float]:
         """Geometric mean of the probabilities of each answer's tokens, EOS included: 0 (no idea) to 1 (certain)."""
+        likelihoods = self.log_likelihoods(questions, contexts, answers, context_tokens=context_tokens, batch_size=1)
+        return np.exp(likelihoods).tolist()
+
+    @torch.inference_mode()
+    def log_likelihoods(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        answers: Sequence[str],
+        *,
+        context_tokens: int,
+        batch_size: int = 32,
+        progress: Callable[[int], object] = lambda count: None,
+    ) -> np.ndarray:
+        """(n,) float64: mean log-likelihood, in nats, of the tokens of each answer with its EOS; longest prompts first.
+
+        `progress` is told after each batch how many questions it had.
+        """
         examples = encode_examples(
             self.tokenizer,
             questions=questions,
@@ -197,12 +234,18 @@ class Generator:
         )
         was_training = self.model.training
         losses = TokenLosses(self.model.eval())
-        batches = (collate([example], pad_id=self.tokenizer.pad_token_id) for example in examples)
-        sure = [
-            math.exp(-losses(**{k: v.to(self.device) for k, v in batch.items()}).mean().item()) for batch in batches
-        ]
+        likelihoods = np.zeros(len(examples))
+        order = sorted(range(len(examples)), key=lambda row: -len(examples[row].input_ids))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = collate([examples[row] for row in rows], pad_id=self.tokenizer.pad_token_id)
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+            sums.index_add_(0, batch["rows"], losses(**batch).double())
+            likelihoods[rows] = -(sums / torch.bincount(batch["rows"], minlength=len(rows))).cpu().numpy()
+            progress(len(rows))
         self.model.train(was_training)
-        return sure
+        return likelihoods
 
     def restore(self, folder: str | Path) -> None:
         """Take the weights of a checkpoint that `save` wrote."""

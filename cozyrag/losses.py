@@ -19,10 +19,41 @@ def contrastive_loss(
 
     Args:
         queries: (n_queries, dim), passages: (n_passages, dim), both L2-normalised.
-        positives: (n_queries,) int64, the passage row that answers each query.
+        positives: (n_queries,) int64, the passage row that answers each query; -1 where none is known.
 
     Returns:
-        scalar mean over the queries, in nats.
+        scalar mean over the queries with a known positive (0 without any), in nats.
     """
-    scores = queries @ passages.T / temperature
-    return F.cross_entropy(scores, positives)
+    known = positives >= 0
+    scores = queries[known] @ passages.T / temperature
+    return F.cross_entropy(scores, positives[known], reduction="sum") / max(1, int(known.sum()))
+
+
+def feedback_loss(
+    queries: torch.Tensor,
+    passages: torch.Tensor,
+    *,
+    candidates: torch.Tensor,
+    likelihoods: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Generator feedback: the retriever's preferences among some passages shall be the generator's.
+
+    KL(G || R) over each query's candidates: G is the softmax of the log-likelihood of the answer given each passage, R
+    that of the cosines, both over one temperature. Perplexity distillation of Izacard et al. 2022 (Atlas,
+    arXiv:2208.03299, section 2.2) and the likelihood supervision of Shi et al. 2023 (REPLUG LSR, arXiv:2301.12652, eq. 5).
+
+    Args:
+        queries: (n_queries, dim), passages: (n_passages, dim), both L2-normalised.
+        candidates: (n_queries, k) int64, rows of `passages`.
+        likelihoods: (n_queries, k), mean log-likelihood of an answer token in nats, in the order of `candidates`; NaN in
+            a row that has no answer, which is left out.
+
+    Returns:
+        scalar mean over the queries that count (0 without any), in nats. Gradients reach the vectors only.
+    """
+    known = ~likelihoods.isnan().any(dim=1)
+    scores = torch.einsum("qd,qkd->qk", queries[known], passages[candidates[known]])
+    wanted = torch.log_softmax(likelihoods[known].detach() / temperature, dim=1)
+    found = torch.log_softmax(scores / temperature, dim=1)
+    return F.kl_div(found, wanted, log_target=True, reduction="sum") / max(1, int(known.sum()))

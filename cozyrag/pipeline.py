@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Answer:
-    """`text`, how sure the generator is (`score`, 0 to 1: geometric mean of its token probabilities), what it read and where that came from."""
+    """`text` (empty where the pair keeps silent), how sure the generator is (`score`, 0 to 1: geometric mean of its token probabilities), what it read and where that came from."""
 
     text: str
     score: float
@@ -46,7 +46,7 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts: int | str) -> dict:
+def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts: int | str | float | None) -> dict:
     """The content of cozyrag.json: where the pieces lie and how they are to be used together.
 
     `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
@@ -97,6 +97,7 @@ class CozyRAG:
         min_answer_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
         context_filter: str = "overlap",
+        no_answer_threshold: float | None = None,
     ):
         self.generator = generator
         self.retriever = retriever
@@ -114,6 +115,7 @@ class CozyRAG:
         self.answer_tokens = answer_tokens
         self.min_answer_tokens = min_answer_tokens
         self.no_repeat_ngram_size = no_repeat_ngram_size
+        self.no_answer_threshold = no_answer_threshold
         self._maker = ContextMaker(
             index.passages,
             generator.count_tokens,
@@ -164,6 +166,7 @@ class CozyRAG:
             max_new_tokens=self.answer_tokens,
             min_new_tokens=self.min_answer_tokens,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
+            no_answer_threshold=self.no_answer_threshold,
         )
         sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)
         return [

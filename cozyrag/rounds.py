@@ -20,7 +20,8 @@ from cozyrag.checkpoint import Checkpoints, Progress, write_json, write_jsonl
 from cozyrag.config import Settings
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.corpus import Corpus
-from cozyrag.evaluation import examine
+from cozyrag.evaluation import choose_threshold, examine
+from cozyrag.feedback import answer_likelihoods
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.gate import judge
 from cozyrag.generator import Generator
@@ -67,6 +68,7 @@ class Rounds:
         self.searcher: Searcher | None = None
         self.held_out: Dataset | None = None  # contexts of the held-out questions, as of the last examination
         self.examined: list[dict] | None = None  # and its rows
+        self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
         self.log = RunLog(accelerator, self.folder, progress.metrics)
         self.passages = Passages.of(corpus.passages)
         self.maker = ContextMaker(
@@ -106,6 +108,7 @@ class Rounds:
     def teach_retriever(self) -> None:
         """Retriever phase: the generator is frozen, positives and hard negatives come from the contexts table."""
         contexts = self.training_contexts()
+        likelihoods = self._feedback(contexts) if self.settings.training.feedback_weight else None
         with self.log.timed("retriever phase", self.progress.round):
             train_retriever(
                 self.accelerator,
@@ -115,8 +118,32 @@ class Rounds:
                 settings=self.settings.training,
                 round_number=self.progress.round,
                 watcher=_Watcher(self, "pairs/s"),
+                likelihoods=likelihoods,
             )
         self._go_on(Progress(self.progress.round, "examine"))
+
+    def _feedback(self, contexts: Dataset) -> np.ndarray | None:
+        """What the frozen generator makes of the best passages of each question; None where no step will ask for it."""
+        if self.settings.training.retriever_steps == 0:
+            return None
+        self.current_searcher()  # gives the context filter its sentence vectors
+        k = self.settings.training.feedback_passages
+        with self.log.timed("feedback", self.progress.round):
+            bar = tqdm(desc=f"round {self.progress.round}: generator feedback", unit="passage")
+            likelihoods = answer_likelihoods(
+                self.accelerator,
+                self.generator,
+                contexts,
+                self.maker,
+                self._encode_questions,
+                passages=k,
+                context_tokens=self.settings.contexts.context_tokens,
+                batch_size=self.settings.contexts.answer_batch_size,
+                folder=self.folder / "feedback",
+                progress=bar.update,
+            )
+            bar.close()
+        return likelihoods
 
     def examine(self) -> None:
         """Index again, let the pair answer the held-out questions, and save it."""
@@ -184,26 +211,61 @@ class Rounds:
         )
 
     def _examine(self, contexts: Dataset, desc: str) -> tuple[dict, list[dict]]:
-        chosen = self.settings.contexts
         with self.log.timed("examine", self.progress.round):
-            return examine(
-                self.accelerator,
-                self.generator,
-                contexts,
-                top_k=chosen.top_k,
-                context_tokens=chosen.context_tokens,
-                answer_tokens=chosen.answer_tokens,
-                min_answer_tokens=chosen.min_answer_tokens,
-                no_repeat_ngram_size=chosen.no_repeat_ngram_size,
-                batch_size=chosen.answer_batch_size,
-                desc=desc,
+            if self.settings.training.no_answer:
+                self.threshold = self._choose_threshold(contexts)
+            return self._answer(contexts, self.threshold, desc)
+
+    def _answer(self, contexts: Dataset, threshold: float | None, desc: str) -> tuple[dict, list[dict]]:
+        chosen = self.settings.contexts
+        return examine(
+            self.accelerator,
+            self.generator,
+            contexts,
+            top_k=chosen.top_k,
+            context_tokens=chosen.context_tokens,
+            answer_tokens=chosen.answer_tokens,
+            min_answer_tokens=chosen.min_answer_tokens,
+            no_repeat_ngram_size=chosen.no_repeat_ngram_size,
+            no_answer_threshold=threshold,
+            batch_size=chosen.answer_batch_size,
+            desc=desc,
+        )
+
+    def _choose_threshold(self, contexts: Dataset) -> float:
+        """Above which probability of writing nothing the pair shall keep silent, by F1 on the held-out questions.
+
+        They count as found, and again with contexts that were robbed of the answer, these in the share of --context_noise.
+        """
+        noise = self.settings.training.context_noise
+        robbed = self._contexts(self.corpus.eval_questions, "the same without their answers", noise=1.0)
+        nothing, gain, answerable = [], [], []
+        for table in (contexts, robbed):
+            rows = self._answer(table, 1.0, f"round {self.progress.round}: how sure is sure enough?")[1]
+            nothing.append(
+                self.generator.no_answer_probabilities(
+                    table["question"],
+                    table["context"],
+                    context_tokens=self.settings.contexts.context_tokens,
+                    batch_size=self.settings.contexts.answer_batch_size,
+                )
             )
+            gain.append([row["f1"] if table is contexts else 0.0 for row in rows])
+            answerable.append([bool(row["answers"]) and table is contexts for row in rows])
+        weights = np.repeat([1.0, noise / max(1 - noise, 1e-6)], len(contexts))
+        threshold, score = choose_threshold(*(np.concatenate(each) for each in (nothing, gain, answerable)), weights)
+        threshold = broadcast_object_list([threshold])[0]
+        self.log.record(
+            {"kind": "threshold", "round": self.progress.round, "threshold": threshold, "f1": round(100 * score, 2)}
+        )
+        return threshold
 
     def training_contexts(self) -> Dataset:
         """The contexts table of this round: made when the round begins, read again from disk afterwards."""
         path = self.folder / "contexts" / f"round-{self.progress.round:03d}"
         if not path.exists():
-            contexts = self._contexts(self.corpus.questions, f"round {self.progress.round}: retrieving")
+            noise = self.settings.training.context_noise
+            contexts = self._contexts(self.corpus.questions, f"round {self.progress.round}: retrieving", noise=noise)
             self._report_positives(contexts)
             if self.accelerator.is_main_process:
                 partial = path.with_name(path.name + ".partial")
@@ -230,7 +292,7 @@ class Rounds:
             + "."
         )
 
-    def _contexts(self, questions: Dataset, desc: str) -> Dataset:
+    def _contexts(self, questions: Dataset, desc: str, *, noise: float = 0.0) -> Dataset:
         """Retrieve for a table of questions; every process does a share and all get the whole."""
         searcher = self.current_searcher()
         with self.log.timed("retrieve", self.progress.round):
@@ -247,7 +309,10 @@ class Rounds:
                     questions._fingerprint,
                     str(self.progress.round),
                     str(self.accelerator.process_index),
+                    str(noise),
                 ),
+                noise=noise,
+                noise_seed=f"{self.settings.training.seed}|{self.progress.round}",
                 batch_size=256,
                 progress=bar.update,
             )
@@ -362,6 +427,7 @@ class Rounds:
                 min_answer_tokens=contexts.min_answer_tokens,
                 no_repeat_ngram_size=contexts.no_repeat_ngram_size,
                 context_filter=self.maker.score_by,
+                no_answer_threshold=self.threshold,
             ),
         )
 
@@ -395,7 +461,7 @@ class _Watcher:
         self.rounds = rounds
         self.unit = unit
         self.losses: list[float] = []
-        self.penalties: list[dict[str, float]] = []
+        self.terms: list[dict[str, float]] = []
         self.rates: list[float] = []
 
     def restore(self) -> int:
@@ -409,7 +475,7 @@ class _Watcher:
         """A log line every `logging_steps`, a checkpoint every `save_steps`."""
         rounds, output = self.rounds, self.rounds.settings.output
         self.losses.append(report.loss)
-        self.penalties.append(report.penalties)
+        self.terms.append(report.terms)
         self.rates.append(1 / report.rate)
         rounds.log.steps += 1
         rounds.progress.step = report.step
@@ -421,7 +487,7 @@ class _Watcher:
     def _log(self, report: StepReport) -> None:
         rounds, progress = self.rounds, self.rounds.progress
         loss, rate = float(np.mean(self.losses)), float(1 / np.mean(self.rates))
-        penalties = {name: float(np.mean([each[name] for each in self.penalties])) for name in report.penalties}
+        terms = {name: float(np.mean([each[name] for each in self.terms])) for name in report.terms}
         row = {
             "kind": "step",
             "round": progress.round,
@@ -431,16 +497,16 @@ class _Watcher:
             "learning_rate": report.learning_rate,
             "rate": round(rate, 2),
             "steps_so_far": rounds.log.steps,
-        } | penalties
+        } | terms
         rounds.log.record(row)
-        numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate} | penalties
+        numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate} | terms
         log_numbers(rounds.accelerator, numbers, step=rounds.log.steps, prefix=progress.phase)
-        told = "".join(f", {name} {value:.4f}" for name, value in penalties.items())
+        told = "".join(f", {name} {value:.4f}" for name, value in terms.items())
         rounds.log.say(
             f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {loss:.4f}{told}, learning rate {report.learning_rate:.2e}, {rate:.1f} {self.unit}"
         )
         self.losses.clear()
-        self.penalties.clear()
+        self.terms.clear()
         self.rates.clear()
 
 

@@ -22,7 +22,7 @@ from cozyrag.batches import answer_tokens, collate, phase_seed, plan_steps, shar
 from cozyrag.config import TrainingSettings
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.index import Passages
-from cozyrag.losses import contrastive_loss
+from cozyrag.losses import contrastive_loss, feedback_loss
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import Example, encode_examples, with_keywords
 from cozyrag.retriever import Retriever
@@ -32,7 +32,8 @@ from cozyrag.retriever import Retriever
 class StepReport:
     """What a step tells: `loss` in nats (mean over the step), `rate` in rows per second since the last report.
 
-    `penalties`: those that are on, by name, as means over the answers and before their weights.
+    `terms`: penalties that are on (means over the answers), or the terms of the retriever's loss if it has several; by
+    name and before their weights.
     """
 
     step: int
@@ -40,7 +41,7 @@ class StepReport:
     loss: float
     learning_rate: float
     rate: float
-    penalties: dict[str, float]
+    terms: dict[str, float]
 
 
 class Watcher(Protocol):
@@ -65,15 +66,18 @@ def train_generator(
 ) -> int:
     """Teach the generator to answer from the contexts; returns the number of steps. Loss on answer and EOS tokens only.
 
-    Rows without an answer are left out: there is nothing to write.
+    Rows without an answer are left out, unless it is to learn to write nothing (EOS alone) where there is none.
     """
     columns = contexts[:]
-    usable = [row for row, answers in enumerate(columns["answers"]) if answers]
+    wanted = [answers[0] if answers else "" for answers in columns["answers"]]
+    if settings.no_answer:
+        wanted = ["" if noised else answer for answer, noised in zip(wanted, columns["noised"], strict=True)]
+    usable = [row for row, answer in enumerate(wanted) if answer or settings.no_answer]
     examples = encode_examples(
         generator.tokenizer,
         questions=[columns["question"][row] for row in usable],
         contexts=[columns["context"][row] for row in usable],
-        answers=[columns["answers"][row][0] for row in usable],
+        answers=[wanted[row] for row in usable],
         context_tokens=context_tokens,
         max_length=generator.max_length,
     )
@@ -172,16 +176,25 @@ def train_retriever(
     settings: TrainingSettings,
     round_number: int,
     watcher: Watcher,
+    likelihoods: np.ndarray | None = None,
 ) -> int:
     """Teach the retriever to put each question next to its positive passage; returns the number of steps.
 
-    Rows without a positive are left out. No dropout: the vectors trained are the vectors indexed.
+    Rows that no active loss can use are left out. No dropout: the vectors trained are the vectors indexed.
+
+    Args:
+        likelihoods: (n_rows, k), the generator's feedback on the k best passages of each row (feedback.py), if wanted.
     """
-    columns = contexts.select_columns(["question", "positive", "negatives"])[:]
-    usable = [row for row, positive in enumerate(columns["positive"]) if positive >= 0]
+    columns = contexts.select_columns(["question", "positive", "negatives", "rows"])[:]
+    judged = np.zeros(len(contexts), dtype=bool) if likelihoods is None else ~np.isnan(likelihoods).any(axis=1)
+    contrasted = np.array(columns["positive"]) >= 0 if settings.contrastive_weight else np.zeros_like(judged)
+    usable = np.flatnonzero(judged | contrasted).tolist()
     texts = passages.to_read()
     steps = plan_steps(
-        [len(texts[columns["positive"][row]]) for row in usable],
+        [
+            len(texts[columns["positive"][row] if columns["positive"][row] >= 0 else columns["rows"][row][0]])
+            for row in usable
+        ],
         batch_size=settings.retriever_batch_size,
         epochs=settings.retriever_epochs,
         max_steps=settings.retriever_steps,
@@ -191,19 +204,27 @@ def train_retriever(
 
     def take_step(rows: np.ndarray) -> dict[str, float]:
         rows = [usable[row] for row in rows]
-        positives = [columns["positive"][row] for row in rows]
-        found = dict.fromkeys(positives + [row for at in rows for row in columns["negatives"][at]])
-        places = {row: place for place, row in enumerate(found)}
-        loss = retriever_step(
+        at = [columns["positive"][row] for row in rows]
+        candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
+        found = dict.fromkeys(
+            [row for row in at if row >= 0]
+            + [row for question in rows for row in columns["negatives"][question]]
+            + [row for each in candidates for row in each]
+        )
+        places = {row: place for place, row in enumerate(found)} | {-1: -1}
+        return retriever_step(
             accelerator,
             retriever,
             [columns["question"][row] for row in rows],
             [texts[row] for row in found],
-            [places[row] for row in positives],
-            temperature=settings.temperature,
+            retriever_terms(
+                settings,
+                positives=[places[row] for row in at],
+                candidates=[[places[row] for row in each] for each in candidates],
+                likelihoods=None if likelihoods is None else likelihoods[rows],
+            ),
             pieces=settings.gradient_accumulation_steps,
         )
-        return {"loss": loss}
 
     parameters = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
     _run_phase(
@@ -214,17 +235,51 @@ def train_retriever(
     return len(steps)
 
 
+def retriever_terms(
+    settings: TrainingSettings,
+    *,
+    positives: Sequence[int],
+    candidates: Sequence[Sequence[int]] = (),
+    likelihoods: np.ndarray | None = None,
+) -> dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]]:
+    """The terms of the retriever's loss that are on, by name: the weight, and vectors (questions, passages) to a scalar.
+
+    Args:
+        positives, candidates: places among the passages of the step, as losses.py takes them.
+    """
+    terms: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {}
+    if settings.contrastive_weight:
+
+        def contrastive(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+            at = torch.tensor(positives, device=queries.device)
+            return contrastive_loss(queries, passages, positives=at, temperature=settings.temperature)
+
+        terms["contrastive"] = settings.contrastive_weight, contrastive
+    if settings.feedback_weight and likelihoods is not None:
+
+        def feedback(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+            return feedback_loss(
+                queries,
+                passages,
+                candidates=torch.tensor(candidates, device=queries.device),
+                likelihoods=torch.from_numpy(likelihoods).to(queries.device),
+                temperature=settings.feedback_temperature,
+            )
+
+        terms["feedback"] = settings.feedback_weight, feedback
+    return terms
+
+
 def retriever_step(
     accelerator: Accelerator,
     retriever: Retriever,
     questions: Sequence[str],
     passages: Sequence[str],
-    positives: Sequence[int],
+    terms: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]],
     *,
-    temperature: float,
     pieces: int,
-) -> float:
-    """Gradients of the contrastive loss over the whole step; returns that loss.
+) -> dict[str, float]:
+    """Gradients of the weighted terms over the whole step; returns the loss and, where there are several, the terms.
 
     The loss needs all vectors at once but few texts fit into memory at once, on one process or many. So vectors are
     gathered without their graphs, the loss is taken once over all of them, and each process sends the gradients of
@@ -236,14 +291,14 @@ def retriever_step(
         _Side(accelerator, retriever, passages, "document", pieces),
     ]
     leaves = [side.gathered() for side in sides]
-    loss = contrastive_loss(
-        *leaves, positives=torch.tensor(positives, device=accelerator.device), temperature=temperature
-    )
+    values = {name: (weight, term(*leaves)) for name, (weight, term) in terms.items()}
+    loss = torch.stack([weight * value for weight, value in values.values()]).sum()
     accelerator.backward(loss)
     for side, leaf in zip(sides, leaves, strict=True):
         side.backward(leaf.grad)
     _sum_gradients(accelerator, retriever.model)
-    return loss.item()
+    parts = {name: value.item() for name, (_, value) in values.items()} if len(values) > 1 else {}
+    return {"loss": loss.item()} | parts
 
 
 class _Side:

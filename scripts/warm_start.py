@@ -19,9 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-LOGIT_SCALE = (
-    0.05  # BERT's word vectors are some ten times longer than GPT-2's: with 1 the first losses would be near 50
-)
+# BERT's word vectors are some ten times longer than GPT-2's: with 1 the first losses would be near 50
+LOGIT_SCALE = 0.15
 
 
 @torch.no_grad()

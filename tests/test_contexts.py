@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
+from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.questions import FEATURES
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
@@ -369,6 +370,8 @@ def attached(
     encode=lambda texts: on_circle([ANGLES[text] for text in texts]),
     fingerprint="name",
     batch_size=512,
+    noise=0.0,
+    noise_seed="",
     **limits,
 ):
     index = index or index_of()
@@ -379,6 +382,8 @@ def attached(
         maker=maker,
         fingerprint=fingerprint,
         batch_size=batch_size,
+        noise=noise,
+        noise_seed=noise_seed,
     )
 
 
@@ -477,3 +482,41 @@ def test_no_questions_still_make_the_columns():
     table = attached(questions().select([]))
     assert table.features == CONTEXT_FEATURES
     assert table[:] == {name: [] for name in CONTEXT_FEATURES}
+
+
+# ---- noise ----
+
+
+def test_noise_takes_every_passage_with_the_answer_out_of_the_context_and_out_of_nothing_else():
+    plain, noised = attached(top_k=3, budget=99), attached(top_k=3, budget=99, noise=1.0)
+    assert noised["noised"] == [True] * 4 and plain["noised"] == [False] * 4
+    others = [name for name in plain.column_names if name not in ("noised", "context", "answer_in_context")]
+    assert {name: plain[name] for name in others} == {name: noised[name] for name in others}
+    assert noised["answer_in_context"] == [False] * 4
+    assert any(plain["answer_in_context"])
+    passages = index_of().passages
+    for row, answers in enumerate(questions()["answers"]):
+        held = [passages.texts[passage] in noised["context"][row] for passage in plain["rows"][row]]
+        expected = [
+            passage
+            for passage in plain["rows"][row]
+            if passage != plain["gold_row"][row]
+            and not contains_answer(normalize_answer(passages.texts[passage]), answers)
+        ][:3]
+        assert [p for p, kept in zip(plain["rows"][row], held, strict=True) if kept] == expected
+
+
+def test_noise_is_drawn_by_question_and_seed_and_not_by_batch():
+    many = Dataset.from_dict(
+        {
+            "id": [f"q{i}" for i in range(400)],
+            "question": [list(ANGLES)[0]] * 400,
+            "answers": [["Red!"]] * 400,
+            "passage_id": [None] * 400,
+        },
+        features=FEATURES,
+    )
+    drawn = attached(many, noise=0.25)["noised"]
+    assert 0.17 < np.mean(drawn) < 0.33
+    assert attached(many, noise=0.25, batch_size=7)["noised"] == drawn
+    assert attached(many, noise=0.25, noise_seed="other")["noised"] != drawn

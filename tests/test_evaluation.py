@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cozyrag.evaluation
 from cozyrag.contexts import CONTEXT_FEATURES
-from cozyrag.evaluation import examine, summarize, table
+from cozyrag.evaluation import choose_threshold, examine, summarize, table
 from cozyrag.metrics import bootstrap_interval
 
 # (answers, prediction, rank of the positive or None, answer in context), top_k is 4
@@ -54,6 +56,7 @@ def contexts_of(cases):
         "scores": [[0.5] * 30] * count,
         "context": [f"Context {number}." for number in range(count)],
         "answer_in_context": [held for _, _, _, held in cases],
+        "noised": [False] * count,
         "gold_row": [-1] * count,
         "positive": [-1 if rank is None else found[rank - 1] for _, _, rank, _ in cases],
         "negatives": [[]] * count,
@@ -127,6 +130,7 @@ def test_generator_is_asked_with_the_contexts_and_budgets():
         "max_new_tokens": 7,
         "min_new_tokens": 0,
         "no_repeat_ngram_size": 0,
+        "no_answer_threshold": None,
         "batch_size": 3,
     }
     assert generator.batches == [0, 3, 6]
@@ -178,3 +182,46 @@ def test_table_by_hand():
         "| change | +2.5 | -0.1 | +0.0 | +0.0 | +0.0 | +100.0 | +0.0 |",
         *foot,
     ]
+
+
+# ---- keeping silent ----
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.1, 0.3, 0.3, 0.7, 1.0]),
+            st.sampled_from([0.0, 0.5, 1.0]),
+            st.booleans(),
+            st.sampled_from([0.5, 1.0]),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_the_threshold_is_the_best_of_all_there_are(rows):
+    """Against every threshold tried one by one, with the rule as the generator applies it: silent above, else the answer."""
+    nothing, gain, answerable, weights = (np.array(column) for column in zip(*rows, strict=True))
+    gain = np.where(answerable, gain, 0.0)
+
+    def score(threshold):
+        silent = nothing > threshold
+        return float(np.sum(weights * np.where(silent, ~answerable, gain)) / np.sum(weights))
+
+    threshold, told = choose_threshold(nothing, gain, answerable, weights)
+    assert told == pytest.approx(score(threshold))
+    assert told == pytest.approx(max(score(t) for t in [*np.linspace(0, 1, 41), *nothing, -0.0]))
+
+
+def test_without_questions_that_have_no_answer_it_always_answers():
+    chosen = choose_threshold(np.array([0.9, 0.2]), np.array([0.0, 1.0]), np.array([True, True]), np.ones(2))
+    assert chosen == (1.0, 0.5)
+
+
+def test_silence_and_answers_to_the_unanswerable_have_their_verdicts():
+    cases = [(["Red Fox"], "", 1, True), ([], "wrong", None, False), ([], "", None, False)]
+    generator = FixedAnswers()
+    generator.answer = lambda questions, contexts, **options: [cases[int(q.split()[1][:-1])][1] for q in questions]
+    _, rows = examine(Accelerator(cpu=True), generator, contexts_of(cases), **OPTIONS)
+    assert [row["verdict"] for row in rows] == ["kept silent", "answered the unanswerable", "right"]

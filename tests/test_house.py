@@ -18,7 +18,7 @@ TIERS = (
     ("tables", "prompts", "index", "tracking", "cards", "retriever"),
     ("passages", "batches", "search"),
     ("questions", "generator", "contexts"),
-    ("corpus", "evaluation", "pipeline", "gate"),
+    ("corpus", "evaluation", "feedback", "pipeline", "gate"),
     ("config", "hub"),
     ("trainer", "checkpoint"),
     ("report",),

@@ -1,11 +1,11 @@
-"""The contrastive loss on vectors written by hand: its value, its gradient, and the direction it pulls."""
+"""The retriever's losses on vectors written by hand: their values, their gradients, and the direction they pull."""
 
 import math
 
 import pytest
 import torch
 
-from cozyrag.losses import contrastive_loss
+from cozyrag.losses import contrastive_loss, feedback_loss
 
 SOUTHWEST = [-math.sqrt(0.5), -math.sqrt(0.5)]
 
@@ -113,3 +113,82 @@ def test_a_passage_that_every_query_shares_is_pulled_by_all():
     passages = torch.tensor([SOUTHWEST, [0.8, -0.6]], requires_grad=True)
     contrastive_loss(queries, passages, positives=torch.tensor([0, 0]), temperature=1.0).backward()
     assert (passages.grad[0] < 0).all()  # downhill is towards both queries
+
+
+def test_a_query_without_a_positive_adds_nothing():
+    vectors = [[1.0, 0.0], [0.6, 0.8]]
+    alone = loss_of([[1, 0]], vectors, [0])
+    assert loss_of([[1, 0], [0, 1]], vectors, [0, -1]) == pytest.approx(alone)
+    assert loss_of([[1, 0]], vectors, [-1]) == 0.0
+
+
+# ---- feedback ----
+
+
+def feedback_of(queries, passages, candidates, likelihoods, temperature=1.0):
+    tensors = [torch.tensor(each, dtype=torch.float64) for each in (queries, passages, likelihoods)]
+    return feedback_loss(
+        tensors[0], tensors[1], candidates=torch.tensor(candidates), likelihoods=tensors[2], temperature=temperature
+    ).item()
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def softmax(values):
+    total = sum(math.exp(value) for value in values)
+    return [math.exp(value) / total for value in values]
+
+
+PASSAGES = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_feedback_is_the_divergence_of_two_preferences(temperature):
+    """Cosines of (1, 0) are 1, 0, -1; the candidates are given in another order than the passages stand."""
+    found = feedback_of([[1.0, 0.0]], PASSAGES, [[2, 0, 1]], [[-0.3, -2.0, -1.0]], temperature)
+    wanted = softmax([x / temperature for x in (-0.3, -2.0, -1.0)])
+    given = softmax([x / temperature for x in (-1.0, 1.0, 0.0)])
+    assert found == pytest.approx(kl(wanted, given))
+
+
+def test_feedback_compares_the_same_passages():
+    """A shuffle of both sides together changes nothing; a shuffle of one side changes the loss."""
+    straight = feedback_of([[1.0, 0.0]], PASSAGES, [[0, 1, 2]], [[-0.3, -2.0, -1.0]])
+    assert feedback_of([[1.0, 0.0]], PASSAGES, [[1, 2, 0]], [[-2.0, -1.0, -0.3]]) == pytest.approx(straight)
+    assert feedback_of([[1.0, 0.0]], PASSAGES, [[1, 2, 0]], [[-0.3, -2.0, -1.0]]) != pytest.approx(straight, abs=0.1)
+
+
+def test_agreement_costs_nothing_and_a_constant_in_the_likelihoods_neither():
+    assert feedback_of([[1.0, 0.0]], PASSAGES, [[0, 1, 2]], [[-4.0, -5.0, -6.0]]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_feedback_is_a_mean_over_the_questions_that_have_an_answer():
+    one = feedback_of([[1.0, 0.0]], PASSAGES, [[0, 1]], [[-3.0, -1.0]])
+    both = feedback_of([[1.0, 0.0], [0.0, 1.0]], PASSAGES, [[0, 1], [0, 1]], [[-3.0, -1.0], [math.nan, math.nan]])
+    assert both == pytest.approx(one)
+    assert feedback_of([[1.0, 0.0]], PASSAGES, [[0, 1]], [[math.nan, math.nan]]) == 0.0
+
+
+def test_feedback_pulls_towards_the_passage_that_makes_the_answer_likelier():
+    query = torch.tensor([[0.6, 0.8]], dtype=torch.float64, requires_grad=True)
+    passages = torch.tensor(PASSAGES, dtype=torch.float64, requires_grad=True)
+    likelihoods = torch.tensor([[-0.1, -5.0]], dtype=torch.float64, requires_grad=True)
+    candidates = torch.tensor([[0, 1]])
+    feedback_loss(query, passages, candidates=candidates, likelihoods=likelihoods, temperature=0.1).backward()
+    assert query.grad @ passages[0].detach() < 0 < query.grad @ passages[1].detach()
+    assert (passages.grad[2] == 0).all() and (passages.grad[:2] != 0).any()
+    assert likelihoods.grad is None  # the generator is a judge, not a pupil
+
+
+def test_gradient_of_the_feedback_is_that_of_finite_differences():
+    random = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, 4, generator=random, dtype=torch.float64, requires_grad=True)
+    passages = torch.randn(5, 4, generator=random, dtype=torch.float64, requires_grad=True)
+    candidates = torch.tensor([[0, 1, 2], [4, 3, 0], [1, 1, 2]])
+    likelihoods = torch.randn(3, 3, generator=random, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q, p: feedback_loss(q, p, candidates=candidates, likelihoods=likelihoods, temperature=0.5),
+        (queries, passages),
+    )

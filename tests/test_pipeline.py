@@ -57,7 +57,7 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     )
     run.index, run.current_index = index, lambda: index
     run.current_searcher = lambda: SimpleNamespace(weight=12.5)
-    run.maker = SimpleNamespace(score_by="both")
+    run.maker, run.threshold = SimpleNamespace(score_by="both"), None
     Rounds._save_pair(run)
     return root
 

@@ -83,6 +83,8 @@ def settings(corpus_files, generator_path, retriever_path):
         2,
         "--generator_epochs",
         3,
+        "--feedback_weight",
+        0.5,
     ]
 
 

@@ -12,11 +12,11 @@ from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.index import Passages
-from cozyrag.losses import contrastive_loss
+from cozyrag.losses import contrastive_loss, feedback_loss
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import Retriever
-from cozyrag.trainer import generator_step, retriever_step, train_generator, train_retriever
+from cozyrag.trainer import generator_step, retriever_step, retriever_terms, train_generator, train_retriever
 
 
 class Notes:
@@ -61,6 +61,7 @@ def tables():
                 "scores": [1.0],
                 "context": passages[gold]["text"],
                 "answer_in_context": True,
+                "noised": False,
                 "gold_row": gold,
                 "positive": gold,
                 "negatives": [(gold + 5) % len(passages)],
@@ -162,6 +163,30 @@ def test_rows_without_answer_or_positive_are_left_out(accelerator, generator, re
     )
 
 
+def test_where_there_is_no_answer_the_generator_learns_to_write_nothing(accelerator, generator, tables):
+    """Half of the rows are spoiled or have no answer: they become likelier to be met with silence, the others less."""
+    rows = tables[0].to_list()
+    for number, row in enumerate(rows):
+        if number % 4 == 0:
+            row.update(noised=True, context="Nothing here.")
+        elif number % 4 == 1:
+            row.update(answers=[], context="Nothing here.")
+    half = Dataset.from_list(rows, features=CONTEXT_FEATURES)
+    chosen = settings(no_answer=True, generator_epochs=6, generator_learning_rate=3e-3)
+    steps = train_generator(
+        accelerator, generator, half, settings=chosen, context_tokens=64, round_number=1, watcher=Notes()
+    )
+    assert steps == 6 * len(rows) // 8
+    nothing = generator.no_answer_probabilities(half["question"], half["context"], context_tokens=64)
+    spoiled = np.array([number % 4 < 2 for number in range(len(rows))])
+    assert nothing[spoiled].min() > nothing[~spoiled].max()
+    threshold = (nothing[spoiled].min() + nothing[~spoiled].max()) / 2
+    limits = {"context_tokens": 64, "max_new_tokens": 4}
+    answers = generator.answer(half["question"], half["context"], no_answer_threshold=threshold, **limits)
+    assert [answer == "" for answer in answers] == spoiled.tolist()
+    assert all(generator.answer(half["question"], half["context"], no_answer_threshold=1.0, **limits))
+
+
 def test_warm_up_climbs_and_the_schedule_falls(accelerator, generator, tables):
     notes = Notes()
     train_generator(
@@ -233,21 +258,100 @@ def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_piece
     )
     plain = Retriever.load(str(retriever_path), max_tokens=64)
     plain.model.eval()
-    loss = contrastive_loss(
-        plain.embed(asked, kind="query"),
-        plain.embed(texts, kind="document"),
-        positives=torch.tensor(positives),
-        temperature=0.05,
+    chosen = settings(contrastive_weight=0.7, feedback_weight=1.3, feedback_temperature=0.2)
+    candidates = [[row // 2, (row + 3) % 6, (row + 1) % 6] for row in range(len(questions))]
+    likelihoods = np.random.default_rng(0).normal(-2, 1, (len(questions), 3)).astype(np.float32)
+    queries, vectors = plain.embed(asked, kind="query"), plain.embed(texts, kind="document")
+    contrastive = contrastive_loss(queries, vectors, positives=torch.tensor(positives), temperature=0.05)
+    feedback = feedback_loss(
+        queries,
+        vectors,
+        candidates=torch.tensor(candidates),
+        likelihoods=torch.from_numpy(likelihoods),
+        temperature=0.2,
     )
+    loss = 0.7 * contrastive + 1.3 * feedback
     loss.backward()
     ours = Retriever.load(str(retriever_path), max_tokens=64)
     ours.model.eval()
-    found = retriever_step(accelerator, ours, asked, texts, positives, temperature=0.05, pieces=pieces)
-    assert found == pytest.approx(loss.item(), abs=1e-5)
+    terms = retriever_terms(chosen, positives=positives, candidates=candidates, likelihoods=likelihoods)
+    found = retriever_step(accelerator, ours, asked, texts, terms, pieces=pieces)
+    assert found == pytest.approx(
+        {"loss": loss.item(), "contrastive": contrastive.item(), "feedback": feedback.item()}, abs=1e-5
+    )
     expected, got = gradients(plain.model), gradients(ours.model)
     assert set(expected) == set(got)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradient, got[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("term", ["contrastive", "feedback"])
+def test_a_retriever_step_lowers_its_term_on_its_own_batch(accelerator, retriever, tables, term):
+    contexts, passages = tables
+    weights = {"contrastive_weight": float(term == "contrastive"), "feedback_weight": float(term == "feedback")}
+    rows = [{**row, "rows": [row["gold_row"], (row["gold_row"] + 7) % 24]} for row in contexts.select(range(8))]
+    few = Dataset.from_list(rows, features=CONTEXT_FEATURES)
+    likelihoods = np.tile(np.array([[-3.0, -0.5]], dtype=np.float32), (8, 1)) if term == "feedback" else None
+    notes = Notes()
+    chosen = settings(
+        retriever_batch_size=8,
+        retriever_steps=4,
+        retriever_epochs=4,
+        retriever_learning_rate=1e-3,
+        warmup_ratio=0.0,
+        **weights,
+    )
+    train_retriever(
+        accelerator, retriever, few, passages, settings=chosen, round_number=1, watcher=notes, likelihoods=likelihoods
+    )
+    losses = [report.loss for report in notes.reports]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_feedback_alone_teaches_questions_without_a_positive(accelerator, retriever, tables):
+    """The order of preference turns to the generator's, though no gold passage is known; rows without judgement do nothing."""
+    contexts, passages = tables
+    rows = [
+        {**row, "rows": [row["gold_row"], (row["gold_row"] + 7) % 24], "positive": -1, "negatives": []}
+        for row in contexts.select(range(8))
+    ]
+    blind = Dataset.from_list(rows, features=CONTEXT_FEATURES)
+    likelihoods = np.tile(np.array([[-9.0, -0.1]], dtype=np.float32), (8, 1))
+    likelihoods[0] = np.nan
+    chosen = settings(
+        retriever_batch_size=8,
+        retriever_steps=12,
+        retriever_epochs=12,
+        retriever_learning_rate=3e-3,
+        feedback_weight=1.0,
+    )
+    texts = passages.to_read()
+
+    def preferred():
+        asked = retriever.encode([row["question"] for row in rows], kind="query", batch_size=8)
+        found = retriever.encode(texts, kind="document", batch_size=8)
+        return [
+            float(q @ found[row["rows"][1]] - q @ found[row["rows"][0]]) for q, row in zip(asked, rows, strict=True)
+        ]
+
+    before = preferred()
+    steps = train_retriever(
+        accelerator,
+        retriever,
+        blind,
+        passages,
+        settings=chosen,
+        round_number=1,
+        watcher=Notes(),
+        likelihoods=likelihoods,
+    )
+    after = preferred()
+    assert steps == 12
+    assert sum(after[1:]) > sum(before[1:]) + 0.1
+    assert (
+        train_retriever(accelerator, retriever, blind, passages, settings=settings(), round_number=1, watcher=Notes())
+        == 0
+    )
 
 
 PENALTIES = {"repeat_penalty": 0.3, "repeat_ngram": 1, "keyword_penalty": 0.5, "short_penalty": 0.2}
@@ -261,8 +365,8 @@ def test_penalties_are_told_and_a_penalty_that_is_off_is_not(accelerator, genera
             accelerator, generator, tables[0], settings=chosen, context_tokens=64, round_number=1, watcher=notes
         )
         names = {"repeat_penalty": "repeats", "keyword_penalty": "keywords", "short_penalty": "shortness"}
-        assert set(notes.reports[0].penalties) == {names[name] for name in wanted if name in names}
-        assert all(value >= 0 for value in notes.reports[0].penalties.values())
+        assert set(notes.reports[0].terms) == {names[name] for name in wanted if name in names}
+        assert all(value >= 0 for value in notes.reports[0].terms.values())
 
 
 @pytest.mark.parametrize("name", ["repeat_penalty", "keyword_penalty", "short_penalty"])
@@ -274,7 +378,7 @@ def test_each_penalty_alone_moves_the_generator_and_comes_down(accelerator, gene
         train_generator(
             accelerator, generator, tables[0], settings=told, context_tokens=64, round_number=1, watcher=notes
         )
-        found[weight] = np.mean([next(iter(report.penalties.values())) for report in notes.reports[-3:]])
+        found[weight] = np.mean([next(iter(report.terms.values())) for report in notes.reports[-3:]])
     assert found[30.0] < found[0.0]
 
 

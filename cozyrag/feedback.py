@@ -1,0 +1,83 @@
+"""Generator feedback: how likely the frozen generator finds each answer, given each of the passages found.
+
+Computed once for a phase and kept on disk under a name that says by which weights and from which table; a run that is
+resumed, or a round whose generator did not change, reads it again. Left out: the loss that learns from it (losses.py).
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from safetensors.numpy import load_file, save_file
+
+from cozyrag.contexts import ContextMaker
+from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.generator import Generator
+
+
+def answer_likelihoods(
+    accelerator: Accelerator,
+    generator: Generator,
+    contexts: Dataset,
+    maker: ContextMaker,
+    encode: Callable[[Sequence[str]], np.ndarray],
+    *,
+    passages: int,
+    context_tokens: int,
+    batch_size: int,
+    folder: Path,
+    progress: Callable[[int], object] = lambda questions: None,
+) -> np.ndarray:
+    """(n_questions, k) float32: mean log-likelihood of an answer token given each of the k best passages alone.
+
+    Every process does a share of the questions and all get the whole. Rows without an answer are NaN.
+
+    Args:
+        contexts: the contexts table; the first reference answer of a row counts.
+        encode: vectors of questions, for the context filter.
+        passages: k; fewer where fewer were found.
+        folder: where results are kept.
+    """
+    columns = contexts.select_columns(["id", "question", "answers", "rows"])[:]
+    candidates = [rows[:passages] for rows in columns["rows"]]
+    key = (
+        weights_fingerprint(generator.model),
+        columns["id"],
+        columns["answers"],
+        candidates,
+        context_tokens,
+        maker.score_by,
+    )
+    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        return load_file(path)["likelihoods"]
+    mine = range(len(contexts))[accelerator.process_index :: accelerator.num_processes]
+    answered = [row for row in mine if columns["answers"][row]]
+    pairs = [(row, passage) for row in answered for passage in candidates[row]]
+    asked = [columns["question"][row] for row, _ in pairs]
+    vectors = np.repeat(
+        encode([columns["question"][row] for row in answered]), [len(candidates[r]) for r in answered], axis=0
+    )
+    likelihoods = np.full((len(contexts), min(map(len, candidates), default=0)), np.nan, dtype=np.float32)
+    likelihoods[answered] = generator.log_likelihoods(
+        asked,
+        maker.contexts(asked, [[passage] for _, passage in pairs], vectors),
+        [columns["answers"][row][0] for row, _ in pairs],
+        context_tokens=context_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    ).reshape(len(answered), -1)
+    if accelerator.num_processes > 1:
+        for rank, part in enumerate(gather_object([likelihoods[mine]])):
+            likelihoods[rank :: accelerator.num_processes] = part
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        save_file({"likelihoods": likelihoods}, aside)
+        aside.replace(path)
+    accelerator.wait_for_everyone()
+    return likelihoods
