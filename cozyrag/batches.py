@@ -110,12 +110,14 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tens
 class Reading:
     """A context and what is asked of it, as token ids: each branch is the prompt after the context, and the answer with EOS.
 
-    `plain`: the tokens of the context are to be predicted too (plain language modelling).
+    `plain`: the tokens of the context are to be predicted too (plain language modelling); `asked`: those of the questions,
+    which mostly repeat words of the context and so teach to copy.
     """
 
     context: list[int]
     branches: list[tuple[list[int], list[int]]]
     plain: bool = False
+    asked: bool = False
 
     def __len__(self) -> int:
         """Tokens it takes in a packed row: the last token of an answer is only ever a target."""
@@ -133,7 +135,7 @@ def collate_readings(
     Returns:
         input_ids, position_ids, documents, branches: (rows, row_tokens) int64, the latter two numbering readings from 1
         (0: padding) and their branches from 1 (0: the context); positions, targets: (n_targets,) as in `collate`;
-        plain: (n_targets,) bool, targets inside a context. And how many readings were used.
+        plain: (n_targets,) bool, targets that are not in an answer. And how many readings were used.
     """
     shape = (rows, row_tokens)
     input_ids, grids = np.full(shape, pad_id, dtype=np.int64), np.zeros((3, *shape), dtype=np.int64)
@@ -146,17 +148,17 @@ def collate_readings(
         if row == rows:
             break
         context = len(reading.context)
-        pieces = [(reading.context, 0, 0, 1 if reading.plain else context)]
+        pieces = [(reading.context, 0, 0, 1 if reading.plain else context, context)]
         for branch, (asked, answer) in enumerate(reading.branches, 1):
-            pieces.append((asked + answer, context, branch, len(asked)))
-        for ids, first, branch, learned in pieces:
+            pieces.append((asked + answer, context, branch, 1 if reading.asked else len(asked), len(asked)))
+        for ids, first, branch, learned, answered in pieces:
             stop = len(ids) - bool(branch)
             here = slice(start, start + stop)
             input_ids[row, here] = ids[:stop]
             grids[:, row, here] = np.arange(first, first + stop), np.full(stop, number), np.full(stop, branch)
             positions.append(np.arange(learned - 1, len(ids) - 1) + row * row_tokens + start)
             targets.append(np.asarray(ids[learned:], dtype=np.int64))
-            plain.append(np.full(len(targets[-1]), branch == 0))
+            plain.append(np.arange(learned, len(ids)) < answered)
             start += stop
         used = number
     position_ids, documents, branches = grids

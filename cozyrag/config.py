@@ -166,6 +166,21 @@ class TrainingSettings:
         0.1,
         "Temperature of the generator's likelihoods (nats per token) and of the retriever's cosines in the feedback.",
     )
+    query_side_only: bool = setting(
+        False,
+        "Train only the side of the retriever that reads questions. Passages keep their vectors, so the index is made once; the "
+        "retriever saved has two sides and takes twice the space.",
+    )
+    index_refresh: Literal["phase", "steps", "drift"] = setting(
+        "phase",
+        "When the index is made anew and negatives are mined again: after each retriever phase, also every --refresh_steps within it, or "
+        "also when passages found for probe questions have changed too much (looked at every --refresh_steps).",
+    )
+    refresh_steps: int = setting(50, "Retriever steps between refreshes, or between looks at the probe questions.")
+    refresh_overlap: float = setting(
+        0.8,
+        "With --index_refresh drift: refresh when less than this share of the probe questions' ten best passages is the same, 0 to 1.",
+    )
     repeat_penalty: float = setting(0.0, "Weight of the penalty on repeated n-grams in answers. 0: off.")
     repeat_ngram: int = setting(3, "Length of those n-grams, in tokens.")
     keyword_penalty: float = setting(0.0, "Weight of the penalty on the question's keywords in answers. 0: off.")
@@ -348,7 +363,7 @@ def check_settings(settings: Settings) -> None:
         ("generator_steps", 0, None), ("retriever_steps", 0, None), ("temperature", 1e-4, None), ("weight_decay", 0.0, None), ("save_steps", 0, None),
         ("save_total_limit", 1, None), ("logging_steps", 1, None), ("threads", 1, None), ("max_questions", 1, None), ("max_eval_questions", 1, None),
         ("generator_learning_rate", 0.0, None), ("retriever_learning_rate", 0.0, None), ("seed", 0, 2**32 - 1),
-        ("context_noise", 0.0, 1.0), ("contrastive_weight", 0.0, None), ("feedback_weight", 0.0, None), ("feedback_passages", 2, 60),
+        ("refresh_steps", 1, None), ("refresh_overlap", 0.0, 1.0), ("context_noise", 0.0, 1.0), ("contrastive_weight", 0.0, None), ("feedback_weight", 0.0, None), ("feedback_passages", 2, 60),
         ("feedback_temperature", 1e-4, None), ("repeat_penalty", 0.0, None), ("keyword_penalty", 0.0, None), ("short_penalty", 0.0, None), ("repeat_ngram", 1, None),
         ("short_tokens", 1, None), ("min_answer_tokens", 0, None), ("no_repeat_ngram_size", 0, None),
     ):  # fmt: skip
@@ -363,6 +378,10 @@ def check_settings(settings: Settings) -> None:
     if not values["contrastive_weight"] and not values["feedback_weight"]:
         raise InputError(
             "--contrastive_weight and --feedback_weight are both 0: the retriever would learn from nothing. Give one of them, or --retriever_steps 0."
+        )
+    if values["query_side_only"] and values["index_refresh"] != "phase":
+        raise InputError(
+            f"--index_refresh {values['index_refresh']}: with --query_side_only the vectors of passages never change. Leave one of the two out."
         )
     if values["min_answer_tokens"] > values["answer_tokens"]:
         raise InputError(

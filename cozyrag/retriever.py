@@ -4,6 +4,7 @@ It loads, embeds (with gradients) or encodes (without), fingerprints and saves. 
 (losses.py), training (trainer.py).
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, Router
 
 from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
@@ -33,6 +34,27 @@ class Retriever:
             # BERT's pooler takes no part in sentence vectors: it never gets a gradient, and weight decay would shrink it.
             if ".pooler." in name:
                 parameter.requires_grad_(False)
+
+    def freeze_documents(self) -> None:
+        """From now on only the side that reads questions trains; vectors of passages, and so an index, stay what they are.
+
+        The model becomes one with two routes (sentence-transformers' Router), "query" and "document", that begin equal.
+        """
+        if not isinstance(self.model[0], Router):
+            query, document = list(copy.deepcopy(self.model).children()), list(self.model.children())
+            both = Router.for_query_document(query, document)
+            self.model = SentenceTransformer(
+                modules=[both],
+                device=str(self.device),
+                prompts=self.model.prompts,
+                similarity_fn_name=self.model.similarity_fn_name,
+            )
+        self.model[0].sub_modules["document"].requires_grad_(False)
+
+    @property
+    def _documents(self) -> torch.nn.Module:
+        """The modules that read passages."""
+        return self.model[0].sub_modules["document"] if isinstance(self.model[0], Router) else self.model
 
     @property
     def device(self) -> torch.device:
@@ -91,17 +113,17 @@ class Retriever:
         prompt = self.model.prompts.get(kind) or ""
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         parts = [
-            self._forward([prompt + texts[row] for row in order[at : at + EMBED_TOGETHER]])
+            self._forward([prompt + texts[row] for row in order[at : at + EMBED_TOGETHER]], kind)
             for at in range(0, len(order), EMBED_TOGETHER)
         ]
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=self.device)
         return torch.cat(parts)[back]
 
-    def _forward(self, texts: list[str]) -> torch.Tensor:
-        return F.normalize(self._run(texts)["sentence_embedding"].float(), dim=-1)
+    def _forward(self, texts: list[str], kind: str) -> torch.Tensor:
+        return F.normalize(self._run(texts, kind)["sentence_embedding"].float(), dim=-1)
 
-    def _run(self, texts: list[str]) -> dict:
-        features = self.model.preprocess(texts)
+    def _run(self, texts: list[str], kind: str) -> dict:
+        features = self.model.preprocess(texts, task=kind)
         return self.model({k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()})
 
     def encode(self, texts: Sequence[str], *, kind: str, batch_size: int, progress: bool = False) -> np.ndarray:
@@ -116,7 +138,7 @@ class Retriever:
     @property
     def reads_sentences(self) -> bool:
         """Whether the mean over a sentence's token vectors compares with the vector of a question: mean pooling, known places."""
-        poolings = [module for module in self.model if isinstance(module, Pooling)]
+        poolings = [module for module in self._documents.children() if isinstance(module, Pooling)]
         return [each.pooling_mode for each in poolings] == ["mean"] and self.model.tokenizer.is_fast
 
     @torch.inference_mode()
@@ -142,7 +164,7 @@ class Retriever:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             read = [prompt + texts[row] for row in rows]
-            out = self._run(read)
+            out = self._run(read, "document")
             vectors[rows] = F.normalize(out["sentence_embedding"].float(), dim=-1).cpu().numpy()
             tokens = out["token_embeddings"].float().cpu().numpy()
             for row, own, places in zip(rows, tokens, self._places(read), strict=True):
@@ -165,8 +187,11 @@ class Retriever:
         ]
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when a weight or the reading length changes: whose vectors an index holds."""
-        return weights_fingerprint(self.model, str(self.model.max_seq_length), str(sorted(self.model.prompts.items())))
+        """16 hex digits that change when a weight or the reading length of the side that reads passages changes: whose
+        vectors an index holds."""
+        return weights_fingerprint(
+            self._documents, str(self.model.max_seq_length), str(sorted(self.model.prompts.items()))
+        )
 
     def restore(self, folder: str | Path) -> None:
         """Take the weights of a checkpoint that `save` wrote."""

@@ -29,6 +29,7 @@ from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.lexical import LexicalIndex
 from cozyrag.pipeline import describe_pair
 from cozyrag.questions import take
+from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap
 from cozyrag.report import RunLog
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
@@ -36,6 +37,7 @@ from cozyrag.sentences import SentenceVectors
 from cozyrag.tracking import log_numbers
 from cozyrag.trainer import StepReport, train_generator, train_retriever
 
+PROBE_QUESTIONS = 50  # training questions that show how far the retriever has moved since the index was made
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
 
 
@@ -66,8 +68,11 @@ class Rounds:
         self.index: PassageIndex | None = None
         self.lexical: LexicalIndex | None = None
         self.searcher: Searcher | None = None
+        self.searched_by = ""  # fingerprint of all weights it was made for: those that read questions count too
         self.held_out: Dataset | None = None  # contexts of the held-out questions, as of the last examination
         self.examined: list[dict] | None = None  # and its rows
+        training = settings.training
+        self.refresh = RefreshPolicy(training.index_refresh, training.refresh_steps, training.refresh_overlap)
         self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
         self.log = RunLog(accelerator, self.folder, progress.metrics)
         self.passages = Passages.of(corpus.passages)
@@ -119,8 +124,42 @@ class Rounds:
                 round_number=self.progress.round,
                 watcher=_Watcher(self, "pairs/s"),
                 likelihoods=likelihoods,
+                refreshed=self._refreshed,
             )
         self._go_on(Progress(self.progress.round, "examine"))
+
+    def _refreshed(self, done: int, total: int) -> Dataset | None:
+        """New contexts of the training questions where a refresh of the index is due within the phase, else None.
+
+        They are kept on disk; a resumed phase begins with the ones it had.
+        """
+        here, resumed = self._contexts_path(step=done), self.resumed_from is not None
+        self.resumed_from = None
+        if self.refresh.due(done=done, total=total, overlap=lambda: self._probe_overlap(self._tables_before(here)[-1])):
+            if not here.exists():
+                self._keep(self._contexts(self.corpus.questions, f"round {self.progress.round}: refreshing"), here)
+                self.log.record({"kind": "refresh", "round": self.progress.round, "step": done})
+                self.log.say(
+                    f"round {self.progress.round} retriever step {done}: index made anew, negatives mined again."
+                )
+            return Dataset.load_from_disk(str(here), keep_in_memory=True)
+        earlier = self._tables_before(here) if resumed else []
+        return Dataset.load_from_disk(str(earlier[-1]), keep_in_memory=True) if earlier else None
+
+    def _tables_before(self, path: Path) -> list[Path]:
+        """The contexts tables of this round that were made before that one, oldest first."""
+        made = sorted(path.parent.glob(f"{self._contexts_path().name}*"))
+        return [each for each in made if each.name < path.name and not each.name.endswith(".partial")]
+
+    def _probe_overlap(self, table: Path) -> float:
+        """How many of the best passages of the probe questions, among those that were best for any of them, still are."""
+        columns = Dataset.load_from_disk(str(table)).select_columns(["question", "rows"])[:PROBE_QUESTIONS]
+        before = np.array([rows[:TOP] for rows in columns["rows"]])
+        pool = np.unique(before)
+        vectors = self.retriever.encode(self.passages.select(pool.tolist()), kind="document", batch_size=64)
+        scores = self._encode_questions(columns["question"]) @ vectors.T
+        now = pool[np.argsort(-scores, axis=1, kind="stable")[:, : before.shape[1]]]
+        return float(broadcast_object_list([mean_overlap(before, now)])[0])
 
     def _feedback(self, contexts: Dataset) -> np.ndarray | None:
         """What the frozen generator makes of the best passages of each question; None where no step will ask for it."""
@@ -262,18 +301,26 @@ class Rounds:
 
     def training_contexts(self) -> Dataset:
         """The contexts table of this round: made when the round begins, read again from disk afterwards."""
-        path = self.folder / "contexts" / f"round-{self.progress.round:03d}"
+        path = self._contexts_path()
         if not path.exists():
             noise = self.settings.training.context_noise
             contexts = self._contexts(self.corpus.questions, f"round {self.progress.round}: retrieving", noise=noise)
             self._report_positives(contexts)
-            if self.accelerator.is_main_process:
-                partial = path.with_name(path.name + ".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                contexts.save_to_disk(str(partial))
-                partial.rename(path)
-            self.accelerator.wait_for_everyone()
+            self._keep(contexts, path)
         return Dataset.load_from_disk(str(path), keep_in_memory=True)
+
+    def _contexts_path(self, step: int | None = None) -> Path:
+        name = f"round-{self.progress.round:03d}" + ("" if step is None else f"-step-{step:06d}")
+        return self.folder / "contexts" / name
+
+    def _keep(self, contexts: Dataset, path: Path) -> None:
+        """Write a table aside and rename it, so that a table under its name is a whole one."""
+        if self.accelerator.is_main_process:
+            partial = path.with_name(path.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            contexts.save_to_disk(str(partial))
+            partial.rename(path)
+        self.accelerator.wait_for_everyone()
 
     def _report_positives(self, contexts: Dataset) -> None:
         columns = contexts.select_columns(["gold_row", "positive", "answers", "answer_in_context"])[:]
@@ -303,6 +350,7 @@ class Rounds:
                 search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
                 maker=self.maker,
                 fingerprint=_digest(
+                    self.searched_by,
                     searcher.index.fingerprint,
                     searcher.mode,
                     str(searcher.weight),
@@ -327,9 +375,10 @@ class Rounds:
 
     def current_searcher(self) -> Searcher:
         """The search over the index as it is now; in hybrid mode its weight is chosen anew whenever the vectors are new."""
-        index = self.current_index()
-        if self.searcher is not None and self.searcher.index is index:
+        index, weights = self.current_index(), weights_fingerprint(self.retriever.model)
+        if self.searcher is not None and self.searched_by == weights:
             return self.searcher
+        self.searched_by = weights
         mode = self.settings.contexts.retrieval
         if mode != "dense" and self.lexical is None:
             with self.log.timed("index", self.progress.round):
@@ -444,7 +493,7 @@ class Rounds:
         """Stop when the processes hold different weights: a mistake that otherwise shows in nothing but bad results."""
         if self.accelerator.num_processes == 1:
             return
-        found = gather_object([[weights_fingerprint(self.generator.model), self.retriever.fingerprint()]])
+        found = gather_object([[weights_fingerprint(model) for model in (self.generator.model, self.retriever.model)]])
         self.log.record(
             {"kind": "processes", "round": self.progress.round, "phase": self.progress.phase, "fingerprints": found}
         )

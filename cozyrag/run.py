@@ -158,6 +158,8 @@ def load_models(
             retriever = Retriever.load(
                 models.retriever, revision=models.retriever_revision, max_tokens=reads, device=str(device)
             )
+    if settings.training.query_side_only:
+        retriever.freeze_documents()
     generator.model.to(device)
     return generator, retriever
 

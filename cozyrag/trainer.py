@@ -97,11 +97,11 @@ def train_generator(
     generator.model.train()
     module = accelerator.prepare(losses)
 
-    def take_step(rows: np.ndarray) -> dict[str, float]:
+    def take_step(number: int) -> dict[str, float]:
         told = generator_step(
             accelerator,
             module,
-            [examples[row] for row in rows],
+            [examples[row] for row in steps[number]],
             pad_id=generator.tokenizer.pad_token_id,
             pieces=settings.gradient_accumulation_steps,
             weights=penalties.weights,
@@ -177,6 +177,7 @@ def train_retriever(
     round_number: int,
     watcher: Watcher,
     likelihoods: np.ndarray | None = None,
+    refreshed: Callable[[int, int], Dataset | None] = lambda done, total: None,
 ) -> int:
     """Teach the retriever to put each question next to its positive passage; returns the number of steps.
 
@@ -184,6 +185,8 @@ def train_retriever(
 
     Args:
         likelihoods: (n_rows, k), the generator's feedback on the k best passages of each row (feedback.py), if wanted.
+        refreshed: asked before each step with the steps done and their total; a table of the same questions that it gives
+            takes the place of `contexts` as the source of negatives.
     """
     columns = contexts.select_columns(["question", "positive", "negatives", "rows"])[:]
     judged = np.zeros(len(contexts), dtype=bool) if likelihoods is None else ~np.isnan(likelihoods).any(axis=1)
@@ -202,13 +205,18 @@ def train_retriever(
     )
     retriever.model.eval()
 
-    def take_step(rows: np.ndarray) -> dict[str, float]:
-        rows = [usable[row] for row in rows]
+    negatives = columns["negatives"]
+
+    def take_step(number: int) -> dict[str, float]:
+        nonlocal negatives
+        newer = refreshed(number, len(steps))
+        negatives = negatives if newer is None else newer["negatives"][:]
+        rows = [usable[row] for row in steps[number]]
         at = [columns["positive"][row] for row in rows]
         candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
         found = dict.fromkeys(
             [row for row in at if row >= 0]
-            + [row for question in rows for row in columns["negatives"][question]]
+            + [row for question in rows for row in negatives[question]]
             + [row for each in candidates for row in each]
         )
         places = {row: place for place, row in enumerate(found)} | {-1: -1}
@@ -333,6 +341,8 @@ class _Side:
 
     def backward(self, gradient: torch.Tensor) -> None:
         """Send the gradients of this process's vectors back through the encoder, piece by piece from the last."""
+        if self.vectors and not self.vectors[-1].requires_grad:
+            return  # this side of the retriever is frozen
         mine = self.shares[self.accelerator.process_index]
         end = sum(len(share) for share in self.shares[: self.accelerator.process_index]) + len(mine)
         while self.pieces:
@@ -358,7 +368,7 @@ def _run_phase(
     phase: str,
     parameters: list[torch.nn.Parameter],
     steps: list[np.ndarray],
-    take_step: Callable[[np.ndarray], dict[str, float]],
+    take_step: Callable[[int], dict[str, float]],
     *,
     settings: TrainingSettings,
     learning_rate: float,
@@ -376,7 +386,7 @@ def _run_phase(
     clock = time.perf_counter()
     for number in range(done, len(steps)):
         set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
-        told = take_step(steps[number])
+        told = take_step(number)
         accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
         used_rate = scheduler.get_last_lr()[0]
         optimizer.step()

@@ -215,10 +215,10 @@ def write_questions(
 class Cloze:
     """Reading practice: questions made out of sentences, on token arrays, without decoding them."""
 
-    def __init__(self, folder: Path, tokenizer: GPT2Tokenizer, *, lm_share: float):
+    def __init__(self, folder: Path, tokenizer: GPT2Tokenizer, *, lm_share: float, ask_share: float = 0.0):
         arrays = np.load(folder / "text.npz")
         self.arrays = {name: arrays[name] for name in arrays.files}
-        self.lm_share = lm_share
+        self.lm_share, self.ask_share = lm_share, ask_share
         vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.starts_word = np.array([token.startswith("Ġ") for token in vocabulary])
         self.capital = np.array([token[1:2].isupper() and token.startswith("Ġ") for token in vocabulary])
@@ -258,7 +258,9 @@ class Cloze:
             branch = np.concatenate([self.cue, question, self.answer_cue]).tolist(), [*answer.tolist(), self.eos]
             if len(Reading(context, [*branches, branch])) <= LONGEST:
                 branches.append(branch)
-        return Reading(context, branches, plain=random.random() < self.lm_share) if branches else None
+        if not branches:
+            return None
+        return Reading(context, branches, plain=random.random() < self.lm_share, asked=random.random() < self.ask_share)
 
     def _sentence(self, number: int) -> np.ndarray:
         ends = self.arrays["sentence_ends"]
@@ -334,11 +336,11 @@ class Cloze:
 class Questions:
     """Stage 2: real questions, each time with a context of another quality."""
 
-    def __init__(self, folder: Path, tokenizer: GPT2Tokenizer, *, mixed: bool):
+    def __init__(self, folder: Path, tokenizer: GPT2Tokenizer, *, mixed: bool, ask_share: float = 0.0):
         arrays = np.load(folder / "questions.npz")
         self.arrays = {name: arrays[name] for name in arrays.files}
         self.shares = VARIANT_SHARES if mixed else (1.0, 0.0, 0.0, 0.0)
-        self.eos = tokenizer.eos_token_id
+        self.eos, self.ask_share = tokenizer.eos_token_id, ask_share
         self._rows = np.argsort(self.arrays["passage_of"], kind="stable")  # questions on one passage side by side
         self._passages = self.arrays["passage_of"][self._rows]
 
@@ -357,7 +359,7 @@ class Questions:
             branch = self._piece("question", number), [*self._piece("answer", number), self.eos]
             if len(Reading(context, [*branches, branch])) <= LONGEST:
                 branches.append(branch)
-        return Reading(context, branches) if branches else None
+        return Reading(context, branches, asked=random.random() < self.ask_share) if branches else None
 
     def _same_passage(self, row: int) -> np.ndarray:
         return self._rows[slice(*np.searchsorted(self._passages, [self.arrays["passage_of"][row] + d for d in (0, 1)]))]
@@ -421,10 +423,13 @@ def train(options: argparse.Namespace) -> None:
     shape = {"rows": options.rows, "row_tokens": options.row_tokens, "pad_id": pad}
     stages = {
         1: Steps(
-            Cloze(folder, tokenizer, lm_share=options.lm_share), steps=options.stage1_steps, seed=options.seed, **shape
+            Cloze(folder, tokenizer, lm_share=options.lm_share, ask_share=options.ask_share),
+            steps=options.stage1_steps,
+            seed=options.seed,
+            **shape,
         ),
         2: Steps(
-            Questions(folder, tokenizer, mixed=not options.gold_only),
+            Questions(folder, tokenizer, mixed=not options.gold_only, ask_share=options.ask_share),
             steps=options.stage2_steps,
             seed=options.seed + 1,
             **shape,
@@ -659,6 +664,12 @@ def main() -> None:
     second.add_argument("--layers", type=int, default=4, help="transformer layers of an untrained model")
     second.add_argument(
         "--lm_share", type=float, default=0.3, help="share of stage 1 contexts of which every token is a target"
+    )
+    second.add_argument(
+        "--ask_share",
+        type=float,
+        default=0.3,
+        help="share of the contexts of whose questions every token is a target, which teaches to copy",
     )
     second.add_argument("--learning_rate", type=float, default=1e-3, help="peak of stage 1")
     second.add_argument("--stage2_rate", type=float, default=0.5, help="peak of stage 2, as a share of stage 1's")

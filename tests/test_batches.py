@@ -217,7 +217,7 @@ def test_answer_tokens_by_hand():
 READINGS = [
     Reading([5, 6, 7, 8], [([9, 10], [11, 2]), ([12, 13, 14], [15, 16, 2]), ([9], [2])], plain=True),
     Reading([20, 21], [([22, 23], [24, 25, 2])]),
-    Reading([30] * 9, [([31], [32, 2])]),
+    Reading([30] * 9, [([31, 33, 34], [32, 2])], asked=True),
 ]
 
 
@@ -235,9 +235,10 @@ def test_a_reading_gives_the_losses_of_its_separate_examples(generator_path):
                 apart.append(losses(**alone))
             for asked, answer in reading.branches:
                 prompt = reading.context + asked
-                apart.append(losses(**collate([Example(prompt + answer, len(prompt))], pad_id=0)))
+                first = len(reading.context) + 1 if reading.asked else len(prompt)
+                apart.append(losses(**collate([Example(prompt + answer, first)], pad_id=0)))
     torch.testing.assert_close(shared, torch.cat(apart), rtol=1e-4, atol=1e-5)
-    assert batch["plain"].tolist() == [True] * 3 + [False] * (len(shared) - 3)
+    assert batch["plain"].tolist() == [True] * 3 + [False] * (len(shared) - 7) + [True] * 2 + [False] * 2
 
 
 def test_readings_that_do_not_fit_are_left_for_the_next_step():

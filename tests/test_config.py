@@ -33,6 +33,8 @@ RANGES = {  # setting: (values that must be refused, values at the edge that mus
     "hard_negatives": ([-1, 51], [0, 50]),
     "gradient_accumulation_steps": ([0], [1]),
     "generator_epochs": ([-0.5], [0]),
+    "refresh_steps": ([0], [1]),
+    "refresh_overlap": ([-0.1, 1.1], [0, 1]),
     "context_noise": ([-0.1, 1.1], [0, 1]),
     "contrastive_weight": ([-0.1], [2]),
     "feedback_weight": ([-0.1], [0, 3]),

@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 # A module may import modules of the tiers above its own line, never of its own line or below.
 TIERS = (
-    ("errors", "embedded", "losses", "metrics", "fingerprints", "lexical", "penalties", "sentences"),
+    ("errors", "embedded", "losses", "metrics", "fingerprints", "lexical", "penalties", "refresh", "sentences"),
     ("tables", "prompts", "index", "tracking", "cards", "retriever"),
     ("passages", "batches", "search"),
     ("questions", "generator", "contexts"),

@@ -278,3 +278,35 @@ def test_only_mean_pooling_gives_vectors_of_sentences(retriever):
     assert retriever.reads_sentences
     retriever.model[1].pooling_mode = "cls"
     assert not retriever.reads_sentences
+
+
+# ---- two sides ----
+
+
+def test_frozen_documents_keep_their_vectors_and_the_fingerprint_while_questions_move(retriever, tmp_path):
+    texts = PASSAGES.to_read()
+    before = retriever.encode(texts, kind="document", batch_size=4)
+    np.testing.assert_array_equal(before, retriever.encode(texts, kind="query", batch_size=4))
+    plain = retriever.fingerprint()
+    retriever.freeze_documents()
+    retriever.freeze_documents()  # once more changes nothing
+    frozen = retriever.fingerprint()
+    np.testing.assert_array_equal(before, retriever.encode(texts, kind="document", batch_size=4))
+    assert retriever.reads_sentences
+    (retriever.embed(texts, kind="query") * torch.linspace(-1, 1, 32)).sum().backward()
+    moved = [name for name, parameter in retriever.model.named_parameters() if parameter.grad is not None]
+    assert moved and all(".query." in name for name in moved)
+    with torch.no_grad():
+        for parameter in retriever.model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    np.testing.assert_array_equal(before, retriever.encode(texts, kind="document", batch_size=4))
+    assert np.abs(before - retriever.encode(texts, kind="query", batch_size=4)).max() > 1e-3
+    assert retriever.fingerprint() == frozen == plain  # an index made before the sides were parted still fits
+    retriever.save(tmp_path / "two")
+    again = Retriever.load(str(tmp_path / "two"))
+    assert again.fingerprint() == frozen
+    for kind in ("query", "document"):
+        np.testing.assert_allclose(
+            *(each.encode(texts, kind=kind, batch_size=4) for each in (retriever, again)), atol=1e-6
+        )

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
@@ -85,6 +86,10 @@ def settings(corpus_files, generator_path, retriever_path):
         3,
         "--feedback_weight",
         0.5,
+        "--index_refresh",
+        "steps",
+        "--refresh_steps",
+        2,
     ]
 
 
@@ -206,6 +211,38 @@ def test_killed_in_each_phase_and_resumed_ends_bit_equal(settings, one_process, 
     for name in ("generator", "retriever"):
         assert (whole / name / "model.safetensors").read_bytes() == (folder / name / "model.safetensors").read_bytes()
     assert [row["loss"] for row in metrics(whole, "step")] == [row["loss"] for row in metrics(folder, "step")]
+
+
+def test_the_index_is_refreshed_within_a_phase_and_says_so(one_process):
+    folder, screen = one_process
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["round"], row["step"]) for row in rows if row["kind"] == "refresh"] == [(1, 2), (2, 2)]
+    assert "round 1 retriever step 2: index made anew" in screen
+    assert sorted(path.name for path in (folder / "contexts").iterdir())[:2] == ["round-001", "round-001-step-000002"]
+
+
+def test_query_side_only_moves_questions_and_leaves_passages_and_index_alone(settings, retriever_path, tmp_path):
+    skip = settings.index("--index_refresh")
+    train(
+        [
+            *map(str, settings[:skip] + settings[skip + 4 :]),
+            *("--output_dir", str(tmp_path / "out"), "--query_side_only", "--generator_steps", "0", "--rounds", "1"),
+            *("--gate", "off", "--threads", "1"),
+        ]
+    )
+    base, trained = (
+        Retriever.load(str(path), max_tokens=160) for path in (retriever_path, tmp_path / "out" / "retriever")
+    )
+    texts = ["What colour is the fox 0?", "Fox 0"]
+    same = [
+        np.allclose(*(each.encode(texts, kind=kind, batch_size=2) for each in (base, trained)), atol=1e-6)
+        for kind in ("query", "document")
+    ]
+    assert same == [False, True]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows if row.get("part") == "index" and row["seconds"] > 0] in ([0], [0, 0])
+    pair = CozyRAG.from_pretrained(tmp_path / "out")
+    assert pair.answer(texts[0]).passages
 
 
 def test_resume_refuses_other_settings_and_names_them(settings, one_process):
