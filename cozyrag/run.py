@@ -64,9 +64,11 @@ def doctor(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     findings = check_terms(generator, retriever, corpus, settings)
     seconds = time.perf_counter() - started
+    if not findings:
+        return accelerator.print("No loss term is active with these settings: nothing would be trained.")
     accelerator.print(findings_table(findings))
     refuse(finding.fault for finding in findings)
-    accelerator.print(f"{len(findings)} loss terms checked in {seconds:.1f} s: nothing wrong.")
+    accelerator.print(f"Loss terms checked: {len(findings)}, in {seconds:.1f} s. Nothing wrong.")
 
 
 def make_accelerator(settings: Settings) -> Accelerator:

@@ -457,7 +457,7 @@ def test_the_command_shows_every_term_and_writes_nothing(call, arguments, tmp_pa
     assert lines[1].split()[:2] == ["cross-entropy", "generator"] and lines[1].endswith(
         "28 of 28       yes             ok"
     )
-    assert lines[-1].startswith("5 loss terms checked in ") and lines[-1].endswith("nothing wrong.")
+    assert lines[-1].startswith("Loss terms checked: 5, in ") and lines[-1].endswith("Nothing wrong.")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -466,7 +466,12 @@ def test_the_command_reads_a_settings_file(call, arguments, tmp_path):
     wanted = [part for part in arguments if part != "--retriever_steps"]
     wanted.remove("2")
     code, out, _ = call(*wanted, "--config", tmp_path / "my.yaml")
-    assert code == 0 and "1 loss terms checked" in out and "contrastive" not in out
+    assert code == 0 and "Loss terms checked: 1," in out and "contrastive" not in out
+
+
+def test_the_command_says_when_there_is_nothing_to_check(call, arguments):
+    code, out, _ = call(*arguments, "--rounds", "0")
+    assert code == 0 and out.startswith("No loss term is active")
 
 
 def test_the_command_ends_with_2_at_a_fault_after_the_whole_table(call, arguments, monkeypatch):
@@ -479,7 +484,7 @@ def test_the_command_ends_with_2_at_a_fault_after_the_whole_table(call, argument
     monkeypatch.setattr(PenalizedLosses, "forward", half)
     code, out, err = call(*arguments, "--short_penalty", "1")
     assert code == 2 and [line.split()[-1] for line in out.splitlines()[1:4]] == ["FAULT", "ok", "ok"]
-    assert "nothing wrong" not in out and [line for line in err.splitlines() if line.startswith("error: ")] == [
+    assert "Nothing wrong" not in out and [line for line in err.splitlines() if line.startswith("error: ")] == [
         err.splitlines()[-1]
     ]
     assert "cross-entropy" in err.splitlines()[-1]
