@@ -23,11 +23,10 @@ from cozyrag.corpus import Corpus
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, passage_text
-from cozyrag.losses import contrastive_loss
 from cozyrag.pipeline import CozyRAG, read_pair
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import UNUSED, Retriever
-from cozyrag.trainer import generator_losses, generator_penalties, generator_terms
+from cozyrag.trainer import generator_losses, generator_penalties, generator_terms, retriever_terms
 
 CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
 QUESTIONS = (
@@ -40,7 +39,17 @@ STEPS = (1e-2, 1e-3, 1e-4)  # how much of its value a step is to take off a term
 REENCODED = 32  # passages of an index that are encoded anew
 NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
 UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
-SWITCHES = {"repeats": "--repeat_penalty 0", "keywords": "--keyword_penalty 0", "shortness": "--short_penalty 0"}
+JUDGED = (
+    2  # passages of each question that the generator judges for its feedback: the fewest among which there is a choice
+)
+NAMES = {  # of the terms as the trainer calls them: how they are told, and the setting that leaves them out
+    "cross-entropy": ("cross-entropy", "--generator_steps 0"),
+    "repeats": ("penalty on repeats", "--repeat_penalty 0"),
+    "keywords": ("penalty on keywords", "--keyword_penalty 0"),
+    "shortness": ("penalty on shortness", "--short_penalty 0"),
+    "contrastive": ("contrastive loss", "--retriever_steps 0"),
+    "feedback": ("generator feedback", "--feedback_weight 0"),
+}
 
 
 # ---- the terms
@@ -50,14 +59,14 @@ SWITCHES = {"repeats": "--repeat_penalty 0", "keywords": "--keyword_penalty 0", 
 class Term:
     """One term of a loss.
 
-    model: the one it is meant to move, "generator" or "retriever". value: computes the term anew on the batch, a scalar
-    with its graph. switch: the setting that leaves the term out. may_rest: the term may have nothing to do on a batch.
+    switch: the setting that leaves the term out. model: the one it is meant to move, "generator" or "retriever". value:
+    computes the term anew on the batch, a scalar with its graph. may_rest: it may be zero and have no graph.
     """
 
     name: str
+    switch: str
     model: str
     value: Callable[[], torch.Tensor]
-    switch: str
     may_rest: bool = False
 
 
@@ -65,11 +74,12 @@ class Term:
 class Batch:
     """A few training questions: `contexts` are for the generator, `passages` for the retriever.
 
-    `answers`: the first reference of each question, or None; `positives`: the place of each question's passage.
+    `answers`: the first reference of each question, empty where there is none; `positives`: the place of each question's
+    passage.
     """
 
     questions: list[str]
-    answers: list[str | None]
+    answers: list[str]
     contexts: list[str]
     passages: list[str]
     positives: list[int]
@@ -82,10 +92,10 @@ def small_batch(corpus: Corpus) -> Batch:
     """
     asked, ids = corpus.questions[:CANDIDATES], corpus.passages.select_columns(["id"])[:]["id"]
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
-    answers = [each[0] if each else None for each in asked["answers"]]
+    answers = [each[0] if each else "" for each in asked["answers"]]
     order = sorted(
         range(len(answers)),
-        key=lambda row: (answers[row] is None, asked["passage_id"][row] not in row_of, -len(answers[row] or "")),
+        key=lambda row: (not answers[row], asked["passage_id"][row] not in row_of, -len(answers[row])),
     )[:QUESTIONS]
     gold = [row_of.get(asked["passage_id"][row], place % len(ids)) for place, row in enumerate(order)]
     chosen = list(dict.fromkeys([*gold, *range(min(2, len(ids)))]))  # one passage alone has nothing to be told from
@@ -101,21 +111,24 @@ def small_batch(corpus: Corpus) -> Batch:
 
 
 def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Term]:
-    """The terms that a run with these settings trains on; the list to add a new one to."""
+    """The terms that a run with these settings trains on: all that the trainer makes, so that none can be forgotten."""
     training, terms = settings.training, []
     if not training.rounds or not len(corpus.questions):
         return terms
-    batch = small_batch(corpus)
-    if training.generator_steps != 0 and training.generator_epochs > 0 and batch.answers[0] is not None:
-        terms += _generator_terms(generator, batch, training, settings.contexts.context_tokens)
+    batch, context_tokens = small_batch(corpus), settings.contexts.context_tokens
+    if training.generator_steps != 0 and training.generator_epochs > 0:
+        terms += _generator_terms(generator, batch, training, context_tokens)
     if training.retriever_steps != 0 and training.retriever_epochs > 0:
-        terms += [_contrastive(retriever, batch, training.temperature)]
+        judged = _likelihoods(generator, batch, context_tokens) if training.feedback_weight else {}
+        terms += _retriever_terms(retriever, batch, training, judged)
     return terms
 
 
 def _generator_terms(generator: Generator, batch: Batch, training: TrainingSettings, context_tokens: int) -> list[Term]:
     """The cross-entropy and the penalties that are on, as means over the batch."""
-    rows = [row for row, answer in enumerate(batch.answers) if answer is not None]
+    rows = [row for row, answer in enumerate(batch.answers) if answer or training.no_answer]
+    if not rows:
+        return []
     questions = [batch.questions[row] for row in rows]
     examples = encode_examples(
         generator.tokenizer,
@@ -132,26 +145,39 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
     penalties = generator_penalties(training)
     module = generator_losses(generator, penalties)
 
-    def term(place: int, count: int) -> Callable[[], torch.Tensor]:
+    def value(place: int, count: int) -> Callable[[], torch.Tensor]:
         return lambda: generator_terms(module, tensors)[place] / count
 
-    found = [Term("cross-entropy", "generator", term(0, answer_tokens(examples)), "--generator_steps 0")]
+    found = [Term(*NAMES["cross-entropy"], "generator", value(0, answer_tokens(examples)))]
     for place, name in enumerate(penalties.names, 1):
-        switch = SWITCHES[name]
-        found.append(Term(f"penalty on {name}", "generator", term(place, len(examples)), switch, may_rest=True))
+        found.append(Term(*NAMES[name], "generator", value(place, len(examples)), may_rest=True))
     return found
 
 
-def _contrastive(retriever: Retriever, batch: Batch, temperature: float) -> Term:
-    def value() -> torch.Tensor:
-        return contrastive_loss(
-            retriever.embed(batch.questions, kind="query"),
-            retriever.embed(batch.passages, kind="document"),
-            positives=torch.tensor(batch.positives, device=retriever.device),
-            temperature=temperature,
+def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dict:
+    """The generator's feedback on JUDGED passages of each question, as the trainer takes it; NaN where there is no answer."""
+    judged = min(JUDGED, len(batch.passages))
+    candidates = [[(place + shift) % len(batch.passages) for shift in range(judged)] for place in batch.positives]
+    likelihoods = generator.log_likelihoods(
+        [question for question in batch.questions for _ in range(judged)],
+        [batch.passages[place] for places in candidates for place in places],
+        [answer for answer in batch.answers for _ in range(judged)],
+        context_tokens=context_tokens,
+    ).reshape(-1, judged)
+    likelihoods[[not answer for answer in batch.answers]] = np.nan
+    return {"candidates": candidates, "likelihoods": likelihoods.astype(np.float32)}
+
+
+def _retriever_terms(retriever: Retriever, batch: Batch, training: TrainingSettings, feedback: dict) -> list[Term]:
+    """The contrastive loss and the feedback, as far as they are on."""
+
+    def value(term: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return lambda: term(
+            retriever.embed(batch.questions, kind="query"), retriever.embed(batch.passages, kind="document")
         )
 
-    return Term("contrastive loss", "retriever", value, "--retriever_steps 0")
+    terms = retriever_terms(training, positives=batch.positives, **feedback)
+    return [Term(*NAMES[name], "retriever", value(term)) for name, (_, term) in terms.items()]
 
 
 # ---- what is found out about a term

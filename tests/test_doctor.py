@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 from tiny import corpus, make_retriever
 
-from cozyrag import cli, doctor, penalties, run
+from cozyrag import cli, doctor, penalties, run, trainer
 from cozyrag.config import parse_settings
 from cozyrag.corpus import Corpus
 from cozyrag.doctor import Term, check_pair, check_terms, findings_table, one_line, refuse, small_batch
@@ -27,7 +27,7 @@ from cozyrag.pipeline import describe_pair
 from cozyrag.prompts import encode_examples
 from cozyrag.questions import FEATURES
 from cozyrag.retriever import Retriever
-from cozyrag.trainer import generator_step, retriever_step
+from cozyrag.trainer import generator_step, retriever_step, retriever_terms
 
 PENALTIES = ["--repeat_penalty", "0.1", "--keyword_penalty", "0.1", "--short_penalty", "0.1"]
 POOLER = "0.model.pooler.dense.weight"
@@ -65,26 +65,28 @@ def weight(model, name):
 
 
 def sabotage_contrastive(monkeypatch, spoil):
-    """Let `spoil` change the contrastive loss that the self-test computes."""
-    real = doctor.contrastive_loss
-    monkeypatch.setattr(doctor, "contrastive_loss", lambda *given, **options: spoil(real(*given, **options)))
+    """Let `spoil` change the contrastive loss."""
+    real = trainer.contrastive_loss
+    monkeypatch.setattr(trainer, "contrastive_loss", lambda *given, **options: spoil(real(*given, **options)))
 
 
 # ---- a healthy pair
 
 
 def test_every_active_term_of_a_healthy_pair_moves_its_model_and_comes_down(generator, retriever):
-    found = check(generator, retriever, *PENALTIES, "--repeat_ngram", "1", "--short_tokens", "9")
+    everything = [*PENALTIES, "--repeat_ngram", "1", "--short_tokens", "9", "--feedback_weight", "0.5"]
+    found = check(generator, retriever, *everything)
     assert [(finding.term.name, finding.term.model) for finding in found.values()] == [
         ("cross-entropy", "generator"),
         ("penalty on repeats", "generator"),
         ("penalty on keywords", "generator"),
         ("penalty on shortness", "generator"),
         ("contrastive loss", "retriever"),
+        ("generator feedback", "retriever"),
     ]
     for finding in found.values():
-        everything = {"generator": 28, "retriever": 21}[finding.term.model]
-        assert (finding.moved, finding.tensors, finding.still, finding.strangers) == (everything, everything, (), ())
+        size = {"generator": 28, "retriever": 21}[finding.term.model]
+        assert (finding.moved, finding.tensors, finding.still, finding.strangers) == (size, size, (), ())
         assert finding.lowered is True and finding.verdict == "ok" and finding.fault is None
         assert 0 < finding.value < 100 and 0 < finding.norm < 100
     assert POOLER in dict(retriever.model.named_parameters())  # so that 21 is all but the pooler's two
@@ -110,10 +112,9 @@ def test_value_and_gradient_are_those_of_a_training_step(generator, retriever):
     )
     assert found["cross-entropy"].value == pytest.approx(loss, rel=1e-5)
     assert found["cross-entropy"].norm == pytest.approx(gradient_norm(generator.model), rel=1e-4)
-    loss = retriever_step(
-        accelerator, retriever, batch.questions, batch.passages, batch.positives, temperature=0.05, pieces=1
-    )
-    assert found["contrastive loss"].value == pytest.approx(loss, rel=1e-5)
+    terms = retriever_terms(settings().training, positives=batch.positives)
+    told = retriever_step(accelerator, retriever, batch.questions, batch.passages, terms, pieces=1)
+    assert found["contrastive loss"].value == pytest.approx(told["loss"], rel=1e-5)
     assert found["contrastive loss"].norm == pytest.approx(gradient_norm(retriever.model), rel=1e-4)
 
 
@@ -125,7 +126,7 @@ def test_a_term_is_alone_the_others_do_not_add_to_its_gradient(generator, retrie
 
 def test_the_length_of_very_small_gradients_does_not_vanish(generator, retriever, monkeypatch):
     vector = weight(generator.model, "transformer.ln_f.weight")  # ones
-    term = Term("tiny", "generator", lambda: 1e-21 * vector.sum(), "--off 0")
+    term = Term("tiny", "--off 0", "generator", lambda: 1e-21 * vector.sum())
     monkeypatch.setattr(doctor, "active_terms", lambda *given: [term])
     finding = check(generator, retriever)["tiny"]
     assert finding.norm == pytest.approx(1e-21 * math.sqrt(32)) and finding.moved == 1 and finding.lowered
@@ -141,6 +142,9 @@ def test_the_length_of_very_small_gradients_does_not_vanish(generator, retriever
         (["--retriever_epochs", "0"], ["cross-entropy"]),
         (["--keyword_penalty", "1"], ["cross-entropy", "penalty on keywords", "contrastive loss"]),
         (["--keyword_penalty", "1", "--generator_steps", "0"], ["contrastive loss"]),
+        (["--feedback_weight", "1"], ["cross-entropy", "contrastive loss", "generator feedback"]),
+        (["--feedback_weight", "1", "--contrastive_weight", "0"], ["cross-entropy", "generator feedback"]),
+        (["--feedback_weight", "1", "--retriever_steps", "0"], ["cross-entropy"]),
         (["--rounds", "0"], []),
     ],
 )
@@ -149,8 +153,10 @@ def test_what_is_switched_off_is_left_out(generator, retriever, arguments, names
 
 
 def test_without_answers_only_the_retriever_is_checked_and_without_questions_nothing(generator, retriever):
-    unanswered = [row | {"answers": []} for row in corpus(12)[1]]
-    assert list(check(generator, retriever, corpus=tables(unanswered))) == ["contrastive loss"]
+    unanswered = tables([row | {"answers": []} for row in corpus(12)[1]])
+    assert list(check(generator, retriever, corpus=unanswered)) == ["contrastive loss"]
+    silent = check(generator, retriever, "--no_answer", "--feedback_weight", "1", corpus=unanswered)
+    assert [finding.verdict for finding in silent.values()] == ["ok", "ok", "no occasion on this batch"]
     assert check(generator, retriever, corpus=tables([])) == {}
 
 
@@ -285,6 +291,34 @@ def test_a_number_whose_gradient_is_none_is_caught(generator, retriever, monkeyp
     assert "LayerNorm.bias" in finding.fault
 
 
+def test_a_feedback_that_is_detached_or_reaches_the_generator_is_caught(generator, retriever, monkeypatch):
+    real, spoil = trainer.feedback_loss, []
+    monkeypatch.setattr(trainer, "feedback_loss", lambda *given, **options: spoil[-1](real(*given, **options)))
+    spoil.append(lambda loss: loss.detach())
+    finding = check(generator, retriever, "--feedback_weight", "1")["generator feedback"]
+    assert finding.moved == 0 and finding.fault.endswith("or --feedback_weight 0.")
+    spoil.append(lambda loss: loss + weight(generator.model, "transformer.ln_f.bias").sum())
+    finding = check(generator, retriever, "--feedback_weight", "1")["generator feedback"]
+    assert finding.strangers == ("generator: transformer.ln_f.bias",) and finding.fault
+
+
+def test_the_feedback_is_the_generators_on_each_question_and_two_passages(generator, retriever, monkeypatch):
+    real, seen = trainer.feedback_loss, []
+    monkeypatch.setattr(
+        trainer, "feedback_loss", lambda *given, **options: seen.append(options) or real(*given, **options)
+    )
+    check(generator, retriever, "--feedback_weight", "1")
+    batch, options = small_batch(tables()), seen[0]
+    assert options["candidates"].shape == options["likelihoods"].shape == (4, 2)
+    assert options["candidates"][:, 0].tolist() == batch.positives
+    for row, places in enumerate(options["candidates"].tolist()):
+        for place, likelihood in zip(places, options["likelihoods"][row].tolist(), strict=True):
+            (expected,) = generator.log_likelihoods(
+                [batch.questions[row]], [batch.passages[place]], [batch.answers[row]], context_tokens=128
+            )
+            assert likelihood == pytest.approx(expected, abs=1e-4)
+
+
 # ---- told, but no fault
 
 
@@ -299,7 +333,7 @@ def test_a_step_that_overshoots_is_taken_again_shorter(generator, retriever, mon
     valley = torch.nn.Parameter(torch.tensor([0.01, 100.0]))
     pair = torch.nn.Module()
     pair.valley = valley
-    term = Term("valley", "generator", lambda: 1 + valley[0].square(), "--off 0")
+    term = Term("valley", "--off 0", "generator", lambda: 1 + valley[0].square())
     monkeypatch.setattr(doctor, "active_terms", lambda *given: [term])
     finding = check_terms(SimpleNamespace(model=pair), retriever, None, None)[0]
     assert finding.lowered is True  # a step of 1 % would have to be 0.5 long, and the bottom is 0.01 away
@@ -338,7 +372,7 @@ def noisy(real):
 def test_nothing_is_changed(generator, retriever, monkeypatch, ends):
     monkeypatch.setattr(TokenLosses, "forward", noisy(TokenLosses.forward))
     if ends == "badly":  # at the step, when weights are already moved
-        real, calls = doctor.contrastive_loss, []
+        real, calls = trainer.contrastive_loss, []
 
         def once(*given, **options):
             calls.append(1)
@@ -346,7 +380,7 @@ def test_nothing_is_changed(generator, retriever, monkeypatch, ends):
                 raise InputError("enough")
             return real(*given, **options)
 
-        monkeypatch.setattr(doctor, "contrastive_loss", once)
+        monkeypatch.setattr(trainer, "contrastive_loss", once)
     generator.model.train()
     generator.model.transformer.h[0].eval()
     mark = torch.full((32,), 7.0)
