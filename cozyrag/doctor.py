@@ -29,19 +29,15 @@ from cozyrag.retriever import UNUSED, Retriever
 from cozyrag.trainer import generator_losses, generator_penalties, generator_terms, retriever_terms
 
 CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
-QUESTIONS = (
-    4  # with passages of so many characters a second for a generator of 80 million weights, and enough for a gradient
-)
-CHARACTERS = 200
+QUESTIONS = 4  # enough for a gradient, ...
+CHARACTERS = 200  # ... and with so much of a passage a second or two for a generator of 80 million weights
 NO_GRADIENT = 1e-30  # gradients no larger than this are none: no optimizer makes anything of them
 NO_VALUE = 1e-12  # a term no larger than this has nothing to teach on its batch
 STEPS = (1e-2, 1e-3, 1e-4)  # how much of its value a step is to take off a term, to first order
 REENCODED = 32  # passages of an index that are encoded anew
 NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
 UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
-JUDGED = (
-    2  # passages of each question that the generator judges for its feedback: the fewest among which there is a choice
-)
+JUDGED = 2  # passages of each question that the generator judges for its feedback: the fewest that leave a choice
 NAMES = {  # of the terms as the trainer calls them: how they are told, and the setting that leaves them out
     "cross-entropy": ("cross-entropy", "--generator_steps 0"),
     "repeats": ("penalty on repeats", "--repeat_penalty 0"),
