@@ -1,4 +1,4 @@
-"""The command line: `cozyrag train`, `cozyrag ask`, `cozyrag push`.
+"""The command line: `cozyrag train`, `cozyrag ask`, `cozyrag doctor`, `cozyrag push`.
 
 Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
 """
@@ -10,6 +10,32 @@ from collections.abc import Callable
 
 from cozyrag import __version__
 from cozyrag.errors import InputError
+
+DOCTOR = """\
+Check before or after training that things are as they should be. Nothing is trained and nothing is written.
+
+  cozyrag doctor [SETTINGS]   Before training. Takes the settings of `cozyrag train` (--config FILE.yaml too), loads the tables
+                              and the models as a run would, and takes the gradient of each active loss term on one small
+                              batch: it must move weights of its own model, no others, and consist of numbers.
+                              Every run does so by itself before its first round.
+  cozyrag doctor OUTPUT       After training. OUTPUT is the folder of a finished run: the index must be the retriever's, which
+                              is also seen by encoding some passages anew, and the generator must answer.
+"""
+DOCTOR_EXAMPLES = """\
+examples:
+  cozyrag doctor --questions qa.tsv --passages wiki.jsonl --repeat_penalty 0.1
+  cozyrag doctor --config examples/distilgpt2.yaml
+  cozyrag doctor my-rag
+
+columns of the table:
+  value            the loss term on the batch, before its weight
+  gradient norm    length of its gradient over the weights of the model that it moves
+  tensors moved    how many weight tensors of that model get a gradient, of those that may be trained
+  step lowers it   whether one small step down that gradient lowers the term, on the same batch
+  verdict          ok, FAULT, or "no occasion on this batch": nothing there for the term to do, such as no repeats in short answers
+
+Exit code 0 if nothing is wrong, 2 with a sentence on what is and what to do. `cozyrag train --help` shows every setting.
+"""
 
 
 def door(act: Callable[[], None]) -> None:
@@ -37,12 +63,15 @@ def _main() -> None:
         "train", help="train a pair, as train.py does; `cozyrag train --help` shows every setting", add_help=False
     )
     _add_ask(commands)
+    _add_doctor(commands)
     _add_push(commands)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "train":
         from cozyrag.run import train
 
         train(rest, description="Fine-tune a retriever and a generator together on your own questions and passages.")
+    elif arguments.command == "doctor":
+        _doctor(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
@@ -57,6 +86,19 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
     )
     ask.add_argument("--top_k", type=int, help="passages to read (default: as trained)")
     ask.set_defaults(act=_ask)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    """Its arguments are read by `_doctor`: argparse would take the value of a setting it does not know for OUTPUT."""
+    commands.add_parser(
+        "doctor",
+        help="check settings before training, or what a run left",
+        usage="cozyrag doctor [SETTINGS | OUTPUT]",
+        description=DOCTOR,
+        epilog=DOCTOR_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def _add_push(commands: argparse._SubParsersAction) -> None:
@@ -85,6 +127,28 @@ def _ask(arguments: argparse.Namespace) -> None:
         for number, source in enumerate(answer.passages, 1):
             text = source.text if len(source.text) <= 160 else f"{source.text[:157]}..."
             print(f"  [{number}] {source.score:.3f} {source.title or source.id}: {text}")
+
+
+def _doctor(rest: list[str]) -> None:
+    """Check a folder if one is named, else the settings."""
+    if not rest or rest[0].startswith("-"):
+        from cozyrag.run import doctor
+
+        return doctor(rest)
+    if len(rest) > 1:
+        raise InputError(
+            f"cozyrag doctor: expected settings or one folder, found {rest[0]!r} and {rest[1]!r}. See cozyrag doctor --help."
+        )
+    from pathlib import Path
+
+    from transformers.utils import logging
+
+    from cozyrag.doctor import check_pair
+
+    logging.disable_progress_bar()
+    for told in check_pair(Path(rest[0])):
+        print(f"ok: {told}")
+    print(f"Nothing wrong with {rest[0]}.")
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -278,6 +278,11 @@ def _check_head(model: PreTrainedModel) -> None:
     model.eval()
     ours = model.get_output_embeddings()(model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state)
     theirs = model(input_ids=ids, attention_mask=mask).logits
+    if theirs.isnan().any():
+        raise InputError(
+            "Expected a generator whose logits are numbers, found NaN: its weights are spoilt, as by a training that diverged. "
+            "Go on from an earlier checkpoint, or choose another --generator."
+        )
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
         raise InputError(
             f"Expected a generator whose logits are its output embeddings applied to its last hidden states; "

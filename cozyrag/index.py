@@ -151,7 +151,8 @@ class PassageIndex:
         """Read what `save` wrote; the flat FAISS index is rebuilt from the vectors, which takes milliseconds.
 
         Raises:
-            InputError: a file is missing, or the vectors were made by another retriever than `fingerprint`'s.
+            InputError: a file is missing, the vectors were made by another retriever than `fingerprint`'s, or they are not
+                as many as the passages.
         """
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).exists()]
@@ -168,6 +169,11 @@ class PassageIndex:
         with _no_bars():
             table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
         tensors = load_file(folder / "vectors.safetensors")
+        if len(table) != len(tensors[COLUMN]):
+            raise InputError(
+                f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(tensors[COLUMN])}: the files are not of "
+                "one index, and passages would be found under the vectors of others. Copy the whole folder again, or run train.py again."
+            )
         kept = "sentence_vectors" in tensors
         sentences = SentenceVectors(tensors["sentence_vectors"], tensors["sentence_ends"]) if kept else None
         return cls(table, tensors[COLUMN], fingerprint=found, sentences=sentences)

@@ -20,6 +20,7 @@ from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.sentences import SentenceVectors
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+UNUSED = ".pooler."  # BERT's pooler takes no part in sentence vectors: it never gets a gradient, and weight decay would shrink it
 EMBED_TOGETHER = 16  # texts of like length that are padded together: little padding, matrices still large
 
 
@@ -31,8 +32,7 @@ class Retriever:
         if max_tokens is not None:
             model.max_seq_length = min(max_tokens, model.max_seq_length or max_tokens)
         for name, parameter in model.named_parameters():
-            # BERT's pooler takes no part in sentence vectors: it never gets a gradient, and weight decay would shrink it.
-            if ".pooler." in name:
+            if UNUSED in name:
                 parameter.requires_grad_(False)
 
     def freeze_documents(self) -> None:

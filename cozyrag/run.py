@@ -14,12 +14,13 @@ import faiss
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 from cozyrag.cards import write_card
 from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output, write_json
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
+from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
@@ -48,8 +49,26 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
         accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest
     )  # fmt: skip
     announce(rounds)
+    if settings.training.rounds and not newest:
+        self_test(rounds)
     rounds.run()
     finish(rounds, started)
+
+
+def doctor(arguments: list[str] | None = None) -> None:
+    """`cozyrag doctor` with settings: load what a run would load, test its loss terms, write nothing."""
+    settings = parse_settings(arguments)
+    accelerator = make_accelerator(settings)
+    corpus = load_tables(accelerator, settings)
+    generator, retriever = load_models(accelerator, settings, corpus, None)
+    started = time.perf_counter()
+    findings = check_terms(generator, retriever, corpus, settings)
+    seconds = time.perf_counter() - started
+    if not findings:
+        return accelerator.print("No loss term is active with these settings: nothing would be trained.")
+    accelerator.print(findings_table(findings))
+    refuse(finding.fault for finding in findings)
+    accelerator.print(f"Loss terms checked: {len(findings)}, in {seconds:.1f} s. Nothing wrong.")
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -192,6 +211,16 @@ def announce(rounds: Rounds) -> None:
         rounds.log.say(f"Going on from {rounds.resumed_from.name}.")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         rounds.log.say("Note: bf16 on a CPU without native support for it is two to three times slower than float32.")
+
+
+def self_test(rounds: Rounds) -> None:
+    """See on one batch that every active loss term moves what it should; says so in a line. Raises InputError if not."""
+    started = time.perf_counter()
+    findings = check_terms(rounds.generator, rounds.retriever, rounds.corpus, rounds.settings)
+    seconds = round(time.perf_counter() - started, 2)
+    rounds.log.record({"kind": "self-test", "seconds": seconds, "terms": [finding.row() for finding in findings]})
+    refuse(gather_object([finding.fault for finding in findings]))  # a fault of one process stops them all
+    rounds.log.say(one_line(findings, seconds))
 
 
 def finish(rounds: Rounds, started: float) -> None:

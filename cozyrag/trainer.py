@@ -88,14 +88,11 @@ def train_generator(
         max_steps=settings.generator_steps,
         seed=phase_seed(settings.seed, round_number=round_number, phase="generator"),
     )
-    penalties = _penalties(settings)
+    penalties = generator_penalties(settings)
     if penalties.names:
         examples = with_keywords(generator.tokenizer, examples, [columns["question"][row] for row in usable])
-        losses = PenalizedLosses(generator.model, penalties=penalties, eos=generator.tokenizer.eos_token_id)
-    else:
-        losses = TokenLosses(generator.model)
     generator.model.train()
-    module = accelerator.prepare(losses)
+    module = accelerator.prepare(generator_losses(generator, penalties))
 
     def take_step(number: int) -> dict[str, float]:
         told = generator_step(
@@ -118,7 +115,8 @@ def train_generator(
     return len(steps)
 
 
-def _penalties(settings: TrainingSettings) -> Penalties:
+def generator_penalties(settings: TrainingSettings) -> Penalties:
+    """The penalties on answers as the settings weigh them."""
     return Penalties(
         repeats=settings.repeat_penalty,
         keywords=settings.keyword_penalty,
@@ -126,6 +124,20 @@ def _penalties(settings: TrainingSettings) -> Penalties:
         ngram=settings.repeat_ngram,
         min_tokens=settings.short_tokens,
     )
+
+
+def generator_losses(generator: Generator, penalties: Penalties) -> TokenLosses:
+    """The module that gives the terms of the generator: the cross-entropy, and the penalties that are on."""
+    if penalties.names:
+        return PenalizedLosses(generator.model, penalties=penalties, eos=generator.tokenizer.eos_token_id)
+    return TokenLosses(generator.model)
+
+
+def generator_terms(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(1 + n_penalties,) sums over one micro-batch: cross-entropy over its answer tokens, penalties over its answers."""
+    result = module(**batch)
+    losses, penalties = result if isinstance(result, tuple) else (result, result.new_zeros(0))
+    return torch.cat([losses.sum().unsqueeze(0), penalties])
 
 
 def generator_step(
@@ -159,9 +171,7 @@ def generator_step(
         batch = collate([examples[row] for row in rows] or examples[:1], pad_id=pad_id)
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with accelerator.no_sync(module) if number + 1 < len(mine) else nullcontext():
-            result = module(**batch)
-            losses, penalties = result if weights else (result, result.new_zeros(0))
-            parts = torch.cat([losses.sum().unsqueeze(0), penalties]) * shares * bool(rows)
+            parts = generator_terms(module, batch) * shares * bool(rows)
             accelerator.backward((parts * factors).sum())
         told += parts.detach()
     return accelerator.reduce(told, reduction="mean").tolist()

@@ -155,9 +155,9 @@ def test_version(call):
     assert call("--version") == (0, f"cozyrag {cozyrag.__version__}\n", "")
 
 
-def test_help_names_the_three_commands(call):
+def test_help_names_the_four_commands(call):
     code, out, _ = call("--help")
-    assert code == 0 and all(f"\n    {command} " in out for command in ("train", "ask", "push"))
+    assert code == 0 and all(f"\n    {command} " in out for command in ("train", "ask", "doctor", "push"))
 
 
 def test_the_command_line_opens_without_loading_torch():

@@ -312,6 +312,15 @@ def test_a_model_with_an_unusual_head_is_refused(monkeypatch, sharp_path, family
         Generator.load(sharp_path)
 
 
+def test_a_checkpoint_of_nan_is_refused_for_what_it_is(generator_path, tmp_path):
+    generator = Generator.load(str(generator_path))
+    with torch.no_grad():
+        generator.model.transformer.ln_f.bias.fill_(float("nan"))
+    generator.save(tmp_path)
+    with pytest.raises(InputError, match="found NaN: its weights are spoilt"):
+        Generator.load(str(tmp_path))
+
+
 @pytest.mark.parametrize(("scaling", "refused"), [(8.0, True), (1.0, False)])
 def test_granite_is_refused_for_its_scaled_logits_only(generator_path, tmp_path, scaling, refused):
     torch.manual_seed(0)

@@ -21,13 +21,13 @@ TIERS = (
     ("corpus", "evaluation", "feedback", "pipeline", "gate"),
     ("config", "hub"),
     ("trainer", "checkpoint"),
-    ("report",),
+    ("report", "doctor"),
     ("rounds",),
     ("run",),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "rounds", "cli"}
+MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "cli"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",
@@ -127,6 +127,10 @@ def test_the_script_is_a_door_and_nothing_more():
 
 def test_only_the_trainer_calls_backward():
     assert calling(lambda call: call[-1] == "backward") == {"trainer"}
+
+
+def test_only_the_self_test_takes_gradients_aside():
+    assert calling(lambda call: call[-1] == "grad") == {"doctor"}
 
 
 def test_only_the_trainer_steps_an_optimizer_or_makes_one():

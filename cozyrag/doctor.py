@@ -1,0 +1,462 @@
+"""The self-test: does each loss term move the model it is meant for, and does a saved pair belong together?
+
+A term that is switched on but reaches no weight, or the wrong ones, shows in nothing but bad results hours later; one
+batch tells it in a second. Gradients are taken of one term at a time, in full precision, without dropout and on every
+process by itself; nothing is trained: weights, gradients, modes and random states are left as they were found. Left out:
+retrieval (any passage serves to see a gradient), mixed precision, how processes share a step, and the file index.faiss,
+which is never read.
+"""
+
+import math
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cozyrag.batches import answer_tokens, collate
+from cozyrag.config import Settings, TrainingSettings
+from cozyrag.corpus import Corpus
+from cozyrag.errors import InputError
+from cozyrag.generator import Generator
+from cozyrag.index import PassageIndex, passage_text
+from cozyrag.pipeline import CozyRAG, read_pair
+from cozyrag.prompts import encode_examples, with_keywords
+from cozyrag.retriever import UNUSED, Retriever
+from cozyrag.trainer import generator_losses, generator_penalties, generator_terms, retriever_terms
+
+CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
+QUESTIONS = 4  # enough for a gradient, ...
+CHARACTERS = 200  # ... and with so much of a passage a second or two for a generator of 80 million weights
+NO_GRADIENT = 1e-30  # gradients no larger than this are none: no optimizer makes anything of them
+NO_VALUE = 1e-12  # a term no larger than this has nothing to teach on its batch
+STEPS = (1e-2, 1e-3, 1e-4)  # how much of its value a step is to take off a term, to first order
+REENCODED = 32  # passages of an index that are encoded anew
+NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
+UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
+JUDGED = 2  # passages of each question that the generator judges for its feedback: the fewest that leave a choice
+NAMES = {  # of the terms as the trainer calls them: how they are told, and the setting that leaves them out
+    "cross-entropy": ("cross-entropy", "--generator_steps 0"),
+    "repeats": ("penalty on repeats", "--repeat_penalty 0"),
+    "keywords": ("penalty on keywords", "--keyword_penalty 0"),
+    "shortness": ("penalty on shortness", "--short_penalty 0"),
+    "contrastive": ("contrastive loss", "--retriever_steps 0"),
+    "feedback": ("generator feedback", "--feedback_weight 0"),
+}
+
+
+# ---- the terms
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss.
+
+    switch: the setting that leaves the term out. model: the one it is meant to move, "generator" or "retriever". value:
+    computes the term anew on the batch, a scalar with its graph. may_rest: it may be zero and have no graph.
+    """
+
+    name: str
+    switch: str
+    model: str
+    value: Callable[[], torch.Tensor]
+    may_rest: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few training questions: `contexts` are for the generator, `passages` for the retriever.
+
+    `answers`: the first reference of each question, empty where there is none; `positives`: the place of each question's
+    passage.
+    """
+
+    questions: list[str]
+    answers: list[str]
+    contexts: list[str]
+    passages: list[str]
+    positives: list[int]
+
+
+def small_batch(corpus: Corpus) -> Batch:
+    """A few training questions with the beginning of their gold passage if it is known, else of any, and two passages more.
+
+    Answered questions come first, and long answers: on short ones a penalty on repeats finds nothing to do.
+    """
+    asked, ids = corpus.questions[:CANDIDATES], corpus.passages.select_columns(["id"])[:]["id"]
+    row_of = {passage_id: row for row, passage_id in enumerate(ids)}
+    answers = [each[0] if each else "" for each in asked["answers"]]
+    order = sorted(
+        range(len(answers)),
+        key=lambda row: (not answers[row], asked["passage_id"][row] not in row_of, -len(answers[row])),
+    )[:QUESTIONS]
+    gold = [row_of.get(asked["passage_id"][row], place % len(ids)) for place, row in enumerate(order)]
+    chosen = list(dict.fromkeys([*gold, *range(min(2, len(ids)))]))  # one passage alone has nothing to be told from
+    found = corpus.passages[chosen]
+    texts = [text[:CHARACTERS] for text in found["text"]]
+    return Batch(
+        questions=[asked["question"][row] for row in order],
+        answers=[answers[row] for row in order],
+        contexts=[texts[chosen.index(row)] for row in gold],
+        passages=[passage_text(title, text) for title, text in zip(found["title"], texts, strict=True)],
+        positives=[chosen.index(row) for row in gold],
+    )
+
+
+def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Term]:
+    """The terms that a run with these settings trains on: all that the trainer makes, so that none can be forgotten."""
+    training, terms = settings.training, []
+    if not training.rounds or not len(corpus.questions):
+        return terms
+    batch, context_tokens = small_batch(corpus), settings.contexts.context_tokens
+    if training.generator_steps != 0 and training.generator_epochs > 0:
+        terms += _generator_terms(generator, batch, training, context_tokens)
+    if training.retriever_steps != 0 and training.retriever_epochs > 0:
+        judged = _likelihoods(generator, batch, context_tokens) if training.feedback_weight else {}
+        terms += _retriever_terms(retriever, batch, training, judged)
+    return terms
+
+
+def _generator_terms(generator: Generator, batch: Batch, training: TrainingSettings, context_tokens: int) -> list[Term]:
+    """The cross-entropy and the penalties that are on, as means over the batch."""
+    rows = [row for row, answer in enumerate(batch.answers) if answer or training.no_answer]
+    if not rows:
+        return []
+    questions = [batch.questions[row] for row in rows]
+    examples = encode_examples(
+        generator.tokenizer,
+        questions=questions,
+        contexts=[batch.contexts[row] for row in rows],
+        answers=[batch.answers[row] for row in rows],
+        context_tokens=context_tokens,
+        max_length=generator.max_length,
+    )
+    tensors = collate(
+        with_keywords(generator.tokenizer, examples, questions), pad_id=generator.tokenizer.pad_token_id
+    ).items()
+    tensors = {name: tensor.to(generator.device) for name, tensor in tensors}
+    penalties = generator_penalties(training)
+    module = generator_losses(generator, penalties)
+
+    def value(place: int, count: int) -> Callable[[], torch.Tensor]:
+        return lambda: generator_terms(module, tensors)[place] / count
+
+    found = [Term(*NAMES["cross-entropy"], "generator", value(0, answer_tokens(examples)))]
+    for place, name in enumerate(penalties.names, 1):
+        found.append(Term(*NAMES[name], "generator", value(place, len(examples)), may_rest=True))
+    return found
+
+
+def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dict:
+    """The generator's feedback on JUDGED passages of each question, as the trainer takes it; NaN where there is no answer."""
+    judged = min(JUDGED, len(batch.passages))
+    candidates = [[(place + shift) % len(batch.passages) for shift in range(judged)] for place in batch.positives]
+    likelihoods = generator.log_likelihoods(
+        [question for question in batch.questions for _ in range(judged)],
+        [batch.passages[place] for places in candidates for place in places],
+        [answer for answer in batch.answers for _ in range(judged)],
+        context_tokens=context_tokens,
+    ).reshape(-1, judged)
+    likelihoods[[not answer for answer in batch.answers]] = np.nan
+    return {"candidates": candidates, "likelihoods": likelihoods.astype(np.float32)}
+
+
+def _retriever_terms(retriever: Retriever, batch: Batch, training: TrainingSettings, feedback: dict) -> list[Term]:
+    """The contrastive loss and the feedback, as far as they are on."""
+
+    def value(term: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return lambda: term(
+            retriever.embed(batch.questions, kind="query"), retriever.embed(batch.passages, kind="document")
+        )
+
+    terms = retriever_terms(training, positives=batch.positives, **feedback)
+    return [Term(*NAMES[name], "retriever", value(term)) for name, (_, term) in terms.items()]
+
+
+# ---- what is found out about a term
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one batch told about a term.
+
+    connected: whether the value has a graph at all. tensors: how many tensors of its model may be trained; moved: how
+    many of them get a gradient, of which `norm` is the length; still: the others. broken: tensors with a gradient that
+    is NaN or infinite. strangers: tensors with a gradient that training must leave alone. lowered: whether a small step
+    down the gradient lowers the term, None where there is no step to take.
+    """
+
+    term: Term
+    value: float
+    connected: bool
+    tensors: int
+    norm: float
+    still: tuple[str, ...]
+    broken: tuple[str, ...]
+    strangers: tuple[str, ...]
+    lowered: bool | None
+
+    @property
+    def moved(self) -> int:
+        """Trainable tensors of its model that the term moves."""
+        return self.tensors - len(self.still)
+
+    @property
+    def rests(self) -> bool:
+        """Whether the term had nothing to do on the batch: the value is nothing, and for a reason."""
+        return not self.moved and abs(self.value) <= NO_VALUE and (self.connected or self.term.may_rest)
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong, what follows and what to do, in two sentences; None if nothing is."""
+        name, model = self.term.name, self.term.model
+        if not math.isfinite(self.value) or self.broken:
+            return (
+                f"Self-test: expected the {name} and its gradients to be numbers, found the value {self.value:.4g} and NaN or infinity in the "
+                f"gradients of {len(self.broken)} tensors{_such_as(self.broken)}; one step would spoil the whole {model}. Give another --{model}, "
+                f"or {self.term.switch}."
+            )
+        if self.strangers:
+            return (
+                f"Self-test: expected the {name} to move the {model} and nothing else, found that it also reaches {len(self.strangers)} tensors"
+                f"{_such_as(self.strangers)}, which training must leave as they are. The fault is in the code of the loss or of the model: "
+                f"put it right, give another --{model}, or {self.term.switch}."
+            )
+        if not self.moved and not self.rests:
+            return (
+                f"Self-test: expected the {name}, here {self.value:.4g}, to move the {model}, found no gradient in any of the {self.tensors} tensors "
+                f"that may be trained; steps would teach it nothing. Unfreeze its weights, give another --{model}, or {self.term.switch}."
+            )
+        return None
+
+    @property
+    def verdict(self) -> str:
+        """The finding in a word or two."""
+        if self.fault:
+            return "FAULT"
+        if self.rests:
+            return "no occasion on this batch"
+        return "step does not lower it" if self.lowered is False else "ok"
+
+    def row(self) -> dict:
+        """The finding as metrics.jsonl keeps it, where a number that is none is null."""
+        value, norm = (number if math.isfinite(number) else None for number in (self.value, self.norm))
+        return {
+            "term": self.term.name,
+            "model": self.term.model,
+            "value": value,
+            "gradient_norm": norm,
+            "tensors": self.tensors,
+            "tensors_moved": self.moved,
+            "without_gradient": list(self.still),
+            "wrongly_moved": list(self.strangers),
+            "lowered": self.lowered,
+            "verdict": self.verdict,
+        }
+
+
+def _such_as(names: Sequence[str]) -> str:
+    return f" ({names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
+
+
+def check_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Finding]:
+    """What one small batch tells about every active term; the models are left as they were, bit for bit."""
+    models = {"generator": generator.model, "retriever": retriever.model}
+    with _left_as_found(models.values()):
+        return [_check_term(term, models) for term in active_terms(generator, retriever, corpus, settings)]
+
+
+def refuse(faults: Iterable[str | None]) -> None:
+    """Raise InputError for the first fault, if there is one."""
+    for fault in filter(None, faults):
+        raise InputError(fault)
+
+
+@contextmanager
+def _left_as_found(models: Collection[torch.nn.Module]) -> Iterator[None]:
+    """Models without dropout for the time being; then modes and random states as before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    devices = {parameter.device for model in models for parameter in model.parameters() if parameter.is_cuda}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, training in modes:
+            module.training = training
+
+
+def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
+    weights = {
+        f"{role}: {name}": parameter
+        for role, model in models.items()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    claimed = {name for name in weights if name.startswith(f"{term.model}: ") and UNUSED not in name}
+    value = term.value()
+    gradients = _gradients(value, weights)
+    norms = {name: norm for name, gradient in gradients.items() if (norm := _norm(gradient)) != 0}
+    value, connected = value.item(), value.requires_grad
+    norm = math.hypot(*(norms[name] for name in norms if name in claimed))
+    lowered = None
+    if math.isfinite(value) and math.isfinite(norm) and norm:
+        moved = [(weights[name], gradients[name]) for name in norms if name in claimed]
+        lowered = _step_lowers(term, value, moved, norm)
+    return Finding(
+        term,
+        value,
+        connected,
+        tensors=len(claimed),
+        norm=norm,
+        still=tuple(name for name in weights if name in claimed and name not in norms),
+        broken=tuple(name for name in norms if not math.isfinite(norms[name])),
+        strangers=tuple(name for name in norms if name not in claimed),
+        lowered=lowered,
+    )
+
+
+def _gradients(value: torch.Tensor, weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Gradients by name, of those that have one; taken aside, so that no weight's .grad is touched."""
+    if not value.requires_grad or not weights:
+        return {}
+    found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    """Euclidean length, NaN or infinity if a number is; the squares of a small penalty's gradients are zero in float32."""
+    peak = torch.linalg.vector_norm(tensor, torch.inf).item()
+    if peak <= NO_GRADIENT:
+        return 0.0
+    if not 1e-12 < peak < 1e12:
+        return peak * torch.linalg.vector_norm(tensor / peak).item()
+    return torch.linalg.vector_norm(tensor).item()
+
+
+@torch.no_grad()
+def _step_lowers(
+    term: Term, value: float, moved: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], norm: float
+) -> bool:
+    """Whether a plain gradient step lowers the term; if the first overshoots, shorter ones. Weights are put back."""
+    kept = [weight.clone() for weight, _ in moved]
+    size = math.hypot(*(_norm(weight) for weight in kept))
+    try:
+        for share in STEPS:
+            length = share * min(abs(value) / norm, size)
+            for (weight, gradient), before in zip(moved, kept, strict=True):
+                weight.copy_(torch.sub(before, gradient, alpha=length / norm))
+            if term.value().item() < value:
+                return True
+        return False
+    finally:
+        for (weight, _), before in zip(moved, kept, strict=True):
+            weight.copy_(before)
+
+
+# ---- how it is told
+
+
+def one_line(findings: Sequence[Finding], seconds: float) -> str:
+    """The findings for the screen of a run."""
+    told = []
+    for finding in findings:
+        if finding.rests:
+            told.append(f"{finding.term.name} has no occasion on this batch")
+        else:
+            note = ", but a small step does not lower it" if finding.lowered is False else ""
+            told.append(
+                f"{finding.term.name} moves {finding.moved} of {finding.tensors} {finding.term.model} tensors{note}"
+            )
+    return f"self-test: {'; '.join(told) or 'no loss term is active'} ({seconds:.1f} s)"
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """The findings as columns, and under them every tensor that a term leaves still or should."""
+    rows = [("term", "moves", "value", "gradient norm", "tensors moved", "step lowers it", "verdict")]
+    for found in findings:
+        lowered = {True: "yes", False: "no", None: "-"}[found.lowered]
+        moved = f"{found.moved} of {found.tensors}"
+        rows.append(
+            (found.term.name, found.term.model, f"{found.value:.4g}", f"{found.norm:.3g}", moved, lowered, found.verdict)
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for found in findings:
+        if found.still and not found.rests:
+            lines.append(f"{found.term.name}: no gradient in {', '.join(found.still)}")
+        if found.strangers:
+            lines.append(f"{found.term.name}: gradient where none belongs, in {', '.join(found.strangers)}")
+    return "\n".join(lines)
+
+
+# ---- a saved pair
+
+
+def check_pair(folder: Path) -> Iterator[str]:
+    """Check what a run left, telling each thing once it is found right. Raises InputError at the first that is not."""
+    if not folder.is_dir():
+        raise InputError(
+            f"Expected the output folder of a run, there is none at {folder.absolute()}. Check the path; to check settings "
+            "instead of a folder, begin with a setting: `cozyrag doctor --questions FILE`."
+        )
+    told = read_pair(folder)["retriever"]["fingerprint"]
+    pair = CozyRAG.from_pretrained(folder)  # refuses an index of another retriever, and one with rows missing
+    index, fingerprint = pair.index, pair.retriever.fingerprint()
+    if told != fingerprint:
+        raise InputError(
+            f"{folder / 'cozyrag.json'} names the retriever {told}, but the one beside it is {fingerprint}: the files come from different runs. "
+            "Copy the whole folder again, or train again."
+        )
+    yield f"the fingerprint of the index and of cozyrag.json is the retriever's: {fingerprint}"
+    _check_lengths(index)
+    yield f"{len(index)} passages, {len(index.vectors)} vectors of {index.vectors.shape[1]} dimensions, all of length 1"
+    yield _check_vectors(index, pair.retriever)
+    yield _check_answer(pair)
+
+
+def _check_lengths(index: PassageIndex) -> None:
+    lengths = np.linalg.norm(index.vectors, axis=1)
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT))  # so put, NaN is wrong too
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"Expected vectors of length 1 in the index, found {len(wrong)} of {len(lengths)} with another, the first one of length {lengths[row]:.4g} "
+            f"(row {row}, passage {index.passages.ids[row]!r}): searches would rank them wrongly. Copy the index again, or train again."
+        )
+
+
+def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
+    """Encode passages anew, evenly spread over the index, and compare: a label can be right and the vectors wrong."""
+    rows = np.unique(np.linspace(0, len(index) - 1, REENCODED).round().astype(int))
+    texts = index.passages.to_read()
+    anew = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
+    cosines = np.einsum("ij,ij->i", anew, index.vectors[rows])  # all are of length 1
+    worst = int(np.argmin(cosines))
+    if cosines[worst] <= NEAR:
+        row = int(rows[worst])
+        raise InputError(
+            f"Expected the vectors of the index to be the retriever's, but passage {index.passages.ids[row]!r} (row {row}), encoded anew, has the "
+            f"cosine {cosines[worst]:.4f} with its stored vector instead of 1: searches would find the wrong passages. Train again, or copy the "
+            "index that was saved with this retriever."
+        )
+    return f"{len(rows)} passages encoded anew: cosine with the stored vectors at least {min(cosines[worst], 1):.6f}"
+
+
+def _check_answer(pair: CozyRAG) -> str:
+    passages = pair.index.passages
+    question = f"What is {(passages.titles[0] or passages.ids[0]).replace('_', ' ')}?"
+    answer = pair.answer(question)
+    if not math.isfinite(answer.score):
+        raise InputError(
+            f"Expected an answer to {question!r}, found that the generator's probabilities are no numbers: its weights are spoilt. "
+            "Go on from an earlier checkpoint, or train again with a lower --generator_learning_rate."
+        )
+    return f"the generator answers {question!r} with {answer.text!r} (certainty {answer.score:.2f})"
