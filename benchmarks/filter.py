@@ -11,47 +11,21 @@ and words together, and by cutting the passages off. Left out: training; the ret
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
-from tqdm.auto import tqdm
+from searching import add_arguments, corpus_of, open_index, retriever_of
 
 from cozyrag.cli import door
 from cozyrag.contexts import ContextMaker, sentence_source
 from cozyrag.generator import Generator
-from cozyrag.index import PassageIndex, Passages, made_by
+from cozyrag.index import Passages
 from cozyrag.lexical import LexicalIndex
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
-from cozyrag.passages import merge_passages
-from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
 from cozyrag.sentences import split_sentences
 
 WAYS = ("truncation", "one encode per sentence", "late chunking", "word overlap", "late chunking + overlap")
-
-
-def open_index(folder: Path, passages: Dataset, retriever: Retriever) -> PassageIndex:
-    """The index of these passages, read from the folder if this retriever made it, else made and kept there."""
-    if made_by(folder) == retriever.fingerprint():
-        return PassageIndex.load(folder, fingerprint=retriever.fingerprint())
-    columns = Passages.of(passages)
-    order = np.argsort([-len(text) for text in columns.texts], kind="stable")
-    vectors: dict[int, np.ndarray] = {}
-    sentences: dict[int, np.ndarray] = {}
-    for start in tqdm(range(0, len(order), 64), desc="indexing", unit="64 passages"):
-        rows = order[start : start + 64].tolist()
-        made, own = retriever.encode_passages(columns.select(rows), columns.spans(rows), batch_size=64)
-        vectors.update(zip(rows, made, strict=True))
-        sentences.update(zip(rows, own.of(range(len(rows))), strict=True))
-    rows = range(len(order))
-    joined = type(own).join([sentences[row] for row in rows], made.shape[1])
-    index = PassageIndex(
-        passages, np.stack([vectors[row] for row in rows]), fingerprint=retriever.fingerprint(), sentences=joined
-    )
-    index.save(folder)
-    return index
 
 
 def one_by_one(passages: Passages, retriever: Retriever) -> Callable[[Sequence[int]], list[np.ndarray]]:
@@ -88,13 +62,10 @@ def contexts_of(
 
 def compare(options: argparse.Namespace) -> None:
     """Print the tables."""
-    asked = read_questions(options.questions)
-    others = [read_questions(path).passages for path in options.also_passages]
-    passages = merge_passages([asked.passages, *others])
-    questions = take(asked.table, options.max_questions, 0)[:]
-    retriever = Retriever.load(options.retriever) if options.retriever else Retriever.load_embedded(max_tokens=160)
+    questions, passages = corpus_of(options)
+    retriever = retriever_of(options)
     generator = Generator.load(options.generator)
-    index = open_index(Path(options.index), passages, retriever)
+    index = open_index(options, passages, retriever)
     searcher = Searcher(
         index,
         LexicalIndex(index.passages.to_read()),
@@ -149,14 +120,8 @@ def print_answers(generator: Generator, questions: dict, answered: dict[str, lis
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", required=True, help="questions that carry their gold passage")
-    parser.add_argument("--also_passages", nargs="*", default=[], help="question files whose passages are searched too")
-    parser.add_argument("--index", required=True, help="folder in which the index is kept for the next time")
-    parser.add_argument(
-        "--retriever", help="SentenceTransformer folder or Hub id (default: the embedded all-MiniLM-L6-v2)"
-    )
+    add_arguments(parser, max_questions=1500)
     parser.add_argument("--generator", required=True, help="generator whose tokens the budgets count: folder or Hub id")
-    parser.add_argument("--max_questions", type=int, default=1500, help="a sample of so many questions (default: 1500)")
     parser.add_argument("--top_k", type=int, default=4, help="passages whose sentences compete (default: 4)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 96, 128, 192], help="tokens of a context")
     parser.add_argument("--answer_at", type=int, help="one of the budgets at which the generator answers too")

@@ -78,8 +78,8 @@ class ModelSettings:
 
     generator: str = setting(
         "distilgpt2",
-        "Causal LM that writes the answers: a folder or a Hub id; 'scratch' is a small untrained GPT-2 with a tokenizer trained on "
-        "your passages, for trying things out without the network.",
+        "Causal LM that writes the answers: a folder or a Hub id; 'embedded' is the small GPT-2 that comes with the package (10 M parameters, "
+        "English, no network); 'scratch' is an untrained one with a tokenizer trained on your passages.",
     )
     retriever: str = setting(
         EMBEDDED,

@@ -1,4 +1,4 @@
-"""Where the things that come with the package lie: the quickstart set and its settings, templates and launch settings.
+"""Where the things that come with the package lie: the quickstart set, the small generator, templates, launch settings.
 
 The set makes the first run independent of the network. Left out: reading them, which the ordinary readers do.
 """
@@ -12,6 +12,7 @@ QUICKSTART = {
     "eval_questions": str(QUICKSTART_FOLDER / "validation.jsonl"),
     "passages": str(QUICKSTART_FOLDER / "passages.jsonl"),
 }
+GENERATOR_FOLDER = _PACKAGE / "data" / "generator"
 QUICKSTART_SETTINGS = QUICKSTART_FOLDER / "settings.yaml"
 
 

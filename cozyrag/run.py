@@ -21,6 +21,7 @@ from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
+from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
@@ -187,6 +188,8 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     models = settings.models
     if models.generator == SCRATCH:
         return Generator.from_scratch(corpus.passages[:]["text"])
+    if models.generator == EMBEDDED:
+        return Generator.load(str(GENERATOR_FOLDER), dropout=models.dropout)
     return Generator.load(models.generator, revision=models.generator_revision, dropout=models.dropout)
 
 

@@ -23,6 +23,7 @@ from cozyrag.generator import Generator
 from cozyrag.index import Passages
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.questions import read_questions, take
+from cozyrag.retriever import Retriever
 
 
 def evaluate(options: argparse.Namespace) -> dict:
@@ -35,9 +36,17 @@ def evaluate(options: argparse.Namespace) -> dict:
     questions = take(read.table, options.max_questions, 0)[:]
     generator = Generator.load(options.generator)
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    maker = ContextMaker(Passages.of(read.passages), generator.count_tokens, top_k=1, budget=options.context_tokens)
-    pairs = zip(questions["question"], questions["passage_id"], strict=True)
-    contexts = [maker.context(question, [maker.row_of[gold]]) for question, gold in pairs]
+    maker = ContextMaker(
+        Passages.of(read.passages), generator.count_tokens, top_k=1, budget=options.context_tokens, score_by="both"
+    )
+    retriever = Retriever.load_embedded(max_tokens=512)  # a long paragraph is read to its end
+    rows = [[maker.row_of[gold]] for gold in questions["passage_id"]]
+    golds = sorted({row for (row,) in rows})
+    _, made = retriever.encode_passages(maker.passages.select(golds), maker.passages.spans(golds), batch_size=64)
+    vectors = dict(zip(golds, made.of(range(len(golds))), strict=True))
+    maker.sentence_vectors = lambda wanted: [vectors[row] for row in wanted]
+    asked = retriever.encode(questions["question"], kind="query", batch_size=64, progress=True)
+    contexts = maker.contexts(questions["question"], rows, asked)
     began = time.perf_counter()
     predictions = generator.answer(
         questions["question"], contexts, context_tokens=options.context_tokens, max_new_tokens=24, batch_size=options.batch_size,
