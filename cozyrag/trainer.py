@@ -214,7 +214,6 @@ def train_retriever(
         seed=phase_seed(settings.seed, round_number=round_number, phase="retriever"),
     )
     retriever.model.eval()
-
     negatives = columns["negatives"]
 
     def take_step(number: int) -> dict[str, float]:
@@ -222,25 +221,13 @@ def train_retriever(
         newer = refreshed(number, len(steps))
         negatives = negatives if newer is None else newer["negatives"][:]
         rows = [usable[row] for row in steps[number]]
-        at = [columns["positive"][row] for row in rows]
-        candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
-        found = dict.fromkeys(
-            [row for row in at if row >= 0]
-            + [row for question in rows for row in negatives[question]]
-            + [row for each in candidates for row in each]
-        )
-        places = {row: place for place, row in enumerate(found)} | {-1: -1}
+        found, places = _passages_of_a_step(rows, columns, negatives, likelihoods)
         return retriever_step(
             accelerator,
             retriever,
             [columns["question"][row] for row in rows],
             [texts[row] for row in found],
-            retriever_terms(
-                settings,
-                positives=[places[row] for row in at],
-                candidates=[[places[row] for row in each] for each in candidates],
-                likelihoods=None if likelihoods is None else likelihoods[rows],
-            ),
+            retriever_terms(settings, **places),
             pieces=settings.gradient_accumulation_steps,
         )
 
@@ -251,6 +238,25 @@ def train_retriever(
     )  # fmt: skip
     accelerator.free_memory()
     return len(steps)
+
+
+def _passages_of_a_step(
+    rows: Sequence[int], columns: dict[str, list], negatives: Sequence[Sequence[int]], likelihoods: np.ndarray | None
+) -> tuple[list[int], dict]:
+    """The passages that the questions in these rows need, each once, and where among them theirs stand (for `retriever_terms`)."""
+    positives = [columns["positive"][row] for row in rows]
+    candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
+    found = dict.fromkeys(
+        [row for row in positives if row >= 0]
+        + [row for question in rows for row in negatives[question]]
+        + [row for each in candidates for row in each]
+    )
+    place = {row: number for number, row in enumerate(found)} | {-1: -1}
+    return list(found), {
+        "positives": [place[row] for row in positives],
+        "candidates": [[place[row] for row in each] for each in candidates],
+        "likelihoods": None if likelihoods is None else likelihoods[rows],
+    }
 
 
 def retriever_terms(
