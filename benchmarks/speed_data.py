@@ -1,0 +1,202 @@
+"""What the speed benchmark works on: questions with their passages, prompts, and the checkpoints all sides start from.
+
+Contexts of the training parts need no search: a gold passage and those that follow it in the file, cut at the budget, so
+that a prompt is as long as a real one. Left out: which side does what with them.
+"""
+
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import stand_ins
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+)
+
+from cozyrag.embedded import QUICKSTART
+from cozyrag.errors import InputError
+from cozyrag.index import Passages
+from cozyrag.prompts import Example, encode_examples
+from cozyrag.retriever import Retriever
+
+NEIGHBOURS = 4  # passages that a context is cut from, as many as a search gives
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions with an answer and the row of their gold passage."""
+
+    questions: list[str]
+    answers: list[str]
+    gold: list[int]
+
+    def first(self, count: int, start: int = 0) -> "Asked":
+        """So many questions from `start` on, from the beginning again where they run out."""
+        rows = [(start + at) % len(self.questions) for at in range(count)]
+        columns = (self.questions, self.answers, self.gold)
+        return Asked(*([column[row] for row in rows] for column in columns))
+
+
+def read_corpus(questions: str | None, passages: str | None, *, seed: int) -> tuple[Asked, Passages]:
+    """Questions in random order, and all passages. Without datasets only .jsonl is read.
+
+    Args:
+        questions, passages: as cozyrag/questions.py and passages.py read them; both None: the quickstart set.
+    """
+    if questions is None:
+        questions, passages = QUICKSTART["questions"], passages or QUICKSTART["passages"]
+    read = _read_lines if "datasets" in stand_ins.MISSING else _read_tables
+    rows, columns = read(questions, passages)
+    row_of = {key: row for row, key in enumerate(columns.ids)}
+    usable = [(question, answer, row_of[key]) for question, answer, key in rows if key in row_of]
+    if not usable:
+        raise InputError(f"Expected questions whose gold passage is known, found none in {questions}. Give --passages.")
+    random.Random(seed).shuffle(usable)
+    return Asked(*(list(column) for column in zip(*usable, strict=True))), columns
+
+
+def _read_tables(questions: str, passages: str | None) -> tuple[list[tuple[str, str, str]], Passages]:
+    """(question, answer, passage id) and the passages, by the package's own readers."""
+    from cozyrag.passages import read_passages
+    from cozyrag.questions import read_questions
+
+    read = read_questions(questions)
+    table = read_passages(passages)[0] if passages else read.passages
+    if table is None:
+        raise InputError(f"Expected passages to search; {questions} carries none. Give --passages.")
+    columns = read.table[:]
+    answers = [each[0] for each in columns["answers"]]
+    return list(zip(columns["question"], answers, columns["passage_id"], strict=True)), Passages.of(table)
+
+
+def _read_lines(questions: str, passages: str | None) -> tuple[list[tuple[str, str, str]], Passages]:
+    """The same from JSON lines, without datasets: question, answers, and passage_id or context."""
+    asked = _lines(questions)
+    held = _lines(passages) if passages else [row | {"id": row["context"], "text": row["context"]} for row in asked]
+    unique = {row["id"]: row for row in held}
+    columns = Passages(
+        list(unique), [row.get("title") or "" for row in unique.values()], [row["text"] for row in unique.values()]
+    )
+    return [
+        (row["question"], row["answers"][0], row.get("passage_id") or row.get("context", "")) for row in asked
+    ], columns
+
+
+def _lines(path: str) -> list[dict]:
+    if not path.endswith(".jsonl"):
+        raise InputError(f"Expected a .jsonl file, since datasets is not installed here, found {path}.")
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the generators train on: the same texts for all, and the same tokens."""
+
+    questions: list[str]
+    contexts: list[str]
+    answers: list[str]
+    examples: list[Example]
+
+
+def make_prompts(asked: Asked, passages: Passages, tokenizer, *, context_tokens: int, max_length: int) -> Prompts:
+    """Prompts whose contexts are full."""
+    contexts = []
+    for gold in asked.gold:
+        near = [(gold + step) % len(passages.ids) for step in range(NEIGHBOURS)]
+        ids = tokenizer("\n".join(passages.select(near)), add_special_tokens=False, verbose=False)["input_ids"]
+        contexts.append(tokenizer.decode(ids[:context_tokens]))
+    examples = encode_examples(
+        tokenizer,
+        questions=asked.questions,
+        contexts=contexts,
+        answers=asked.answers,
+        context_tokens=context_tokens,
+        max_length=max_length,
+    )
+    return Prompts(asked.questions, contexts, asked.answers, examples)
+
+
+@dataclass
+class Models:
+    """Checkpoint folders that every side loads anew, so that all start from equal weights.
+
+    Args:
+        generator: a checkpoint to start from; None: `shape` with random weights.
+        tokenizer: a folder whose tokenizer the random generator gets; None: one trained on `texts`.
+        retriever: "embedded", "random" (all-MiniLM-L6-v2's shape, for machines without its weights), or a folder.
+    """
+
+    texts: Sequence[str]
+    shape: GPT2Config
+    generator: str | None = None
+    tokenizer: str | None = None
+    retriever: str = "embedded"
+    _folder: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
+
+    @cached_property
+    def generator_folder(self) -> str:
+        """Where the generator lies."""
+        if self.generator:
+            return self.generator
+        folder = Path(self._folder.name) / "generator"
+        if self.tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        else:
+            tokenizer = GPT2Tokenizer().train_new_from_iterator(
+                self.texts, vocab_size=self.shape.vocab_size, show_progress=False
+            )
+        if len(tokenizer) > self.shape.vocab_size:
+            raise InputError(
+                f"Expected --vocabulary of at least {len(tokenizer)}, as many as the tokenizer has tokens."
+            )
+        tokenizer.save_pretrained(folder)
+        self.shape.bos_token_id = self.shape.eos_token_id = tokenizer.eos_token_id
+        GPT2LMHeadModel(self.shape).save_pretrained(folder)
+        return str(folder)
+
+    def load_retriever(self, device: str, max_tokens: int | None = None) -> Retriever:
+        """The retriever; `max_tokens` None leaves its own limit."""
+        if self.retriever == "embedded":
+            return Retriever.load_embedded(max_tokens=max_tokens, device=device)
+        folder = self.random_retriever if self.retriever == "random" else self.retriever
+        return Retriever.load(folder, max_tokens=max_tokens, device=device)
+
+    @cached_property
+    def random_retriever(self) -> str:
+        """A folder with a SentenceTransformer of all-MiniLM-L6-v2's shape, untrained, with a vocabulary of `texts`."""
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+        bert, folder = (str(Path(self._folder.name) / name) for name in ("bert", "retriever"))
+        _word_pieces(self.texts).save_pretrained(bert)
+        size = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        BertModel(BertConfig(**size)).save_pretrained(bert)
+        modules = [Transformer(bert, max_seq_length=256), Pooling(384), Normalize()]
+        SentenceTransformer(modules=modules, device="cpu").save_pretrained(folder, create_model_card=False)
+        return folder
+
+
+def _word_pieces(texts: Sequence[str]) -> BertTokenizerFast:
+    """BERT's kind of tokenizer, trained on the texts."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=30522, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )
+    return BertTokenizerFast(tokenizer_object=tokenizer)

@@ -1,0 +1,236 @@
+"""The speed benchmark with tiny models: every row is there, its arithmetic is right, and both loops learn from the same."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import corpus, write_jsonl
+
+from cozyrag.batches import collate
+from cozyrag.generator import Generator, TokenLosses
+from cozyrag.prompts import encode_examples
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = {
+    "repeats": 2, "pairs": 8, "reference_pairs": 4, "learn_pairs": 8, "held_out": 4, "retriever_pairs": 8,
+    "index_passages": 8, "searched_passages": 80, "retrieval_questions": 4, "reference_questions": 2, "product_size": 16,
+    "products": 2, "generator_batch": 4, "retriever_batch": 4, "pad_to": 64, "context_tokens": 24, "passage_tokens": 32,
+}  # fmt: skip
+SHAPE = ("--layers", "1", "--width", "16", "--heads", "2", "--vocabulary", "1000")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A benchmark script as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(questions, passages)."""
+    folder = tmp_path_factory.mktemp("speed")
+    passages, questions = corpus(80)
+    return write_jsonl(folder / "questions.jsonl", questions), write_jsonl(folder / "passages.jsonl", passages)
+
+
+def arguments(files, retriever_path, *more):
+    sizes = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    return [
+        *("--questions", str(files[0]), "--passages", str(files[1]), "--retriever", str(retriever_path)),
+        *("--device", "cpu", *sizes, *more),
+    ]
+
+
+def lines_of(table):
+    """The cells of each table line, by the first two."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
+    return {(row[0], row[1]): row[2:] for row in rows}
+
+
+def test_every_row_is_there(benchmark, files, retriever_path, tmp_path, monkeypatch, capsys):
+    speed = benchmark("speed")
+    told = tmp_path / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["speed.py", *arguments(files, retriever_path, *SHAPE, "--json", str(told))])
+    speed.main()
+    out = capsys.readouterr().out
+    sides = {part: [side for first, side in lines_of(out) if first.startswith(f"{part},")] for part in speed.PARTS}
+    assert sides == {
+        "generator": [speed.OURS, speed.PENALIZED, speed.REFERENCE, speed.HF_TRAINER],
+        "retriever": [speed.OURS, speed.ST_TRAINER, speed.ST_LOOP],
+        "index": [speed.OURS, speed.ST_ENCODE, "SentenceTransformer.encode, our length limit"],
+        "retrieval": [speed.OURS, speed.REFERENCE],
+    }
+    numbers = json.loads(told.read_text())
+    assert set(numbers["round_seconds"]) == set(speed.ROUNDS) and all(f"| {name} |" in out for name in speed.ROUNDS)
+    assert set(numbers["learned"]) == {"before", speed.OURS, speed.REFERENCE}
+    assert numbers["learned"][speed.OURS]["loss"] < numbers["learned"]["before"]["loss"]
+    assert numbers["utilisation"]["share"] > 0 and "6 * n_layer" in out
+    for part in numbers["parts"].values():
+        assert all(len(side["rates"]) == 2 and min(side["rates"]) > 0 for side in part.values())
+        assert all(side["memory"] >= 0 for side in part.values())
+
+
+def test_a_part_alone_and_no_round_without_the_others(benchmark, files, retriever_path, generator_path, capsys):
+    speed = benchmark("speed")
+    speed.compare(speed.parse(arguments(files, retriever_path, "--only", "index", "--generator", str(generator_path))))
+    out = capsys.readouterr().out
+    assert "| index, passages | CoZyRAG |" in out and "generator, QA" not in out and "not known" in out
+
+
+def test_the_default_shape_is_that_of_distilgpt2(benchmark):
+    options = benchmark("speed").parse([])
+    assert (options.layers, options.width, options.heads, options.vocabulary) == (6, 768, 12, 50257)
+    assert (options.round_pairs, options.round_passages, options.repeats) == (20_000, 21_000, 3)
+
+
+# ---- arithmetic
+
+
+def test_training_flops_by_hand(benchmark):
+    # d = 4, m = 16: a layer has 4 * 16 + 2 * 64 = 192 parameters in matrices, two layers 384; 5 tokens: 6 * 384 * 5 = 11520.
+    # attention: 6 * 2 layers * 4 * (3^2 + 2^2) = 624; head: 6 * 4 * 10 * 3 answer tokens = 720.
+    found = benchmark("measuring").training_flops(
+        layers=2, width=4, inner=16, vocabulary=10, lengths=[3, 2], targets=[2, 1]
+    )
+    assert found == 11520 + 624 + 720
+
+
+def test_the_formula_counts_the_matrices_of_the_model_that_is_trained(benchmark, generator_path):
+    generator = Generator.load(str(generator_path))
+    config = generator.model.config
+    matrices = sum(p.numel() for p in generator.model.transformer.h.parameters() if p.ndim == 2)
+    found = benchmark("measuring").training_flops(
+        layers=config.n_layer, width=config.n_embd, inner=4 * config.n_embd, vocabulary=0, lengths=[1], targets=[0]
+    )
+    assert found == 6 * matrices + 6 * config.n_layer * config.n_embd
+
+
+def test_the_round_by_hand(benchmark):
+    rates = {"generator": 2.0, "retriever": 4.0, "index": 10.0, "retrieval": 50.0}
+    # 200 pairs: 100 s + 50 s + 4 s; 30 passages: 3 s
+    assert benchmark("measuring").round_seconds(rates, pairs=200, passages=30) == 157.0
+
+
+def test_ratios_are_taken_within_a_repetition(benchmark):
+    measuring = benchmark("measuring")
+    ours, theirs = measuring.Measured("a", [4.0, 2.0, 9.0], 0), measuring.Measured("b", [2.0, 2.0, 3.0], 0)
+    assert measuring.ratios(ours, theirs) == [2.0, 1.0, 3.0] and ours.rate == 4.0
+
+
+def test_sides_take_turns_and_the_warm_up_does_not_count(benchmark):
+    measuring = benchmark("measuring")
+    order = []
+
+    def side(name):
+        return measuring.Side(name, 5, 2, lambda rows: lambda: order.append((name, rows)))
+
+    found = measuring.measure("part", [side("a"), side("b")], repeats=2, device=torch.device("cpu"))
+    assert order == [("a", 2), ("b", 2), ("a", 5), ("b", 5), ("a", 5), ("b", 5)]
+    assert [len(each.rates) for each in found] == [2, 2]
+
+
+def test_peak_memory_sees_what_is_gone_again(benchmark):
+    memory = benchmark("measuring").PeakMemory(torch.device("cpu"))
+    with memory:
+        block = torch.ones(64 * 2**20)
+        del block
+    assert memory.used > 128 * 2**20
+
+
+# ---- the reference loop
+
+
+@pytest.fixture
+def same(generator_path):
+    """A generator and examples of uneven length."""
+    generator = Generator.load(str(generator_path))
+    passages, questions = corpus(4)
+    asked = questions[:3]
+    examples = encode_examples(
+        generator.tokenizer,
+        questions=[each["question"] for each in asked],
+        contexts=[passages[0]["text"], "", passages[1]["text"][:30]],
+        answers=["red", "in the year 1500", "it is white"],
+        context_tokens=60,
+        max_length=160,
+    )
+    return generator, examples, [each["question"] for each in asked]
+
+
+def test_the_reference_loop_has_our_loss_on_the_same_batch(benchmark, same):
+    generator, examples, questions = same
+    ours = TokenLosses(generator.model)(**collate(examples, pad_id=generator.tokenizer.pad_token_id)).mean().item()
+    assert generator.model.config.resid_pdrop == 0
+    told = benchmark("reference_loop").train_generator(
+        generator.model, generator.tokenizer, examples, questions, device=torch.device("cpu"), autocast=False,
+        learning_rate=1e-3, batch_size=3, pad_to=120,
+    )  # fmt: skip
+    assert told == [pytest.approx(ours, abs=1e-4)]
+    after = TokenLosses(generator.model)(**collate(examples, pad_id=generator.tokenizer.pad_token_id)).mean().item()
+    assert after < ours
+
+
+def test_the_batches_of_the_reference_loop_are_padded_and_only_answers_have_labels(benchmark, same):
+    _, examples, _ = same
+    batch = benchmark("reference_loop").padded(examples, pad_id=7, pad_to=120)
+    assert all(tensor.shape == (3, 120) for tensor in batch.values())
+    for row, example in enumerate(examples):
+        wanted = batch["labels"][row] != -100
+        assert batch["labels"][row][wanted].tolist() == example.input_ids[example.prompt_length :]
+        assert batch["attention_mask"][row].sum() == len(example.input_ids)
+
+
+def test_the_penalties_of_the_reference_loop_by_hand(benchmark):
+    loop = benchmark("reference_loop")
+    assert loop.repeated_ngrams([1, 2, 3, 1, 2, 3, 1, 2, 3]) == 3 + 1 + 1  # 123 three times, 231 twice, 312 twice
+    assert loop.keyword_overlap("the red fox", "Where is THE fox") == pytest.approx(2 / 3)
+
+
+def test_the_contexts_of_the_reference_loop_keep_the_nearest_sentences(benchmark, retriever_path, generator_path):
+    import faiss
+
+    from cozyrag.index import Passages
+    from cozyrag.retriever import Retriever
+
+    rows = corpus(3)[0]
+    passages = Passages(*([row[name] for row in rows] for name in ("id", "title", "text")))
+    retriever = Retriever.load(str(retriever_path))
+    index = faiss.IndexFlatIP(32)
+    index.add(retriever.encode(passages.texts, kind="document", batch_size=4))
+    question = "The fox 0 is red."
+    context = benchmark("reference_loop").make_context(
+        question, model=retriever.model, index=index, passages=passages,
+        tokenizer=Generator.load(str(generator_path)).tokenizer, top_k=3, budget=20,
+    )  # fmt: skip
+    assert context.startswith(question)
+
+
+# ---- without datasets and faiss
+
+
+WITHOUT = """
+import sys
+sys.path[:0] = [{benchmarks!r}, {root!r}]
+sys.modules["datasets"] = sys.modules["faiss"] = None
+import speed
+speed.compare(speed.parse({arguments!r}))
+assert not hasattr(sys.modules["datasets"], "Dataset")
+"""
+
+
+@pytest.mark.slow
+def test_three_parts_run_without_datasets_and_faiss(files, retriever_path):
+    script = WITHOUT.format(
+        benchmarks=str(BENCHMARKS), root=str(BENCHMARKS.parent), arguments=arguments(files, retriever_path, *SHAPE)
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "datasets and faiss cannot be imported: retrieval" in done.stderr
+    parts = {first.partition(",")[0] for first, _ in lines_of(done.stdout)}
+    assert {"generator", "retriever", "index"} <= parts and "retrieval" not in parts
+    assert "SentenceTransformerTrainer" not in done.stdout
