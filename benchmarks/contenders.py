@@ -7,14 +7,16 @@ from what another left behind. Left out: measuring (measuring.py), the loop itse
 import itertools
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import reference_loop
 import torch
 from accelerate import Accelerator
 from measuring import Side
 from speed_data import Asked, Models, Prompts
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from cozyrag.batches import answer_tokens, collate
@@ -26,8 +28,8 @@ from cozyrag.trainer import StepReport, train_generator, train_retriever
 OURS, PENALIZED, REFERENCE = "CoZyRAG", "CoZyRAG, penalties on", "reference loop"
 HF_TRAINER, ST_TRAINER, ST_LOOP = "transformers.Trainer", "SentenceTransformerTrainer", "plain loop, library's loss"
 ST_ENCODE, ST_ENCODE_EQUAL = "SentenceTransformer.encode", "SentenceTransformer.encode, our length limit"
+RETRIEVER_RATE = TrainingSettings().retriever_learning_rate  # for all sides
 PENALTIES = {"repeat_penalty": 0.1, "keyword_penalty": 0.1, "short_penalty": 0.1}
-SEARCHED_AT_ONCE = 64  # questions encoded together, as in a run
 
 
 class Table:
@@ -71,7 +73,11 @@ class Place:
 
     def accelerator(self) -> Accelerator:
         """A fresh one: Trainer resets what accelerators share."""
-        return Accelerator(cpu=self.device.type == "cpu", mixed_precision="bf16" if self.bf16 else "no")
+        return Accelerator(
+            cpu=self.device.type == "cpu",
+            mixed_precision="bf16" if self.bf16 else "no",
+            step_scheduler_with_optimizer=False,
+        )
 
     def arguments(self, folder: str) -> dict:
         """What TrainingArguments of both kinds of trainer are told: to train and nothing else."""
@@ -86,12 +92,11 @@ class Place:
 
 
 def our_generator(
-    models: Models, prompts: Prompts, place: Place, options: Namespace, penalties: dict[str, float]
+    models: Models, prompts: Prompts, place: Place, options: Namespace, **changes
 ) -> Callable[[int], Callable[[], Generator]]:
-    """`train_generator` over the first rows, with the package's defaults."""
-    settings = TrainingSettings(
-        generator_batch_size=options.generator_batch, generator_learning_rate=options.learning_rate, **penalties
-    )
+    """`train_generator` over the first rows, with the package's defaults and `changes` to them."""
+    chosen = {"generator_batch_size": options.generator_batch, "generator_learning_rate": options.learning_rate}
+    settings = TrainingSettings(**chosen | changes)
 
     def build(rows: int) -> Callable[[], Generator]:
         accelerator = place.accelerator()
@@ -171,8 +176,8 @@ def generator_sides(models: Models, prompts: Prompts, place: Place, options: Nam
     batch = options.generator_batch
     few = options.reference_pairs
     return [
-        Side(OURS, options.pairs, batch, our_generator(models, prompts, place, options, {})),
-        Side(PENALIZED, options.pairs, batch, our_generator(models, prompts, place, options, PENALTIES)),
+        Side(OURS, options.pairs, batch, our_generator(models, prompts, place, options)),
+        Side(PENALIZED, options.pairs, batch, our_generator(models, prompts, place, options, **PENALTIES)),
         Side(REFERENCE, few, options.reference_batch, reference_generator(models, prompts, place, options)),
         Side(HF_TRAINER, options.pairs, batch, trainer_generator(models, prompts, place, options)),
     ]
@@ -229,7 +234,9 @@ def st_trainer(
             trainer = SentenceTransformerTrainer(
                 model=model,
                 args=SentenceTransformerTrainingArguments(
-                    **place.arguments(folder), per_device_train_batch_size=options.retriever_batch, learning_rate=3e-5
+                    **place.arguments(folder),
+                    per_device_train_batch_size=options.retriever_batch,
+                    learning_rate=RETRIEVER_RATE,
                 ),
                 train_dataset=Dataset.from_dict({name: list(column) for name, column in columns}),
                 loss=MultipleNegativesRankingLoss(model, scale=20.0),
@@ -248,7 +255,11 @@ def st_loop(
     def build(rows: int) -> Callable[[], object]:
         model = models.load_retriever(str(place.device), options.passage_tokens).model
         return lambda: reference_loop.train_retriever(
-            model, triplets[:rows], autocast=place.bf16, learning_rate=3e-5, batch_size=options.retriever_batch
+            model,
+            triplets[:rows],
+            autocast=place.bf16,
+            learning_rate=RETRIEVER_RATE,
+            batch_size=options.retriever_batch,
         )
 
     return build
@@ -307,64 +318,77 @@ def searched(asked: Asked, passages: Passages, limit: int) -> tuple[Passages, li
     return Passages(*columns), [passages.ids[row] for row in asked.gold]
 
 
-def retrieval_sides(models: Models, asked: Asked, passages: Passages, place: Place, options: Namespace) -> list[Side]:
-    """Ours (hybrid search, contexts, positives and mined negatives), and one question and one sentence at a time."""
-    import faiss
-    from datasets import Dataset
+class Retrieval:
+    """An index of passages, and the two ways from questions to contexts that are compared on it; needs datasets and faiss."""
 
-    from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
-    from cozyrag.index import PassageIndex
-    from cozyrag.lexical import LexicalIndex
-    from cozyrag.search import Searcher
+    def __init__(self, models: Models, asked: Asked, passages: Passages, place: Place, options: Namespace):
+        import faiss
+        from datasets import Dataset
 
-    passages, gold = searched(asked, passages, options.searched_passages)
-    generator = Generator.load(models.generator_folder)
-    retriever = models.load_retriever(str(place.device), options.passage_tokens)
-    everything = range(len(passages.ids))
-    vectors, sentences = retriever.encode_passages(passages.to_read(), passages.spans(everything), batch_size=64)
-    table = Dataset.from_dict({"id": passages.ids, "title": passages.titles, "text": passages.texts})
-    index = PassageIndex(table, vectors, fingerprint="benchmark", sentences=sentences)
-    flat = faiss.IndexFlatIP(vectors.shape[1])
-    flat.add(vectors)
-    lexical = LexicalIndex(passages.to_read())
-    numbers = itertools.count()
+        from cozyrag.index import PassageIndex
+        from cozyrag.lexical import LexicalIndex
 
-    def ours(rows: int) -> Callable[[], object]:
-        searcher = Searcher(
-            index,
-            lexical,
-            encode=lambda texts: retriever.encode(texts, kind="query", batch_size=SEARCHED_AT_ONCE),
-            mode="hybrid",
-        )
+        self.asked, self.options = asked, options
+        self.passages, self.gold = searched(asked, passages, options.searched_passages)
+        self.generator = Generator.load(models.generator_folder)
+        self.retriever = models.load_retriever(str(place.device), options.passage_tokens)
+        texts, spans = self.passages.to_read(), self.passages.spans(range(len(self.passages.ids)))
+        vectors, sentences = self.retriever.encode_passages(texts, spans, batch_size=options.encode_batch)
+        table = Dataset.from_dict({"id": self.passages.ids, "title": self.passages.titles, "text": self.passages.texts})
+        self.index = PassageIndex(table, vectors, fingerprint="benchmark", sentences=sentences)
+        self.lexical = LexicalIndex(texts)
+        self.flat = faiss.IndexFlatIP(vectors.shape[1])
+        self.flat.add(vectors)
+        self._numbers = itertools.count()
+
+    def ours(self, rows: int) -> Callable[[], object]:
+        """`attach_contexts` with hybrid search, as a run does it, with fresh caches."""
+        from datasets import Dataset
+
+        from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+        from cozyrag.search import Searcher
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            return self.retriever.encode(texts, kind="query", batch_size=self.options.encode_batch)
+
+        searcher = Searcher(self.index, self.lexical, encode=encode, mode="hybrid")
         maker = ContextMaker(
-            passages, generator.count_tokens, top_k=options.top_k, budget=options.context_tokens, hard_negatives=1,
-            score_by="both", sentence_vectors=sentence_source(index, retriever),
+            self.passages, self.generator.count_tokens, top_k=self.options.top_k, budget=self.options.context_tokens,
+            hard_negatives=1, score_by="both", sentence_vectors=sentence_source(self.index, self.retriever),
         )  # fmt: skip
         questions = Dataset.from_dict(
             {
                 "id": [f"q{row}" for row in range(rows)],
-                "question": asked.questions[:rows],
-                "answers": [[answer] for answer in asked.answers[:rows]],
-                "passage_id": gold[:rows],
+                "question": self.asked.questions[:rows],
+                "answers": [[answer] for answer in self.asked.answers[:rows]],
+                "passage_id": self.gold[:rows],
             }
         )
         return lambda: attach_contexts(
             questions,
             search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
             maker=maker,
-            fingerprint=f"speed-{next(numbers)}",
+            fingerprint=f"speed-{next(self._numbers)}",
         )
 
-    def reference(rows: int) -> Callable[[], object]:
+    def reference(self, rows: int) -> Callable[[], object]:
+        """One question and one sentence at a time."""
         return lambda: [
             reference_loop.make_context(
-                question, model=retriever.model, index=flat, passages=passages, tokenizer=generator.tokenizer,
-                top_k=options.top_k, budget=options.context_tokens,
+                question,
+                model=self.retriever.model,
+                index=self.flat,
+                passages=self.passages,
+                tokenizer=self.generator.tokenizer,
+                top_k=self.options.top_k,
+                budget=self.options.context_tokens,
             )
-            for question in asked.questions[:rows]
-        ]  # fmt: skip
+            for question in tqdm(self.asked.questions[:rows], desc="reference loop", unit="question", leave=False)
+        ]
 
-    return [
-        Side(OURS, options.retrieval_questions, 8, ours),
-        Side(REFERENCE, options.reference_questions, 2, reference),
-    ]
+    def sides(self) -> list[Side]:
+        """Both."""
+        return [
+            Side(OURS, self.options.retrieval_questions, 8, self.ours),
+            Side(REFERENCE, self.options.reference_questions, 2, self.reference),
+        ]

@@ -5,7 +5,6 @@ repetition, so that a slow minute slows both. Left out: what is measured (speed.
 """
 
 import gc
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -109,7 +108,7 @@ def measure(part: str, sides: Sequence[Side], *, repeats: int, device: torch.dev
     """All sides of a part, taking turns."""
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     memory = dict.fromkeys(rates, 0)
-    with tqdm(total=len(sides) * (repeats + 1), desc=f"measuring: {part}", unit="run", file=sys.stderr) as bar:
+    with tqdm(total=len(sides) * (repeats + 1), desc=f"measuring: {part}", unit="run") as bar:
         for repetition in range(repeats + 1):
             for side in sides:
                 bar.set_postfix_str(f"{side.name}, {f'repetition {repetition}' if repetition else 'warm-up'}")

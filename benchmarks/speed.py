@@ -1,6 +1,6 @@
 """How fast a round is: ours, a plainly written loop, and the libraries' own trainers, in one run on one machine.
 
-    python benchmarks/speed.py                                      # the quickstart set, about half an hour on 2 cores
+    python benchmarks/speed.py                                      # the quickstart set
     python benchmarks/speed.py --only index retrieval --json speed.json
     python benchmarks/speed.py --questions squad_train.jsonl.gz --pairs 4096 --reference_pairs 512      # on a GPU
 
@@ -13,7 +13,7 @@ retrieval  questions to contexts, encoding included: ours, one question and one 
 Sides take turns, and medians over --repeats are printed with the lowest and highest. Numbers of rows may differ between
 sides, since what counts is rows per second. The generator part also measures this machine's matrix products, and what
 share of them ours achieves; and what both loops have learned after equally many questions (--learn_pairs).
-Without datasets and faiss the parts generator, retriever (less SentenceTransformerTrainer) and index run, on .jsonl files;
+Without datasets and faiss the parts generator, retriever (less SentenceTransformerTrainer) and index run, on .jsonl(.gz) files;
 retrieval needs both. Left out: several processes or GPUs, examination, saving.
 """
 
@@ -23,6 +23,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -38,21 +39,22 @@ from contenders import (
     ST_LOOP,
     ST_TRAINER,
     Place,
+    Retrieval,
     answer_loss,
     generator_sides,
     index_sides,
     our_generator,
     reference_generator,
-    retrieval_sides,
     retriever_sides,
 )
 from measuring import Measured, matrix_products, measure, ratios, round_seconds, training_flops, wait_for
-from speed_data import Models, make_prompts, read_corpus
+from speed_data import Asked, Models, Prompts, make_prompts, read_corpus
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPT2Config
 
 from cozyrag.cli import door
 from cozyrag.generator import Generator
+from cozyrag.prompts import Example
 
 PARTS = ("generator", "retriever", "index", "retrieval")
 UNITS = {"generator": "QA pairs", "retriever": "pairs", "index": "passages", "retrieval": "questions"}
@@ -117,13 +119,9 @@ class Benchmark:
         found = measure(part, sides, repeats=self.options.repeats, device=self.place.device)
         self.measured[part] = {each.name: each for each in found}
 
-    def _prompts(self, count: int, *, held_out: bool = False):
-        """Prompts of training questions, or of the last ones, which nobody trains on."""
-        total = len(self.asked.questions)
-        held = min(self.options.held_out, total // 2)
-        asked = self.asked.first(min(count, held), total - held) if held_out else self.asked.first(total - held)
+    def _prompts(self, asked: Asked) -> Prompts:
         return make_prompts(
-            asked if held_out else asked.first(count),
+            asked,
             self.passages,
             AutoTokenizer.from_pretrained(self.models.generator_folder),
             context_tokens=self.options.context_tokens,
@@ -132,22 +130,13 @@ class Benchmark:
 
     def _generator(self) -> None:
         options, device = self.options, self.place.device
-        prompts = self._prompts(max(options.pairs, options.reference_pairs))
+        prompts = self._prompts(self.asked.first(max(options.pairs, options.reference_pairs)))
         size = options.product_size or (8192 if device.type == "cuda" else 2048)
         sides = generator_sides(self.models, prompts, self.place, options)
         self._measure("generator", [*sides, matrix_products(size, options.products, device)])
         config = AutoConfig.from_pretrained(self.models.generator_folder)
         if config.model_type == "gpt2":  # the formula is of its layers
-            examples = prompts.examples[: options.pairs]
-            flops = training_flops(
-                layers=config.n_layer,
-                width=config.n_embd,
-                inner=config.n_inner or 4 * config.n_embd,
-                vocabulary=config.vocab_size,
-                lengths=[len(example.input_ids) for example in examples],
-                targets=[len(example.input_ids) - example.prompt_length for example in examples],
-            )
-            self.flops_per_pair = flops / len(examples)
+            self.flops_per_pair = gpt2_flops(config, prompts.examples[: options.pairs]) / options.pairs
 
     def _retriever(self) -> None:
         asked = self.asked.first(self.options.retriever_pairs)
@@ -162,27 +151,32 @@ class Benchmark:
 
     def _retrieval(self) -> None:
         asked = self.asked.first(max(self.options.retrieval_questions, self.options.reference_questions))
-        self._measure("retrieval", retrieval_sides(self.models, asked, self.passages, self.place, self.options))
+        self._measure("retrieval", Retrieval(self.models, asked, self.passages, self.place, self.options).sides())
 
     def _learn(self) -> None:
-        """Loss on held-out questions before, and after either loop has trained on the same questions once."""
+        """Loss on held-out questions before, and after each loop has trained on the same others once."""
         options = self.options
-        prompts, held_out = self._prompts(options.learn_pairs), self._prompts(options.held_out, held_out=True)
+        train, held_out = (self._prompts(part) for part in self.asked.split(options.learn_pairs, options.held_out))
         before = Generator.load(self.models.generator_folder)
         before.model.to(self.place.device)
-        self.learned["before"] = {"loss": answer_loss(before, held_out, options.generator_batch), "seconds": 0.0}
-        acts = {
-            OURS: our_generator(self.models, prompts, self.place, options, {}),
-            REFERENCE: reference_generator(self.models, prompts, self.place, options),
+        loss = answer_loss(before, held_out, options.generator_batch)
+        self.learned["before"] = {"loss": loss, "steps": 0, "seconds": 0.0}
+        small = our_generator(
+            self.models, train, self.place, options, generator_batch_size=options.reference_batch
+        )  # the same number of steps as the reference loop: tells the code from the batch size
+        loops = {
+            OURS: (our_generator(self.models, train, self.place, options), options.generator_batch),
+            f"{OURS}, batches of {options.reference_batch}": (small, options.reference_batch),
+            REFERENCE: (reference_generator(self.models, train, self.place, options), options.reference_batch),
         }
-        for name, build in tqdm(acts.items(), desc="what is learned", unit="loop", file=sys.stderr):
+        for name, (build, batch) in tqdm(loops.items(), desc="what is learned", unit="loop"):
             act = build(options.learn_pairs)
             began = time.perf_counter()
             generator = act()
             wait_for(self.place.device)
             seconds = time.perf_counter() - began
             loss = answer_loss(generator, held_out, options.generator_batch)
-            self.learned[name] = {"loss": loss, "seconds": seconds}
+            self.learned[name] = {"loss": loss, "steps": -(-options.learn_pairs // batch), "seconds": seconds}
 
     # ---- what is told
 
@@ -192,9 +186,10 @@ class Benchmark:
         for name, ways in ROUNDS.items():
             rates = {}
             for part, sides in ways.items():
-                rates |= {
-                    part: self.measured[part][side].rate for side in sides[::-1] if side in self.measured.get(part, {})
-                }
+                measured = self.measured.get(part, {})
+                first = next((side for side in sides if side in measured), None)
+                if first is not None:
+                    rates[part] = measured[first].rate
             if len(rates) == len(PARTS):
                 found[name] = round_seconds(rates, pairs=self.options.round_pairs, passages=self.options.round_passages)
         return found
@@ -248,6 +243,18 @@ class Benchmark:
         }
 
 
+def gpt2_flops(config: GPT2Config, examples: Sequence[Example]) -> int:
+    """Model FLOPs of training a GPT-2 once on these examples."""
+    return training_flops(
+        layers=config.n_layer,
+        width=config.n_embd,
+        inner=config.n_inner or 4 * config.n_embd,
+        vocabulary=config.vocab_size,
+        lengths=[len(example.input_ids) for example in examples],
+        targets=[len(example.input_ids) - example.prompt_length for example in examples],
+    )
+
+
 def spread(values: list[float], digits: str) -> str:
     """Lowest to highest."""
     return f"{min(values):{digits}} to {max(values):{digits}}"
@@ -272,35 +279,46 @@ def parts_table(benchmark: Benchmark) -> list[str]:
     return lines
 
 
+def round_table(benchmark: Benchmark) -> list[str]:
+    """A whole round of each way."""
+    options, rounds = benchmark.options, benchmark.rounds()
+    of = f"a round of {options.round_pairs:,} pairs and {options.round_passages:,} passages, extrapolated"
+    if not rounds:
+        return [f"Not known: {of}. It needs the parts {', '.join(PARTS)}."]
+    lines = [f"| {of} | minutes | CoZyRAG is faster by |", "|---|---:|---:|"]
+    return lines + [
+        f"| {name} | {seconds / 60:.1f} | {seconds / rounds[OURS]:.2f}x |" for name, seconds in rounds.items()
+    ]
+
+
+def learned_table(benchmark: Benchmark) -> list[str]:
+    """What was learned."""
+    lines = [
+        f"| after {benchmark.options.learn_pairs} questions | loss per answer token, held-out questions | steps | seconds |",
+        "|---|---:|---:|---:|",
+    ]
+    return lines + [
+        f"| {name} | {each['loss']:.3f} | {each['steps']} | {each['seconds']:.1f} |"
+        for name, each in benchmark.learned.items()
+    ]
+
+
 def report(benchmark: Benchmark) -> str:
     """All tables as Markdown."""
-    options, used = benchmark.options, benchmark.utilisation()
-    lines = [", ".join(f"{name} {value}" for name, value in benchmark.machine().items()), "", *parts_table(benchmark)]
+    used = benchmark.utilisation()
+    blocks = [[", ".join(f"{name} {value}" for name, value in benchmark.machine().items())], parts_table(benchmark)]
     if used:
-        lines += [
-            "",
-            f"Generator steps achieve {used['achieved'] / 1e9:.1f} GFLOP/s, {used['share']:.1%} of what matrix products reach here "
-            f"({used['peak'] / 1e9:.1f} GFLOP/s). {FORMULA}",
-        ]
-    rounds = benchmark.rounds()
-    lines += [
-        "",
-        f"| a round of {options.round_pairs:,} pairs and {options.round_passages:,} passages, extrapolated | minutes | CoZyRAG is faster by |",
-    ]
-    lines += ["|---|---:|---:|"]
-    lines += [f"| {name} | {seconds / 60:.1f} | {seconds / rounds[OURS]:.2f}x |" for name, seconds in rounds.items()]
-    if not rounds:
-        lines += [f"| not known: needs the parts {', '.join(PARTS)} | | |"]
+        dtype = "bfloat16" if benchmark.place.device.type == "cuda" else "float32"
+        blocks.append(
+            [
+                f"Generator steps achieve {used['achieved'] / 1e9:.1f} GFLOP/s, {used['share']:.1%} of what {dtype} matrix products "
+                f"reach here ({used['peak'] / 1e9:.1f} GFLOP/s). {FORMULA}"
+            ]
+        )
+    blocks.append(round_table(benchmark))
     if benchmark.learned:
-        lines += [
-            "",
-            f"| after {options.learn_pairs} questions | loss per answer token, held-out questions | seconds |",
-            "|---|---:|---:|",
-        ]
-        lines += [
-            f"| {name} | {each['loss']:.3f} | {each['seconds']:.1f} |" for name, each in benchmark.learned.items()
-        ]
-    return "\n".join(lines)
+        blocks.append(learned_table(benchmark))
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def missing_parts(only: list[str]) -> list[str]:

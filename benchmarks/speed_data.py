@@ -4,6 +4,7 @@ Contexts of the training parts need no search: a gold passage and those that fol
 that a prompt is as long as a real one. Left out: which side does what with them.
 """
 
+import gzip
 import json
 import random
 import tempfile
@@ -47,6 +48,11 @@ class Asked:
         rows = [(start + at) % len(self.questions) for at in range(count)]
         columns = (self.questions, self.answers, self.gold)
         return Asked(*([column[row] for row in rows] for column in columns))
+
+    def split(self, train: int, held_out: int) -> tuple["Asked", "Asked"]:
+        """So many questions to train on, and others, at most half of all."""
+        start = len(self.questions) - min(held_out, len(self.questions) // 2)
+        return self.first(start).first(train), self.first(len(self.questions) - start, start)
 
 
 def read_corpus(questions: str | None, passages: str | None, *, seed: int) -> tuple[Asked, Passages]:
@@ -95,9 +101,11 @@ def _read_lines(questions: str, passages: str | None) -> tuple[list[tuple[str, s
 
 
 def _lines(path: str) -> list[dict]:
-    if not path.endswith(".jsonl"):
-        raise InputError(f"Expected a .jsonl file, since datasets is not installed here, found {path}.")
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not path.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"Expected a .jsonl or .jsonl.gz file, since datasets is not installed here, found {path}.")
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, mode="rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 @dataclass(frozen=True)
