@@ -70,8 +70,8 @@ def prepare(options: argparse.Namespace) -> None:
     )
     tokenizer.save_pretrained(folder / "tokenizer")
     passages = {row["context"]: row["title"] for row in questions}
-    articles += [(title.replace("_", " "), text) for text, title in passages.items()]
-    counts = write_text(folder / "text.npz", tokenizer, articles)
+    articles = [(title.replace("_", " "), text) for text, title in passages.items()] + articles
+    counts = write_text(folder / "text.npz", tokenizer, articles, limit=options.max_text_tokens)
     print(
         f"text: {len(articles)} articles and paragraphs, {counts[0]:,} sentences, {counts[1]:,} tokens; {dropped} articles left out"
     )
@@ -122,12 +122,19 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> GPT2Tokenizer:
     )
 
 
-def write_text(path: Path, tokenizer: GPT2Tokenizer, articles: list[tuple[str, str]]) -> tuple[int, int]:
-    """Sentences as one flat token array with their ends, and the sentence at which each article ends; titles likewise."""
+def write_text(
+    path: Path, tokenizer: GPT2Tokenizer, articles: list[tuple[str, str]], *, limit: int | None = None
+) -> tuple[int, int]:
+    """Sentences as one flat token array with their ends, and the sentence at which each article ends; titles likewise.
+
+    No further article is begun after `limit` tokens. Returns the numbers of sentences and of tokens.
+    """
     from cozyrag.sentences import split_sentences
 
     tokens, sentence_ends, article_ends, titles, title_ends = [], [], [], [], []
     for title, text in tqdm(articles, desc="tokenizing", unit="article"):
+        if limit is not None and len(tokens) >= limit:
+            break
         sentences = [s for s in split_sentences(text) if len(s.split()) >= 4]
         if len(sentences) < 2:
             continue
@@ -644,6 +651,11 @@ def main() -> None:
         help="BERT whose first layers the model begins with: a folder, a Hub id, embedded (the retriever) or none",
     )
     first.add_argument("--layers", type=int, default=4, help="layers it takes from there")
+    first.add_argument(
+        "--max_text_tokens",
+        type=int,
+        help="most tokens of text, about 1.3 bytes each on disk; the passages of the questions come first (default: all)",
+    )
     first.add_argument("--seed", type=int, default=42, help="choice of the validation articles")
     second = commands.add_parser(
         "train", help="token arrays to a generator", formatter_class=argparse.ArgumentDefaultsHelpFormatter
