@@ -41,6 +41,18 @@ PROBE_QUESTIONS = 50  # training questions that show how far the retriever has m
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
 
 
+def context_maker(passages: Passages, settings: Settings, generator: Generator, retriever: Retriever) -> ContextMaker:
+    """What makes the contexts of a run; its sentence vectors come with the index."""
+    return ContextMaker(
+        passages,
+        generator.count_tokens,
+        top_k=settings.contexts.top_k,
+        budget=settings.contexts.context_tokens,
+        hard_negatives=settings.training.hard_negatives,
+        score_by=settings.contexts.context_filter if retriever.reads_sentences else "overlap",
+    )
+
+
 class Rounds:
     """One run over a corpus: the two models, the tables, and how far it is."""
 
@@ -76,14 +88,7 @@ class Rounds:
         self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
         self.log = RunLog(accelerator, self.folder, progress.metrics)
         self.passages = Passages.of(corpus.passages)
-        self.maker = ContextMaker(
-            self.passages,
-            generator.count_tokens,
-            top_k=settings.contexts.top_k,
-            budget=settings.contexts.context_tokens,
-            hard_negatives=settings.training.hard_negatives,
-            score_by=settings.contexts.context_filter if retriever.reads_sentences else "overlap",
-        )
+        self.maker = context_maker(self.passages, settings, generator, retriever)
 
     def run(self) -> None:
         """All that is left to do, from where the progress says to the last examination."""
