@@ -39,6 +39,7 @@ from cozyrag.trainer import StepReport, train_generator, train_retriever
 
 PROBE_QUESTIONS = 50  # training questions that show how far the retriever has moved since the index was made
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
+RETRIEVE_TOGETHER = 256  # questions that are searched for at once
 
 
 def context_maker(passages: Passages, settings: Settings, generator: Generator, retriever: Retriever) -> ContextMaker:
@@ -366,7 +367,7 @@ class Rounds:
                 ),
                 noise=noise,
                 noise_seed=f"{self.settings.training.seed}|{self.progress.round}",
-                batch_size=256,
+                batch_size=RETRIEVE_TOGETHER,
                 progress=bar.update,
             )
             bar.close()
