@@ -90,9 +90,11 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Most bytes one process will hold: what stays, and the part that needs most on top of it."""
+        """Most bytes one process will hold: what stays, and the part that needs most on top of it; on a CPU no less than
+        what the probe held, which did the same on a small scale."""
         stays = self.sizes.held + sum(part.memory for part in self.parts if part.lasting)
-        return stays + max(part.memory for part in self.parts if not part.lasting)
+        most = stays + max(part.memory for part in self.parts if not part.lasting)
+        return max(most, self.costs.peak) if self.sizes.device == "cpu" else most
 
     @property
     def disk(self) -> int:

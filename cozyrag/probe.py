@@ -95,7 +95,7 @@ class Costs:
     index. search: a question, its context and its negatives; first: once for each passage that is found; reach: passages
     found for the first time by one question, in draws. weigh, feedback, likelihood: a question. answer: a batch, by its
     questions. write: a byte. row_bytes: of a contexts table; sentences: in all passages; lexical_bytes: of BM25.
-    writing: bytes held more while answers are written. exact: whether the steps are those of the run beyond doubt.
+    writing: bytes held more while answers are written. peak: most bytes the probe itself held. exact: whether the steps are those of the run beyond doubt.
     """
 
     encode: Line
@@ -117,6 +117,7 @@ class Costs:
     lexical_bytes: float
     writing: int
     exact: bool
+    peak: int = 0
     spent: float = 0.0
 
 
@@ -219,7 +220,8 @@ class Probe:
             sentences=sum(map(len, sentences)) / len(sentences) * len(self.passages.ids), lexical_bytes=found.lexical_bytes,
             writing=writing, exact=min(self.gold, default=0) >= 0 or len(columns["id"]) == len(self.gold),
         )  # fmt: skip
-        return replace(broadcast_object_list([costs])[0], spent=time.perf_counter() - started)
+        costs = replace(costs, peak=peak_memory(), spent=time.perf_counter() - started)
+        return broadcast_object_list([costs])[0]
 
     # ---- sizes
 
@@ -447,10 +449,10 @@ class Probe:
         ]
         looked.sort(key=lambda rows: -units(rows))
         sizes = [units(rows) for rows in looked]
-        held, share = self._held(reset=True), self.share[name]
+        held, ends = self._held(reset=True), time.perf_counter() + self.share[name]
 
-        def timed(tried: list[list[int]], seconds: float) -> list[tuple[float, float]]:
-            watch = _Stopwatch([(len(rows), units(rows)) for rows in tried], seconds)
+        def timed(tried: list[list[int]]) -> list[tuple[float, float]]:
+            watch = _Stopwatch([(len(rows), units(rows)) for rows in tried], ends)
             run_phase(
                 self.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number: take_rows(tried[number]),
                 settings=self.settings.training, learning_rate=rate, round_number=1, watcher=watch, quiet=True,
@@ -460,15 +462,16 @@ class Probe:
 
         whole, few = max(map(len, looked)), min(len(looked[0]), max(4, self.accelerator.num_processes))
         middle = looked[len(looked) // 2][:few]
-        small = timed([middle, middle], share)
-        most = broadcast_object_list([bite(whole, few, small[-1][1], share)])[0]
+        small = timed([middle, middle])
+        most = broadcast_object_list([bite(whole, few, small[-1][1], max(1.0, ends - time.perf_counter()))])[0]
         tried = [
             looked[place][: most if turn % 3 or most == whole else max(1, most // 2)]
             for turn, place in enumerate(_again(len(looked)))
         ]
         if most < whole:
             tried.insert(0, looked[0][:most])
-        measured = timed([tried[0], *tried], share)[1:] or small[1:]  # the first step sets memory up
+        measured = timed([tried[0], *tried])
+        measured = measured[1:] or measured  # the first step sets memory up
         states = 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         grown = max(0, self._held(reset=False) - held - states)
         return Phase(
@@ -581,10 +584,10 @@ class _Found:
 
 
 class _Stopwatch:
-    """A watcher that notes the seconds of every step and ends the phase when its share is spent or it is sure."""
+    """A watcher that notes the seconds of every step and ends the phase when its time is over or it is sure."""
 
-    def __init__(self, sizes: list[tuple[int, float]], share: float):
-        self.sizes, self.share, self.begun = sizes, share, time.perf_counter()
+    def __init__(self, sizes: list[tuple[int, float]], ends: float):
+        self.sizes, self.ends = sizes, ends
         self.measured: list[tuple[float, float]] = []
 
     def restore(self) -> int:
@@ -595,7 +598,7 @@ class _Stopwatch:
         """All processes end together: the first one decides."""
         rows, units = self.sizes[report.step - 1]
         self.measured.append((units, rows / report.rate))
-        spent = time.perf_counter() - self.begun > self.share
+        spent = time.perf_counter() > self.ends
         return broadcast_object_list([spent or is_sure(self.measured[1:])])[0]
 
 
