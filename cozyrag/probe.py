@@ -7,6 +7,7 @@ a run and what that adds up to (plan.py).
 """
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -159,11 +160,25 @@ def bite(whole: int, first: int, seconds: float, share: float) -> int:
     return whole if fits >= whole else max(first, fits)
 
 
+def peak_at(size: float, small: tuple[float, int], large: tuple[float, int]) -> int:
+    """Bytes at the peak of a step of that size, on the line through two (size, bytes); never below the larger one's."""
+    (less, low), (more, high) = small, large
+    slope = max(0.0, (high - low) / (more - less)) if more > less else 0.0
+    return round(high + slope * max(0.0, size - more))
+
+
 def memory_now() -> int:
     """Bytes this process holds; outside of Linux the most it has held so far."""
     if sys.platform != "linux":
         return peak_memory()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def forget_peak() -> None:
+    """Let the peak of this process be counted from now on, where the system can; elsewhere it stays the highest so far."""
+    switch = Path("/proc/self/clear_refs")
+    if switch.exists() and os.access(switch, os.W_OK):
+        switch.write_text("5")
 
 
 @contextmanager
@@ -187,6 +202,7 @@ class Probe:
     ):
         self.accelerator, self.settings, self.corpus = accelerator, settings, corpus
         self.generator, self.retriever = generator, retriever
+        self.begun_with = self.peak = 0
         training = settings.training
         self.passages = Passages.of(corpus.passages)
         self.row_of = {name: row for row, name in enumerate(self.passages.ids)}
@@ -204,6 +220,8 @@ class Probe:
         """All costs, the same on every process."""
         started = time.perf_counter()
         with _as_found([self.generator.model, self.retriever.model]):
+            cuda = self.accelerator.device.type == "cuda"
+            self.begun_with = torch.cuda.memory_allocated(self.accelerator.device) if cuda else memory_now()
             encode, vectors, sentences, order = self._encoding()
             found = self._searching(vectors, sentences)
             columns = broadcast_object_list([found.columns])[0]
@@ -220,7 +238,7 @@ class Probe:
             sentences=sum(map(len, sentences)) / len(sentences) * len(self.passages.ids), lexical_bytes=found.lexical_bytes,
             writing=writing, exact=min(self.gold, default=0) >= 0 or len(columns["id"]) == len(self.gold),
         )  # fmt: skip
-        costs = replace(costs, peak=peak_memory(), spent=time.perf_counter() - started)
+        costs = replace(costs, peak=max(self.peak, peak_memory()), spent=time.perf_counter() - started)
         return broadcast_object_list([costs])[0]
 
     # ---- sizes
@@ -449,7 +467,8 @@ class Probe:
         ]
         looked.sort(key=lambda rows: -units(rows))
         sizes = [units(rows) for rows in looked]
-        held, ends = self._held(reset=True), time.perf_counter() + self.share[name]
+        ends = time.perf_counter() + self.share[name]
+        self._grown(reset=True)
 
         def timed(tried: list[list[int]]) -> list[tuple[float, float]]:
             watch = _Stopwatch([(len(rows), units(rows)) for rows in tried], ends)
@@ -462,7 +481,7 @@ class Probe:
 
         whole, few = max(map(len, looked)), min(len(looked[0]), max(4, self.accelerator.num_processes))
         middle = looked[len(looked) // 2][:few]
-        small = timed([middle, middle])
+        small, held = timed([middle, middle]), self._grown(reset=True)
         most = broadcast_object_list([bite(whole, few, small[-1][1], max(1.0, ends - time.perf_counter()))])[0]
         tried = [
             looked[place][: most if turn % 3 or most == whole else max(1, most // 2)]
@@ -472,31 +491,30 @@ class Probe:
             tried.insert(0, looked[0][:most])
         measured = timed([tried[0], *tried])
         measured = measured[1:] or measured  # the first step sets memory up
+        peak = peak_at(sizes[0], (small[0][0], held), (max(size for size, _ in measured), self._grown(reset=False)))
         states = 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        grown = max(0, self._held(reset=False) - held - states)
-        return Phase(
-            len(steps),
-            float(np.mean(sizes)),
-            sizes[0],
-            fit(measured),
-            0,
-            round(grown * sizes[0] / max(u for u, _ in measured)),
-        )
+        return Phase(len(steps), float(np.mean(sizes)), sizes[0], fit(measured), 0, max(0, peak - states))
 
-    def _held(self, *, reset: bool) -> int:
-        """Bytes of this process on its device: now (`reset`: the peak is counted from here), or at the peak since."""
+    def _grown(self, *, reset: bool) -> int:
+        """Bytes that the peak on the device lies above what was held when the probe began; `reset` counts anew from here."""
         device = self.accelerator.device
-        if device.type != "cuda":
-            return memory_now() if reset else peak_memory()
+        if device.type == "cuda":
+            found = max(0, torch.cuda.max_memory_allocated(device) - self.begun_with)
+            if reset:
+                torch.cuda.reset_peak_memory_stats(device)
+            return found
+        self.peak = max(self.peak, peak_memory())
+        found = max(0, peak_memory() - self.begun_with)
         if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) if reset else torch.cuda.max_memory_allocated(device)
+            forget_peak()
+        return found
 
     # ---- the generator at work
 
     def _answering(self, columns: dict[str, list]) -> tuple[Line, float, int]:
         """A batch of answers by its questions, the likelihood of one, and the bytes that writing takes."""
-        chosen, share, held = self.settings.contexts, self.share["answer"], self._held(reset=True)
+        chosen, share = self.settings.contexts, self.share["answer"]
+        self._grown(reset=True)
         rows = sorted(range(len(columns["id"])), key=lambda row: len(columns["context"][row]))
         rows = [rows[place] for place in spread(len(rows))]
 
@@ -530,7 +548,7 @@ class Probe:
                     asked, read, context_tokens=chosen.context_tokens, batch_size=chosen.answer_batch_size
                 )
             )[0] / len(mine)
-        return fit(measured), likelihood, max(0, self._held(reset=False) - held)
+        return fit(measured), likelihood, self._grown(reset=False)
 
     def _feeding(self, columns: dict[str, list], maker: ContextMaker) -> float:
         """Seconds of the generator's feedback for a question."""

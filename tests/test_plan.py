@@ -16,7 +16,7 @@ from cozyrag import cli, run
 from cozyrag.config import parse_settings
 from cozyrag.generator import Generator
 from cozyrag.plan import Plan, Sizes, make_plan, plan_table, predict, refreshes, told_bytes, told_time, verdict
-from cozyrag.probe import Costs, Line, Phase, bite, fit, is_sure, spread
+from cozyrag.probe import Costs, Line, Phase, bite, fit, is_sure, peak_at, spread
 from cozyrag.run import load_models, load_tables, train
 
 PARTS = ["index", "weigh searches", "retrieve", "generator phase", "feedback", "retriever phase", "examine", "save"]
@@ -78,6 +78,12 @@ def test_the_first_places_are_evenly_spread_and_each_comes_once(count):
 def test_a_bite_is_what_fits_four_times():
     assert bite(64, 4, 0.1, 100) == 64  # all of it
     assert bite(64, 4, 1.0, 20) == 20 and bite(64, 4, 1.0, 1) == 4
+
+
+def test_memory_grows_along_the_line_and_never_falls():
+    assert peak_at(100, (10, 1000), (50, 5000)) == 10_000
+    assert peak_at(40, (10, 1000), (50, 5000)) == 5000  # as large was seen
+    assert peak_at(100, (10, 5000), (50, 1000)) == 1000 and peak_at(9, (10, 1), (10, 3)) == 3
 
 
 # ---- counting, by hand
