@@ -1,4 +1,4 @@
-"""The command line: `cozyrag train`, `cozyrag ask`, `cozyrag doctor`, `cozyrag push`.
+"""The command line: `cozyrag train`, `cozyrag plan`, `cozyrag ask`, `cozyrag doctor`, `cozyrag push`.
 
 Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
 """
@@ -62,6 +62,9 @@ def _main() -> None:
     commands.add_parser(
         "train", help="train a pair, as train.py does; `cozyrag train --help` shows every setting", add_help=False
     )
+    commands.add_parser(
+        "plan", help="what a run with these settings would take: hours, memory, disk; trains nothing", add_help=False
+    )
     _add_ask(commands)
     _add_doctor(commands)
     _add_push(commands)
@@ -70,6 +73,13 @@ def _main() -> None:
         from cozyrag.run import train
 
         train(rest, description="Fine-tune a retriever and a generator together on your own questions and passages.")
+    elif arguments.command == "plan":
+        from cozyrag.run import plan
+
+        plan(
+            rest,
+            description="Probe for half a minute what a run with these settings would take. Settings as of `cozyrag train`.",
+        )
     elif arguments.command == "doctor":
         _doctor(rest)
     elif rest:

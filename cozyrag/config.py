@@ -217,6 +217,10 @@ class OutputSettings:
     output_dir: str = setting(
         "cozyrag-output", "Folder for the two checkpoints, the index, metrics.jsonl and cozyrag.json."
     )
+    plan: bool = setting(
+        False,
+        "Train nothing and write nothing: probe for half a minute, then tell the time, memory and disk that each part of the run would take.",
+    )
     overwrite_output_dir: bool = setting(False, "Delete what an earlier run left in --output_dir and start anew.")
     resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
     save_steps: int = setting(

@@ -265,7 +265,7 @@ def _such_as(names: Sequence[str]) -> str:
 def check_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Finding]:
     """What one small batch tells about every active term; the models are left as they were, bit for bit."""
     models = {"generator": generator.model, "retriever": retriever.model}
-    with _left_as_found(models.values()):
+    with left_as_found(models.values()):
         return [_check_term(term, models) for term in active_terms(generator, retriever, corpus, settings)]
 
 
@@ -276,7 +276,7 @@ def refuse(faults: Iterable[str | None]) -> None:
 
 
 @contextmanager
-def _left_as_found(models: Collection[torch.nn.Module]) -> Iterator[None]:
+def left_as_found(models: Collection[torch.nn.Module]) -> Iterator[None]:
     """Models without dropout for the time being; then modes and random states as before."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     devices = {parameter.device for model in models for parameter in model.parameters() if parameter.is_cuda}

@@ -26,6 +26,20 @@ class LexicalIndex:
         self._scores = csc_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=shape).tocsr()
         self._size = len(texts)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its scores, which are kept by word and by text."""
+        kept = self._bm25.scores
+        arrays = [
+            kept["data"],
+            kept["indices"],
+            kept["indptr"],
+            self._scores.data,
+            self._scores.indices,
+            self._scores.indptr,
+        ]
+        return sum(array.nbytes for array in arrays)
+
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (n, k) float32, descending, and rows (n, k) int64 of the k best texts; equal scores in the order of the rows."""
         k = min(k, self._size)

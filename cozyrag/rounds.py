@@ -39,6 +39,19 @@ from cozyrag.trainer import StepReport, train_generator, train_retriever
 
 PROBE_QUESTIONS = 50  # training questions that show how far the retriever has moved since the index was made
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
+RETRIEVE_TOGETHER = 256  # questions that are searched for at once
+
+
+def context_maker(passages: Passages, settings: Settings, generator: Generator, retriever: Retriever) -> ContextMaker:
+    """What makes the contexts of a run; its sentence vectors come with the index."""
+    return ContextMaker(
+        passages,
+        generator.count_tokens,
+        top_k=settings.contexts.top_k,
+        budget=settings.contexts.context_tokens,
+        hard_negatives=settings.training.hard_negatives,
+        score_by=settings.contexts.context_filter if retriever.reads_sentences else "overlap",
+    )
 
 
 class Rounds:
@@ -76,14 +89,7 @@ class Rounds:
         self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
         self.log = RunLog(accelerator, self.folder, progress.metrics)
         self.passages = Passages.of(corpus.passages)
-        self.maker = ContextMaker(
-            self.passages,
-            generator.count_tokens,
-            top_k=settings.contexts.top_k,
-            budget=settings.contexts.context_tokens,
-            hard_negatives=settings.training.hard_negatives,
-            score_by=settings.contexts.context_filter if retriever.reads_sentences else "overlap",
-        )
+        self.maker = context_maker(self.passages, settings, generator, retriever)
 
     def run(self) -> None:
         """All that is left to do, from where the progress says to the last examination."""
@@ -361,7 +367,7 @@ class Rounds:
                 ),
                 noise=noise,
                 noise_seed=f"{self.settings.training.seed}|{self.progress.round}",
-                batch_size=256,
+                batch_size=RETRIEVE_TOGETHER,
                 progress=bar.update,
             )
             bar.close()

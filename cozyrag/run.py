@@ -27,6 +27,7 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
 from cozyrag.generator import SCRATCH, Generator
 from cozyrag.hub import push_pair
+from cozyrag.plan import make_plan, plan_table, verdict
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
 from cozyrag.tracking import start_trackers, wanted_trackers
@@ -36,6 +37,8 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
     """One run, from settings to two checkpoints. Raises InputError for what the user can put right."""
     started = time.perf_counter()
     settings = parse_settings(arguments, description=description)
+    if settings.output.plan:
+        return show_plan(settings)
     check_output(
         Path(settings.output.output_dir), resume=settings.output.resume, overwrite=settings.output.overwrite_output_dir
     )
@@ -70,6 +73,20 @@ def doctor(arguments: list[str] | None = None) -> None:
     accelerator.print(findings_table(findings))
     refuse(finding.fault for finding in findings)
     accelerator.print(f"Loss terms checked: {len(findings)}, in {seconds:.1f} s. Nothing wrong.")
+
+
+def plan(arguments: list[str] | None = None, *, description: str | None = None) -> None:
+    """`cozyrag plan` with settings: what the run would take, from a probe of half a minute; nothing is written."""
+    show_plan(parse_settings(arguments, description=description))
+
+
+def show_plan(settings: Settings) -> None:
+    """Load what a run would load, probe it, and print seconds, memory and disk of each part."""
+    accelerator = make_accelerator(settings)
+    corpus = load_tables(accelerator, settings)
+    generator, retriever = load_models(accelerator, settings, corpus, None)
+    made = make_plan(accelerator, settings, corpus, generator, retriever)
+    accelerator.print(f"{plan_table(made)}\n\n{verdict(made)}\nProbed in {made.costs.spent:.0f} s; nothing is trained.")
 
 
 def make_accelerator(settings: Settings) -> Accelerator:

@@ -50,8 +50,8 @@ class Watcher(Protocol):
     def restore(self) -> int:
         """Load the optimizer of an interrupted phase, if there is one; returns the steps already taken."""
 
-    def after_step(self, report: StepReport) -> None:
-        """Called after each optimizer step, on every process."""
+    def after_step(self, report: StepReport) -> bool | None:
+        """Called after each optimizer step, on every process; true ends the phase there, as a probe does that knows enough."""
 
 
 def train_generator(
@@ -68,44 +68,14 @@ def train_generator(
 
     Rows without an answer are left out, unless it is to learn to write nothing (EOS alone) where there is none.
     """
-    columns = contexts[:]
-    wanted = [answers[0] if answers else "" for answers in columns["answers"]]
-    if settings.no_answer:
-        wanted = ["" if noised else answer for answer, noised in zip(wanted, columns["noised"], strict=True)]
-    usable = [row for row, answer in enumerate(wanted) if answer or settings.no_answer]
-    examples = encode_examples(
-        generator.tokenizer,
-        questions=[columns["question"][row] for row in usable],
-        contexts=[columns["context"][row] for row in usable],
-        answers=[wanted[row] for row in usable],
-        context_tokens=context_tokens,
-        max_length=generator.max_length,
-    )
-    steps = plan_steps(
-        [len(example.input_ids) for example in examples],
-        batch_size=settings.generator_batch_size,
-        epochs=settings.generator_epochs,
-        max_steps=settings.generator_steps,
-        seed=phase_seed(settings.seed, round_number=round_number, phase="generator"),
-    )
-    penalties = generator_penalties(settings)
-    if penalties.names:
-        examples = with_keywords(generator.tokenizer, examples, [columns["question"][row] for row in usable])
-    generator.model.train()
-    module = accelerator.prepare(generator_losses(generator, penalties))
+    examples = generator_examples(generator, contexts[:], settings=settings, context_tokens=context_tokens)
+    steps = generator_steps([len(example.input_ids) for example in examples], settings, round_number)
+    module, take = generator_lesson(accelerator, generator, examples, settings)
 
     def take_step(number: int) -> dict[str, float]:
-        told = generator_step(
-            accelerator,
-            module,
-            [examples[row] for row in steps[number]],
-            pad_id=generator.tokenizer.pad_token_id,
-            pieces=settings.gradient_accumulation_steps,
-            weights=penalties.weights,
-        )
-        return dict(zip(["loss", *penalties.names], told, strict=True))
+        return take(steps[number])
 
-    _run_phase(
+    run_phase(
         accelerator, "generator", list(module.parameters()), steps, take_step,
         settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher,
     )  # fmt: skip
@@ -113,6 +83,59 @@ def train_generator(
     generator.model.eval()
     accelerator.free_memory()
     return len(steps)
+
+
+def generator_examples(
+    generator: Generator, columns: dict[str, list], *, settings: TrainingSettings, context_tokens: int
+) -> list[Example]:
+    """The examples that the rows of a contexts table make, without those that have nothing to teach."""
+    wanted = [answers[0] if answers else "" for answers in columns["answers"]]
+    if settings.no_answer:
+        wanted = ["" if noised else answer for answer, noised in zip(wanted, columns["noised"], strict=True)]
+    usable = [row for row, answer in enumerate(wanted) if answer or settings.no_answer]
+    questions = [columns["question"][row] for row in usable]
+    examples = encode_examples(
+        generator.tokenizer,
+        questions=questions,
+        contexts=[columns["context"][row] for row in usable],
+        answers=[wanted[row] for row in usable],
+        context_tokens=context_tokens,
+        max_length=generator.max_length,
+    )
+    return with_keywords(generator.tokenizer, examples, questions) if generator_penalties(settings).names else examples
+
+
+def generator_steps(lengths: Sequence[int], settings: TrainingSettings, round_number: int) -> list[np.ndarray]:
+    """The steps of a generator phase over examples of these lengths, in tokens; see `plan_steps`."""
+    return plan_steps(
+        lengths,
+        batch_size=settings.generator_batch_size,
+        epochs=settings.generator_epochs,
+        max_steps=settings.generator_steps,
+        seed=phase_seed(settings.seed, round_number=round_number, phase="generator"),
+    )
+
+
+def generator_lesson(
+    accelerator: Accelerator, generator: Generator, examples: Sequence[Example], settings: TrainingSettings
+) -> tuple[torch.nn.Module, Callable[[Sequence[int]], dict[str, float]]]:
+    """The module that a generator phase trains, and what leaves in it the gradients of a step on some of the examples."""
+    penalties = generator_penalties(settings)
+    generator.model.train()
+    module = accelerator.prepare(generator_losses(generator, penalties))
+
+    def take(rows: Sequence[int]) -> dict[str, float]:
+        told = generator_step(
+            accelerator,
+            module,
+            [examples[row] for row in rows],
+            pad_id=generator.tokenizer.pad_token_id,
+            pieces=settings.gradient_accumulation_steps,
+            weights=penalties.weights,
+        )
+        return dict(zip(["loss", *penalties.names], told, strict=True))
+
+    return module, take
 
 
 def generator_penalties(settings: TrainingSettings) -> Penalties:
@@ -199,40 +222,27 @@ def train_retriever(
             takes the place of `contexts` as the source of negatives.
     """
     columns = contexts.select_columns(["question", "positive", "negatives", "rows"])[:]
-    judged = np.zeros(len(contexts), dtype=bool) if likelihoods is None else ~np.isnan(likelihoods).any(axis=1)
-    contrasted = np.array(columns["positive"]) >= 0 if settings.contrastive_weight else np.zeros_like(judged)
-    usable = np.flatnonzero(judged | contrasted).tolist()
+    usable = retriever_usable(columns["positive"], settings, likelihoods)
     texts = passages.to_read()
-    steps = plan_steps(
+    steps = retriever_steps(
         [
             len(texts[columns["positive"][row] if columns["positive"][row] >= 0 else columns["rows"][row][0]])
             for row in usable
         ],
-        batch_size=settings.retriever_batch_size,
-        epochs=settings.retriever_epochs,
-        max_steps=settings.retriever_steps,
-        seed=phase_seed(settings.seed, round_number=round_number, phase="retriever"),
+        settings,
+        round_number,
     )
     retriever.model.eval()
-    negatives = columns["negatives"]
 
     def take_step(number: int) -> dict[str, float]:
-        nonlocal negatives
         newer = refreshed(number, len(steps))
-        negatives = negatives if newer is None else newer["negatives"][:]
+        if newer is not None:
+            columns["negatives"] = newer["negatives"][:]
         rows = [usable[row] for row in steps[number]]
-        found, places = _passages_of_a_step(rows, columns, negatives, likelihoods)
-        return retriever_step(
-            accelerator,
-            retriever,
-            [columns["question"][row] for row in rows],
-            [texts[row] for row in found],
-            retriever_terms(settings, **places),
-            pieces=settings.gradient_accumulation_steps,
-        )
+        return retriever_lesson(accelerator, retriever, columns, texts, rows, settings, likelihoods)
 
     parameters = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
-    _run_phase(
+    run_phase(
         accelerator, "retriever", parameters, steps, take_step,
         settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher,
     )  # fmt: skip
@@ -240,23 +250,60 @@ def train_retriever(
     return len(steps)
 
 
-def _passages_of_a_step(
-    rows: Sequence[int], columns: dict[str, list], negatives: Sequence[Sequence[int]], likelihoods: np.ndarray | None
-) -> tuple[list[int], dict]:
-    """The passages that the questions in these rows need, each once, and where among them theirs stand (for `retriever_terms`)."""
-    positives = [columns["positive"][row] for row in rows]
-    candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
-    found = dict.fromkeys(
-        [row for row in positives if row >= 0]
-        + [row for question in rows for row in negatives[question]]
-        + [row for each in candidates for row in each]
+def retriever_usable(
+    positives: Sequence[int], settings: TrainingSettings, likelihoods: np.ndarray | None = None
+) -> list[int]:
+    """Rows that an active loss can use: with a positive passage (-1: none), or with the generator's feedback."""
+    judged = np.zeros(len(positives), dtype=bool) if likelihoods is None else ~np.isnan(likelihoods).any(axis=1)
+    contrasted = np.array(positives) >= 0 if settings.contrastive_weight else np.zeros_like(judged)
+    return np.flatnonzero(judged | contrasted).tolist()
+
+
+def retriever_steps(lengths: Sequence[int], settings: TrainingSettings, round_number: int) -> list[np.ndarray]:
+    """The steps of a retriever phase over pairs whose passages have these lengths, in characters; see `plan_steps`."""
+    return plan_steps(
+        lengths,
+        batch_size=settings.retriever_batch_size,
+        epochs=settings.retriever_epochs,
+        max_steps=settings.retriever_steps,
+        seed=phase_seed(settings.seed, round_number=round_number, phase="retriever"),
     )
-    place = {row: number for number, row in enumerate(found)} | {-1: -1}
-    return list(found), {
-        "positives": [place[row] for row in positives],
-        "candidates": [[place[row] for row in each] for each in candidates],
-        "likelihoods": None if likelihoods is None else likelihoods[rows],
-    }
+
+
+def retriever_lesson(
+    accelerator: Accelerator,
+    retriever: Retriever,
+    columns: dict[str, list],
+    texts: Sequence[str],
+    rows: Sequence[int],
+    settings: TrainingSettings,
+    likelihoods: np.ndarray | None,
+) -> dict[str, float]:
+    """Gradients of a step on some rows of a contexts table; its columns question, positive, negatives and rows are read."""
+    at = [columns["positive"][row] for row in rows]
+    candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
+    found = step_passages(columns, rows, 0 if likelihoods is None else likelihoods.shape[1])
+    places = {row: place for place, row in enumerate(found)} | {-1: -1}
+    return retriever_step(
+        accelerator,
+        retriever,
+        [columns["question"][row] for row in rows],
+        [texts[row] for row in found],
+        retriever_terms(
+            settings,
+            positives=[places[row] for row in at],
+            candidates=[[places[row] for row in each] for each in candidates],
+            likelihoods=None if likelihoods is None else likelihoods[rows],
+        ),
+        pieces=settings.gradient_accumulation_steps,
+    )
+
+
+def step_passages(columns: dict[str, list], rows: Sequence[int], judged: int) -> list[int]:
+    """The passages of a step on these rows: positives, negatives, and the `judged` best ones of each row; each once."""
+    found = [columns["positive"][row] for row in rows if columns["positive"][row] >= 0]
+    found += [passage for row in rows for passage in columns["negatives"][row]]
+    return list(dict.fromkeys(found + [passage for row in rows for passage in columns["rows"][row][:judged]]))
 
 
 def retriever_terms(
@@ -379,7 +426,7 @@ def _sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
         parameter.grad = gradient.view_as(parameter).clone()
 
 
-def _run_phase(
+def run_phase(
     accelerator: Accelerator,
     phase: str,
     parameters: list[torch.nn.Parameter],
@@ -390,15 +437,20 @@ def _run_phase(
     learning_rate: float,
     round_number: int,
     watcher: Watcher,
+    quiet: bool = False,
 ) -> None:
-    """Take the steps of a phase: gradients, clip, AdamW, schedule. A resumed phase takes the ones that are left."""
+    """Take the steps of a phase: gradients, clip, AdamW, schedule. A resumed phase takes the ones that are left.
+
+    Args:
+        take_step: leaves the gradients of the step of that number and returns its loss and terms by name.
+    """
     if not steps:
         return
     optimizer, scheduler = accelerator.prepare(
         *_optimizer(parameters, len(steps), learning_rate, settings, accelerator.device.type)
     )
     done = watcher.restore()
-    bar = tqdm(total=len(steps), initial=done, desc=f"round {round_number}: {phase} phase", unit="step")
+    bar = tqdm(total=len(steps), initial=done, desc=f"round {round_number}: {phase} phase", unit="step", disable=quiet)
     clock = time.perf_counter()
     for number in range(done, len(steps)):
         set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
@@ -409,11 +461,13 @@ def _run_phase(
         scheduler.step()
         optimizer.zero_grad()
         now = time.perf_counter()
-        watcher.after_step(
+        enough = watcher.after_step(
             StepReport(number + 1, len(steps), told.pop("loss"), used_rate, len(steps[number]) / (now - clock), told)
         )
         clock = time.perf_counter()  # what the watcher took (saving, logging) is not training time
         bar.update()
+        if enough:
+            break
     bar.close()
 
 

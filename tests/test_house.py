@@ -23,11 +23,13 @@ TIERS = (
     ("trainer", "checkpoint"),
     ("report", "doctor"),
     ("rounds",),
+    ("probe",),
+    ("plan",),
     ("run",),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "cli"}
+MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "probe", "plan", "cli"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",
