@@ -6,7 +6,7 @@ sentence becomes the answer, the sentence with a question word in its place the 
 context; in a share of the contexts every token is a target, which is plain language modelling. Stage 2 goes over real
 questions: whole paragraphs with all their questions, and contexts as the package makes them, which are the filtered gold
 passage, the gold sentence alone, the sentences of the passages found, and passages found without the gold one. Several
-questions on one context share its tokens, which makes a step three times as instructive for the same arithmetic.
+questions on one context share its tokens, so that a step of the same arithmetic holds more of them.
 
     python scripts/pretrain_generator.py prepare --text wiki.jsonl.gz --questions squad_train.jsonl.gz \\
         --leave_out squad_dev.jsonl.gz --folder prepared
