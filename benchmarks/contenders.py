@@ -336,7 +336,7 @@ class Retrieval:
         vectors, sentences = self.retriever.encode_passages(texts, spans, batch_size=options.encode_batch)
         table = Dataset.from_dict({"id": self.passages.ids, "title": self.passages.titles, "text": self.passages.texts})
         self.index = PassageIndex(table, vectors, fingerprint="benchmark", sentences=sentences)
-        self.lexical = LexicalIndex(texts)
+        self.lexical = LexicalIndex(texts, stemmer="english")
         self.flat = faiss.IndexFlatIP(vectors.shape[1])
         self.flat.add(vectors)
         self._numbers = itertools.count()

@@ -68,7 +68,7 @@ def compare(options: argparse.Namespace) -> None:
     index = open_index(options, passages, retriever)
     searcher = Searcher(
         index,
-        LexicalIndex(index.passages.to_read()),
+        LexicalIndex(index.passages.to_read(), stemmer=options.stemmer),
         encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64),
         mode="hybrid",
     )

@@ -54,7 +54,7 @@ def compare(options: argparse.Namespace) -> None:
     columns = Passages.of(passages)
     row_of, by_text = ({key: row for row, key in enumerate(keys)} for keys in (columns.ids, columns.texts))
     gold = np.array([row_of[passage_id] for passage_id in questions["passage_id"]])
-    lexical = LexicalIndex(columns.to_read())
+    lexical = LexicalIndex(columns.to_read(), stemmer=options.stemmer)
 
     def searcher(mode: str) -> Searcher:
         return Searcher(

@@ -11,6 +11,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from cozyrag.index import PassageIndex, Passages, made_by
+from cozyrag.lexical import STEMMERS
 from cozyrag.passages import merge_passages
 from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_questions: int) -> Non
     parser.add_argument("--index", required=True, help="folder in which the index is kept for the next time")
     parser.add_argument(
         "--retriever", help="SentenceTransformer folder or Hub id (default: the embedded all-MiniLM-L6-v2)"
+    )
+    parser.add_argument(
+        "--stemmer", default="english", choices=STEMMERS, help="word endings that BM25 cuts off (default: english)"
     )
     parser.add_argument(
         "--max_questions",

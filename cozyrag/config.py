@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from cozyrag.embedded import QUICKSTART_SETTINGS
 from cozyrag.errors import InputError
+from cozyrag.lexical import STEMMERS
 
 EMBEDDED = "embedded"
 QUICKSTART = "quickstart"
@@ -98,6 +99,10 @@ class ContextSettings:
     retrieval: Literal["dense", "bm25", "hybrid"] = setting(
         "hybrid",
         "How passages are found: by vectors, by words (BM25), or by both, their scores added up with a weight chosen on training questions.",
+    )
+    stemmer: str = setting(
+        "english",
+        "Language whose word endings the search by words cuts off, so that 'founded' finds 'founding' (Snowball); none leaves words as they are.",
     )
     top_k: int = setting(4, "Passages retrieved to make a question's context.")
     context_tokens: int = setting(128, "Budget of a context, in tokens of the generator.")
@@ -376,6 +381,8 @@ def check_settings(settings: Settings) -> None:
             raise InputError(
                 f"--{name}: expected a value of at least {low}{f' and at most {high}' if high is not None else ''}, found {value}."
             )
+    if values["stemmer"] not in STEMMERS:
+        raise InputError(f"--stemmer: expected one of {', '.join(STEMMERS)}, found {values['stemmer']!r}.")
     strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]
     if strangers:
         raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")

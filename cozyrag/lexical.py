@@ -7,18 +7,24 @@ from collections.abc import Sequence
 
 import bm25s
 import numpy as np
+import Stemmer
 from scipy.sparse import csc_matrix
 
+STEMMERS = ("none", *Stemmer.algorithms())
 TOKENS = r"(?u)\b\w+\b"  # one-letter words too: "vitamin C", "World War I"
 
 
 class LexicalIndex:
     """BM25 (Robertson & Zaragoza 2009; Lucene's variant, k1 = 1.5, b = 0.75) over texts; scores are never negative.
 
-    No stop words are removed, so that it suits any language whose words are separated: frequent words weigh little anyway.
+    No stop words are removed: frequent words weigh little anyway, and lists of them exist for few languages.
+
+    Args:
+        stemmer: language whose endings are cut off words (Snowball, one of STEMMERS), or "none".
     """
 
-    def __init__(self, texts: Sequence[str]):
+    def __init__(self, texts: Sequence[str], *, stemmer: str = "none"):
+        self._stemmer = None if stemmer == "none" else Stemmer.Stemmer(stemmer)
         self._bm25 = bm25s.BM25(method="lucene")
         self._bm25.index(self._tokenize(texts), show_progress=False)
         parts = self._bm25.scores
@@ -49,9 +55,14 @@ class LexicalIndex:
 
     def scores_at(self, question: str, rows: np.ndarray) -> np.ndarray:
         """BM25 scores (n_rows,) of one question for chosen rows only."""
-        words = bm25s.tokenize([question], token_pattern=TOKENS, stopwords=None, return_ids=False, show_progress=False)[
-            0
-        ]
+        words = bm25s.tokenize(
+            [question],
+            token_pattern=TOKENS,
+            stopwords=None,
+            stemmer=self._stemmer,
+            return_ids=False,
+            show_progress=False,
+        )[0]
         known = [self._bm25.vocab_dict[word] for word in words if word in self._bm25.vocab_dict]
         asked = (
             np.bincount(known, minlength=self._scores.shape[1]).astype(np.float32)
@@ -61,4 +72,6 @@ class LexicalIndex:
         return self._scores[rows] @ asked
 
     def _tokenize(self, texts: Sequence[str]):
-        return bm25s.tokenize(list(texts), token_pattern=TOKENS, stopwords=None, show_progress=False)
+        return bm25s.tokenize(
+            list(texts), token_pattern=TOKENS, stopwords=None, stemmer=self._stemmer, show_progress=False
+        )

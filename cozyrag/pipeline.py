@@ -46,7 +46,9 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts: int | str | float | None) -> dict:
+def describe_pair(
+    *, fingerprint: str, retrieval: str, weight: float, stemmer: str = "none", **contexts: int | str | float | None
+) -> dict:
     """The content of cozyrag.json: where the pieces lie and how they are to be used together.
 
     `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
@@ -58,7 +60,7 @@ def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
         "index": {"folder": "index"},
         "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
-        "retrieval": {"mode": retrieval, "weight": weight},
+        "retrieval": {"mode": retrieval, "weight": weight, "stemmer": stemmer},
         "contexts": contexts,
     }
 
@@ -91,6 +93,7 @@ class CozyRAG:
         *,
         mode: str,
         weight: float,
+        stemmer: str = "none",
         top_k: int,
         context_tokens: int,
         answer_tokens: int,
@@ -102,7 +105,7 @@ class CozyRAG:
         self.generator = generator
         self.retriever = retriever
         self.index = index
-        lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read())
+        lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)
         self.searcher = Searcher(
             index,
             lexical,

@@ -301,7 +301,7 @@ class Probe:
         part = sum(map(len, passages.texts)) / max(1, sum(map(len, self.passages.texts)))
         mode, lexical, clock = self.settings.contexts.retrieval, None, time.perf_counter()
         if mode != "dense":
-            lexical = LexicalIndex(passages.to_read())
+            lexical = LexicalIndex(passages.to_read(), stemmer=self.settings.contexts.stemmer)
         built = time.perf_counter() - clock
         index = PassageIndex(table, vectors[np.arange(len(table)) % len(vectors)], fingerprint="probe")
         maker = context_maker(passages, self.settings, self.generator, self.retriever)

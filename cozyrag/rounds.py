@@ -388,7 +388,7 @@ class Rounds:
         mode = self.settings.contexts.retrieval
         if mode != "dense" and self.lexical is None:
             with self.log.timed("index", self.progress.round):
-                self.lexical = LexicalIndex(self.passages.to_read())
+                self.lexical = LexicalIndex(self.passages.to_read(), stemmer=self.settings.contexts.stemmer)
         self.maker.sentence_vectors = sentence_source(index, self.retriever)
         self.searcher = Searcher(index, self.lexical, encode=self._encode_questions, mode=mode)
         if mode == "hybrid":
@@ -476,6 +476,7 @@ class Rounds:
                 fingerprint=self.index.fingerprint,
                 retrieval=contexts.retrieval,
                 weight=self.current_searcher().weight,
+                stemmer=contexts.stemmer,
                 top_k=contexts.top_k,
                 context_tokens=contexts.context_tokens,
                 answer_tokens=contexts.answer_tokens,

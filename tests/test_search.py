@@ -120,3 +120,13 @@ def test_an_unknown_mode_or_a_missing_index_is_refused(mode, lexical):
             encode=lambda texts: VECTORS[:1],
             mode=mode,
         )
+
+
+def test_a_stemmer_lets_forms_of_a_word_find_each_other_in_both_ways_of_scoring():
+    texts = ["The abbey was founded by monks.", "A lake in the hills.", "Birds of the coast."]
+    plain, stemmed = LexicalIndex(texts), LexicalIndex(texts, stemmer="english")
+    question = "Who is founding abbeys?"
+    assert plain.scores_at(question, [0, 1, 2]).tolist() == [0.0, 0.0, 0.0]
+    scores, rows = stemmed.search([question], 1)
+    assert rows.tolist() == [[0]] and scores[0, 0] > 0
+    np.testing.assert_allclose(stemmed.scores_at(question, rows[0]), scores[0], atol=1e-5)
