@@ -18,8 +18,8 @@ from cozyrag.contexts import SEARCH_DEPTH
 from cozyrag.corpus import Corpus
 from cozyrag.generator import Generator
 from cozyrag.probe import Costs, Phase, Probe, memory_now
+from cozyrag.retrieval import WEIGHT_QUESTIONS
 from cozyrag.retriever import Retriever
-from cozyrag.rounds import WEIGHT_QUESTIONS
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states
 PYTHON = 72  # bytes of a row number and its score, once they stand in Python lists

@@ -34,8 +34,8 @@ from cozyrag.lexical import LexicalIndex
 from cozyrag.prompts import Example
 from cozyrag.questions import take
 from cozyrag.report import peak_memory
+from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker
 from cozyrag.retriever import Retriever
-from cozyrag.rounds import RETRIEVE_TOGETHER, context_maker
 from cozyrag.search import Searcher
 from cozyrag.sentences import SentenceVectors
 from cozyrag.trainer import (

@@ -22,6 +22,8 @@ TIERS = (
     ("config", "hub"),
     ("trainer", "checkpoint"),
     ("report", "doctor"),
+    ("retrieval",),
+    ("caches",),
     ("rounds",),
     ("probe",),
     ("plan",),
@@ -29,7 +31,7 @@ TIERS = (
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "probe", "plan", "cli"}
+MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "retrieval", "caches", "rounds", "probe", "plan", "cli"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",

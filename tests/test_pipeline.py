@@ -55,9 +55,13 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     run = SimpleNamespace(
         folder=root, settings=SETTINGS, generator=Generator.load(str(generator_path)), retriever=retriever
     )
-    run.index, run.current_index = index, lambda: index
-    run.current_searcher = lambda: SimpleNamespace(weight=12.5)
-    run.maker, run.threshold = SimpleNamespace(score_by="both"), None
+    run.retrieval = SimpleNamespace(
+        index=index,
+        current_index=lambda: index,
+        current_searcher=lambda: SimpleNamespace(weight=12.5),
+        maker=SimpleNamespace(score_by="both"),
+    )
+    run.threshold = None
     Rounds._save_pair(run)
     return root
 

@@ -1,0 +1,140 @@
+"""What a round works out once and keeps on disk: its contexts tables and the generator's likelihoods.
+
+A resumed run reads them again. Left out: searching (retrieval.py), the likelihoods themselves (feedback.py), and the
+models and their checkpoints (checkpoint.py).
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, tqdm
+from datasets import Dataset
+
+from cozyrag.config import Settings
+from cozyrag.corpus import Corpus
+from cozyrag.feedback import answer_likelihoods
+from cozyrag.generator import Generator
+from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap
+from cozyrag.report import RunLog
+from cozyrag.retrieval import Retrieval
+
+PROBE_QUESTIONS = 50  # training questions that show how far the retriever has moved since the index was made
+
+
+class Caches:
+    """The tables of a run under OUTPUT/contexts and OUTPUT/feedback."""
+
+    def __init__(
+        self, accelerator: Accelerator, settings: Settings, *, corpus: Corpus, retrieval: Retrieval, log: RunLog
+    ):
+        self.accelerator = accelerator
+        self.settings = settings
+        self.corpus = corpus
+        self.retrieval = retrieval
+        self.log = log
+        self.folder = Path(settings.output.output_dir)
+        training = settings.training
+        self.refresh = RefreshPolicy(training.index_refresh, training.refresh_steps, training.refresh_overlap)
+
+    def training_contexts(self) -> Dataset:
+        """The contexts table of this round: made when the round begins, read again from disk afterwards."""
+        path = self._contexts_path()
+        if not path.exists():
+            noise = self.settings.training.context_noise
+            contexts = self.retrieval.contexts(
+                self.corpus.questions, f"round {self.retrieval.round}: retrieving", noise=noise
+            )
+            self._report_positives(contexts)
+            self._keep(contexts, path)
+        return Dataset.load_from_disk(str(path), keep_in_memory=True)
+
+    def refreshed(self, done: int, total: int, *, resumed: bool) -> Dataset | None:
+        """New contexts of the training questions where a refresh of the index is due within the phase, else None.
+
+        They are kept on disk; a resumed phase begins with the ones it had.
+        """
+        here = self._contexts_path(step=done)
+        if self.refresh.due(done=done, total=total, overlap=lambda: self._probe_overlap(self._tables_before(here)[-1])):
+            if not here.exists():
+                self._keep(
+                    self.retrieval.contexts(self.corpus.questions, f"round {self.retrieval.round}: refreshing"), here
+                )
+                self.log.record({"kind": "refresh", "round": self.retrieval.round, "step": done})
+                self.log.say(
+                    f"round {self.retrieval.round} retriever step {done}: index made anew, negatives mined again."
+                )
+            return Dataset.load_from_disk(str(here), keep_in_memory=True)
+        earlier = self._tables_before(here) if resumed else []
+        return Dataset.load_from_disk(str(earlier[-1]), keep_in_memory=True) if earlier else None
+
+    def _tables_before(self, path: Path) -> list[Path]:
+        """The contexts tables of this round that were made before that one, oldest first."""
+        made = sorted(path.parent.glob(f"{self._contexts_path().name}*"))
+        return [each for each in made if each.name < path.name and not each.name.endswith(".partial")]
+
+    def _probe_overlap(self, table: Path) -> float:
+        """How many of the best passages of the probe questions, among those that were best for any of them, still are."""
+        columns = Dataset.load_from_disk(str(table)).select_columns(["question", "rows"])[:PROBE_QUESTIONS]
+        before = np.array([rows[:TOP] for rows in columns["rows"]])
+        pool = np.unique(before)
+        vectors = self.retrieval.retriever.encode(
+            self.retrieval.passages.select(pool.tolist()), kind="document", batch_size=64
+        )
+        scores = self.retrieval.encode_questions(columns["question"]) @ vectors.T
+        now = pool[np.argsort(-scores, axis=1, kind="stable")[:, : before.shape[1]]]
+        return float(broadcast_object_list([mean_overlap(before, now)])[0])
+
+    def likelihoods(self, generator: Generator, contexts: Dataset) -> np.ndarray | None:
+        """What the frozen generator makes of the best passages of each question; None where no step will ask for it."""
+        if self.settings.training.retriever_steps == 0:
+            return None
+        self.retrieval.current_searcher()  # gives the context filter its sentence vectors
+        k = self.settings.training.feedback_passages
+        with self.log.timed("feedback", self.retrieval.round):
+            bar = tqdm(desc=f"round {self.retrieval.round}: generator feedback", unit="passage")
+            likelihoods = answer_likelihoods(
+                self.accelerator,
+                generator,
+                contexts,
+                self.retrieval.maker,
+                self.retrieval.encode_questions,
+                passages=k,
+                context_tokens=self.settings.contexts.context_tokens,
+                batch_size=self.settings.contexts.answer_batch_size,
+                folder=self.folder / "feedback",
+                progress=bar.update,
+            )
+            bar.close()
+        return likelihoods
+
+    def _contexts_path(self, step: int | None = None) -> Path:
+        name = f"round-{self.retrieval.round:03d}" + ("" if step is None else f"-step-{step:06d}")
+        return self.folder / "contexts" / name
+
+    def _keep(self, contexts: Dataset, path: Path) -> None:
+        """Write a table aside and rename it, so that a table under its name is a whole one."""
+        if self.accelerator.is_main_process:
+            partial = path.with_name(path.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            contexts.save_to_disk(str(partial))
+            partial.rename(path)
+        self.accelerator.wait_for_everyone()
+
+    def _report_positives(self, contexts: Dataset) -> None:
+        columns = contexts.select_columns(["gold_row", "positive", "answers", "answer_in_context"])[:]
+        facts = {
+            "questions": len(contexts),
+            "gold_known": sum(row >= 0 for row in columns["gold_row"]),
+            "without_positive": sum(row < 0 for row in columns["positive"]),
+            "without_answer": sum(not answers for answers in columns["answers"]),
+            "answer_in_context": sum(columns["answer_in_context"]),
+        }
+        self.log.record({"kind": "contexts", "round": self.retrieval.round} | facts)
+        self.log.say(
+            f"round {self.retrieval.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold passage; the answer is in the context "
+            f"of {facts['answer_in_context']}; {facts['without_positive']} without a positive passage teach the generator only"
+            + (f"; {facts['without_answer']} without an answer teach neither" if facts["without_answer"] else "")
+            + "."
+        )

@@ -1,0 +1,192 @@
+"""Search as a run needs it: the index of the retriever as it is now, both searches, and contexts tables made with them.
+
+Left out: which tables are made when and kept on disk (caches.py), and the searches themselves (index.py, search.py).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from datasets import Dataset
+
+from cozyrag.config import Settings
+from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.corpus import Corpus
+from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.generator import Generator
+from cozyrag.index import PassageIndex, Passages, made_by
+from cozyrag.lexical import LexicalIndex
+from cozyrag.questions import take
+from cozyrag.report import RunLog
+from cozyrag.retriever import Retriever
+from cozyrag.search import Searcher
+from cozyrag.sentences import SentenceVectors
+
+WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
+RETRIEVE_TOGETHER = 256  # questions that are searched for at once
+
+
+def context_maker(passages: Passages, settings: Settings, generator: Generator, retriever: Retriever) -> ContextMaker:
+    """What makes the contexts of a run; its sentence vectors come with the index."""
+    return ContextMaker(
+        passages,
+        generator.count_tokens,
+        top_k=settings.contexts.top_k,
+        budget=settings.contexts.context_tokens,
+        hard_negatives=settings.training.hard_negatives,
+        score_by=settings.contexts.context_filter if retriever.reads_sentences else "overlap",
+    )
+
+
+class Retrieval:
+    """Searching with one retriever over the passages of a run; `round` is the one that is being run."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: Settings,
+        *,
+        corpus: Corpus,
+        generator: Generator,
+        retriever: Retriever,
+        log: RunLog,
+    ):
+        self.accelerator = accelerator
+        self.settings = settings
+        self.corpus = corpus
+        self.retriever = retriever
+        self.log = log
+        self.folder = Path(settings.output.output_dir)
+        self.round = 0
+        self.index: PassageIndex | None = None
+        self.lexical: LexicalIndex | None = None
+        self.searcher: Searcher | None = None
+        self.searched_by = ""  # fingerprint of all weights it was made for: those that read questions count too
+        self.passages = Passages.of(corpus.passages)
+        self.maker = context_maker(self.passages, settings, generator, retriever)
+
+    def contexts(self, questions: Dataset, desc: str, *, noise: float = 0.0) -> Dataset:
+        """Retrieve for a table of questions; every process does a share and all get the whole."""
+        searcher = self.current_searcher()
+        with self.log.timed("retrieve", self.round):
+            share = questions.shard(self.accelerator.num_processes, self.accelerator.process_index, contiguous=True)
+            bar = tqdm(total=len(share), desc=desc, unit="question")
+            contexts = attach_contexts(
+                share,
+                search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
+                maker=self.maker,
+                fingerprint=_digest(
+                    self.searched_by,
+                    searcher.index.fingerprint,
+                    searcher.mode,
+                    str(searcher.weight),
+                    questions._fingerprint,
+                    str(self.round),
+                    str(self.accelerator.process_index),
+                    str(noise),
+                ),
+                noise=noise,
+                noise_seed=f"{self.settings.training.seed}|{self.round}",
+                batch_size=RETRIEVE_TOGETHER,
+                progress=bar.update,
+            )
+            bar.close()
+            if self.accelerator.num_processes > 1:
+                parts = gather_object([contexts[:]])
+                contexts = Dataset.from_dict(
+                    {name: [value for part in parts for value in part[name]] for name in CONTEXT_FEATURES},
+                    features=CONTEXT_FEATURES,
+                )
+        return contexts
+
+    def current_searcher(self) -> Searcher:
+        """The search over the index as it is now; in hybrid mode its weight is chosen anew whenever the vectors are new."""
+        index, weights = self.current_index(), weights_fingerprint(self.retriever.model)
+        if self.searcher is not None and self.searched_by == weights:
+            return self.searcher
+        self.searched_by = weights
+        mode = self.settings.contexts.retrieval
+        if mode != "dense" and self.lexical is None:
+            with self.log.timed("index", self.round):
+                self.lexical = LexicalIndex(self.passages.to_read(), stemmer=self.settings.contexts.stemmer)
+        self.maker.sentence_vectors = sentence_source(index, self.retriever)
+        self.searcher = Searcher(index, self.lexical, encode=self.encode_questions, mode=mode)
+        if mode == "hybrid":
+            self._choose_weight(self.searcher)
+        return self.searcher
+
+    def _choose_weight(self, searcher: Searcher) -> None:
+        """The weight of the two searches, by recall@5 on training questions whose gold passage is known."""
+        columns = take(self.corpus.questions, WEIGHT_QUESTIONS, self.settings.training.seed)[:]
+        known = [
+            (question, self.maker.row_of[gold])
+            for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
+            if gold is not None
+        ]
+        if not known:
+            self.log.say(
+                f"No gold passage is known, so the two searches are weighed by the usual {searcher.weight:g} to 1."
+            )
+            return
+        with self.log.timed("weigh searches", self.round):
+            recall = searcher.choose_weight(*(list(column) for column in zip(*known, strict=True)))
+        searcher.weight = broadcast_object_list([searcher.weight])[0]  # a near tie must not part the processes
+        self.log.record(
+            {
+                "kind": "weight",
+                "round": self.round,
+                "weight": searcher.weight,
+                "recall@5": {f"{w:g}": round(100 * r, 2) for w, r in recall.items()},
+            }
+        )
+
+    def encode_questions(self, texts: Sequence[str]) -> np.ndarray:
+        return self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size)
+
+    def current_index(self) -> PassageIndex:
+        """The index of the retriever as it is now: kept, read from the output folder, or made anew."""
+        fingerprint = self.retriever.fingerprint()
+        if self.index is None and made_by(self.folder / "index") == fingerprint:
+            self.index = PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+        if self.index is None or self.index.fingerprint != fingerprint:
+            with self.log.timed("index", self.round):
+                vectors, sentences = self._encode_passages()
+                self.index = PassageIndex(self.corpus.passages, vectors, fingerprint=fingerprint, sentences=sentences)
+        return self.index
+
+    def _encode_passages(self) -> tuple[np.ndarray, SentenceVectors | None]:
+        """Vectors of all passages and their sentences, every process encoding a share.
+
+        Longest first, so the time left is never underrated.
+        """
+        keep = self.settings.contexts.keep_sentence_vectors and self.maker.score_by != "overlap"
+        mine = range(len(self.passages.ids))[self.accelerator.process_index :: self.accelerator.num_processes]
+        order = sorted(mine, key=lambda row: -len(self.passages.texts[row]))
+        size = self.settings.contexts.encode_batch_size
+        vectors: dict[int, np.ndarray] = {}
+        sentences: dict[int, np.ndarray] = {}
+        with tqdm(total=len(order), desc=f"round {self.round}: indexing", unit="passage") as bar:
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                texts = self.passages.select(rows)
+                if keep:
+                    made, own = self.retriever.encode_passages(texts, self.passages.spans(rows), batch_size=size)
+                    sentences.update(zip(rows, own.of(range(len(rows))), strict=True))
+                else:
+                    made = self.retriever.encode(texts, kind="document", batch_size=size)
+                vectors.update(zip(rows, made, strict=True))
+                bar.update(len(rows))
+        if self.accelerator.num_processes > 1:
+            for part in gather_object([(vectors, sentences)]):
+                vectors |= part[0]
+                sentences |= part[1]
+        rows = range(len(self.passages.ids))
+        everything = np.stack([vectors[row] for row in rows])
+        return everything, SentenceVectors.join([sentences[row] for row in rows], everything.shape[1]) if keep else None
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
