@@ -326,7 +326,7 @@ class Retrieval:
         from datasets import Dataset
 
         from cozyrag.index import PassageIndex
-        from cozyrag.lexical import LexicalIndex
+        from cozyrag.lexical import LexicalIndex, SentenceWords
 
         self.asked, self.options = asked, options
         self.passages, self.gold = searched(asked, passages, options.searched_passages)
@@ -337,6 +337,7 @@ class Retrieval:
         table = Dataset.from_dict({"id": self.passages.ids, "title": self.passages.titles, "text": self.passages.texts})
         self.index = PassageIndex(table, vectors, fingerprint="benchmark", sentences=sentences)
         self.lexical = LexicalIndex(texts, stemmer="english")
+        self.words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer="english")
         self.flat = faiss.IndexFlatIP(vectors.shape[1])
         self.flat.add(vectors)
         self._numbers = itertools.count()
@@ -351,10 +352,10 @@ class Retrieval:
         def encode(texts: Sequence[str]) -> np.ndarray:
             return self.retriever.encode(texts, kind="query", batch_size=self.options.encode_batch)
 
-        searcher = Searcher(self.index, self.lexical, encode=encode, mode="hybrid")
+        searcher = Searcher(self.index, self.lexical, encode=encode, mode="hybrid", words=self.words)
         maker = ContextMaker(
             self.passages, self.generator.count_tokens, top_k=self.options.top_k, budget=self.options.context_tokens,
-            hard_negatives=1, score_by="both", sentence_vectors=sentence_source(self.index, self.retriever),
+            hard_negatives=1, score_by="both", sentence_vectors=sentence_source(self.index, self.retriever), words=self.words,
         )  # fmt: skip
         questions = Dataset.from_dict(
             {

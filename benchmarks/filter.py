@@ -19,7 +19,7 @@ from cozyrag.cli import door
 from cozyrag.contexts import ContextMaker, sentence_source
 from cozyrag.generator import Generator
 from cozyrag.index import Passages
-from cozyrag.lexical import LexicalIndex
+from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
@@ -66,14 +66,16 @@ def compare(options: argparse.Namespace) -> None:
     retriever = retriever_of(options)
     generator = Generator.load(options.generator)
     index = open_index(options, passages, retriever)
+    words = SentenceWords(index.passages.titles, index.passages.sentences(), stemmer=options.stemmer)
     searcher = Searcher(
         index,
         LexicalIndex(index.passages.to_read(), stemmer=options.stemmer),
         encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64),
         mode="hybrid",
+        words=words,
     )
     found = searcher.search(questions["question"], options.top_k)
-    maker = ContextMaker(index.passages, generator.count_tokens, top_k=options.top_k, budget=1)
+    maker = ContextMaker(index.passages, generator.count_tokens, top_k=options.top_k, budget=1, words=words)
     present = np.array(
         [any(maker.holds_answer(r, a) for r in rows) for rows, a in zip(found.rows, questions["answers"], strict=True)]
     )

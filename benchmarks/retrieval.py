@@ -1,10 +1,10 @@
-"""How well passages are found: by words, by vectors, by both added up, and by both as ranks.
+"""How well passages are found: by words, by vectors, by both as ranks, and by both added up, of passages or of sentences.
 
     python benchmarks/retrieval.py --questions squad_dev.jsonl.gz --also_passages squad_train.jsonl.gz --index squad-index \\
         --weigh_on squad_train.jsonl.gz
 
-Prints recall@1/5/20 and MRR@10 in percent with 95 % intervals (percentile bootstrap over the questions). The weight of the
-sum is chosen on other questions (`--weigh_on`), as a run chooses it on its training questions. Left out: training.
+Prints recall@1/5/20 and MRR@10 in percent with 95 % intervals (percentile bootstrap over the questions). The weights of
+the sums are fitted on other questions (`--weigh_on`), as a run fits them on its training questions. Left out: training.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from searching import add_arguments, corpus_of, open_index, retriever_of
 
 from cozyrag.cli import door
 from cozyrag.index import Passages
-from cozyrag.lexical import LexicalIndex
+from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, recall_at, reciprocal_rank
 from cozyrag.questions import read_questions, take
-from cozyrag.search import CANDIDATES, DEFAULT_WEIGHT, Searcher
+from cozyrag.search import CANDIDATES, Searcher
 
 RANK_CONSTANT = 60  # Cormack et al. 2009, "Reciprocal rank fusion outperforms Condorcet"
 
@@ -56,10 +56,11 @@ def compare(options: argparse.Namespace) -> None:
     gold = np.array([row_of[passage_id] for passage_id in questions["passage_id"]])
     lexical = LexicalIndex(columns.to_read(), stemmer=options.stemmer)
 
-    def searcher(mode: str) -> Searcher:
-        return Searcher(
-            index, lexical, encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64), mode=mode
-        )
+    words = SentenceWords(columns.titles, columns.sentences(), stemmer=options.stemmer)
+
+    def searcher(mode: str, words: SentenceWords | None = None) -> Searcher:
+        encode = lambda texts: retriever.encode(texts, kind="query", batch_size=64)  # noqa: E731
+        return Searcher(index, lexical, encode=encode, mode=mode, words=words)
 
     print(
         f"{len(gold)} questions, {len(index)} passages, retriever {options.retriever or 'all-MiniLM-L6-v2 as it comes'}.\n"
@@ -67,23 +68,25 @@ def compare(options: argparse.Namespace) -> None:
     print("| | recall@1 | recall@5 | recall@20 | MRR@10 |\n|---|---:|---:|---:|---:|")
     for mode, name in (("bm25", "BM25"), ("dense", "vectors")):
         print(f"| {name} | {scores_of(searcher(mode).search(questions['question'], 20).rows, gold)} |", flush=True)
-    hybrid = searcher("hybrid")
-    if options.weigh_on:
-        read = read_questions(options.weigh_on)
-        texts = dict(zip(read.passages["id"], read.passages["text"], strict=True))
-        sample = take(read.table, options.weigh_with, 1)[:]
-        hybrid.choose_weight(sample["question"], [by_text[texts[key]] for key in sample["passage_id"]])
-    chosen = "chosen on other questions" if options.weigh_on else f"the default, {DEFAULT_WEIGHT:g}"
-    found = hybrid.search(questions["question"], CANDIDATES)
-    print(f"| both, weight {hybrid.weight:g} ({chosen}) | {scores_of(found.rows[:, :20], gold)} |", flush=True)
-    print(f"| both, reciprocal ranks | {scores_of(reciprocal_rank_fusion(found.rankings, 20), gold)} |", flush=True)
+    for name, hybrid in (("passages", searcher("hybrid")), ("best sentences", searcher("hybrid", words))):
+        if options.weigh_on:
+            read = read_questions(options.weigh_on)
+            texts = dict(zip(read.passages["id"], read.passages["text"], strict=True))
+            sample = take(read.table, options.weigh_with, 1)[:]
+            hybrid.choose_weights(sample["question"], [by_text[texts[key]] for key in sample["passage_id"]])
+        found = hybrid.search(questions["question"], CANDIDATES)
+        if hybrid.words is None:
+            fused = scores_of(reciprocal_rank_fusion(found.rankings, 20), gold)
+            print(f"| both, reciprocal ranks | {fused} |", flush=True)
+        weights = f"{hybrid.weights.vectors:g}, {hybrid.weights.sentence_words:g}"
+        print(f"| both, {name}, weights {weights} | {scores_of(found.rows[:, :20], gold)} |", flush=True)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, max_questions=4000)
-    parser.add_argument("--weigh_on", help="questions with gold passages on which the weight of the sum is chosen")
+    parser.add_argument("--weigh_on", help="questions with gold passages on which the weights of the sums are fitted")
     parser.add_argument("--weigh_with", type=int, default=1000, help="how many of them (default: 1000)")
     options = parser.parse_args()
     door(lambda: compare(options))

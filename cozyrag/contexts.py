@@ -4,19 +4,16 @@ For each question the passages found, the sentences of the best ones that fit th
 by vectors, or by both), and the positive and hard negatives. Left out: encoding and searching themselves (retriever.py, index.py), tokens of the prompt (prompts.py).
 """
 
-import math
-import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from cozyrag.index import PassageIndex, Passages
+from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.retriever import Retriever
 from cozyrag.search import Found
@@ -25,7 +22,6 @@ from cozyrag.sentences import split_sentences
 FILTERS = ("overlap", "vectors", "both")
 SEARCH_DEPTH = 60
 NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer ones are too often right without being marked so
-WORD = re.compile(r"\w+")
 CONTEXT_FEATURES = Features(
     {
         "id": Value("string"),
@@ -55,11 +51,6 @@ def sentence_source(index: PassageIndex, retriever: Retriever) -> Callable[[Sequ
         return made.of(range(len(rows)))
 
     return encode
-
-
-@lru_cache(maxsize=200_000)
-def _words(text: str) -> frozenset[str]:
-    return frozenset(WORD.findall(text.lower()))
 
 
 def _share_of(name: str) -> float:
@@ -93,6 +84,7 @@ class ContextMaker:
             shares with the question; "vectors": the cosine of sentence and question; "both": their sum, each z-scored
             over the sentences that compete.
         sentence_vectors: see `sentence_source`; not needed for "overlap".
+        words: of the sentences; not needed for "vectors". None: made here, endings of words left as they are.
     """
 
     passages: Passages
@@ -102,6 +94,7 @@ class ContextMaker:
     hard_negatives: int = 0
     score_by: str = "overlap"
     sentence_vectors: Callable[[Sequence[int]], list[np.ndarray]] | None = None
+    words: SentenceWords | None = None
     _normalized: dict[int, str] = field(default_factory=dict)
     _sentences: dict[int, tuple[list[str], list[int]]] = field(default_factory=dict)
 
@@ -109,8 +102,6 @@ class ContextMaker:
         if self.score_by not in FILTERS:
             raise ValueError(f"expected a filter among {', '.join(FILTERS)}, found {self.score_by!r}")
         self.row_of = {passage_id: row for row, passage_id in enumerate(self.passages.ids)}
-        counts = Counter(word for text in self.passages.to_read() for word in set(WORD.findall(text.lower())))
-        self._rarity = {word: math.log(1 + len(self.passages.ids) / count) for word, count in counts.items()}
 
     def holds_answer(self, row: int, answers: Sequence[str]) -> bool:
         """Whether the passage of that row contains one of the answers as whole words."""
@@ -144,13 +135,12 @@ class ContextMaker:
         Args:
             cosines: for each of the top-k passages those of its sentences with the question; NaN where it was not read.
         """
-        asked = _words(question)
         choices = []  # (passage rank, sentence number, text, tokens)
         for rank, row in enumerate(rows[: self.top_k]):
             choices.extend(
                 (rank, number, *each) for number, each in enumerate(zip(*self._sentences_of(row), strict=True))
             )
-        scores = self._scores(asked, [sentence for _, _, sentence, _ in choices], cosines)
+        scores = self._scores(question, rows[: self.top_k], cosines)
         kept, room, titled = [], self.budget, set()
         for _, (rank, number, sentence, length) in sorted(zip((-scores).tolist(), choices, strict=True)):
             cost = length + (0 if rank in titled else self._title_tokens(rows[rank]))
@@ -160,15 +150,15 @@ class ContextMaker:
                 room -= cost
         return self._write(sorted(kept), rows)
 
-    def _scores(self, asked: frozenset[str], sentences: Sequence[str], cosines: Sequence[np.ndarray]) -> np.ndarray:
-        """What each sentence is worth. Overlap is summed exactly: sets have another order in each process, ties must stay ties."""
-        overlap = np.array(
-            [math.fsum(self._rarity.get(word, 0.0) for word in asked & _words(sentence)) for sentence in sentences]
-        )
-        if self.score_by == "overlap" or not len(sentences):
-            return overlap
-        near = _standardized(np.concatenate(cosines))
-        return near if self.score_by == "vectors" else near + _standardized(overlap)
+    def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
+        """What each sentence of these passages is worth."""
+        near = np.zeros(0) if self.score_by == "overlap" or not rows else _standardized(np.concatenate(cosines))
+        if self.score_by == "vectors" or not rows:
+            return near
+        if self.words is None:
+            self.words = SentenceWords(self.passages.titles, self.passages.sentences())
+        overlap = np.concatenate(self.words.overlaps(question, rows))
+        return overlap if self.score_by == "overlap" else near + _standardized(overlap)
 
     def _write(self, kept: list[tuple[int, int, str]], rows: Sequence[int]) -> str:
         parts = []

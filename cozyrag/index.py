@@ -19,7 +19,7 @@ from datasets.utils import are_progress_bars_disabled
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
-from cozyrag.sentences import SentenceVectors, sentence_spans
+from cozyrag.sentences import SentenceVectors, sentence_spans, split_sentences
 
 COLUMN = "vectors"
 SPARE = 16
@@ -67,6 +67,10 @@ class Passages:
     def select(self, rows: Sequence[int]) -> list[str]:
         """Some passages as the retriever reads them."""
         return [passage_text(self.titles[row], self.texts[row]) for row in rows]
+
+    def sentences(self) -> list[list[str]]:
+        """The sentences of every passage."""
+        return [split_sentences(text) for text in self.texts]
 
     def spans(self, rows: Sequence[int]) -> list[list[tuple[int, int]]]:
         """Where the sentences of these passages stand in what the retriever reads, in characters."""

@@ -1,32 +1,51 @@
-"""Lexical search: BM25 over titles and texts, which finds the rare words and names that vectors blur.
+"""Search by words: BM25 over titles and texts, and the rare words that a question shares with single sentences.
 
-Left out: joining it with the dense search (search.py), and saving: it is rebuilt from the passages in seconds.
+It finds the rare words and names that vectors blur. Left out: joining it with the dense search (search.py), and saving:
+it is rebuilt from the passages in seconds.
 """
 
+import math
 from collections.abc import Sequence
 
 import bm25s
 import numpy as np
 import Stemmer
-from scipy.sparse import csc_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 
 STEMMERS = ("none", *Stemmer.algorithms())
 TOKENS = r"(?u)\b\w+\b"  # one-letter words too: "vitamin C", "World War I"
 
 
+class _Words:
+    """Texts to words: lower case, endings cut off by a Snowball stemmer. No stop words are removed: frequent words weigh
+    little anyway, and lists of them exist for few languages."""
+
+    def __init__(self, stemmer: str):
+        self._stemmer = None if stemmer == "none" else Stemmer.Stemmer(stemmer)
+
+    def of(self, texts: Sequence[str], *, ids: bool = False):
+        """Lists of words, or bm25s's table of their numbers."""
+        return bm25s.tokenize(
+            list(texts),
+            token_pattern=TOKENS,
+            stopwords=None,
+            stemmer=self._stemmer,
+            return_ids=ids,
+            show_progress=False,
+        )
+
+
 class LexicalIndex:
     """BM25 (Robertson & Zaragoza 2009; Lucene's variant, k1 = 1.5, b = 0.75) over texts; scores are never negative.
-
-    No stop words are removed: frequent words weigh little anyway, and lists of them exist for few languages.
 
     Args:
         stemmer: language whose endings are cut off words (Snowball, one of STEMMERS), or "none".
     """
 
     def __init__(self, texts: Sequence[str], *, stemmer: str = "none"):
-        self._stemmer = None if stemmer == "none" else Stemmer.Stemmer(stemmer)
+        self._words = _Words(stemmer)
         self._bm25 = bm25s.BM25(method="lucene")
-        self._bm25.index(self._tokenize(texts), show_progress=False)
+        self._bm25.index(self._words.of(texts, ids=True), show_progress=False)
         parts = self._bm25.scores
         shape = (parts["num_docs"], len(parts["indptr"]) - 1)
         self._scores = csc_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=shape).tocsr()
@@ -49,29 +68,75 @@ class LexicalIndex:
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (n, k) float32, descending, and rows (n, k) int64 of the k best texts; equal scores in the order of the rows."""
         k = min(k, self._size)
-        rows, scores = self._bm25.retrieve(self._tokenize(questions), k=k, show_progress=False)
+        rows, scores = self._bm25.retrieve(self._words.of(questions, ids=True), k=k, show_progress=False)
         order = np.lexsort((rows, -scores), axis=-1)
         return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1).astype(np.int64)
 
     def scores_at(self, question: str, rows: np.ndarray) -> np.ndarray:
         """BM25 scores (n_rows,) of one question for chosen rows only."""
-        words = bm25s.tokenize(
-            [question],
-            token_pattern=TOKENS,
-            stopwords=None,
-            stemmer=self._stemmer,
-            return_ids=False,
-            show_progress=False,
-        )[0]
-        known = [self._bm25.vocab_dict[word] for word in words if word in self._bm25.vocab_dict]
-        asked = (
-            np.bincount(known, minlength=self._scores.shape[1]).astype(np.float32)
-            if known
-            else np.zeros(self._scores.shape[1], dtype=np.float32)
-        )
+        vocabulary = self._bm25.vocab_dict
+        known = [vocabulary[word] for word in self._words.of([question])[0] if word in vocabulary]
+        asked = np.zeros(self._scores.shape[1], dtype=np.float32)
+        np.add.at(asked, known, 1.0)
         return self._scores[rows] @ asked
 
-    def _tokenize(self, texts: Sequence[str]):
-        return bm25s.tokenize(
-            list(texts), token_pattern=TOKENS, stopwords=None, stemmer=self._stemmer, show_progress=False
+
+class SentenceWords:
+    """What the words are worth that a question shares with each sentence of a passage.
+
+    A word is worth its rarity, log(1 + passages / passages with it); a sentence the sum over the words shared.
+
+    Args:
+        titles, texts: of the passages; words of a title count where rarity is counted and belong to no sentence.
+        sentences: of each passage, as its sentence vectors have them.
+        stemmer: as for LexicalIndex.
+    """
+
+    def __init__(self, titles: Sequence[str], sentences: Sequence[Sequence[str]], *, stemmer: str = "none"):
+        self._words = _Words(stemmer)
+        self._ends = np.cumsum([len(own) for own in sentences], dtype=np.int64)
+        read = [text for own in sentences for text in own]
+        table = self._words.of([*read, *(title.replace("_", " ") for title in titles)], ids=True)
+        names = sorted(table.vocab)  # an order that no process sees differently: sums of floats depend on it
+        self._columns = {name: column for column, name in enumerate(names)}
+        held = _occurrences(table.ids, [self._columns[name] for name in sorted(table.vocab, key=table.vocab.get)])
+        self.rarity = np.log1p(len(sentences) / np.maximum(1, self._passages_with(held, len(sentences)))).astype(
+            np.float32
         )
+        self._worth = held[: len(read)]
+        self._worth.data = self.rarity[self._worth.indices]
+
+    def _passages_with(self, held: csr_matrix, passages: int) -> np.ndarray:
+        """(n_words,) in how many passages, title included, each word stands."""
+        counts = np.diff(self._ends, prepend=0)
+        passage_of = np.concatenate([np.repeat(np.arange(passages), counts), np.arange(passages)])
+        belongs = csr_matrix((np.ones(len(passage_of)), (passage_of, np.arange(len(passage_of)))))
+        return np.diff((belongs @ held).tocsc().indptr)
+
+    def rarity_of(self, word: str) -> float:
+        """What one word is worth; 0 for one that no passage has."""
+        columns = [self._columns[each] for each in self._words.of([word])[0] if each in self._columns]
+        return math.fsum(self.rarity[columns])
+
+    def overlaps(self, question: str, rows: Sequence[int]) -> list[np.ndarray]:
+        """For each of these passages (n_sentences,) float32: what the words are worth that each sentence shares with the question."""
+        asked = np.zeros(len(self._columns), dtype=np.float32)
+        asked[[self._columns[word] for word in set(self._words.of([question])[0]) if word in self._columns]] = 1.0
+        spans = [(int(self._ends[row - 1]) if row else 0, int(self._ends[row])) for row in rows]
+        chosen = np.concatenate([np.arange(start, end) for start, end in spans] or [np.zeros(0, dtype=np.int64)])
+        return np.split(self._worth[chosen] @ asked, np.cumsum([end - start for start, end in spans])[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its table of words by sentences."""
+        return self._worth.data.nbytes + self._worth.indices.nbytes + self._worth.indptr.nbytes
+
+
+def _occurrences(ids: Sequence[Sequence[int]], columns: Sequence[int]) -> csr_matrix:
+    """(n_texts, n_words) with a 1 where a text has a word; `columns` gives the column of each id."""
+    indptr = np.cumsum([0, *map(len, ids)])
+    indices = np.array(columns, dtype=np.int32)[np.concatenate([*map(np.asarray, ids), []]).astype(np.int64)]
+    held = csr_matrix((np.ones(len(indices), dtype=np.float32), indices, indptr), shape=(len(ids), len(columns)))
+    held.sum_duplicates()
+    held.data[:] = 1.0
+    return held

@@ -17,10 +17,10 @@ from cozyrag.contexts import ContextMaker, sentence_source
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
-from cozyrag.lexical import LexicalIndex
+from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
-from cozyrag.search import Searcher
+from cozyrag.search import Searcher, Weights
 
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 1
@@ -46,12 +46,10 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(
-    *, fingerprint: str, retrieval: str, weight: float, stemmer: str = "none", **contexts: int | str | float | None
-) -> dict:
+def describe_pair(*, fingerprint: str, retrieval: dict[str, str | float], **contexts: int | str | float | None) -> dict:
     """The content of cozyrag.json: where the pieces lie and how they are to be used together.
 
-    `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
+    `retrieval`: mode, stemmer and weights; `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -60,7 +58,7 @@ def describe_pair(
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
         "index": {"folder": "index"},
         "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
-        "retrieval": {"mode": retrieval, "weight": weight, "stemmer": stemmer},
+        "retrieval": retrieval,
         "contexts": contexts,
     }
 
@@ -92,8 +90,8 @@ class CozyRAG:
         index: PassageIndex,
         *,
         mode: str,
-        weight: float,
-        stemmer: str = "none",
+        weights: dict[str, float],
+        stemmer: str,
         top_k: int,
         context_tokens: int,
         answer_tokens: int,
@@ -106,12 +104,14 @@ class CozyRAG:
         self.retriever = retriever
         self.index = index
         lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)
+        words = SentenceWords(index.passages.titles, index.passages.sentences(), stemmer=stemmer)
         self.searcher = Searcher(
             index,
             lexical,
             encode=lambda texts: retriever.encode(texts, kind="query", batch_size=64),
             mode=mode,
-            weight=weight,
+            words=words,
+            weights=Weights(**weights),
         )
         self.top_k = top_k
         self.context_tokens = context_tokens
@@ -126,6 +126,7 @@ class CozyRAG:
             budget=context_tokens,
             score_by=context_filter,
             sentence_vectors=sentence_source(index, retriever),
+            words=words,
         )
 
     @classmethod

@@ -30,7 +30,7 @@ from cozyrag.corpus import Corpus
 from cozyrag.doctor import left_as_found
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
-from cozyrag.lexical import LexicalIndex
+from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.prompts import Example
 from cozyrag.questions import take
 from cozyrag.report import peak_memory
@@ -302,12 +302,16 @@ class Probe:
         mode, lexical, clock = self.settings.contexts.retrieval, None, time.perf_counter()
         if mode != "dense":
             lexical = LexicalIndex(passages.to_read(), stemmer=self.settings.contexts.stemmer)
+        words = SentenceWords(passages.titles, passages.sentences(), stemmer=self.settings.contexts.stemmer)
         built = time.perf_counter() - clock
-        index = PassageIndex(table, vectors[np.arange(len(table)) % len(vectors)], fingerprint="probe")
         maker = context_maker(passages, self.settings, self.generator, self.retriever)
-        keep = self.settings.contexts.keep_sentence_vectors
-        maker.sentence_vectors = _borrowed(passages, sentences) if keep else sentence_source(index, self.retriever)
-        searcher = Searcher(index, lexical, encode=self._encode_questions, mode=mode)
+        keep = self.settings.contexts.keep_sentence_vectors and maker.score_by != "overlap"
+        index = PassageIndex(
+            table, vectors[np.arange(len(table)) % len(vectors)], fingerprint="probe",
+            sentences=_borrowed(passages, sentences) if keep else None,
+        )  # fmt: skip
+        maker.sentence_vectors, maker.words = sentence_source(index, self.retriever), words
+        searcher = Searcher(index, lexical, encode=self._encode_questions, mode=mode, words=words)
         share = self.share["retrieve"]
         first = sample.select(range(min(32, len(sample))))
         searcher.search(first["question"][:4], SEARCH_DEPTH)  # warm up
@@ -324,12 +328,12 @@ class Probe:
         known = [(text, row) for text, row in zip(columns["question"], contexts["gold_row"], strict=True) if row >= 0]
         weigh = 0.0
         if mode == "hybrid" and known:
-            weigh = _timed(lambda: searcher.choose_weight(*map(list, zip(*known, strict=True))))[0] / len(known)
+            weigh = _timed(lambda: searcher.choose_weights(*map(list, zip(*known, strict=True))))[0] / len(known)
             weigh += grown / len(sample)
         return _Found(
             maker=maker, columns=columns, lexical=built / part, search=(warm + grown) / len(sample),
             first=max(0.0, cold - warm) / max(1, touched - len(first)), reach=-math.log(1 - min(touched / len(table), 0.999)) * len(table) / len(sample),
-            weigh=weigh, row_bytes=contexts.data.nbytes / len(contexts), lexical_bytes=lexical.nbytes / part if lexical else 0,
+            weigh=weigh, row_bytes=contexts.data.nbytes / len(contexts), lexical_bytes=((lexical.nbytes if lexical else 0) + words.nbytes) / part,
         )  # fmt: skip
 
     def _searched(self, sample: Dataset) -> list[int]:
@@ -634,15 +638,8 @@ def _again(count: int) -> list[int]:
     return (order * (200 // len(order) + 1))[:200]
 
 
-def _borrowed(passages: Passages, sentences: list[np.ndarray]) -> Callable[[Sequence[int]], list[np.ndarray]]:
-    """Sentence vectors for any passage, as many as it has sentences, lent by the passages that were encoded."""
-    pool = np.concatenate([np.zeros((0, sentences[0].shape[1])), *sentences]).astype(np.float16)
-    kept: dict[int, np.ndarray] = {}
-
-    def of(rows: Sequence[int]) -> list[np.ndarray]:
-        for row in rows:
-            if row not in kept:
-                kept[row] = pool[(row + np.arange(len(passages.spans([row])[0]))) % max(1, len(pool))]
-        return [kept[row] for row in rows]
-
-    return of
+def _borrowed(passages: Passages, sentences: list[np.ndarray]) -> SentenceVectors:
+    """Sentence vectors for all passages, as many as each has sentences, lent by the passages that were encoded."""
+    pool = np.concatenate([np.zeros((1, sentences[0].shape[1])), *sentences]).astype(np.float16)
+    ends = np.cumsum([len(own) for own in passages.sentences()], dtype=np.int64)
+    return SentenceVectors(pool[np.arange(ends[-1]) % len(pool)], ends)

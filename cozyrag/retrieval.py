@@ -5,6 +5,7 @@ Left out: which tables are made when and kept on disk (caches.py), and the searc
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ from cozyrag.corpus import Corpus
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
-from cozyrag.lexical import LexicalIndex
+from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.questions import take
 from cozyrag.report import RunLog
 from cozyrag.retriever import Retriever
-from cozyrag.search import Searcher
+from cozyrag.search import Searcher, Weights
 from cozyrag.sentences import SentenceVectors
 
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
@@ -82,7 +83,7 @@ class Retrieval:
                     self.searched_by,
                     searcher.index.fingerprint,
                     searcher.mode,
-                    str(searcher.weight),
+                    str(searcher.weights),
                     questions._fingerprint,
                     str(self.round),
                     str(self.accelerator.process_index),
@@ -103,23 +104,35 @@ class Retrieval:
         return contexts
 
     def current_searcher(self) -> Searcher:
-        """The search over the index as it is now; in hybrid mode its weight is chosen anew whenever the vectors are new."""
+        """The search over the index as it is now; in hybrid mode its weights are fitted anew whenever the vectors are new."""
         index, weights = self.current_index(), weights_fingerprint(self.retriever.model)
         if self.searcher is not None and self.searched_by == weights:
             return self.searcher
         self.searched_by = weights
         mode = self.settings.contexts.retrieval
-        if mode != "dense" and self.lexical is None:
-            with self.log.timed("index", self.round):
-                self.lexical = LexicalIndex(self.passages.to_read(), stemmer=self.settings.contexts.stemmer)
+        self._index_words(mode)
         self.maker.sentence_vectors = sentence_source(index, self.retriever)
-        self.searcher = Searcher(index, self.lexical, encode=self.encode_questions, mode=mode)
+        self.searcher = Searcher(index, self.lexical, encode=self.encode_questions, mode=mode, words=self.maker.words)
         if mode == "hybrid":
-            self._choose_weight(self.searcher)
+            self._choose_weights(self.searcher)
         return self.searcher
 
-    def _choose_weight(self, searcher: Searcher) -> None:
-        """The weight of the two searches, by recall@5 on training questions whose gold passage is known."""
+    def _index_words(self, mode: str) -> None:
+        """The words of passages and sentences, which no training changes."""
+        stemmer = self.settings.contexts.stemmer
+        with self.log.timed("index", self.round):
+            if mode != "dense" and self.lexical is None:
+                self.lexical = LexicalIndex(self.passages.to_read(), stemmer=stemmer)
+            if self.maker.words is None:
+                self.maker.words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=stemmer)
+
+    def description(self) -> dict:
+        """How the pair searches, for cozyrag.json."""
+        chosen, weights = self.settings.contexts, self.current_searcher().weights
+        return {"mode": chosen.retrieval, "stemmer": chosen.stemmer, "weights": asdict(weights)}
+
+    def _choose_weights(self, searcher: Searcher) -> None:
+        """What vectors and words count, by training questions whose gold passage is known."""
         columns = take(self.corpus.questions, WEIGHT_QUESTIONS, self.settings.training.seed)[:]
         known = [
             (question, self.maker.row_of[gold])
@@ -127,21 +140,13 @@ class Retrieval:
             if gold is not None
         ]
         if not known:
-            self.log.say(
-                f"No gold passage is known, so the two searches are weighed by the usual {searcher.weight:g} to 1."
-            )
+            self.log.say("No gold passage is known, so vectors and words are weighed against each other as usual.")
             return
         with self.log.timed("weigh searches", self.round):
-            recall = searcher.choose_weight(*(list(column) for column in zip(*known, strict=True)))
-        searcher.weight = broadcast_object_list([searcher.weight])[0]  # a near tie must not part the processes
-        self.log.record(
-            {
-                "kind": "weight",
-                "round": self.round,
-                "weight": searcher.weight,
-                "recall@5": {f"{w:g}": round(100 * r, 2) for w, r in recall.items()},
-            }
-        )
+            facts = searcher.choose_weights(*(list(column) for column in zip(*known, strict=True)))
+        # rounding differs between machines: processes must not part
+        searcher.weights = Weights(**broadcast_object_list([asdict(searcher.weights)])[0])
+        self.log.record({"kind": "weights", "round": self.round} | facts)
 
     def encode_questions(self, texts: Sequence[str]) -> np.ndarray:
         return self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size)

@@ -238,9 +238,7 @@ class Rounds:
             self.folder / "cozyrag.json",
             describe_pair(
                 fingerprint=self.retrieval.index.fingerprint,
-                retrieval=contexts.retrieval,
-                weight=self.retrieval.current_searcher().weight,
-                stemmer=contexts.stemmer,
+                retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
                 context_tokens=contexts.context_tokens,
                 answer_tokens=contexts.answer_tokens,

@@ -48,3 +48,8 @@ class SentenceVectors:
     def of(self, rows: Sequence[int]) -> list[np.ndarray]:
         """For each of these passages the vectors of its sentences."""
         return [self.vectors[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows]
+
+
+def best_of(values: Sequence[np.ndarray], without: np.ndarray) -> np.ndarray:
+    """The largest value of each passage's sentences; that of `without` (n_passages,) for a passage without sentences."""
+    return np.array([own.max() if len(own) else other for own, other in zip(values, without, strict=True)], np.float32)

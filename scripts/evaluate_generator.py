@@ -21,6 +21,7 @@ from cozyrag.contexts import ContextMaker
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import Passages
+from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
@@ -36,8 +37,10 @@ def evaluate(options: argparse.Namespace) -> dict:
     questions = take(read.table, options.max_questions, 0)[:]
     generator = Generator.load(options.generator)
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    passages = Passages.of(read.passages)
+    words = SentenceWords(passages.titles, passages.sentences(), stemmer="english")
     maker = ContextMaker(
-        Passages.of(read.passages), generator.count_tokens, top_k=1, budget=options.context_tokens, score_by="both"
+        passages, generator.count_tokens, top_k=1, budget=options.context_tokens, score_by="both", words=words
     )
     retriever = Retriever.load_embedded(max_tokens=512)  # a long paragraph is read to its end
     rows = [[maker.row_of[gold]] for gold in questions["passage_id"]]

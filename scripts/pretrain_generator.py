@@ -163,6 +163,7 @@ def write_questions(
 
     from cozyrag.contexts import ContextMaker
     from cozyrag.index import Passages
+    from cozyrag.lexical import SentenceWords
     from cozyrag.sentences import split_sentences
 
     texts = list(passages)
@@ -170,8 +171,9 @@ def write_questions(
     searcher = bm25s.BM25()
     searcher.index(bm25s.tokenize(table.to_read(), show_progress=False), show_progress=False)
     row_of = {text: row for row, text in enumerate(texts)}
+    words = SentenceWords(table.titles, table.sentences(), stemmer="english")
     makers = [
-        ContextMaker(table, lambda t: [len(ids) for ids in tokenizer(t)["input_ids"]], top_k=k, budget=128)
+        ContextMaker(table, lambda t: [len(ids) for ids in tokenizer(t)["input_ids"]], top_k=k, budget=128, words=words)
         for k in (1, 4)
     ]
     titles = sorted(set(passages.values()))

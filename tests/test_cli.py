@@ -111,7 +111,11 @@ def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, 
     retriever.save(tmp_path / "retriever")
     PassageIndex(passages, vectors, fingerprint=retriever.fingerprint()).save(tmp_path / "index")
     facts = pipeline.describe_pair(
-        fingerprint=retriever.fingerprint(), retrieval="dense", weight=15.0, top_k=3, context_tokens=60, answer_tokens=4
+        fingerprint=retriever.fingerprint(),
+        retrieval={"mode": "dense", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
+        top_k=3,
+        context_tokens=60,
+        answer_tokens=4,
     )
     (tmp_path / "cozyrag.json").write_text(json.dumps(facts))
     code, out, _ = call("ask", tmp_path, "What colour is the fox 0?", "--top_k", 2)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
+from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.questions import FEATURES
 from cozyrag.retriever import Retriever
@@ -86,9 +87,10 @@ def test_words_weigh_by_their_rarity(question, kept):
 
 
 def test_titles_count_as_words_of_their_passage():
-    maker = maker_of("Old men.", "A zebra.", titles=["zebra", ""])
-    assert maker._rarity["zebra"] == pytest.approx(math.log(1 + 2 / 2))
-    assert maker._rarity["men"] == pytest.approx(math.log(1 + 2 / 1))
+    words = SentenceWords(["zebra", ""], [["Old men."], ["A zebra."]])
+    assert words.rarity_of("zebra") == pytest.approx(math.log(1 + 2 / 2))
+    assert words.rarity_of("men") == pytest.approx(math.log(1 + 2 / 1))
+    assert words.rarity_of("unheard") == 0
 
 
 def test_sentences_stand_in_their_original_order():
@@ -174,8 +176,7 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
     assert all(count_words([sentence])[0] > room for sentence in candidates if sentence not in kept)
 
     def score(sentence):
-        words = {"is", "the", "fox"} & set(sentence.rstrip(".").split())
-        return math.fsum(maker._rarity.get(word, 0) for word in words)
+        return sum(map(maker.words.rarity_of, sorted({"is", "the", "fox"} & set(sentence.rstrip(".").split()))))
 
     best = max(candidates, key=score, default=None)  # max gives the first of equals
     assert not kept or best in kept
@@ -205,8 +206,8 @@ def test_both_adds_z_scores():
     cosines = np.array([0.1, 0.8, 0.9, 0.0])
     vectors = [[(c, math.sqrt(1 - c * c)) for c in cosines]]
     maker = cosine_maker("both", vectors, *texts, budget=2)
-    rarity = maker._rarity
-    overlap = np.array([rarity["zebra"] + rarity["oslo"], rarity["zebra"], 0.0, 0.0])
+    zebra, oslo = (math.log(1 + 1 / 1) for _ in range(2))  # one passage
+    overlap = np.array([zebra + oslo, zebra, 0.0, 0.0])
     total = sum((values - values.mean()) / values.std() for values in (overlap, cosines))
     assert (int(overlap.argmax()), int(cosines.argmax()), int(total.argmax())) == (0, 2, 1)
     assert maker.contexts(["zebra oslo"], [[0]], np.array([EAST])) == ["Zebra ran."]

@@ -543,7 +543,11 @@ def whole(generator_path, retriever_path, corpus_files, tmp_path_factory):
     vectors = retriever.encode(index.passages.to_read(), kind="document", batch_size=16)
     PassageIndex(table, vectors, fingerprint=retriever.fingerprint()).save(folder / "index")
     facts = describe_pair(
-        fingerprint=retriever.fingerprint(), retrieval="dense", weight=15.0, top_k=3, context_tokens=60, answer_tokens=4
+        fingerprint=retriever.fingerprint(),
+        retrieval={"mode": "dense", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
+        top_k=3,
+        context_tokens=60,
+        answer_tokens=4,
     )
     (folder / "cozyrag.json").write_text(json.dumps(facts))
     return folder

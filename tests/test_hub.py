@@ -73,7 +73,11 @@ def folder(tmp_path):
     (root / "cozyrag.json").write_text(
         json.dumps(
             describe_pair(
-                fingerprint="f" * 16, retrieval="hybrid", weight=15.0, top_k=4, context_tokens=64, answer_tokens=8
+                fingerprint="f" * 16,
+                retrieval={"mode": "hybrid", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
+                top_k=4,
+                context_tokens=64,
+                answer_tokens=8,
             )
         )
     )

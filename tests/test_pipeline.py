@@ -28,6 +28,7 @@ from cozyrag.passages import read_passages
 from cozyrag.pipeline import Answer, CozyRAG, Source, read_pair
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
+from cozyrag.search import Weights
 
 PASSAGES, QUESTIONS = tiny.corpus()
 ASKED = [row["question"] for row in QUESTIONS[:6]]
@@ -58,7 +59,11 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     run.retrieval = SimpleNamespace(
         index=index,
         current_index=lambda: index,
-        current_searcher=lambda: SimpleNamespace(weight=12.5),
+        description=lambda: {
+            "mode": "dense",
+            "stemmer": "english",
+            "weights": {"vectors": 12.5, "sentence_words": 0.5},
+        },
         maker=SimpleNamespace(score_by="both"),
     )
     run.threshold = None
@@ -83,7 +88,7 @@ def copy(folder, tmp_path):
 def test_the_folder_carries_how_the_pieces_are_used_together(folder, pair):
     assert sorted(path.name for path in folder.iterdir()) == ["cozyrag.json", "generator", "index", "retriever"]
     assert (pair.top_k, pair.context_tokens, pair.answer_tokens) == (3, 60, 7)
-    assert (pair.searcher.mode, pair.searcher.weight) == ("dense", 12.5)
+    assert (pair.searcher.mode, pair.searcher.weights) == ("dense", Weights(12.5, 0.5))
     assert pair.retriever.model.max_seq_length == 32
     assert not pair.generator.model.training and {p.dtype for p in pair.generator.model.parameters()} == {torch.float32}
 

@@ -1,4 +1,4 @@
-"""BM25 equals its formula; the three ways to search; the weighted sum and how its weight is chosen."""
+"""BM25 equals its formula; the three ways to search; words of sentences; the weighted sum and how its weights are fitted."""
 
 import math
 import re
@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset
 
 from cozyrag.index import PassageIndex
-from cozyrag.lexical import LexicalIndex
-from cozyrag.search import CANDIDATES, DEFAULT_WEIGHT, WEIGHTS, Searcher
+from cozyrag.lexical import LexicalIndex, SentenceWords
+from cozyrag.search import CANDIDATES, SHARPNESS, TRUST, Searcher, Weights
+from cozyrag.sentences import SentenceVectors, split_sentences
 
 TEXTS = [
     "The red fox runs over the hill.",
@@ -55,13 +56,13 @@ ANGLES = np.deg2rad([0, 20, 40, 60, 80])
 VECTORS = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1).astype(np.float32)
 
 
-def searcher(mode, *, weight=DEFAULT_WEIGHT, aimed_at=0.0):
+def searcher(mode, *, weights=None, aimed_at=0.0):
     """A search whose question vectors all point at an angle."""
     table = Dataset.from_dict({"id": list("abcde"), "title": [""] * 5, "text": TEXTS})
     aim = np.array([np.cos(np.deg2rad(aimed_at)), np.sin(np.deg2rad(aimed_at))], dtype=np.float32)
     index = PassageIndex(table, VECTORS, fingerprint="f")
     return Searcher(
-        index, LexicalIndex(TEXTS), encode=lambda texts: np.tile(aim, (len(texts), 1)), mode=mode, weight=weight
+        index, LexicalIndex(TEXTS), encode=lambda texts: np.tile(aim, (len(texts), 1)), mode=mode, weights=weights
     )
 
 
@@ -69,7 +70,7 @@ def test_each_mode_ranks_by_its_own_scores():
     question, cosines = "red fox", VECTORS @ np.array([1, 0], dtype=np.float32)
     words = bm25(question, TEXTS)
     for mode, expected in (("dense", cosines), ("bm25", words), ("hybrid", 3 * cosines + words)):
-        found = searcher(mode, weight=3).search([question, question], 5)
+        found = searcher(mode, weights=Weights(3.0)).search([question, question], 5)
         assert found.rows[1].tolist() == np.lexsort((np.arange(5), -expected)).tolist()
         np.testing.assert_allclose(found.scores[1], np.sort(expected)[::-1], atol=1e-5)
         assert found.scores.dtype == np.float32
@@ -80,17 +81,92 @@ def test_hybrid_gives_both_rankings_to_mine_from():
     assert [ranking.tolist()[0] for ranking in found.rankings] == [[0, 1, 2], [2, 0, 1]]
 
 
-def test_the_weight_is_the_one_with_the_best_recall_nearest_to_the_usual():
-    # vectors all say row 0, words say row 2: only a small weight finds row 2 first, only a large one row 0
+def sentence_searcher(words=True, weights=None):
+    """Five passages whose sentences point in directions of their own; questions point to 30 degrees."""
+    sentences = [split_sentences(text) for text in TEXTS]
+    count = sum(map(len, sentences))
+    angles = np.deg2rad(np.linspace(0, 170, count))
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
+    kept = SentenceVectors(vectors, np.cumsum([len(own) for own in sentences]))
+    table = Dataset.from_dict({"id": list("abcde"), "title": [""] * 5, "text": TEXTS})
+    aim = np.array([np.cos(np.deg2rad(30)), np.sin(np.deg2rad(30))], dtype=np.float32)
+    return Searcher(
+        PassageIndex(table, VECTORS, fingerprint="f", sentences=kept), LexicalIndex(TEXTS), mode="hybrid", weights=weights,
+        encode=lambda texts: np.tile(aim, (len(texts), 1)), words=SentenceWords([""] * 5, sentences) if words else None,
+    )  # fmt: skip
+
+
+def test_with_sentences_a_passage_counts_as_its_best_sentence():
+    search, question = sentence_searcher(weights=Weights(3.0, 0.5)), "Which red fox eats?"
+    aim = np.array([np.cos(np.deg2rad(30)), np.sin(np.deg2rad(30))])
+    of = search.index.sentences.of(range(5))
+    cosines = np.array([(own.astype(np.float64) @ aim).max() for own in of])
+    holders = {"red": 2, "fox": 2, "eats": 1}  # passages with that word
+    worth = {word: math.log(1 + 5 / count) for word, count in holders.items()}
+    shared = [
+        max(sum(worth.get(word, 0) for word in set(re.findall(r"\w+", sentence.lower()))) for sentence in split_sentences(text))
+        for text in TEXTS
+    ]  # fmt: skip
+    expected = bm25(question, TEXTS) + 3.0 * cosines + 0.5 * np.array(shared)
+    found = search.search([question], 5)
+    assert found.rows[0].tolist() == np.argsort(-expected).tolist()
+    np.testing.assert_allclose(
+        found.scores[0], np.sort(expected)[::-1], atol=2e-3
+    )  # vectors of sentences have half precision
+
+
+def test_without_words_of_sentences_or_vectors_of_them_passages_count_as_wholes():
+    assert sentence_searcher(words=False).weights == searcher("hybrid").weights == Weights.usual(False)
+    assert sentence_searcher().weights == Weights.usual(True)
+
+
+def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
+    search = sentence_searcher(weights=Weights(2.0, 1.0))
+    questions, relevant = ["red fox", "blue sea", "oranges", "the red hen"], [3, 1, 2, 0]
+    start = np.array([1.0, 2.0, 1.0])
+    lists = [points for _, points in search._pool(questions, search.encode(questions), 5).candidates]
+
+    def loss(theta):
+        surprise = sum(
+            np.log(np.exp(points @ theta).sum()) - (points @ theta)[row]
+            for points, row in zip(lists, relevant, strict=True)
+        )
+        return surprise + TRUST / 2 * ((theta / (SHARPNESS * start) - 1) ** 2).sum()
+
+    facts = search.choose_weights(questions, relevant)
+    assert facts["vectors"] == search.weights.vectors and 0 <= facts["recall@5 before"] <= facts["recall@5"] == 1.0
+    grid = [
+        (a, b, c) for a in np.linspace(0.05, 0.6, 12) for b in np.linspace(0, 1.5, 16) for c in np.linspace(0, 0.8, 17)
+    ]
+    best = np.array(min(grid, key=lambda each: loss(np.array(each))))
+    fitted = np.array([search.weights.vectors, search.weights.sentence_words])
+    scale = min(np.linspace(0.05, 0.6, 200), key=lambda s: loss(s * np.array([1, *fitted])))
+    assert loss(scale * np.array([1, *fitted])) <= loss(best) + 1e-3
+
+
+def test_fitting_follows_what_finds_the_passages_and_nothing_to_learn_from_changes_nothing():
+    by_vectors = searcher("hybrid", aimed_at=0)  # vectors say row 0, words say row 2
+    by_vectors.choose_weights(["Vitamin C"] * 200, [0] * 200)
     by_words = searcher("hybrid", aimed_at=0)
-    recall = by_words.choose_weight(["Vitamin C", "Vitamin C"], [2, 2], k=1)
-    assert recall[0.0] == 1.0 and recall[100.0] == 0.0 and set(recall) == set(WEIGHTS)
-    best = [weight for weight in WEIGHTS if recall[weight] == 1.0]
-    assert by_words.weight == min(best, key=lambda weight: abs(weight - DEFAULT_WEIGHT))
-    by_vectors = searcher("hybrid", aimed_at=0)
-    recall = by_vectors.choose_weight(["Vitamin C"], [0], k=1)
-    assert recall[100.0] == 1.0 and recall[0.0] == 0.0
-    assert recall[by_vectors.weight] == 1.0
+    by_words.choose_weights(["Vitamin C"] * 200, [2] * 200)
+    assert by_vectors.weights.vectors > Weights.usual(False).vectors > by_words.weights.vectors >= 0
+    assert by_vectors.search(["Vitamin C"], 1).rows.tolist() == [[0]]
+    assert by_words.search(["Vitamin C"], 1).rows.tolist() == [[2]]
+    nothing = searcher("hybrid")
+    nothing.choose_weights([], [])
+    assert nothing.weights == Weights.usual(False)
+
+
+def test_words_of_sentences_do_not_depend_on_the_order_of_a_set_and_empty_passages_are_no_trouble():
+    words = SentenceWords(["", "Foxes", ""], [["Red fox.", "Fox red."], [], ["Running foxes run."]], stemmer="english")
+    first, none, last = words.overlaps("a red running fox", [0, 1, 2])
+    assert first[0] == first[1] == np.float32(words.rarity_of("red")) + np.float32(words.rarity_of("fox"))
+    assert none.shape == (0,)
+    assert last.tolist() == pytest.approx(
+        [words.rarity_of("fox") + words.rarity_of("run")]
+    )  # "running" and "run" are one word
+    assert words.rarity_of("fox") == pytest.approx(math.log(1 + 3 / 3))
+    assert sum(own.size for own in words.overlaps("x", [])) == 0
 
 
 def test_the_sum_over_candidates_equals_the_sum_over_everything_when_all_are_candidates():
@@ -102,9 +178,9 @@ def test_the_sum_over_candidates_equals_the_sum_over_everything_when_all_are_can
     queries = vectors[:7]
     table = Dataset.from_dict({"id": [str(i) for i in range(CANDIDATES)], "title": [""] * CANDIDATES, "text": texts})
     index = PassageIndex(table, vectors, fingerprint="f")
-    found = Searcher(index, LexicalIndex(texts), encode=lambda asked: queries, mode="hybrid", weight=7.0).search(
-        texts[:7], 10
-    )
+    found = Searcher(
+        index, LexicalIndex(texts), encode=lambda asked: queries, mode="hybrid", weights=Weights(7.0)
+    ).search(texts[:7], 10)
     for i in range(7):
         everything = 7.0 * vectors @ queries[i] + bm25(texts[i], texts)
         np.testing.assert_allclose(found.scores[i], np.sort(everything)[::-1][:10], atol=1e-4)
