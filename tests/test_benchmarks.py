@@ -65,7 +65,8 @@ def test_retrieval_prints_its_rows_and_makes_the_index_once(
     first = capsys.readouterr().out
     assert "24 questions, 24 passages" in first
     rows = lines_of(first)
-    assert list(rows)[1:3] == ["BM25", "vectors"] and len(rows) == 5
+    assert list(rows)[1:3] == ["BM25", "vectors"] and len(rows) == 6  # with the header
+    assert any(name.startswith("both, best sentences") for name in rows)
     assert rows["BM25"][0].startswith("100.0")  # every question names its thing and number
     made = (tmp_path / "index" / "vectors.safetensors").stat().st_mtime_ns
     run(module, monkeypatch, *arguments)
