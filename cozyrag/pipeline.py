@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Source:
-    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or their weighted sum."""
+    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or the weighted sum of search.py."""
 
     id: str
     title: str
