@@ -109,19 +109,21 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
     gr = load_gradio()
     count = len(pair.index.passages.ids)
 
-    def ask(question: str, top_k: float) -> tuple[str, str]:
+    def show(question: str, top_k: float) -> tuple[str, str]:
         return shown(pair, question, int(top_k))
 
     def compare(question: str) -> str:
         return depths(pair, question)
 
-    def api(question: str, top_k: int | None = None) -> dict:
+    def ask(question: str, top_k: int | None = None) -> dict:
         return asked(pair, question, top_k)
 
     with gr.Blocks(title=f"{name} · CoZyRAG", analytics_enabled=False) as page:
         gr.HTML(render("masthead.html", name=name, passages=count, trained=pair.top_k))
         with gr.Row(equal_height=True):
-            question = gr.Textbox(label="Question", placeholder="Ask about the passages", scale=5, min_width=300, autofocus=True)
+            question = gr.Textbox(
+                label="Question", placeholder="Ask about the passages", scale=5, min_width=300, autofocus=True
+            )
             button = gr.Button("Ask", variant="primary", scale=1, min_width=90)
         top_k = gr.Slider(
             1, min(MOST_PASSAGES, count), value=min(pair.top_k, count), step=1, label="Passages to read (top-k)"
@@ -134,12 +136,12 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
             depth_button = gr.Button("Compare", size="sm")
             table = gr.HTML()
         one_at_a_time = {"concurrency_id": "pair", "concurrency_limit": 1, "api_visibility": "private"}
-        wiring = {"fn": ask, "inputs": [question, top_k], "outputs": [answer, sources], **one_at_a_time}
+        wiring = {"fn": show, "inputs": [question, top_k], "outputs": [answer, sources], **one_at_a_time}
         gr.on([button.click, question.submit, top_k.change], trigger_mode="always_last", **wiring)
         if shelf is not None:
             shelf.load_input_event.then(**wiring)
         depth_button.click(compare, [question], [table], **one_at_a_time)
-        gr.api(api, api_name="ask", concurrency_id="pair", concurrency_limit=1)
+        gr.api(ask, api_name="ask", concurrency_id="pair", concurrency_limit=1)
     return page
 
 

@@ -106,7 +106,7 @@ def _add_pages(commands: argparse._SubParsersAction) -> None:
         "demo",
         help="a page in the browser to try a trained pair on",
         description="Show a page on this machine: ask, see the answer, the passages it comes from with the sentences that were read "
-        "marked, and what more or fewer passages change. Nothing outside is asked for. Needs: pip install \"cozyrag[demo]\".",
+        'marked, and what more or fewer passages change. Nothing outside is asked for. Needs: pip install "cozyrag[demo]".',
     )
     demo.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
     demo.add_argument("--port", type=int, help="port on 127.0.0.1 (default: the first free one from 7860)")
@@ -130,7 +130,7 @@ def _add_reports(commands: argparse._SubParsersAction) -> None:
         "report",
         help="the numbers of a run as a page with plots",
         description="Write OUTPUT/report.html, one file that needs no other, and its plots as PNG into OUTPUT/plots/. Loads the pair "
-        "to see how far its certainty can be trusted and how long an answer takes. Needs: pip install \"cozyrag[plots]\".",
+        'to see how far its certainty can be trusted and how long an answer takes. Needs: pip install "cozyrag[plots]".',
     )
     report.add_argument("run", metavar="OUTPUT", help="output folder of a run")
     report.add_argument(
