@@ -55,13 +55,23 @@ def report(folder: str | Path, *, latency: int = 0) -> Path:
     return write_report(run, scores=scores, seconds=seconds)
 
 
-def report_of_run(folder: Path, generator: Generator, *, context_tokens: int) -> Path | None:
-    """The report as a run writes it when it ends, with the generator it has; None, and no word of it, without Matplotlib."""
+def tell_report(folder: Path, generator: Generator, *, context_tokens: int) -> str:
+    """Write the report when a run ends, with the generator it has, and say where it is; without Matplotlib, how to get it.
+
+    A report that cannot be made costs the run nothing: the sentence says so.
+    """
+    again = f"`cozyrag report {folder}`"
     if not pictures.plots_are_possible():
-        return None
-    run = FinishedRun.read(folder)
-    rows = run.examined[run.last]
-    return write_report(run, scores=certainties(generator, rows, context_tokens=context_tokens, limit=SURE_OF_AT_ONCE))
+        return f'With pip install "cozyrag[plots]", {again} shows this run as a page with plots.'
+    try:
+        run = FinishedRun.read(folder)
+        rows = run.examined[run.last]
+        path = write_report(
+            run, scores=certainties(generator, rows, context_tokens=context_tokens, limit=SURE_OF_AT_ONCE)
+        )
+    except (ImportError, OSError) as error:
+        return f"No report.html ({error}). {again} tries again."
+    return f"{path} shows this run as a page with plots."
 
 
 def certainties(
@@ -131,7 +141,7 @@ def _conclusion(run: FinishedRun, changes: Sequence[Difference]) -> str:
     questions = len(run.examined[run.last])
     if run.last == min(run.examined):
         return f"Examined on {questions} questions; nothing was trained yet."
-    return more_than_noise(changes, questions, names=("before", "after"))
+    return more_than_noise(changes, questions, names=("the pair before training", "the trained pair"))
 
 
 def samples(run: FinishedRun) -> list[dict]:

@@ -26,6 +26,7 @@ from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
 from cozyrag.generator import SCRATCH, Generator
+from cozyrag.html_report import tell_report
 from cozyrag.hub import push_pair
 from cozyrag.plan import make_plan, plan_table, verdict
 from cozyrag.retriever import Retriever
@@ -261,6 +262,7 @@ def finish(rounds: Rounds, started: float) -> None:
         newest = sorted((folder / "examined").glob("*.jsonl"))[-1]
         rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
         rounds.log.say(f"Some of its answers:\n\n{examples(rows)}\n")
+        rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))
         rounds.log.say(
             f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
             f'  cozyrag ask {folder} "{rows[0]["question"]}"\n'
