@@ -19,7 +19,10 @@ from cozyrag.metrics import paired_bootstrap
 from cozyrag.pages import render, stylesheet
 
 FLIPS_SHOWN = 10  # of each kind on the screen; the page has them all
-BESIDE_THE_COURSE = {"output_dir", "run_name", "resume", "overwrite_output_dir", "plan", "report_to", "project_name"}
+BESIDE_THE_COURSE = {
+    "output_dir", "run_name", "resume", "overwrite_output_dir", "plan", "report_to", "project_name", "logging_steps", "save_steps",
+    "save_total_limit", "push_to_hub",
+}  # fmt: skip
 DECIDING = ("f1", "em")  # the first one that differs by more than noise makes the sentence
 
 
@@ -128,12 +131,14 @@ def more_than_noise(found: Sequence[Difference], questions: int, *, names: tuple
     certain = next((each for each in deciding if each.certain), None)
     chosen = certain or deciding[0]
     told = f"{chosen.metric.upper()} {chosen.points:+.1f} points ({chosen.low:+.1f} to {chosen.high:+.1f}) on {questions} questions"
+    others = [f"{each.metric} {each.points:+.1f}" for each in found if each.certain and each.metric not in DECIDING]
+    besides = f" Of the other scores these differ by more than noise: {', '.join(others)}." if others else ""
     if certain:
         better, worse = reversed(names) if chosen.points > 0 else names
-        return f"More than noise: {better} answers better than {worse}, {told}. The interval covers which questions were asked, not the luck of a seed."
+        return f"More than noise: {better} answers better than {worse}, {told}. The interval covers which questions were asked, not the luck of a seed.{besides}"
     if all(each.low == each.high == 0 for each in deciding):
-        return f"No difference: {names[0]} and {names[1]} score the same on every one of {questions} questions."
-    return f"Not more than noise: {told}. Whether {names[1]} is better or worse than {names[0]} would take more questions to say."
+        return f"No difference in the answers: {names[0]} and {names[1]} score the same on every one of {questions} questions.{besides}"
+    return f"Not more than noise: {told}. Whether {names[1]} answers better or worse than {names[0]} would take more questions to say.{besides}"
 
 
 def changed_settings(a: dict, b: dict) -> list[tuple[str, object, object]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
+from scipy.stats import binomtest
 
 from cozyrag.errors import InputError
 from cozyrag.metrics import bootstrap_interval
@@ -138,10 +139,8 @@ def losses(steps: Sequence[dict]) -> "Figure":
             rows = [row for row in steps if (row["phase"], row["round"]) == (phase, each)]
             places, values = [row["steps_so_far"] for row in rows], [row["loss"] for row in rows]
             axes.plot(places, values, color=SERIES[number], marker="o", markersize=3 if len(rows) < 40 else 0)
-            if rows:
-                axes.annotate(
-                    round_name(each), (places[0], values[0]), xytext=(4, 4), textcoords="offset points", fontsize=8
-                )
+            if rows:  # at the top, over the first step, where no line runs
+                axes.text(places[0], 0.98, round_name(each), transform=axes.get_xaxis_transform(), va="top", fontsize=8)
         axes.set_title(f"{phase} phase", loc="left", fontsize=9.5)
         axes.set_ylabel("loss")
         axes.margins(0.08, 0.25)
@@ -173,7 +172,7 @@ def calibration(scores: np.ndarray, right: np.ndarray) -> "Figure":
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle="--", label="as sure as right")
     bins = calibration_bins(scores, right)
     means, shares = (np.array([each[at] for each in bins]) for at in (0, 1))
-    ends = np.array([bootstrap_interval(right[rows]) for _, _, rows in bins]).T
+    ends = np.array([_wilson(right[rows]) for _, _, rows in bins]).T
     label = f"groups of about {round(len(scores) / len(bins))} answers"
     axes.errorbar(means, shares, np.abs(ends - shares), color=SERIES[0], marker="o", capsize=3, label=label)
     axes.set_xlim(0, 1)
@@ -182,6 +181,12 @@ def calibration(scores: np.ndarray, right: np.ndarray) -> "Figure":
     axes.set_ylabel("share of right answers")
     _legend(axes, 2)
     return figure
+
+
+def _wilson(right: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927), which is no point where a small group has none right or all."""
+    interval = binomtest(int(right.sum()), len(right)).proportion_ci(0.95, method="wilson")
+    return interval.low, interval.high
 
 
 def calibration_bins(scores: np.ndarray, right: np.ndarray) -> list[tuple[float, float, np.ndarray]]:

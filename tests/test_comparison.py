@@ -92,7 +92,7 @@ def test_a_metric_that_one_run_lacks_is_left_out():
         ((-3, -5, -1), (0, -1, 1), "More than noise: A answers better than B, F1"),
         ((1, -1, 3), (2, 1, 4), "More than noise: B answers better than A, EM"),
         ((1, -1, 3), (0, -1, 1), "Not more than noise: F1"),
-        ((0, 0, 0), (0, 0, 0), "No difference: A and B score the same on every one of 9"),
+        ((0, 0, 0), (0, 0, 0), "No difference in the answers: A and B score the same on every one of 9"),
         ((0, -2, 2), (0, 0, 0), "Not more than noise: F1"),
     ],
 )
@@ -102,6 +102,16 @@ def test_the_sentence(f1, em, beginning):
         for name, (points, low, high) in (("em", em), ("f1", f1))
     ]
     assert more_than_noise(found, 9, names=("A", "B")).startswith(beginning)
+
+
+def test_the_sentence_names_other_scores_that_differ_by_more_than_noise():
+    found = [
+        Difference("f1", 50, 51, -1, 3),
+        Difference("recall@5", 90, 80, -15, -5),
+        Difference("mrr@10", 9, 9, -1, 1),
+    ]
+    told = more_than_noise(found, 9, names=("A", "B"))
+    assert told.startswith("Not more than noise") and told.endswith("by more than noise: recall@5 -10.0.")
 
 
 def test_many_gains_are_more_than_noise_and_a_few_either_way_are_not(tmp_path):

@@ -73,6 +73,12 @@ def test_calibration_error_by_hand():
     assert pictures.calibration_error(np.ones(10), np.ones(10)) == 0
 
 
+def test_intervals_of_small_groups_are_no_points():
+    axes = pictures.calibration(np.linspace(0.1, 0.2, 5), np.zeros(5)).axes[0]
+    [bar] = axes.containers[0].lines[2][0].get_segments()
+    assert bar[0][1] == 0 and bar[1][1] == pytest.approx(0.4345, abs=1e-3)  # 1.96**2 / (5 + 1.96**2)
+
+
 def test_latency_lines_stand_at_the_quantiles():
     lines = FIGURES["latencies"]().axes[0].lines
     assert [line.get_label() for line in lines[1:]] == ["median: 0.20 s", "95 of 100 are faster: 0.38 s"]
