@@ -1,9 +1,8 @@
 """The folder for Spaces: what it holds, what the Hub reads from it, and that it runs with the package it carries."""
 
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 
 import examined
@@ -12,7 +11,7 @@ from huggingface_hub import SpaceCard
 
 gradio = pytest.importorskip("gradio")
 
-from cozyrag import __version__, space  # noqa: E402
+from cozyrag import __version__, app, space  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.space import requirements, write_space  # noqa: E402
@@ -104,15 +103,33 @@ def test_a_folder_in_use_and_a_pair_that_is_not_whole_are_refused(tmp_path, pair
     assert not (tmp_path / "space").exists()
 
 
-@pytest.mark.slow
-def test_the_space_runs_with_what_it_carries(folder, pair_folder):
-    code = (
-        "import runpy, json, cozyrag; page = runpy.run_path('app.py')['demo']; ask = [f for f in page.fns.values() if f.api_name == 'ask'][0];"
-        "print(json.dumps([cozyrag.__file__, page.title, ask.fn('What colour is the fox 0?', 2)['answer']]))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    file, title, answer = json.loads(done.stdout.splitlines()[-1])
-    assert file == str(folder / "cozyrag" / "__init__.py") and title.startswith('Foxes\' "TITLE" & PAIR_HERE')
-    assert answer == CozyRAG.from_pretrained(pair_folder).answer("What colour is the fox 0?", top_k=2).text
+@pytest.fixture
+def without_the_package():
+    """Forgets the modules of the package, so that the next import looks for them anew; puts everything back afterwards."""
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "cozyrag"}
+    for name in ours:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "cozyrag"]:
+        del sys.modules[name]
+    sys.modules.update(ours)
+
+
+def test_the_space_runs_with_what_it_carries(folder, pair_folder, without_the_package, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    page = runpy.run_path(str(folder / "app.py"))["demo"]
+    assert sys.modules["cozyrag"].__file__ == str(folder / "cozyrag" / "__init__.py")
+    assert page.title.startswith('Foxes\' "TITLE" & PAIR_HERE')
+    [ask] = [function for function in page.fns.values() if function.api_name == "ask"]
+    expected = CozyRAG.from_pretrained(pair_folder).answer("What colour is the fox 0?", top_k=2)
+    assert ask.fn("What colour is the fox 0?", 2)["answer"] == expected.text
+
+
+def test_another_pair_can_be_named_in_the_settings_of_the_space(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(app, "page_of", lambda name, examples, *, title: asked.append((name, examples)))
+    runpy.run_path(str(folder / "app.py"))
+    monkeypatch.setenv("COZYRAG_MODEL", "user/other")
+    runpy.run_path(str(folder / "app.py"))
+    assert asked == [(str(folder / "pair"), []), ("user/other", [])]
