@@ -77,7 +77,7 @@ def check_plots() -> None:
 
 def scores_by_round(examined: Mapping[int, Sequence[dict]]) -> "Figure":
     """EM, F1 and recall@5 after each round, in percent, with 95 % bootstrap intervals over the questions."""
-    figure, axes = _figure()
+    figure, [axes] = _figure()
     rounds = sorted(examined)
     for number, (metric, name) in enumerate(METRICS.items()):
         values = [np.array([row[metric] for row in examined[each]], dtype=np.float64) for each in rounds]
@@ -107,7 +107,7 @@ def verdict_bars(examined: Mapping[int, Sequence[dict]]) -> "Figure":
     counts = [Counter(row["verdict"] for row in examined[each]) for each in rounds]
     seen = {name for count in counts for name in count}
     names = [name for name in VERDICTS if name in seen] + sorted(seen - set(VERDICTS))
-    figure, axes = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(names) + 1) // 2))
+    figure, [axes] = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(names) + 1) // 2))
     left = np.zeros(len(rounds))
     for name in names:
         shares = np.array([100 * count[name] / count.total() for count in counts])
@@ -152,7 +152,7 @@ def time_bars(times: Sequence[dict]) -> "Figure":
     """Seconds of each part of each round. `times`: rows of metrics.jsonl with "round", "part" and "seconds"."""
     rounds = sorted({row["round"] for row in times})
     parts = list(dict.fromkeys(row["part"] for row in times))
-    figure, axes = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(parts) + 1) // 2))
+    figure, [axes] = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(parts) + 1) // 2))
     left = np.zeros(len(rounds))
     for number, part in enumerate(parts):
         spent = [sum(row["seconds"] for row in times if (row["round"], row["part"]) == (each, part)) for each in rounds]
@@ -168,7 +168,7 @@ def time_bars(times: Sequence[dict]) -> "Figure":
 
 def calibration(scores: np.ndarray, right: np.ndarray) -> "Figure":
     """The generator's certainty, (n,) 0 to 1, against the share of right answers among those of like certainty, with intervals."""
-    figure, axes = _figure(height=3.4)
+    figure, [axes] = _figure(height=3.4)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle="--", label="as sure as right")
     bins = calibration_bins(scores, right)
     means, shares = (np.array([each[at] for each in bins]) for at in (0, 1))
@@ -204,7 +204,7 @@ def calibration_error(scores: np.ndarray, right: np.ndarray) -> float:
 
 def latencies(seconds: np.ndarray) -> "Figure":
     """Seconds of single questions, (n,), each as a dot, with median and 95th percentile."""
-    figure, axes = _figure(height=1.9)
+    figure, [axes] = _figure(height=1.9)
     lift = np.random.default_rng(0).uniform(-0.3, 0.3, len(seconds))  # so that dots do not hide each other
     axes.plot(seconds, lift, "o", color=SERIES[0], markersize=4, alpha=0.7)
     for name, share, colour in (("median", 0.5, SERIES[2]), ("95 of 100 are faster", 0.95, SERIES[1])):
@@ -220,7 +220,7 @@ def latencies(seconds: np.ndarray) -> "Figure":
 
 def differences(rows: Sequence[tuple[str, float, float, float]]) -> "Figure":
     """(name, difference, low, high) of two runs, in points: a dot with its interval for each, and a line at no difference."""
-    figure, axes = _figure(height=0.8 + 0.34 * len(rows))
+    figure, [axes] = _figure(height=0.8 + 0.34 * len(rows))
     for place, (_, middle, low, high) in enumerate(rows):
         colour = SERIES[2] if low > 0 else SERIES[1] if high < 0 else SERIES[5]
         axes.plot([low, high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
@@ -265,15 +265,14 @@ def round_name(number: int) -> str:
     return "before" if number == 0 else f"round {number}"
 
 
-def _figure(*, height: float = 3.0, rows: int = 1) -> tuple["Figure", "Axes"]:
-    """A figure with one or more panels below each other; a single panel comes bare, several as a list."""
+def _figure(*, height: float = 3.0, rows: int = 1) -> tuple["Figure", list["Axes"]]:
+    """A figure and its panels, one below the other."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    return figure, (panels[0] if rows == 1 else list(panels))
+        return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
 
 
 def _legend(axes: "Axes", columns: int) -> None:

@@ -262,7 +262,6 @@ def finish(rounds: Rounds, started: float) -> None:
         newest = sorted((folder / "examined").glob("*.jsonl"))[-1]
         rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
         rounds.log.say(f"Some of its answers:\n\n{examples(rows)}\n")
-        rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))
         rounds.log.say(
             f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
             f'  cozyrag ask {folder} "{rows[0]["question"]}"\n'
@@ -273,3 +272,5 @@ def finish(rounds: Rounds, started: float) -> None:
         rounds.log.say(
             f"Pushed to {push_pair(folder, settings.output.hub_model_id, private=settings.output.hub_private)}"
         )
+    if accelerator.is_main_process:  # last: whatever happens to it, the run is whole and uploaded
+        rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))

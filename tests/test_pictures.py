@@ -58,6 +58,11 @@ def test_each_phase_has_its_panel_of_losses():
     assert [line.get_xydata().tolist() for line in panels[0].lines] == [[[1, 3.0], [2, 2.0]]]
 
 
+def test_a_run_that_trained_one_model_only_has_one_panel_of_losses():
+    steps = [row for row in examined.METRICS if row.get("phase") == "retriever"]
+    assert len(pictures.losses(steps).axes) == 1
+
+
 def test_calibration_groups_are_equal_sorted_and_at_least_five():
     scores = np.random.default_rng(0).random(43)
     bins = pictures.calibration_bins(scores, np.ones(43))
