@@ -48,14 +48,18 @@ def write_card(folder: Path, *, role: str, settings: Mapping, results: str, summ
     card.save(folder / "README.md")
 
 
-def _settings_rows(settings: Mapping) -> str:
-    """Lines of the settings table: those that are set, without where the run lay and went to."""
-    shown = {
-        name: value
+def public_settings(settings: Mapping) -> dict:
+    """Settings to be shown: those that are set, without where the run lay and went to."""
+    return {
+        name: _public(value)
         for name, value in settings.items()
         if value is not None and not name.startswith("hub_") and name != "output_dir"
     }
-    return "\n".join(f"| {name} | {_public(value)} |" for name, value in shown.items())
+
+
+def _settings_rows(settings: Mapping) -> str:
+    """Lines of the settings table."""
+    return "\n".join(f"| {name} | {value} |" for name, value in public_settings(settings).items())
 
 
 def _public(value: object) -> object:

@@ -31,6 +31,8 @@ OURS = (
     "cozyrag.json",
     "metrics.jsonl",
     "settings.json",
+    "report.html",
+    "plots",
     "README.md",
 )
 FREE_TO_CHANGE = {  # settings that do not touch the course of training

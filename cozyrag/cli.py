@@ -1,4 +1,4 @@
-"""The command line: `cozyrag train`, `cozyrag plan`, `cozyrag ask`, `cozyrag doctor`, `cozyrag push`.
+"""The command line: `cozyrag train`, `plan`, `ask`, `demo`, `space`, `report`, `compare`, `doctor`, `push`.
 
 Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
 """
@@ -66,6 +66,8 @@ def _main() -> None:
         "plan", help="what a run with these settings would take: hours, memory, disk; trains nothing", add_help=False
     )
     _add_ask(commands)
+    _add_pages(commands)
+    _add_reports(commands)
     _add_doctor(commands)
     _add_push(commands)
     arguments, rest = parser.parse_known_args()
@@ -96,6 +98,59 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
     )
     ask.add_argument("--top_k", type=int, help="passages to read (default: as trained)")
     ask.set_defaults(act=_ask)
+
+
+def _add_pages(commands: argparse._SubParsersAction) -> None:
+    """`demo` and `space`."""
+    demo = commands.add_parser(
+        "demo",
+        help="a page in the browser to try a trained pair on",
+        description="Show a page on this machine: ask, see the answer, the passages it comes from with the sentences that were read "
+        'marked, and what more or fewer passages change. Nothing outside is asked for. Needs: pip install "cozyrag[demo]".',
+    )
+    demo.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
+    demo.add_argument("--port", type=int, help="port on 127.0.0.1 (default: the first free one from 7860)")
+    demo.add_argument("--open", action="store_true", help="open the page in the browser")
+    demo.set_defaults(act=_demo)
+    space = commands.add_parser(
+        "space",
+        help="write that page as a folder for Hugging Face Spaces",
+        description="Write a folder with app.py, requirements.txt and README.md that can be uploaded as a Space as it is. A pair in a "
+        "folder is copied along; one on the Hub is loaded by its name.",
+    )
+    space.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
+    space.add_argument("folder", metavar="FOLDER", help="new folder to write")
+    space.add_argument("--title", help="title of the page (default: the pair's name)")
+    space.set_defaults(act=_space)
+
+
+def _add_reports(commands: argparse._SubParsersAction) -> None:
+    """`report` and `compare`."""
+    report = commands.add_parser(
+        "report",
+        help="the numbers of a run as a page with plots",
+        description="Write OUTPUT/report.html, one file that needs no other, and its plots as PNG into OUTPUT/plots/. Loads the pair "
+        'to see how far its certainty can be trusted and how long an answer takes. Needs: pip install "cozyrag[plots]".',
+    )
+    report.add_argument("run", metavar="OUTPUT", help="output folder of a run")
+    report.add_argument(
+        "--latency",
+        type=int,
+        default=20,
+        metavar="N",
+        help="examined questions to ask one at a time with a clock running (default: %(default)s; 0: none)",
+    )
+    report.set_defaults(act=_report)
+    compare = commands.add_parser(
+        "compare",
+        help="two runs side by side, and whether they differ by more than noise",
+        description="Which settings differ, the scores of the last rounds with 95 % intervals of their differences on the questions "
+        "that both examined, and which questions went from right to wrong or from wrong to right.",
+    )
+    compare.add_argument("run_a", metavar="RUN_A", help="output folder of a run")
+    compare.add_argument("run_b", metavar="RUN_B", help="output folder of another run")
+    compare.add_argument("--html", metavar="FILE", help="write it as a page too, with every flipped question")
+    compare.set_defaults(act=_compare)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -137,6 +192,47 @@ def _ask(arguments: argparse.Namespace) -> None:
         for number, source in enumerate(answer.passages, 1):
             text = source.text if len(source.text) <= 160 else f"{source.text[:157]}..."
             print(f"  [{number}] {source.score:.3f} {source.title or source.id}: {text}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    """Show the page until Ctrl+C."""
+    from transformers.utils import logging
+
+    from cozyrag.app import serve
+
+    logging.disable_progress_bar()
+    serve(arguments.model, port=arguments.port, open_browser=arguments.open)
+
+
+def _space(arguments: argparse.Namespace) -> None:
+    """Write the folder and say what is next."""
+    from cozyrag.space import write_space
+
+    write_space(arguments.model, arguments.folder, title=arguments.title)
+    print(f"{arguments.folder}/ is ready; its README.md says how to try and to upload it.")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Measure what the run did not, and write the report."""
+    from transformers.utils import logging
+
+    from cozyrag.html_report import report
+
+    logging.disable_progress_bar()
+    if arguments.latency < 0:
+        raise InputError(f"--latency: expected 0 or more questions, found {arguments.latency}.")
+    print(f"Written to {report(arguments.run, latency=arguments.latency)}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Print the comparison; write the page if asked."""
+    from cozyrag.comparison import as_text, compare, write_page
+
+    comparison = compare(arguments.run_a, arguments.run_b)
+    print(as_text(comparison))
+    if arguments.html:
+        write_page(comparison, arguments.html)
+        print(f"\nWritten to {arguments.html}")
 
 
 def _doctor(rest: list[str]) -> None:

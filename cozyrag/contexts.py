@@ -22,6 +22,7 @@ from cozyrag.sentences import split_sentences
 FILTERS = ("overlap", "vectors", "both")
 SEARCH_DEPTH = 60
 NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer ones are too often right without being marked so
+Chosen = tuple[int, int, str]  # rank of the passage, number of the sentence in it, both from 0, and the sentence
 CONTEXT_FEATURES = Features(
     {
         "id": Value("string"),
@@ -112,22 +113,33 @@ class ContextMaker:
     def contexts(
         self, questions: Sequence[str], found: Sequence[Sequence[int]], vectors: np.ndarray | None = None
     ) -> list[str]:
-        """The context of each question.
+        """The context of each question; see `chosen`."""
+        chosen = self.chosen(questions, found, vectors)
+        return [self.write(kept, rows) for kept, rows in zip(chosen, found, strict=True)]
+
+    def context(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray] = ()) -> str:
+        """The context of one question; see `_choose`."""
+        return self.write(self._choose(question, rows, cosines), rows)
+
+    def chosen(
+        self, questions: Sequence[str], found: Sequence[Sequence[int]], vectors: np.ndarray | None = None
+    ) -> list[list[Chosen]]:
+        """The sentences that make the context of each question.
 
         Args:
             found: for each question the rows of the passages found, best first.
             vectors: (n_questions, dim) of the questions; not needed for "overlap".
         """
         if self.score_by == "overlap":
-            return [self.context(question, rows) for question, rows in zip(questions, found, strict=True)]
+            return [self._choose(question, rows) for question, rows in zip(questions, found, strict=True)]
         competing = sorted({row for rows in found for row in rows[: self.top_k]})
         sentences = dict(zip(competing, self.sentence_vectors(competing) if competing else [], strict=True))
         return [
-            self.context(question, rows, [_cosines(sentences[row], vector) for row in rows[: self.top_k]])
+            self._choose(question, rows, [_cosines(sentences[row], vector) for row in rows[: self.top_k]])
             for question, rows, vector in zip(questions, found, vectors, strict=True)
         ]
 
-    def context(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray] = ()) -> str:
+    def _choose(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray] = ()) -> list[Chosen]:
         """The best-scored sentences of the top-k passages, in original order, within the budget.
 
         Earlier passages win ties. Each passage brings its title along.
@@ -148,7 +160,7 @@ class ContextMaker:
                 kept.append((rank, number, sentence))
                 titled.add(rank)
                 room -= cost
-        return self._write(sorted(kept), rows)
+        return sorted(kept)
 
     def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
         """What each sentence of these passages is worth."""
@@ -160,7 +172,8 @@ class ContextMaker:
         overlap = np.concatenate(self.words.overlaps(question, rows))
         return overlap if self.score_by == "overlap" else near + _standardized(overlap)
 
-    def _write(self, kept: list[tuple[int, int, str]], rows: Sequence[int]) -> str:
+    def write(self, kept: Sequence[Chosen], rows: Sequence[int]) -> str:
+        """The context that these sentences make: a line for each passage, under its title."""
         parts = []
         for rank in dict.fromkeys(rank for rank, _, _ in kept):
             title = self.passages.titles[rows[rank]].replace("_", " ")

@@ -14,6 +14,7 @@ QUICKSTART = {
 }
 GENERATOR_FOLDER = _PACKAGE / "data" / "generator"
 QUICKSTART_SETTINGS = QUICKSTART_FOLDER / "settings.yaml"
+PAGES_FOLDER = _PACKAGE / "data" / "pages"
 
 
 def shipped_folder(name: str) -> Path:

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 
 from cozyrag import __version__
-from cozyrag.contexts import ContextMaker, sentence_source
+from cozyrag.contexts import Chosen, ContextMaker, sentence_source
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
@@ -21,6 +21,7 @@ from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher, Weights
+from cozyrag.sentences import sentence_spans
 
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 1
@@ -28,12 +29,16 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Source:
-    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or the weighted sum of search.py."""
+    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or the weighted sum of search.py.
+
+    `used`: (start, end), in characters of `text`, of each sentence that the generator was given.
+    """
 
     id: str
     title: str
     text: str
     score: float
+    used: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,9 +165,10 @@ class CozyRAG:
         if k < 1:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
         found = self.searcher.search(questions, k)
-        scores, rows = found.scores, found.rows
+        rows = found.rows.tolist()
         self._maker.top_k = k
-        contexts = self._maker.contexts(questions, rows.tolist(), found.vectors)
+        chosen = self._maker.chosen(questions, rows, found.vectors)
+        contexts = [self._maker.write(kept, ranked) for kept, ranked in zip(chosen, rows, strict=True)]
         texts = self.generator.answer(
             questions,
             contexts,
@@ -173,16 +179,21 @@ class CozyRAG:
             no_answer_threshold=self.no_answer_threshold,
         )
         sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)
-        return [
-            Answer(
-                text, score, context, tuple(self._source(row, score) for row, score in zip(found, points, strict=True))
-            )
-            for text, score, context, found, points in zip(texts, sure, contexts, rows, scores, strict=True)
-        ]
+        sources = [self._sources(*each) for each in zip(rows, found.scores.tolist(), chosen, strict=True)]
+        return [Answer(*each) for each in zip(texts, sure, contexts, sources, strict=True)]
 
-    def _source(self, row: int, score: float) -> Source:
+    def _sources(self, rows: Sequence[int], scores: Sequence[float], chosen: Sequence[Chosen]) -> tuple[Source, ...]:
+        """The passages of one answer, best first, with the places of the sentences that were chosen from each."""
         passages = self.index.passages
-        return Source(passages.ids[row], passages.titles[row], passages.texts[row], float(score))
+        used: dict[int, list[int]] = {}
+        for rank, number, _ in chosen:
+            used.setdefault(rank, []).append(number)
+        sources = []
+        for rank, (row, score) in enumerate(zip(rows, scores, strict=True)):
+            spans = sentence_spans(passages.texts[row]) if rank in used else []
+            places = tuple(spans[number] for number in used.get(rank, ()))
+            sources.append(Source(passages.ids[row], passages.titles[row], passages.texts[row], score, places))
+        return tuple(sources)
 
 
 def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path:

@@ -26,6 +26,7 @@ from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
 from cozyrag.generator import SCRATCH, Generator
+from cozyrag.html_report import tell_report
 from cozyrag.hub import push_pair
 from cozyrag.plan import make_plan, plan_table, verdict
 from cozyrag.retriever import Retriever
@@ -271,3 +272,5 @@ def finish(rounds: Rounds, started: float) -> None:
         rounds.log.say(
             f"Pushed to {push_pair(folder, settings.output.hub_model_id, private=settings.output.hub_private)}"
         )
+    if accelerator.is_main_process:  # last: whatever happens to it, the run is whole and uploaded
+        rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))

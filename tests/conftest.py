@@ -1,6 +1,8 @@
 """Fixtures of the whole suite: no Hub, one thread, tiny models made once."""
 
+import json
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -36,3 +38,42 @@ def corpus_files(tmp_path_factory):
         "eval_questions": tiny.write_jsonl(folder / "eval.jsonl", questions[64:]),
         "passages": tiny.write_jsonl(folder / "passages.jsonl", passages),
     }
+
+
+@pytest.fixture(scope="session")
+def pair_folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
+    """A tiny pair with its index, as a run leaves it; reads three passages, 60 tokens of them."""
+    from cozyrag.generator import Generator
+    from cozyrag.index import PassageIndex, passage_text
+    from cozyrag.passages import read_passages
+    from cozyrag.pipeline import describe_pair
+    from cozyrag.retriever import Retriever
+
+    folder = tmp_path_factory.mktemp("whole") / "my-rag"
+    retriever = Retriever.load(str(retriever_path))
+    passages = read_passages(str(corpus_files["passages"]))[0]
+    texts = [passage_text(row["title"], row["text"]) for row in passages]
+    index = PassageIndex(
+        passages, retriever.encode(texts, kind="document", batch_size=40), fingerprint=retriever.fingerprint()
+    )
+    Generator.load(str(generator_path)).save(folder / "generator")
+    retriever.save(folder / "retriever")
+    index.save(folder / "index")
+    facts = describe_pair(
+        fingerprint=index.fingerprint, retrieval="dense", weight=15.0, top_k=3, context_tokens=60, answer_tokens=4
+    )
+    (folder / "cozyrag.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium of this machine, if there is one and Playwright to drive it."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

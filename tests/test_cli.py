@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import examined
 import pytest
 
 import cozyrag
-from cozyrag import cli, hub, pipeline, run
+from cozyrag import app, cli, html_report, hub, pipeline, run, space
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, passage_text
@@ -69,6 +70,77 @@ def fake_pair(monkeypatch):
 
 
 SHOWN = f"{{}}   (certainty 0.88)\n  [1] 0.912 Title: Short text.\n  [2] -0.500 p2: {'x' * 157}...\n"
+
+
+# ---- cozyrag demo, space, report, compare
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the functions behind the commands are called with."""
+    calls = []
+
+    def note(module, name, result=None):
+        def noted(*args, **kwargs):
+            calls.append((name, args, kwargs))
+            return result
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(app, "serve")
+    note(space, "write_space")
+    note(html_report, "report", Path("my-run/report.html"))
+    return calls
+
+
+def test_demo_shows_the_page(call, told):
+    assert call("demo", "my-run")[0] == 0 and call("demo", "user/name", "--port", 80, "--open")[0] == 0
+    assert told == [
+        ("serve", ("my-run",), {"port": None, "open_browser": False}),
+        ("serve", ("user/name",), {"port": 80, "open_browser": True}),
+    ]
+
+
+def test_space_writes_a_folder_and_says_so(call, told):
+    assert call("space", "my-run", "my-space", "--title", "T")[:2] == (
+        0,
+        "my-space/ is ready; its README.md says how to try and to upload it.\n",
+    )
+    assert told == [("write_space", ("my-run", "my-space"), {"title": "T"})]
+
+
+def test_report_says_where_it_is(call, told):
+    assert call("report", "my-run", "--latency", 0)[:2] == (0, f"Written to {Path('my-run/report.html')}\n")
+    assert call("report", "my-run")[0] == 0
+    assert [kwargs for _, _, kwargs in told] == [{"latency": 0}, {"latency": 20}]
+
+
+def test_report_refuses_less_than_no_questions(call, told):
+    assert call("report", "my-run", "--latency", -1)[::2] == (
+        2,
+        "error: --latency: expected 0 or more questions, found -1.\n",
+    )
+
+
+def test_compare_prints_and_writes_the_page(call, tmp_path):
+    a = examined.write_run(tmp_path / "a", [[examined.row(1, em=1)]])
+    b = examined.write_run(tmp_path / "b", [[examined.row(1, em=0)]], seed=2)
+    code, out, _ = call("compare", a, b)
+    assert code == 0 and "right -> wrong: 1" in out and "Written" not in out
+    code, out, _ = call("compare", a, b, "--html", tmp_path / "page.html")
+    assert code == 0 and out.endswith(f"Written to {tmp_path / 'page.html'}\n")
+    assert "Question 1?" in (tmp_path / "page.html").read_text()
+
+
+def test_compare_with_a_folder_that_is_no_run_is_refused(call, tmp_path):
+    code, _, err = call("compare", tmp_path, tmp_path)
+    assert code == 2 and err.startswith("error: Expected examined questions in")
+
+
+@pytest.mark.parametrize("command", ["demo", "space", "report", "compare"])
+def test_help_of_each_page_command_says_what_it_does(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0 and len(out.split()) > 30
 
 
 # ---- cozyrag ask

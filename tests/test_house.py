@@ -15,19 +15,19 @@ TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sort
 # A module may import modules of the tiers above its own line, never of its own line or below.
 TIERS = (
     ("errors", "embedded", "losses", "metrics", "fingerprints", "lexical", "penalties", "refresh", "sentences"),
-    ("tables", "prompts", "index", "tracking", "cards", "retriever"),
+    ("tables", "prompts", "index", "tracking", "cards", "retriever", "finished", "pages", "pictures"),
     ("passages", "batches", "search"),
     ("questions", "generator", "contexts"),
     ("corpus", "evaluation", "feedback", "pipeline", "gate"),
-    ("config", "hub"),
-    ("trainer", "checkpoint"),
+    ("config", "hub", "comparison"),
+    ("trainer", "checkpoint", "html_report"),
     ("report", "doctor"),
     ("retrieval",),
     ("caches",),
     ("rounds",),
     ("probe",),
-    ("plan",),
-    ("run",),
+    ("plan", "app"),
+    ("run", "space"),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}

@@ -122,6 +122,14 @@ def test_the_context_is_made_of_sentences_of_the_sources(pair):
             assert title in titles and all(sentence.rstrip(".") in texts for sentence in sentences.split(". "))
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 10])
+def test_the_sources_say_which_of_their_sentences_make_the_context(pair, top_k):
+    for answer in pair.answers(ASKED, top_k=top_k):
+        read = [(source, [source.text[start:end] for start, end in source.used]) for source in answer.passages]
+        assert answer.context == "\n".join(f"{source.title}: {' '.join(parts)}" for source, parts in read if parts)
+        assert all(part.endswith(".") and part.count(".") == 1 for _, parts in read for part in parts)
+
+
 def written(model, tokenizer, prompt, tokens):
     """Greedy decoding by hand, one token at a time, without cache, batch or padding."""
     ids = list(prompt)

@@ -113,6 +113,15 @@ def metrics(folder, kind):
     return [row for row in rows if row["kind"] == kind]
 
 
+def test_a_run_ends_with_its_report(one_process):
+    pytest.importorskip("matplotlib")
+    folder, screen = one_process
+    assert f"{folder / 'report.html'} shows this run as a page with plots." in screen
+    assert (folder / "report.html").read_text(encoding="utf-8").count("<svg") == 5
+    names = ["calibration", "losses", "scores", "times", "verdicts"]
+    assert sorted(path.stem for path in (folder / "plots").iterdir()) == names
+
+
 def test_what_a_run_leaves_behind_loads_with_the_ordinary_libraries(one_process):
     folder, _ = one_process
     AutoTokenizer.from_pretrained(folder / "generator")

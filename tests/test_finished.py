@@ -1,0 +1,43 @@
+"""Reading a run's folder again: what is found, what is refused, and rows taken at even distances."""
+
+import examined
+import pytest
+
+from cozyrag.errors import InputError
+from cozyrag.finished import FinishedRun, examined_files, read_lines, spread
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    rounds = [[examined.row(1, em=0)], [examined.row(1, em=1)]]
+    run = FinishedRun.read(examined.write_run(tmp_path / "run", rounds, seed=7))
+    assert run.examined == dict(enumerate(rounds)) and run.last == 1
+    assert run.settings["seed"] == 7 and run.metrics == examined.METRICS
+    assert [row["seconds"] for row in run.rows("time")] == [30.0, 60.0]
+
+
+def test_a_run_without_metrics_or_settings_is_read_too(tmp_path):
+    folder = examined.write_run(tmp_path / "run", [[examined.row(1, em=0)]])
+    (folder / "metrics.jsonl").unlink()
+    (folder / "settings.json").unlink()
+    run = FinishedRun.read(str(folder))
+    assert (run.settings, run.metrics, run.last) == ({}, [], 0)
+
+
+def test_a_folder_without_examinations_is_refused(tmp_path):
+    assert examined_files(tmp_path) == {}
+    with pytest.raises(InputError, match="Expected examined questions in .*examined, found none"):
+        FinishedRun.read(tmp_path)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: expected a JSON object"):
+        read_lines(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "taken"), [(3, [0, 3, 6]), (1, [0]), (10, list(range(10))), (99, list(range(10))), (0, [])]
+)
+def test_spread_takes_rows_at_even_distances(count, taken):
+    assert spread(list(range(10)), count) == taken

