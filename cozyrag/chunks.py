@@ -7,8 +7,9 @@ the ends of paragraphs where they can, so a small edit moves few of them. Left o
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from cozyrag.sentences import sentence_spans
 
@@ -63,6 +64,35 @@ def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:
         shared = _shared(pieces[:start], overlap, words / 2) if start else 0
         spans.append((pieces[start - shared].start, pieces[end - 1].end))
     return [text[start:end].strip() for start, end in spans]
+
+
+def join_sections(
+    sections: Iterable[tuple[tuple[str, ...], str]], *, least: float, most: float
+) -> list[tuple[tuple[str, ...], str]]:
+    """Sections of fewer than `least` words joined with the one before, up to `most`: a note of many short ones is one text.
+
+    Sections are pairs of heading path and text. What two of them have in common stays their path, the rest of the
+    headings moves into the text. A heading without text of its own goes with what follows.
+    """
+    joined: list[tuple[tuple[str, ...], str]] = []
+    held = 0.0
+    for path, text in sections:
+        words = count_words(text)
+        if joined and not joined[-1][1].strip() and path[: len(joined[-1][0])] == joined[-1][0]:
+            joined.pop()  # a heading with nothing but further headings below it
+        elif joined and min(held, words) < least and held + words <= most:
+            before, old = joined.pop()
+            shared = len(commonprefix([before, path]))
+            path, text = before[:shared], f"{_under(before[shared:], old)}\n{_under(path[shared:], text)}".strip("\n")
+            words += held
+        joined.append((path, text))
+        held = words
+    return [(path, text) for path, text in joined if text.strip()]
+
+
+def _under(headings: Sequence[str], text: str) -> str:
+    """A text below those headings that its passage's title will not have; a heading that stands alone stays a line."""
+    return "\n".join([*headings, text]).strip("\n")
 
 
 def _sentences(text: str) -> list[Piece]:

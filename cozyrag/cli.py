@@ -1,4 +1,4 @@
-"""The command line: `cozyrag train`, `cozyrag plan`, `cozyrag ask`, `cozyrag doctor`, `cozyrag push`.
+"""The command line: `cozyrag passages`, `questions`, `index`, `train`, `plan`, `ask`, `doctor`, `push`.
 
 Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
 """
@@ -38,6 +38,13 @@ Exit code 0 if nothing is wrong, 2 with a sentence on what is and what to do. `c
 """
 
 
+DATA_COMMANDS = {
+    "passages": "cut texts (files, folders, a wiki, a Hub dataset) into passages to search",
+    "questions": "make a file of questions, or check one against the passages",
+    "index": "encode passages on all processes and make their index",
+}
+
+
 def door(act: Callable[[], None]) -> None:
     """Run an act; turn an InputError into its sentence on stderr and exit code 2, once over all processes."""
     try:
@@ -65,6 +72,8 @@ def _main() -> None:
     commands.add_parser(
         "plan", help="what a run with these settings would take: hours, memory, disk; trains nothing", add_help=False
     )
+    for name, told in DATA_COMMANDS.items():
+        commands.add_parser(name, help=told, add_help=False)
     _add_ask(commands)
     _add_doctor(commands)
     _add_push(commands)
@@ -80,6 +89,8 @@ def _main() -> None:
             rest,
             description="Probe for half a minute what a run with these settings would take. Settings as of `cozyrag train`.",
         )
+    elif arguments.command in DATA_COMMANDS:
+        _prepare(arguments.command, rest)
     elif arguments.command == "doctor":
         _doctor(rest)
     elif rest:
@@ -137,6 +148,17 @@ def _ask(arguments: argparse.Namespace) -> None:
         for number, source in enumerate(answer.passages, 1):
             text = source.text if len(source.text) <= 160 else f"{source.text[:157]}..."
             print(f"  [{number}] {source.score:.3f} {source.title or source.id}: {text}")
+
+
+def _prepare(command: str, rest: list[str]) -> None:
+    """One of DATA_COMMANDS; each reads its own arguments."""
+    if command == "passages":
+        from cozyrag.gathering import passages as act
+    elif command == "questions":
+        from cozyrag.checking import questions as act
+    else:
+        from cozyrag.indexing import index as act
+    act(rest)
 
 
 def _doctor(rest: list[str]) -> None:
