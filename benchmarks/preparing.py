@@ -44,7 +44,10 @@ def main() -> None:
         time.sleep(0.2)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     facts = {f"peak_{kind.lower()}_mb": round(kilobytes / 1024) for kind, kilobytes in peak.items()}
-    facts |= {"seconds": round(time.perf_counter() - started, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
+    facts |= {
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+    }
     print(json.dumps(facts | {"cores": os.cpu_count(), "exit_code": process.returncode}))
 
 

@@ -22,7 +22,7 @@ HEADING_WORDS = 12  # a shorter line that is a paragraph of its own stays with t
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _SOUTH_EAST = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CHARACTERS_A_WORD = {_IDEOGRAPHS: 1.6, _SOUTH_EAST: 4.0}
-_CLAUSE_END = re.compile(r"[,;:，；：、،؛]\s*|\s+")
+_CLAUSE_END = re.compile(r"[,;:،؛]\s+|[，；：、]\s*|\s+")
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,3 +187,7 @@ def _push(arguments: argparse.Namespace) -> None:
     from cozyrag.hub import push_pair
 
     print(f"Pushed to {push_pair(arguments.model, arguments.repo, private=arguments.private)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ TIERS = (
     ("tables", "prompts", "index", "tracking", "cards", "retriever", "chunks", "markup"),
     ("passages", "batches", "search", "documents"),
     ("questions", "generator", "contexts", "cutting"),
-    ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "indexing"),
+    ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
     ("config", "hub", "gathering"),
     ("trainer", "checkpoint"),
     ("report", "doctor"),
@@ -37,10 +37,11 @@ TIERS = (
     ("probe",),
     ("plan",),
     ("run",),
+    ("indexing",),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "probe", "plan", "cli"}
+MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "probe", "plan", "indexing", "cli"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",
