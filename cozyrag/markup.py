@@ -59,7 +59,7 @@ def unwrap(lines: Iterable[str], least: int = 0) -> str:
     """Lines of one paragraph put together where a line has `least` characters or more; no space between ideographs."""
     text = ""
     last = 0
-    for line in (line.strip() for line in lines):
+    for line in filter(None, map(str.strip, lines)):
         if text and last >= least:
             wide = "\u2e80" < text[-1] < "\ua000" and line[:1] > "\u2e80"
             text += line if wide else f" {line}"
@@ -84,13 +84,13 @@ def plain_article(text: str, where: str) -> Article:
 _ATX = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$")
 _SETEXT = re.compile(r" {0,3}(=+|-+)\s*$")
 _FENCE = re.compile(r"\s*(```|~~~)")
+_DEFINITION = re.compile(r" {0,3}\[[^\]]+\]:\s+\S+\s*(?:[\"'(].*)?$")  # the address of a link that goes by name
 _OWN_LINE = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|\||>)")
 _MARKS = (
     (re.compile(r"<!--.*?-->", re.S), ""),
     (re.compile(r"!\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
     (re.compile(r"!?\[\[(?:[^\]|]*\|)?([^\]|]*)\]\]"), r"\1"),
     (re.compile(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
-    (re.compile(r"^\s*\[[^\]]+\]:\s+\S.*$", re.M), ""),
     (re.compile(r"(\*\*|__|~~)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
     (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
     (re.compile(r"(?<![\w_])_(?=\S)([^_\n]+?)(?<=\S)_(?![\w_])"), r"\1"),
@@ -119,7 +119,7 @@ def markdown_article(text: str, where: str) -> Article:
         elif setext and len(block) == 1 and not _OWN_LINE.match(block[0]):
             outline.heading(1 if setext[1][0] == "=" else 2, _bare(block[0]))
             block = []
-        elif not line.strip() or setext:
+        elif not line.strip() or setext or _DEFINITION.match(line):
             block = _flush(outline, block)
         else:
             block = [*(_flush(outline, block) if _OWN_LINE.match(line) else block), line]
