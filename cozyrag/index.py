@@ -236,14 +236,14 @@ class PassageIndex:
         write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory)
 
     @classmethod
-    def load(cls, folder: str | Path, *, fingerprint: str) -> "PassageIndex":
+    def load(cls, folder: str | Path, *, fingerprint: str, expected: Passages | None = None) -> "PassageIndex":
         """Read what `save` or `cozyrag index` wrote; the FAISS index is rebuilt from the vectors (flat: milliseconds).
 
         Beside a quantised index the vectors stay on the disk, memory-mapped.
 
         Raises:
-            InputError: a file is missing, the vectors were made by another retriever than `fingerprint`'s, or they are not
-                as many as the passages.
+            InputError: a file is missing, the vectors were made by another retriever than `fingerprint`'s, they are not as
+                many as the passages, or those are not the `expected` ones.
         """
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).exists()]
@@ -265,6 +265,11 @@ class PassageIndex:
             raise InputError(
                 f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(tensors[COLUMN])}: the files are not of "
                 "one index, and passages would be found under the vectors of others. Copy the whole folder again, or run train.py again."
+            )
+        if expected is not None and Passages.of(table) != expected:
+            raise InputError(
+                f"Expected the index in {folder} to be of the {len(expected.ids)} passages that are searched, found {len(table)} passages that are not "
+                "the same. Run `cozyrag index` again with that passage file: only what has changed is encoded."
             )
         kept = "sentence_vectors" in tensors
         sentences = SentenceVectors(tensors["sentence_vectors"], tensors["sentence_ends"]) if kept else None

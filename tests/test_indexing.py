@@ -17,6 +17,7 @@ from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex, made_by, open_vectors
 from cozyrag.indexing import index
 from cozyrag.retriever import Retriever
+from cozyrag.run import train
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -142,6 +143,29 @@ def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, cap
         run(passages, tmp_path / "index", retriever_path, "--index_memory", "1KB")
     made.save(tmp_path / "index")  # onto the file that its vectors are read from
     assert loaded(tmp_path / "index", retriever_path).factory == "SQ8"
+
+
+def test_a_run_takes_the_vectors_while_the_retriever_is_the_same(
+    tmp_path, retriever_path, generator_path, corpus_files, encoded
+):
+    run(corpus_files["passages"], tmp_path / "index", retriever_path)
+    encoded.clear()
+    words = {
+        "generator": generator_path,
+        "retriever": retriever_path,
+        "index": tmp_path / "index",
+        "output_dir": tmp_path / "out",
+    }
+    words |= {"questions": corpus_files["questions"], "passages": corpus_files["passages"], "rounds": 0, "threads": 1, "context_filter": "overlap"}  # fmt: skip
+    train([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    texts = set(loaded(tmp_path / "out" / "index", retriever_path).passages.to_read())
+    assert encoded and not texts & set(encoded)
+    words |= {
+        "passages": tiny.write_jsonl(tmp_path / "other.jsonl", tiny.corpus(41)[0]),
+        "output_dir": tmp_path / "other",
+    }
+    with pytest.raises(InputError, match="of the 41 passages that are searched, found 40"):
+        train([word for name, value in words.items() for word in (f"--{name}", str(value))])
 
 
 # ---- what is refused
