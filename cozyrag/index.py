@@ -63,8 +63,8 @@ def choose_index(count: int, dimensions: int, memory: int | None) -> str:
         if memory is None or count * dimensions * size <= memory:
             return factory
     raise InputError(
-        f"--index_memory: {count} vectors of {dimensions} dimensions need at least {count * dimensions * size / 1e6:.0f} MB ({factory}), "
-        f"found {memory / 1e6:.0f} MB. Give more, or index fewer passages."
+        f"--index_memory: {count} vectors of {dimensions} dimensions need at least {count * dimensions * size / 1e6:,.2f} MB ({factory}), "
+        f"found {memory / 1e6:,.2f} MB. Give more, or index fewer passages."
     )
 
 
@@ -99,7 +99,7 @@ def search_shards(shards: Iterable[np.ndarray], queries: np.ndarray, k: int) -> 
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     scores, rows = np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
     before = 0
-    for shard in shards:
+    for shard in filter(len, shards):
         found, places = build_faiss(shard, "Flat").search(queries, min(k + SPARE, len(shard)))
         scores, rows = np.hstack([scores, found]), np.hstack([rows, places + before])
         scores, rows = _best(scores, rows, k + SPARE)
