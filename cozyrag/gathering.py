@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cozyrag.assemble import Summary, assemble, check_output, summary_path
 from cozyrag.cutting import Batch, Cutting, make_part, read_counts
-from cozyrag.documents import FORMATS, Source, find_sources, read_container
+from cozyrag.documents import FORMATS, HUB, Source, find_sources, read_container
 from cozyrag.errors import InputError
 from cozyrag.tables import SHOWN, BadRows
 
@@ -160,7 +160,7 @@ def gather(
     """Cut everything into part files in `folder`; returns them in the order of the sources. Parts already there are kept."""
     folder.mkdir(exist_ok=True)
     there, parts = {path.name for path in folder.glob("*.parquet")}, []
-    size = sum(source.size for source in sources) if all(source.size for source in sources) else None
+    size = None if any(source.format == HUB for source in sources) else sum(source.size for source in sources)
     with tqdm(total=size, desc="reading and cutting", unit="B", unit_scale=True) as bar, _Workers(workers, bar) as pool:
         if there:
             bar.write(f"Going on: {len(there)} parts are there already.", file=sys.stderr)

@@ -3,6 +3,8 @@
 import bz2
 import gzip
 import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import datasets
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pytest
 
 import cozyrag.gathering
 from cozyrag.errors import InputError
-from cozyrag.gathering import passages
+from cozyrag.gathering import _Workers, passages
 from cozyrag.passages import read_passages
 
 DOCS = """<doc id="12" url="http://en.wikipedia.org/wiki?curid=12" title="Anarchism">
@@ -112,6 +114,23 @@ def test_a_folder_of_documents(tmp_path):
     facts = summary(tmp_path)
     assert facts["articles_without_text"] == 1 and facts["unknown_files"] == 1
     assert facts["unknown_files_first"][0].endswith("photo.jpg")
+
+
+def test_the_time_left_is_known_in_bytes(tmp_path, capsys):
+    (tmp_path / "a.md").write_text("The pump lifts water from the well behind the house.")
+    (tmp_path / "empty.md").write_text("")
+    articles(tmp_path / "b.jsonl", [long("fox")])
+    run(tmp_path, tmp_path)
+    size = sum((tmp_path / name).stat().st_size for name in ("a.md", "b.jsonl"))
+    assert f"{size / 1000:.2f}k/{size / 1000:.2f}k" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_told_with_the_remedy(tmp_path, monkeypatch):
+    workers = _Workers(1, bar=None)
+    workers.waiting.add(future := Future())
+    future.set_exception(BrokenProcessPool("gone"))
+    with pytest.raises(InputError, match="Run the same command again"), workers:
+        pass
 
 
 def test_the_output_inside_of_the_folder_is_no_input(tmp_path):
