@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tqdm import tqdm
 
 import cozyrag.gathering
 from cozyrag.errors import InputError
@@ -125,8 +126,8 @@ def test_the_time_left_is_known_in_bytes(tmp_path, capsys):
     assert f"{size / 1000:.2f}k/{size / 1000:.2f}k" in capsys.readouterr().err
 
 
-def test_a_worker_that_dies_is_told_with_the_remedy(tmp_path, monkeypatch):
-    workers = _Workers(1, bar=None)
+def test_a_worker_that_dies_is_told_with_the_remedy():
+    workers = _Workers(1, bar=tqdm(disable=True))
     workers.waiting.add(future := Future())
     future.set_exception(BrokenProcessPool("gone"))
     with pytest.raises(InputError, match="Run the same command again"), workers:
