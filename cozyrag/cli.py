@@ -1,4 +1,4 @@
-"""The command line: `cozyrag train`, `plan`, `ask`, `demo`, `space`, `report`, `compare`, `doctor`, `push`.
+"""The command line: `cozyrag passages`, `questions`, `index`, `train`, `plan`, `ask`, `demo`, `space`, `report`, `compare`, `doctor`, `push`.
 
 Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
 """
@@ -38,6 +38,13 @@ Exit code 0 if nothing is wrong, 2 with a sentence on what is and what to do. `c
 """
 
 
+DATA_COMMANDS = {
+    "passages": "cut texts (files, folders, a wiki, a Hub dataset) into passages to search",
+    "questions": "make a file of questions, or check one against the passages",
+    "index": "encode passages on all processes and make their index",
+}
+
+
 def door(act: Callable[[], None]) -> None:
     """Run an act; turn an InputError into its sentence on stderr and exit code 2, once over all processes."""
     try:
@@ -65,6 +72,8 @@ def _main() -> None:
     commands.add_parser(
         "plan", help="what a run with these settings would take: hours, memory, disk; trains nothing", add_help=False
     )
+    for name, told in DATA_COMMANDS.items():
+        commands.add_parser(name, help=told, add_help=False)
     _add_ask(commands)
     _add_pages(commands)
     _add_reports(commands)
@@ -82,6 +91,8 @@ def _main() -> None:
             rest,
             description="Probe for half a minute what a run with these settings would take. Settings as of `cozyrag train`.",
         )
+    elif arguments.command in DATA_COMMANDS:
+        _prepare(arguments.command, rest)
     elif arguments.command == "doctor":
         _doctor(rest)
     elif rest:
@@ -235,6 +246,17 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"\nWritten to {arguments.html}")
 
 
+def _prepare(command: str, rest: list[str]) -> None:
+    """One of DATA_COMMANDS; each reads its own arguments."""
+    if command == "passages":
+        from cozyrag.gathering import passages as act
+    elif command == "questions":
+        from cozyrag.checking import questions as act
+    else:
+        from cozyrag.indexing import index as act
+    act(rest)
+
+
 def _doctor(rest: list[str]) -> None:
     """Check a folder if one is named, else the settings."""
     if not rest or rest[0].startswith("-"):
@@ -261,3 +283,7 @@ def _push(arguments: argparse.Namespace) -> None:
     from cozyrag.hub import push_pair
 
     print(f"Pushed to {push_pair(arguments.model, arguments.repo, private=arguments.private)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -49,6 +49,11 @@ class DataSettings:
         None,
         "Passages to search: .jsonl/.csv/.parquet file or Hub dataset id. None: the contexts that the question files carry.",
     )
+    index: str | None = setting(
+        None,
+        "Folder that `cozyrag index` made of --passages: its vectors are taken while the retriever is the one that made them, instead of "
+        "encoding all passages at the start. Vectors of sentences are then made on the fly.",
+    )
     questions_split: str = setting("train", "Split to read when --questions is a Hub dataset.")
     eval_split: str = setting("validation", "Split to read when --eval_questions is a Hub dataset.")
     passages_split: str = setting("train", "Split to read when --passages is a Hub dataset.")

@@ -6,7 +6,8 @@ with the passages found (contexts.py).
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import faiss
 import numpy as np
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
@@ -24,6 +26,9 @@ from cozyrag.sentences import SentenceVectors, sentence_spans, split_sentences
 COLUMN = "vectors"
 SPARE = 16
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
+BYTES = {"Flat": 4, "SQ8": 1}  # of memory for each dimension of a vector, by FAISS index; the first one is exact
+TRAINED_ON = 100_000  # vectors, evenly spread, that a quantised index learns its ranges from
+ADDED = 65_536  # vectors handed to FAISS at once
 
 
 def passage_text(title: str, text: str) -> str:
@@ -35,6 +40,88 @@ def made_by(folder: str | Path) -> str | None:
     """Fingerprint of the retriever whose vectors lie in a folder; None when no whole index is there."""
     path = Path(folder) / "index.json"
     return json.loads(path.read_text(encoding="utf-8"))["retriever_fingerprint"] if path.exists() else None
+
+
+def write_facts(path: Path, fingerprint: str, shape: tuple[int, int], factory: str) -> None:
+    """Write index.json: whose vectors, how many (`shape`: (n, dim)), and which FAISS index."""
+    facts = {
+        "retriever_fingerprint": fingerprint,
+        "passages": shape[0],
+        "dimensions": shape[1],
+        "metric": "inner product",
+        "factory": factory,
+    }
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def choose_index(count: int, dimensions: int, memory: int | None) -> str:
+    """The FAISS index, a key of BYTES, for `count` vectors within `memory` bytes: the most exact one that fits; None: no limit.
+
+    Raises InputError if none fits.
+    """
+    for factory, size in BYTES.items():
+        if memory is None or count * dimensions * size <= memory:
+            return factory
+    raise InputError(
+        f"--index_memory: {count} vectors of {dimensions} dimensions need at least {count * dimensions * size / 1e6:,.2f} MB ({factory}), "
+        f"found {memory / 1e6:,.2f} MB. Give more, or index fewer passages."
+    )
+
+
+def build_faiss(vectors: np.ndarray, factory: str) -> faiss.Index:
+    """A FAISS index of vectors (n, dim), which may be memory-mapped; the same vectors give the same index."""
+    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:
+        sample = np.unique(np.linspace(0, len(vectors) - 1, min(TRAINED_ON, len(vectors))).astype(np.int64))
+        index.train(np.ascontiguousarray(vectors[sample], dtype=np.float32))
+    for start in range(0, len(vectors), ADDED):
+        index.add(np.ascontiguousarray(vectors[start : start + ADDED], dtype=np.float32))
+    return index
+
+
+def open_vectors(path: str | Path) -> np.ndarray:
+    """The vectors (n, dim) float32 of a vectors.safetensors, memory-mapped: only what is touched is read."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        facts = json.loads(file.read(length))[COLUMN]
+    return np.memmap(path, np.float32, "r", offset=8 + length + facts["data_offsets"][0], shape=tuple(facts["shape"]))
+
+
+def search_shards(shards: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search over vectors that lie in several arrays, as `PassageIndex.search` over one that holds them all in order.
+
+    Args:
+        shards: each (n, dim) float32, may be memory-mapped; one at a time is held in memory.
+
+    Returns:
+        scores (n, k) descending and rows (n, k), counted over all shards; equal scores stand in the order of the rows.
+    """
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    scores, rows = np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
+    before = 0
+    for shard in filter(len, shards):
+        found, places = build_faiss(shard, "Flat").search(queries, min(k + SPARE, len(shard)))
+        scores, rows = np.hstack([scores, found]), np.hstack([rows, places + before])
+        scores, rows = _best(scores, rows, k + SPARE)
+        before += len(shard)
+    return scores[:, :k], rows[:, :k]
+
+
+def share_found(index: faiss.Index, vectors: np.ndarray, *, asked: int = 100, k: int = 10) -> float:
+    """Recall of a quantised index: the share of the `k` exact nearest that it finds for `asked` of the vectors, evenly spread."""
+    queries = vectors[np.unique(np.linspace(0, len(vectors) - 1, asked).astype(np.int64))]
+    shards = (vectors[start : start + ADDED] for start in range(0, len(vectors), ADDED))
+    exact = search_shards(shards, queries, k)[1]
+    found = index.search(np.ascontiguousarray(queries), min(k + SPARE, len(vectors)))[1]
+    scores = np.einsum("nkd,nd->nk", vectors[found], queries)
+    rows = _best(scores, found, k)[1]
+    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact, rows, strict=True)]))
+
+
+def _best(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of each line, equal scores in the order of the rows."""
+    order = np.lexsort((rows, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
 
 
 @contextmanager
@@ -82,17 +169,24 @@ class Passages:
 
 
 class PassageIndex:
-    """Exact inner-product search over L2-normalised vectors.
+    """Inner-product search over L2-normalised vectors, exact unless `factory` names a quantised index.
 
     Args:
         table: passages, columns id, title, text.
         vectors: (n_passages, dim) float32, row i = passage i.
         fingerprint: that of the retriever that made the vectors.
         sentences: vectors of the passages' sentences, for the context filter; None where they are made on the fly.
+        factory: a key of BYTES. A quantised index finds candidates, which are then scored by the vectors themselves.
     """
 
     def __init__(
-        self, table: Dataset, vectors: np.ndarray, *, fingerprint: str, sentences: SentenceVectors | None = None
+        self,
+        table: Dataset,
+        vectors: np.ndarray,
+        *,
+        fingerprint: str,
+        sentences: SentenceVectors | None = None,
+        factory: str = "Flat",
     ):
         if len(table) != len(vectors):  # datasets would attach a wrong number of vectors without a word
             raise ValueError(f"expected one vector for each of {len(table)} passages, found {len(vectors)}")
@@ -100,8 +194,8 @@ class PassageIndex:
         self.vectors = vectors
         self.sentences = sentences
         self.fingerprint = fingerprint
-        self._index = faiss.IndexFlatIP(vectors.shape[1])
-        self._index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        self.factory = factory
+        self._index = build_faiss(vectors, factory)
         self._table = table.select_columns(
             ["id"]
         )  # a Dataset of our own: the caller's stays free of the index, which goes by name
@@ -124,11 +218,11 @@ class PassageIndex:
         """
         k = min(k, len(self))
         # FAISS keeps any of those that tie for the last place, so a few more are asked for and cut off after sorting.
-        scores, rows = self._table.search_batch(
-            COLUMN, np.ascontiguousarray(queries, dtype=np.float32), min(k + SPARE, len(self))
-        )
-        order = np.lexsort((rows, -scores), axis=-1)[:, :k]
-        return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        scores, rows = self._table.search_batch(COLUMN, queries, min(k + SPARE, len(self)))
+        if self.factory != "Flat":
+            scores = np.einsum("nkd,nd->nk", self.vectors[rows], queries)
+        return _best(scores, rows, k)
 
     def save(self, folder: str | Path) -> None:
         """Write passages, vectors, FAISS file and index.json."""
@@ -139,24 +233,21 @@ class PassageIndex:
         tensors = {COLUMN: np.ascontiguousarray(self.vectors)}
         if self.sentences is not None:
             tensors |= {"sentence_vectors": self.sentences.vectors, "sentence_ends": self.sentences.ends}
-        save_file(tensors, folder / "vectors.safetensors")
+        # Beside its place first: the vectors that are written may be read from the very file that is there.
+        save_file(tensors, folder / "vectors.safetensors.new")
+        os.replace(folder / "vectors.safetensors.new", folder / "vectors.safetensors")
         faiss.write_index(self._index, str(folder / "index.faiss"))
-        facts = {
-            "retriever_fingerprint": self.fingerprint,
-            "passages": len(self),
-            "dimensions": self.vectors.shape[1],
-            "metric": "inner product",
-            "factory": "Flat",
-        }
-        (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory)
 
     @classmethod
-    def load(cls, folder: str | Path, *, fingerprint: str) -> "PassageIndex":
-        """Read what `save` wrote; the flat FAISS index is rebuilt from the vectors, which takes milliseconds.
+    def load(cls, folder: str | Path, *, fingerprint: str, expected: Passages | None = None) -> "PassageIndex":
+        """Read what `save` or `cozyrag index` wrote; the FAISS index is rebuilt from the vectors (flat: milliseconds).
+
+        Beside a quantised index the vectors stay on the disk, memory-mapped.
 
         Raises:
-            InputError: a file is missing, the vectors were made by another retriever than `fingerprint`'s, or they are not
-                as many as the passages.
+            InputError: a file is missing, the vectors were made by another retriever than `fingerprint`'s, they are not as
+                many as the passages, or those are not the `expected` ones.
         """
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).exists()]
@@ -172,12 +263,37 @@ class PassageIndex:
             )
         with _no_bars():
             table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
-        tensors = load_file(folder / "vectors.safetensors")
+        factory = _factory(folder)
+        tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
         if len(table) != len(tensors[COLUMN]):
             raise InputError(
                 f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(tensors[COLUMN])}: the files are not of "
                 "one index, and passages would be found under the vectors of others. Copy the whole folder again, or run train.py again."
             )
+        if expected is not None and Passages.of(table) != expected:
+            raise InputError(
+                f"Expected the index in {folder} to be of the {len(expected.ids)} passages that are searched, found {len(table)} passages that are not "
+                "the same. Run `cozyrag index` again with that passage file: only what has changed is encoded."
+            )
         kept = "sentence_vectors" in tensors
         sentences = SentenceVectors(tensors["sentence_vectors"], tensors["sentence_ends"]) if kept else None
-        return cls(table, tensors[COLUMN], fingerprint=found, sentences=sentences)
+        return cls(table, tensors[COLUMN], fingerprint=found, sentences=sentences, factory=factory)
+
+
+def _factory(folder: Path) -> str:
+    facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    factory = facts.get("factory", "Flat")
+    if factory not in BYTES:
+        raise InputError(
+            f"{folder / 'index.json'}: expected a FAISS index among {', '.join(BYTES)}, found {factory!r}. Update cozyrag, or make the index again."
+        )
+    return factory
+
+
+def _tensors(path: Path, *, mapped: bool) -> dict[str, np.ndarray]:
+    """The tensors of a file; `mapped`: the vectors stay in it until they are touched."""
+    if not mapped:
+        return load_file(path)
+    with safe_open(path, framework="numpy") as file:
+        others = {name: file.get_tensor(name) for name in file.keys() if name != COLUMN}
+    return {COLUMN: open_vectors(path), **others}

@@ -6,7 +6,7 @@ search: texts are kept to the letter, and only equal texts are equal.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from datasets import Dataset, Features, Value
 
@@ -39,19 +39,43 @@ def read_passages(
     Raises InputError for whatever `read_rows` raises it, without text column, for two texts under one id, without any
     usable row, and for bad rows unless `skip_bad_rows`.
     """
-    bad, found = BadRows(), {}
+    bad = BadRows()
     passages = _Unique()
-    for row in read_rows(source, split=split, known=(id_column, title_column, text_column), bad=bad):
-        found.update(dict.fromkeys(row.values))
+    names = {"id_column": id_column, "title_column": title_column, "text_column": text_column}
+    for row, *passage in stream_passages(source, split=split, **names, bad=bad):
         try:
-            passages.add(row, *_parsed(row, id_column, title_column, text_column))
+            passages.add(row, *passage)
         except BadValue as problem:
             bad.add(row.where, str(problem))
-    finish_columns(source, found, text_column, "--text_column")
     report = bad.finish(source, skip_bad_rows)
     if not passages.texts:
         raise no_rows(source, "text")
     return passages.table(), report
+
+
+def stream_passages(
+    source: str,
+    *,
+    split: str,
+    id_column: str,
+    title_column: str,
+    text_column: str,
+    bad: BadRows,
+    told: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Row, str, str, str]]:
+    """Rows with the id, title and text of their passages, one at a time, nothing kept; ids may repeat.
+
+    For corpora that do not fit in memory; `read_passages` says what is made of a row, `read_rows` what `told` is.
+    """
+    found = {}
+    known = (id_column, title_column, text_column)
+    for row in read_rows(source, split=split, known=known, bad=bad, streaming=told is not None, told=told):
+        found.update(dict.fromkeys(row.values))
+        try:
+            yield row, *_parsed(row, id_column, title_column, text_column)
+        except BadValue as problem:
+            bad.add(row.where, str(problem))
+    finish_columns(source, found, text_column, "--text_column")
 
 
 def passages_from_contexts(rows: Iterable[tuple[str, str]]) -> Dataset:

@@ -7,7 +7,7 @@ several gold passages for a question, plausible wrong answers, and everything do
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,9 @@ class _Columns:
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class Question:
+    """A row as it was read; `id` and `title` may be empty, `context` is what a row carries itself, "" for most."""
+
     id: str
     question: str
     answers: list[str]
@@ -92,22 +94,43 @@ def read_questions(
     Raises InputError for whatever `read_rows` raises it, without question column, without answer column if
     `needs_answer`, for an id given twice, without any usable row, and for bad rows unless `skip_bad_rows`.
     """
+    columns = {"question_column": question_column, "answer_column": answer_column, "context_column": context_column}
+    columns |= {"title_column": title_column, "id_column": id_column, "passage_id_column": passage_id_column}
+    bad, kept = BadRows(), _Kept()
+    for row, question in stream_questions(source, split=split, **columns, needs_answer=needs_answer, bad=bad):
+        kept.add(row.where, question)
+    report = bad.finish(source, skip_bad_rows)
+    if not kept.places:
+        raise no_rows(source, "a question and an answer" if needs_answer else "a question")
+    return Questions(kept.table(), kept.passages(), report)
+
+
+def stream_questions(
+    source: str,
+    *,
+    split: str,
+    question_column: str,
+    answer_column: str,
+    context_column: str,
+    title_column: str,
+    id_column: str,
+    passage_id_column: str,
+    needs_answer: bool,
+    bad: BadRows,
+) -> Iterator[tuple[Row, Question]]:
+    """The rows of a source and the questions in them, one at a time; see `read_questions`, which keeps them."""
     columns = _Columns(question_column, answer_column, context_column, title_column, id_column, passage_id_column)
-    bad, found, kept = BadRows(), {}, _Kept()
+    found: dict[str, None] = {}
     headerless = (question_column, answer_column)
     for row in read_rows(source, split=split, known=columns.known(), headerless=headerless, bad=bad):
         found.update(dict.fromkeys(row.values))
         try:
-            kept.add(row.where, _parsed(row, columns, needs_answer))
+            yield row, _parsed(row, columns, needs_answer)
         except BadValue as problem:
             bad.add(row.where, str(problem))
     finish_columns(source, found, question_column, "--question_column")
     if needs_answer and _OTHER_NUMBER.get(answer_column) not in found:
         finish_columns(source, found, answer_column, "--answer_column")
-    report = bad.finish(source, skip_bad_rows)
-    if not kept.places:
-        raise no_rows(source, "a question and an answer" if needs_answer else "a question")
-    return Questions(kept.table(), kept.passages(), report)
 
 
 @dataclass
@@ -116,10 +139,10 @@ class _Kept:
 
     places: dict[str, str] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
-    rows: list[_Question] = field(default_factory=list)
+    rows: list[Question] = field(default_factory=list)
     contexts: dict[str, str] = field(default_factory=dict)
 
-    def add(self, where: str, row: _Question) -> None:
+    def add(self, where: str, row: Question) -> None:
         key = row.id or self._made_id(row)
         if key in self.places:
             raise InputError(
@@ -131,7 +154,7 @@ class _Kept:
         if row.context:
             self.contexts.setdefault(row.context, row.title)
 
-    def _made_id(self, row: _Question) -> str:
+    def _made_id(self, row: Question) -> str:
         parts = (row.question, row.answers[0] if row.answers else "", row.passage_id or "")
         key = hashlib.sha1("\n".join(parts).encode("utf-8"), usedforsecurity=False).hexdigest()[:16]
         self.repeats[key] = self.repeats.get(key, 0) + 1
@@ -153,7 +176,7 @@ class _Kept:
         return passages_from_contexts((title, context) for context, title in self.contexts.items())
 
 
-def _parsed(row: Row, columns: _Columns, needs_answer: bool) -> _Question:
+def _parsed(row: Row, columns: _Columns, needs_answer: bool) -> Question:
     values = row.values
     question = _one_line(values, columns.question)
     if not question:
@@ -165,7 +188,7 @@ def _parsed(row: Row, columns: _Columns, needs_answer: bool) -> _Question:
     context = context if context.strip() else ""
     gold = passage_id(context) if context else _one_line(values, columns.passage_id) or None
     title = _one_line(values, columns.title) if context else ""
-    return _Question(_one_line(values, columns.id), question, answers, gold, title, context)
+    return Question(_one_line(values, columns.id), question, answers, gold, title, context)
 
 
 def _one_line(values: Mapping[str, Any], column: str) -> str:

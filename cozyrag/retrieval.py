@@ -156,6 +156,9 @@ class Retrieval:
         fingerprint = self.retriever.fingerprint()
         if self.index is None and made_by(self.folder / "index") == fingerprint:
             self.index = PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+        given = self.settings.data.index
+        if self.index is None and given is not None and made_by(given) == fingerprint:
+            self.index = PassageIndex.load(given, fingerprint=fingerprint, expected=self.passages)
         if self.index is None or self.index.fingerprint != fingerprint:
             with self.log.timed("index", self.round):
                 vectors, sentences = self._encode_passages()

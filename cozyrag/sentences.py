@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_STOP, _CLOSING = "[.!?。！？]", "[\"')\\]”’]"
+_STOP, _CLOSING = "[.!?。！？؟۔।॥]", "[\"')\\]”’」』）]"
+_WIDE, _GOES_ON = "[。！？]", "[^\\s。！？\"')\\]”’」』）]"  # Chinese and Japanese put no space after a sentence
 SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: what is matched is lost
     rf"(?:(?<={_STOP})|(?<={_STOP}{_CLOSING})|(?<={_STOP}{_CLOSING}{{2}}))\s+(?=[\"'(\[“‘]*[^\Wa-z_])|\n+"
+    rf"|(?:(?<={_WIDE})|(?<={_WIDE}{_CLOSING}))(?={_GOES_ON})"
 )
 
 

@@ -2,9 +2,10 @@
 
 It exists so that every later complaint can name a file and a line, whatever the format. It knows formats only: what
 a question or a passage is, and which columns are needed, is decided in `questions` and `passages`. It leaves out
-writing, remote files other than Hub datasets, archives other than gzip, and encodings other than UTF-8.
+writing, remote files other than Hub datasets, archives other than gzip and bzip2, and encodings other than UTF-8.
 """
 
+import bz2
 import csv
 import difflib
 import gzip
@@ -18,14 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.exceptions import DatasetsError
 
 from cozyrag.errors import InputError
 
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+PACKED = (".gz", ".bz2")
 SHOWN = 10  # bad rows named in a message
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
@@ -88,10 +88,13 @@ def read_rows(
     known: Collection[str] = (),
     headerless: tuple[str, ...] = (),
     bad: BadRows | None = None,
+    kind: str | None = None,
+    streaming: bool = False,
+    told: Callable[[int], None] | None = None,
 ) -> Iterator[Row]:
     """Read the rows of a file or, where no such path exists, of a Hub dataset, in order.
 
-    source: path to a .tsv .csv .jsonl .ndjson .json or .parquet file, each also with .gz; or "user/name" or
+    source: path to a .tsv .csv .jsonl .ndjson .json or .parquet file, each also with .gz or .bz2; or "user/name" or
         "user/name:config" on the Hub. A .json file is a list of objects, the SQuAD layout, or JSON lines.
     split: split of the Hub dataset; a file has none and ignores it.
     known: column names a header may hold. CSV and TSV headers are compared lowercased and stripped, and a header cell
@@ -99,18 +102,21 @@ def read_rows(
     headerless: names of the columns, by position, of a TSV file without header; empty if a header is required.
     bad: receives the rows that cannot be read as a row (wrong number of cells, not an object). Without it they raise
         InputError at the end.
+    kind: one of EXTENSIONS, for a file whose name does not tell it.
+    streaming: rows of a Hub dataset as they arrive, nothing stored on this machine.
+    told: receives the bytes read from the disk, as they are read.
 
     Raises InputError, at the first step of the iteration or at the fault, for a source that is missing, a directory,
     empty, of unknown extension, not UTF-8, holding NUL bytes, or broken (gzip, CSV, JSON, Parquet, Hub).
     """
     collected = BadRows() if bad is None else bad
     path = os.path.expanduser(source)
-    kind = _kind(path)
-    if not os.path.exists(path) and kind not in EXTENSIONS and _looks_like_hub_id(source):
-        yield from _hub_rows(source, split)
+    kind = kind or kind_of(path)
+    if is_hub_id(source):
+        yield from _hub_rows(source, split, streaming)
     else:
         _check_file(source, path, kind)
-        yield from _file_rows(source, path, kind, known, headerless, collected)
+        yield from _file_rows(Reading(source, path, told), kind, known, headerless, collected)
     if bad is None:
         collected.finish(source, skip=False)
 
@@ -154,14 +160,18 @@ def _listed(names: Collection[str]) -> str:
 # ---------------------------------------------------------------------------------------------- which source it is
 
 
-def _kind(path: str) -> str:
-    """The extension that decides the format, lowercased, without a closing .gz."""
-    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+def kind_of(path: str) -> str:
+    """The extension that decides the format, lowercased, without a closing .gz or .bz2."""
+    name, last = os.path.splitext(path.lower())
+    return os.path.splitext(name)[1] if last in PACKED else last
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether `read_rows` would look for this source on the Hub: no such path, no known extension, and the form of an id."""
+    path = os.path.expanduser(source)
     # "csv" or "json" alone would make load_dataset read every such file below the current folder.
-    return _HUB_ID.fullmatch(source) is not None and f".{source}" not in EXTENSIONS
+    named = _HUB_ID.fullmatch(source) is not None and f".{source}" not in EXTENSIONS
+    return named and not os.path.exists(path) and kind_of(path) not in EXTENSIONS
 
 
 def _check_file(source: str, path: str, kind: str) -> None:
@@ -192,40 +202,72 @@ def _empty(source: str) -> InputError:
 
 
 def _file_rows(
-    source: str, path: str, kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
+    file: "Reading", kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
 ) -> Iterator[Row]:
     if kind == ".parquet":
-        yield from _parquet_rows(source, path)
+        yield from _parquet_rows(file)
     elif kind == ".json":
-        yield from _json_rows(source, path, bad)
+        yield from _json_rows(file, bad)
     elif kind in (".jsonl", ".ndjson"):
-        yield from _json_lines(source, _lines(source, path), bad)
+        yield from _json_lines(file.source, read_lines(file), bad)
     else:
-        yield from _delimited_rows(source, path, kind, known, headerless, bad)
+        yield from _delimited_rows(file, kind, known, headerless, bad)
 
 
 # ------------------------------------------------------------------------------------------------ bytes and lines
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A file that is read: `source` is its name as the user gave it, `told` receives the bytes taken from the disk."""
+
+    source: str
+    path: str
+    told: Callable[[int], None] | None = None
+
+
+class _Counted(io.FileIO):
+    """A file that tells how many bytes of it have been read, below any unpacking."""
+
+    def __init__(self, path: str, told: Callable[[int], None]):
+        super().__init__(path)
+        self._told = told
+
+    def readinto(self, buffer) -> int | None:
+        count = super().readinto(buffer)
+        self._told(count or 0)
+        return count
+
+
 @contextmanager
-def _opened(source: str, path: str) -> Iterator[BinaryIO]:
+def _opened(reading: Reading) -> Iterator[BinaryIO]:
+    source, packing = reading.source, os.path.splitext(reading.path.lower())[1]
     try:
-        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+        with (
+            io.BufferedReader(_Counted(reading.path, reading.told or (lambda count: None))) as raw,
+            gzip.open(raw) if packing == ".gz" else bz2.open(raw) if packing == ".bz2" else raw as file,
+        ):
             yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-        raise InputError(
-            f"{source}: expected a complete gzip file, found a broken one ({problem}). "
-            "Copy or download it again, or drop the .gz if it is not compressed."
-        ) from problem
     except PermissionError as problem:
         raise InputError(f"{source}: the file may not be read by this user. Change its permissions.") from problem
+    except (EOFError, zlib.error, OSError) as problem:  # BadGzipFile and what bz2 raises are OSErrors
+        if packing not in PACKED:
+            raise
+        name = "gzip" if packing == ".gz" else "bzip2"
+        raise InputError(
+            f"{source}: expected a complete {name} file, found a broken one ({problem}). "
+            f"Copy or download it again, or drop the {packing} if it is not compressed."
+        ) from problem
 
 
-def _lines(source: str, path: str) -> Iterator[str]:
-    """The lines of a text file with their ends; only newlines part lines, so numbers agree with an editor's."""
-    blank = True
-    with _opened(source, path) as file:
-        for number, raw in enumerate(file, start=1):
+def read_lines(file: Reading) -> Iterator[str]:
+    """The lines of a text file with their ends; only newlines part lines, so numbers agree with an editor's.
+
+    Raises InputError for a file that is blank, not UTF-8, holds NUL bytes or is broken.
+    """
+    source, blank = file.source, True
+    with _opened(file) as opened:
+        for number, raw in enumerate(opened, start=1):
             line = _decoded(f"{source}, line {number}", raw)
             if number == 1:
                 line = line.removeprefix("\ufeff")
@@ -254,9 +296,9 @@ def _decoded(where: str, raw: bytes) -> str:
 
 
 def _delimited_rows(
-    source: str, path: str, kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
+    file: Reading, kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
 ) -> Iterator[Row]:
-    records = _records(source, path, kind)
+    source, records = file.source, _records(file, kind)
     line, first = next(records)
     if kind == ".tsv" and headerless and not _is_header(first, known):
         header = list(headerless)
@@ -275,10 +317,10 @@ def _chained(first: tuple[int, list[str]], rest: Iterator[tuple[int, list[str]]]
     yield from rest
 
 
-def _records(source: str, path: str, kind: str) -> Iterator[tuple[int, list[str]]]:
+def _records(file: Reading, kind: str) -> Iterator[tuple[int, list[str]]]:
     """Pairs of a record's first line (1-based) and its cells; blank lines are no records."""
     csv.field_size_limit(_LONGEST_CELL)
-    lines = _lines(source, path)
+    source, lines = file.source, read_lines(file)
     if kind == ".tsv":
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
@@ -348,9 +390,9 @@ def _broken_json(where: str, problem: Exception) -> InputError:
     )
 
 
-def _json_rows(source: str, path: str, bad: BadRows) -> Iterator[Row]:
+def _json_rows(file: Reading, bad: BadRows) -> Iterator[Row]:
     """Rows of a .json file: a list of objects, the SQuAD layout, or JSON lines under the wrong name."""
-    lines = list(_lines(source, path))
+    source, lines = file.source, list(read_lines(file))
     text = "".join(lines)
     start = len(text) - len(text.lstrip())
     try:
@@ -400,18 +442,19 @@ def _part(where: str, value: object, key: str, kind: type) -> Any:
 # ------------------------------------------------------------------------------------------------- Parquet and Hub
 
 
-def _parquet_rows(source: str, path: str) -> Iterator[Row]:
+def _parquet_rows(file: Reading) -> Iterator[Row]:
     number = 0
-    for batch in _parquet_batches(source, path):
+    for batch in _parquet_batches(file):
         for values in batch.to_pylist():
             number += 1
-            yield Row(f"{source}, row {number}", values)
+            yield Row(f"{file.source}, row {number}", values)
 
 
-def _parquet_batches(source: str, path: str) -> Iterator[pa.RecordBatch]:
-    with _opened(source, path) as file:
+def _parquet_batches(file: Reading) -> Iterator[pa.RecordBatch]:
+    source = file.source
+    with _opened(file) as opened:
         # Parquet is read from its end, which gzip can only reach by unpacking everything.
-        whole = io.BytesIO(file.read()) if path.lower().endswith(".gz") else file
+        whole = io.BytesIO(opened.read()) if file.path.lower().endswith(PACKED) else opened
         try:
             yield from pq.ParquetFile(whole).iter_batches(batch_size=4096)
         except (pa.ArrowException, OSError) as problem:
@@ -421,10 +464,14 @@ def _parquet_batches(source: str, path: str) -> Iterator[pa.RecordBatch]:
             ) from problem
 
 
-def _hub_rows(source: str, split: str) -> Iterator[Row]:
+def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
+    import datasets  # here, since it takes a second and a hundred megabytes that the readers of files need not spend
+    from datasets.exceptions import DatasetsError
+
     name, _, config = source.partition(":")
+    options = {"streaming": True} if streaming else {}
     try:
-        table = datasets.load_dataset(name, config or None, split=split)
+        table = datasets.load_dataset(name, config or None, split=split, **options)
     # datasets reports a missing script, split, configuration, page or network by these four families.
     except (DatasetsError, OSError, ValueError, RuntimeError) as problem:
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__

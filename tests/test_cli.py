@@ -327,3 +327,34 @@ def test_a_fault_of_the_package_keeps_its_traceback():
 def test_what_an_act_does_right_passes_through_the_door(capsys):
     cli.door(lambda: print("done"))
     assert capsys.readouterr() == ("done\n", "")
+
+
+# ---- preparing data
+
+
+def test_data_commands_pass_their_words_on(call, tmp_path):
+    (tmp_path / "note.md").write_text("# Well\nThe well behind the house is eleven metres deep.")
+    (tmp_path / "qa.tsv").write_text("How deep is the well?\televen metres\n")
+    passages, asked = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
+    code, told, _ = call("passages", tmp_path / "note.md", "--output", passages, "--workers", 1)
+    assert code == 0 and "1 passages" in told and read_passages(str(passages))[0]["title"][:] == ["Well"]
+    code, told, _ = call("questions", tmp_path / "qa.tsv", "--passages", passages, "--output", asked)
+    assert code == 0 and "1 questions read, 1 written" in told and asked.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("passages", "near_duplicates"), ("questions", "not_in_gold"), ("index", "index_memory")],
+)
+def test_data_commands_explain_themselves(call, command, told):
+    code, out, _ = call(command, "--help")
+    assert code == 0 and told in out and "examples:" in out and f"cozyrag {command}" in out
+    assert command in call("--help")[1]
+
+
+@pytest.mark.parametrize("command", ["passages", "questions", "index"])
+def test_data_commands_end_with_one_sentence(call, tmp_path, command):
+    missing = tmp_path / "none.jsonl"
+    more = ["--retriever", str(tmp_path)] if command == "index" else []
+    code, out, error = call(command, missing, "--output", tmp_path / "out.jsonl", *more)
+    assert code == 2 and error.splitlines()[-1].startswith("error: ") and "Traceback" not in error

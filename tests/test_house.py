@@ -14,12 +14,35 @@ ROOT = PACKAGE.parent
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 # A module may import modules of the tiers above its own line, never of its own line or below.
 TIERS = (
-    ("errors", "embedded", "losses", "metrics", "fingerprints", "lexical", "penalties", "refresh", "sentences"),
-    ("tables", "prompts", "index", "tracking", "cards", "retriever", "finished", "pages", "pictures"),
-    ("passages", "batches", "search"),
-    ("questions", "generator", "contexts"),
-    ("corpus", "evaluation", "feedback", "pipeline", "gate"),
-    ("config", "hub", "comparison"),
+    (
+        "errors",
+        "embedded",
+        "losses",
+        "metrics",
+        "fingerprints",
+        "lexical",
+        "penalties",
+        "refresh",
+        "sentences",
+        "duplicates",
+    ),
+    (
+        "tables",
+        "prompts",
+        "index",
+        "tracking",
+        "cards",
+        "retriever",
+        "finished",
+        "pages",
+        "pictures",
+        "chunks",
+        "markup",
+    ),
+    ("passages", "batches", "search", "documents"),
+    ("questions", "generator", "contexts", "cutting"),
+    ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
+    ("config", "hub", "comparison", "gathering"),
     ("trainer", "checkpoint", "html_report"),
     ("report", "doctor"),
     ("retrieval",),
@@ -28,10 +51,23 @@ TIERS = (
     ("probe",),
     ("plan", "app"),
     ("run", "space"),
+    ("indexing",),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "retrieval", "caches", "rounds", "probe", "plan", "cli"}
+MAY_KNOW_SETTINGS = {
+    "run",
+    "trainer",
+    "checkpoint",
+    "doctor",
+    "retrieval",
+    "caches",
+    "rounds",
+    "probe",
+    "plan",
+    "indexing",
+    "cli",
+}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",

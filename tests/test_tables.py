@@ -1,5 +1,6 @@
 """What every format becomes, and what every broken source is told: file, line, remedy."""
 
+import bz2
 import csv
 import gzip
 import json
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cozyrag.errors import InputError
-from cozyrag.tables import SHOWN, BadRows, BadValue, read_rows, text_of
+from cozyrag.tables import SHOWN, BadRows, BadValue, is_hub_id, read_rows, text_of
 
 TWO = [{"question": "who?", "answer": "Ada"}, {"question": "wann?", "answer": "früh"}]
 KNOWN = ("question", "answer", "answers", "id")
@@ -312,3 +313,30 @@ def test_json_rows_are_kept_or_reported(tmp_path_factory, values, as_list):
     rows = read(source, bad=bad)
     assert [row.values for row in rows] == [value for value in values if isinstance(value, dict)]
     assert len(rows) + bad.count == len(values)
+
+
+# ---- what the preparing commands ask of the reader
+
+
+def test_bzip2_and_a_forced_kind(tmp_path):
+    path = tmp_path / "wiki_00.bz2"
+    path.write_bytes(bz2.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert [row.values["text"] for row in read_rows(str(path), kind=".jsonl")] == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match="expected a complete bzip2 file"):
+        list(read_rows(str(path), kind=".jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_the_bytes_read_from_the_disk_are_told(tmp_path, name):
+    raw = b'{"text": "one"}\n' * 5000
+    path, told = tmp_path / name, []
+    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert len(list(read_rows(str(path), told=told.append))) == 5000
+    assert sum(told) == path.stat().st_size
+
+
+def test_what_read_rows_looks_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user").mkdir()
+    assert is_hub_id("user/name:config") and not is_hub_id("user") and not is_hub_id("a.csv") and not is_hub_id("a b")

@@ -1,0 +1,122 @@
+"""What one worker does: a batch of articles becomes one file of passages, complete or not there at all.
+
+It exists apart from what gives the work out (assemble.py) so that a worker loads little, and so that a run that was stopped
+finds what is done: the file is named after its content's source and settings. Left out: which passages repeat others, which
+only the whole can tell; each carries a hash, and a signature if wanted, for that.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cozyrag.chunks import cut, join_sections
+from cozyrag.documents import Source, read_document
+from cozyrag.duplicates import BINS, signatures, text_hash
+from cozyrag.errors import InputError
+from cozyrag.markup import Article
+from cozyrag.tables import BadRows
+
+TOGETHER = 2000  # passages held before they are written
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How to cut: see `chunks.cut`; `signed` adds the signatures that near duplicates are found by."""
+
+    words: int = 100
+    overlap: int = 0
+    min_characters: int = 30
+    signed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Work for one worker: articles that were read already, or files that are one article each; `size` of it in bytes read."""
+
+    path: str
+    cutting: Cutting
+    articles: Sequence[Article] = ()
+    files: Sequence[Source] = ()
+    size: int = 0
+
+
+@dataclass
+class Counts:
+    """What went into a part. `words` are runs of characters between spaces; `short` passages were left out."""
+
+    articles: int = 0
+    articles_without_text: int = 0
+    words: int = 0
+    short_passages: int = 0
+    short_words: int = 0
+    bad: int = 0
+    bad_first: list[str] | None = None
+
+
+def make_part(batch: Batch) -> int:
+    """Cut a batch and write its part file, by renaming it when it is whole; returns the size of the batch."""
+    counts, bad = Counts(), BadRows()
+    schema = part_schema(batch.cutting.signed)
+    beside = f"{batch.path}.{os.getpid()}"
+    with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+        held: list[tuple[str, str]] = []
+        for article in _articles(batch, bad):
+            held += _passages(article, batch.cutting, counts)
+            if len(held) >= TOGETHER:
+                writer.write_table(_table(held, schema))
+                held = []
+        writer.write_table(_table(held, schema))
+        counts.bad, counts.bad_first = bad.count, bad.first
+        writer.add_key_value_metadata({"counts": json.dumps(vars(counts))})
+    os.replace(beside, batch.path)
+    return batch.size
+
+
+def read_counts(path: str | Path) -> Counts:
+    """The counts of a part file."""
+    return Counts(**json.loads(pq.read_metadata(path).metadata[b"counts"]))
+
+
+def part_schema(signed: bool) -> pa.Schema:
+    """Columns of a part file."""
+    columns = [("title", pa.string()), ("text", pa.string()), ("hash", pa.uint64())]
+    return pa.schema([*columns, ("signature", pa.binary(BINS))] if signed else columns)
+
+
+def _articles(batch: Batch, bad: BadRows) -> Iterator[Article]:
+    yield from batch.articles
+    for source in batch.files:
+        try:
+            yield read_document(source)
+        except InputError as problem:
+            bad.add(source.name, str(problem).removeprefix(f"{source.name}: ").removeprefix(source.name).lstrip(", "))
+
+
+def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[str, str]]:
+    made = []
+    counts.articles += 1
+    for path, text in join_sections(article.sections, least=cutting.words / 2, most=cutting.words):
+        counts.words += len(text.split())
+        title = " > ".join((article.title, *path) if article.title else path)
+        for passage in cut(text, words=cutting.words, overlap=cutting.overlap):
+            if len(passage) >= cutting.min_characters:
+                made.append((title, passage))
+            else:
+                counts.short_passages += 1
+                counts.short_words += len(passage.split())
+    counts.articles_without_text += not any(text.strip() for _, text in article.sections)
+    return made
+
+
+def _table(passages: Sequence[tuple[str, str]], schema: pa.Schema) -> pa.Table:
+    titles, texts = ([each[side] for each in passages] for side in (0, 1))
+    columns = [titles, texts, pa.array([text_hash(text) for text in texts], pa.uint64())]
+    if "signature" in schema.names:
+        signs = pa.py_buffer(signatures(texts).tobytes())
+        columns.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(BINS), len(texts), [None, signs]))
+    return pa.table([pa.array(column) if isinstance(column, list) else column for column in columns], schema=schema)

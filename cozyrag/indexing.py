@@ -1,0 +1,265 @@
+"""`cozyrag index`: passages in, a folder with their vectors and FAISS index out, on all processes of `accelerate launch`.
+
+Each process encodes its share into shards on the disk, which the first one puts together without ever holding them all.
+What an older index in that folder, or a run that was stopped, has encoded already is taken over. Left out: how vectors are
+stored and found again (vectors.py), vectors of sentences, which are made on the fly where they are wanted.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from cozyrag.config import (
+    EMBEDDED,
+    ContextSettings,
+    DataSettings,
+    ModelSettings,
+    OutputSettings,
+    Settings,
+    TrainingSettings,
+)
+from cozyrag.errors import InputError
+from cozyrag.index import BYTES, FILES, build_faiss, choose_index, made_by, share_found, write_facts
+from cozyrag.passages import stream_passages
+from cozyrag.retriever import Retriever
+from cozyrag.run import make_accelerator
+from cozyrag.tables import SHOWN, BadRows, no_rows
+from cozyrag.vectors import encode_shards, known_vectors, store_passages, write_vectors
+
+DESCRIPTION = """\
+Encode passages with a retriever and make their index: DIR gets passages.parquet, vectors.safetensors, index.faiss and
+index.json, as a run of train.py leaves them in OUTPUT/index.
+
+Every process of `accelerate launch` encodes a share. A run that was stopped goes on where it was. Run again after passages
+have changed, only those that are new or changed are encoded, if the retriever is the same.
+"""
+EXAMPLES = """\
+examples:
+  cozyrag index passages.jsonl --output my-index
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m cozyrag.cli index wiki.parquet --output wiki-index
+  cozyrag index wiki.parquet --retriever my-rag/retriever --output my-rag/index --index_memory 8GB
+  accelerate launch train.py --questions qa.tsv --passages passages.jsonl --index my-index
+"""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def index(arguments: Sequence[str]) -> None:
+    """The command. Raises InputError for what the user can put right; what is encoded until then is kept for a later run."""
+    options = _parser().parse_args(arguments)
+    started = time.perf_counter()
+    accelerator = make_accelerator(
+        Settings(
+            DataSettings(),
+            ModelSettings(),
+            ContextSettings(),
+            TrainingSettings(use_cpu=options.use_cpu, threads=options.threads),
+            OutputSettings(),
+        )
+    )
+    retriever = _load(options, str(accelerator.device))
+    work = _Work(Path(options.output), retriever.fingerprint())
+    if accelerator.is_main_process:
+        work.open()
+        np.save(work.hashes, _stage(options, work.passages))
+    accelerator.wait_for_everyone()
+    hashes = np.load(work.hashes)
+    rows = known_vectors(work.folder, work.shards, work.fingerprint).missing(hashes)
+    accelerator.wait_for_everyone()  # from here on shards are written, and each process must have seen the same ones
+    accelerator.print(f"{len(hashes):,} passages, {len(rows):,} to encode.")
+    seconds = _encode(accelerator, retriever, work, rows, hashes, options)
+    if accelerator.is_main_process:
+        told = _finish(work, hashes, options.index_memory)
+        speed = f", {len(rows) / seconds:.1f} a second" if len(rows) else ""
+        print(f"{told}\n{len(rows):,} passages encoded{speed}; {time.perf_counter() - started:.0f} s in all.")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Where things lie while they are made: in a folder below the output, gone when the index is whole."""
+
+    folder: Path
+    fingerprint: str
+
+    @property
+    def place(self) -> Path:
+        return self.folder / "work"
+
+    @property
+    def shards(self) -> Path:
+        return self.place / "shards"
+
+    @property
+    def passages(self) -> Path:
+        return self.place / "passages.parquet"
+
+    @property
+    def hashes(self) -> Path:
+        return self.place / "hashes.npy"
+
+    def open(self) -> None:
+        """Make the folders; leave alone a folder that holds other things."""
+        if self.folder.exists() and not self.place.exists():
+            strangers = sorted({path.name for path in self.folder.iterdir()} - set(FILES))
+            if strangers:
+                raise InputError(
+                    f"--output {self.folder}: expected a new folder or one with an index, found {strangers[0]} in it. Name another folder."
+                )
+        self.shards.mkdir(parents=True, exist_ok=True)
+
+    def publish(self) -> None:
+        """Move the finished files into their folder; index.json goes first and comes last, so that no half index passes for whole."""
+        (self.folder / "index.json").unlink(missing_ok=True)
+        for name in FILES:
+            os.replace(self.place / name, self.folder / name)
+        shutil.rmtree(self.place)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cozyrag index",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    contexts, data, add = ContextSettings(), DataSettings(), parser.add_argument
+    add(
+        "passages",
+        metavar="PASSAGES",
+        help="file that `cozyrag passages` made, or any that train.py takes as --passages",
+    )
+    add("--output", required=True, metavar="DIR", help="folder for the index; an index in it is brought up to date")
+    add("--retriever", default=EMBEDDED, help="folder or Hub id of a SentenceTransformer (default: embedded)")
+    add("--retriever_revision", help="Hub revision of --retriever")
+    add("--index_memory", type=_bytes, metavar="SIZE", help="memory for the index, such as 400MB or 8GB: the most exact one that fits is made, Flat (exact) or SQ8 (a quarter of it); default: no limit")  # fmt: skip
+    add("--passage_tokens", type=int, default=contexts.passage_tokens, help=f"what the retriever reads of a passage, as in train.py (default: {contexts.passage_tokens})")  # fmt: skip
+    add("--encode_batch_size", type=int, default=contexts.encode_batch_size, help=f"passages encoded at once (default: {contexts.encode_batch_size})")  # fmt: skip
+    add("--shard_size", type=int, default=4096, help="passages after which what is encoded is kept (default: 4096)")
+    add("--passages_split", default=data.passages_split, help="split, if PASSAGES is a Hub dataset")
+    for name in ("id_column", "title_column", "text_column"):
+        add(f"--{name}", default=vars(data)[name], help=f"default: {vars(data)[name]}")
+    add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
+    add("--use_cpu", action="store_true", help="encode on the CPU although there is a GPU")
+    add("--threads", type=int, help="CPU threads of each process (default: the cores shared by the processes)")
+    return parser
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 400MB or 8GB, found {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _load(options: argparse.Namespace, device: str) -> Retriever:
+    for name, least in (("passage_tokens", 8), ("encode_batch_size", 1), ("shard_size", 1)):
+        if vars(options)[name] < least:
+            raise InputError(f"--{name}: expected at least {least}, found {vars(options)[name]}.")
+    if options.retriever == EMBEDDED:
+        return Retriever.load_embedded(max_tokens=options.passage_tokens, device=device)
+    revision = options.retriever_revision
+    return Retriever.load(options.retriever, revision=revision, max_tokens=options.passage_tokens, device=device)
+
+
+# ------------------------------------------------------------------------------------------------- passages, checked
+
+
+def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
+    """Write the passages where all processes read them; returns the hashes of their contents. Raises InputError for bad rows."""
+    bad = BadRows()
+    read = _reader(options)
+    size = os.path.getsize(options.passages) if os.path.exists(options.passages) else None
+    with tqdm(total=size, desc="reading passages", unit="B", unit_scale=True) as bar:
+        ids, contents = store_passages((passage for _, *passage in read(bad, bar.update if size else None)), path)
+    again = _repeated(options, ids, contents, bad)
+    if report := bad.finish(options.passages, options.skip_bad_rows):
+        print(report)
+    if again.any():
+        rows = (passage for repeat, (_, *passage) in zip(again, read(BadRows()), strict=True) if not repeat)
+        contents = store_passages(rows, path)[1]
+    if not len(contents):
+        raise no_rows(options.passages, "text")
+    return contents
+
+
+def _reader(options: argparse.Namespace) -> Callable[..., Iterator]:
+    names = {name: vars(options)[name] for name in ("id_column", "title_column", "text_column")}
+
+    def read(bad: BadRows, told: Callable[[int], None] | None = None) -> Iterator:
+        return stream_passages(options.passages, split=options.passages_split, **names, bad=bad, told=told)
+
+    return read
+
+
+def _repeated(options: argparse.Namespace, ids: np.ndarray, contents: np.ndarray, bad: BadRows) -> np.ndarray:
+    """Which rows repeat an earlier id; noted in `bad`. Raises InputError if one of them has another text or title."""
+    _, firsts, place = np.unique(ids, return_index=True, return_inverse=True)
+    first = firsts[place]
+    again = first != np.arange(len(ids))
+    clashing = np.flatnonzero(contents != contents[first])
+    named = clashing[:1] if len(clashing) else np.flatnonzero(again)[:SHOWN]
+    wanted = {int(row) for row in (*named, *first[named])}
+    rows = enumerate(_reader(options)(BadRows())) if wanted else ()
+    found = {number: (row.where, key) for number, (row, key, *_) in rows if number in wanted}
+    for row in clashing[:1]:
+        raise InputError(
+            f'{found[row][0]}: expected a new id, found "{found[row][1]}", which {found[first[row]][0]} gave to another text or title, so '
+            "answers could not be traced to a passage. Correct the ids, or leave that column out to have them made."
+        )
+    for row in named:
+        bad.add(found[row][0], f"repeats {found[first[row]][0]}")
+    bad.count += int(again.sum()) - len(named)
+    return again
+
+
+# ------------------------------------------------------------------------------------------------ vectors and index
+
+
+def _encode(
+    accelerator: Accelerator, retriever: Retriever, work: _Work, rows: np.ndarray, hashes: np.ndarray, options: argparse.Namespace
+) -> float:  # fmt: skip
+    """Every process encodes its share; returns the seconds until all are done. The bar counts shards of this process."""
+    started = time.perf_counter()
+    rank, world, size = accelerator.process_index, accelerator.num_processes, options.shard_size
+    mine = sum(len(rows[start : start + size]) for start in range(rank * size, len(rows), world * size))
+    desc = "encoding" if world == 1 else "encoding (share of the first process)"
+    with tqdm(total=mine, desc=desc, unit="passage", disable=not accelerator.is_main_process) as bar:
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            return retriever.encode(texts, kind="document", batch_size=options.encode_batch_size)
+
+        encode_shards(
+            work.passages, rows, hashes, encode, work.shards, size=size, share=(rank, world), fingerprint=work.fingerprint, done=bar.update
+        )  # fmt: skip
+    accelerator.wait_for_everyone()
+    return time.perf_counter() - started
+
+
+def _finish(work: _Work, hashes: np.ndarray, memory: int | None) -> str:
+    """Put vectors and index together and in their place; returns what to tell."""
+    known = known_vectors(work.folder, work.shards, work.fingerprint)
+    vectors = write_vectors(work.place / "vectors.safetensors", hashes, known)
+    factory = choose_index(*vectors.shape, memory)
+    built = build_faiss(vectors, factory)
+    faiss.write_index(built, str(work.place / "index.faiss"))
+    write_facts(work.place / "index.json", work.fingerprint, vectors.shape, factory)
+    size = len(vectors) * vectors.shape[1] * BYTES[factory] / 1e6
+    told = f"{work.folder}: {len(vectors):,} passages, index {factory}, {size:.0f} MB in memory"
+    if factory != "Flat":
+        told += f"; it finds {share_found(built, vectors):.1%} of the 10 nearest that exact search finds"
+    replaced = made_by(work.folder)
+    if replaced not in (None, work.fingerprint):
+        told += f"; the index of another retriever ({replaced}) that was there is replaced"
+    work.publish()
+    return f"{told}."

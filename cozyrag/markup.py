@@ -1,0 +1,246 @@
+"""Plain text, Markdown, HTML and PDF as articles: a title, and sections with their headings.
+
+It exists so that a passage knows what it is about: headings become part of its title. Marks that only dress the text are
+taken off, wrapped lines are put together again. HTML goes through the standard library's parser. Left out: finding files,
+other formats (word processors can save HTML), pictures, and guessing which part of a web page matters beyond its tags.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import yaml
+
+from cozyrag.errors import InputError
+
+WRAPPED = 45  # characters from which a line of plain text is taken to go on in the next
+
+
+@dataclass(frozen=True, slots=True)
+class Article:
+    """A text before it is cut: `where` names its place for messages, `sections` are pairs of heading path and text."""
+
+    where: str
+    title: str
+    sections: list[tuple[tuple[str, ...], str]]
+
+
+@dataclass
+class _Outline:
+    """Collects lines under the headings that are open."""
+
+    sections: list[tuple[tuple[str, ...], list[str]]] = field(default_factory=lambda: [((), [])])
+    open: list[tuple[int, str]] = field(default_factory=list)
+
+    def heading(self, level: int, words: str) -> None:
+        self.open = [each for each in self.open if each[0] < level] + [(level, words)]
+        self.sections.append((tuple(text for _, text in self.open), []))
+
+    def line(self, text: str) -> None:
+        self.sections[-1][1].append(text)
+
+    def article(self, where: str, title: str | None, name: str) -> Article:
+        """The article; without a title of its own its first heading is the title, where nothing comes before it."""
+        sections = [(path, "\n".join(lines).strip()) for path, lines in self.sections]
+        first = sections[1][0][0] if len(sections) > 1 and not sections[0][1] else None
+        title = title or first or name
+        cleaned = [(path[1:] if path[:1] == (title,) else path, text) for path, text in sections]
+        return Article(where, title, [section for section in cleaned if section[1] or section[0]])
+
+
+def name_as_title(path: str) -> str:
+    """A title from the name of a file: no extension, spaces for dashes and underscores."""
+    return re.sub(r"[-_\s]+", " ", Path(path).stem).strip()
+
+
+def unwrap(lines: Iterable[str], least: int = 0) -> str:
+    """Lines of one paragraph put together where a line has `least` characters or more; no space between ideographs."""
+    text = ""
+    last = 0
+    for line in filter(None, map(str.strip, lines)):
+        if text and last >= least:
+            wide = "\u2e80" < text[-1] < "\ua000" and line[:1] > "\u2e80"
+            text += line if wide else f" {line}"
+        else:
+            text += f"\n{line}" if text else line
+        last = len(line)
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------ plain text
+
+
+def plain_article(text: str, where: str) -> Article:
+    """One section; blank lines part paragraphs, lines that look wrapped are joined."""
+    blocks = re.split(r"\n[^\S\n]*\n", text)
+    paragraphs = [unwrap(block.split("\n"), WRAPPED) for block in blocks if block.strip()]
+    return Article(where, name_as_title(where), [((), "\n".join(paragraphs))])
+
+
+# -------------------------------------------------------------------------------------------------------- Markdown
+
+_ATX = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$")
+_SETEXT = re.compile(r" {0,3}(=+|-+)\s*$")
+_FENCE = re.compile(r"\s*(```|~~~)")
+_DEFINITION = re.compile(r" {0,3}\[[^\]]+\]:\s+\S+\s*(?:[\"'(].*)?$")  # the address of a link that goes by name
+_OWN_LINE = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|\||>)")
+_MARKS = (
+    (re.compile(r"<!--.*?-->", re.S), ""),
+    (re.compile(r"!\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
+    (re.compile(r"!?\[\[(?:[^\]|]*\|)?([^\]|]*)\]\]"), r"\1"),
+    (re.compile(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
+    (re.compile(r"(\*\*|__|~~)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
+    (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
+    (re.compile(r"(?<![\w_])_(?=\S)([^_\n]+?)(?<=\S)_(?![\w_])"), r"\1"),
+    (re.compile(r"`+([^`\n]+)`+"), r"\1"),
+    (re.compile(r"^\s*>+ ?", re.M), ""),
+    (re.compile(r"<(https?://[^>\s]+)>"), r"\1"),
+    (re.compile(r"</?[a-zA-Z][^<>]*>"), " "),
+)
+
+
+def markdown_article(text: str, where: str) -> Article:
+    """Headings (# and underlined) make sections; the title is that of the front matter, the first heading, or the file name."""
+    text, title = _front_matter(text)
+    outline, block, fenced = _Outline(), [], False
+    lines = text.split("\n")
+    for line in lines:
+        fence, atx, setext = _FENCE.match(line), _ATX.match(line), _SETEXT.match(line)
+        if fence:
+            fenced = not fenced
+            block = _flush(outline, block)
+        elif fenced:
+            outline.line(line.rstrip())
+        elif atx:
+            block = _flush(outline, block)
+            outline.heading(len(atx[1]), _bare(atx[2] or ""))
+        elif setext and len(block) == 1 and not _OWN_LINE.match(block[0]):
+            outline.heading(1 if setext[1][0] == "=" else 2, _bare(block[0]))
+            block = []
+        elif not line.strip() or setext or _DEFINITION.match(line):
+            block = _flush(outline, block)
+        else:
+            block = [*(_flush(outline, block) if _OWN_LINE.match(line) else block), line]
+    _flush(outline, block)
+    return outline.article(where, title, name_as_title(where))
+
+
+def _flush(outline: _Outline, block: list[str]) -> list[str]:
+    if block and (text := _bare(unwrap(block))):
+        outline.line(text)
+    return []
+
+
+def _bare(text: str) -> str:
+    for mark, instead in _MARKS:
+        text = mark.sub(instead, text)
+    return text.strip()
+
+
+def _front_matter(text: str) -> tuple[str, str | None]:
+    """The text after the front matter, and the title in it."""
+    found = re.match(r"---[^\S\n]*\n(.*?\n)(?:---|\.\.\.)[^\S\n]*(?:\n|$)", text, re.S)
+    if not found:
+        return text, None
+    try:
+        facts = yaml.safe_load(found[1])
+    except yaml.YAMLError:  # a text that begins with a rule, not front matter
+        return text, None
+    if not isinstance(facts, dict):
+        return text, None
+    return text[found.end() :], str(facts["title"]).strip() if facts.get("title") else None
+
+
+# ------------------------------------------------------------------------------------------------------------ HTML
+
+_SKIPPED = {"script", "style", "template", "noscript", "svg", "nav", "footer", "aside", "form", "button", "select"}
+_HEADINGS = {f"h{level}": level for level in range(1, 7)}
+_BLOCKS = (
+    "address article blockquote body br caption dd div dl dt fieldset figcaption figure header hr html li main ol p pre "
+    "section table tbody tfoot thead tr ul"
+)
+_BREAKS = set(_BLOCKS.split())
+
+
+class _Page(HTMLParser):
+    """Text under headings; what belongs to the page and not to the text (navigation, scripts, forms) is left out."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.outline, self.title = _Outline(), ""
+        self._held: list[str] = []
+        self._skipped: list[str] = []
+        self._inside = ""  # "title" or a heading
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag in _SKIPPED:
+            self._skipped.append(tag)
+        elif tag in _BREAKS or tag in _HEADINGS or tag == "title":
+            self._flush()
+            self._inside = tag if tag in _HEADINGS or tag == "title" else self._inside
+        elif tag in ("td", "th"):
+            self._held.append(" ")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._skipped:
+            del self._skipped[self._skipped.index(tag) :]
+        elif tag in _BREAKS or tag in _HEADINGS or tag == "title":
+            self._flush()
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipped:
+            self._held.append(data)
+
+    def close(self) -> None:
+        super().close()
+        self._flush()
+
+    def _flush(self) -> None:
+        text, inside = " ".join("".join(self._held).split()), self._inside
+        self._held, self._inside = [], ""
+        if inside == "title":
+            self.title = self.title or text
+        elif text and inside:
+            self.outline.heading(_HEADINGS[inside], text)
+        elif text:
+            self.outline.line(text)
+
+
+def html_article(text: str, where: str) -> Article:
+    """Headings make sections; the title is the first heading where it is the only one of the first level, else <title>."""
+    page = _Page()
+    page.feed(text)
+    page.close()
+    tops = [path[0] for path, _ in page.outline.sections if len(path) == 1]
+    title = tops[0] if len(tops) == 1 else page.title
+    return page.outline.article(where, title or None, name_as_title(where))
+
+
+# ------------------------------------------------------------------------------------------------------------- PDF
+
+
+def pdf_article(path: str, where: str) -> Article:
+    """One section: the text of all pages, lines joined, words put together that were divided at the end of a line.
+
+    Raises InputError without pypdf, and for a file that it cannot read.
+    """
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError as problem:
+        raise InputError(
+            f"{where}: reading PDF needs the package pypdf, which is not installed, so the file cannot be read. "
+            "Run `pip install cozyrag[pdf]`."
+        ) from problem
+    try:
+        reader = PdfReader(path)
+        pages = [page.extract_text() for page in reader.pages]
+        title = str((reader.metadata or {}).get("/Title") or "").strip()
+    except (PyPdfError, ValueError, KeyError, OSError) as problem:
+        raise InputError(
+            f"{where}: expected a PDF with text, found one that cannot be read ({problem}). Save it again without password."
+        ) from problem
+    text = re.sub(r"(?<=[^\W\d_])-\n(?=[^\W\d_A-Z])", "", "\n".join(pages))
+    return Article(where, title or name_as_title(where), [((), plain_article(text, where).sections[0][1])])

@@ -1,0 +1,306 @@
+"""`cozyrag passages` from end to end on small corpora: every format, every word accounted for, stable, restartable."""
+
+import bz2
+import gzip
+import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tqdm import tqdm
+
+import cozyrag.gathering
+from cozyrag.errors import InputError
+from cozyrag.gathering import _Workers, passages
+from cozyrag.passages import read_passages
+
+DOCS = """<doc id="12" url="http://en.wikipedia.org/wiki?curid=12" title="Anarchism">
+Anarchism
+
+Anarchism is a political philosophy &amp; a movement of many sides.
+Etymology.
+The word comes from Greek, where it means without rulers of any kind.
+
+</doc>
+<doc id="25" url="http://en.wikipedia.org/wiki?curid=25" title="&quot;Autumn&quot; is "here" >">
+"Autumn" is "here" >
+
+The leaves fall on the ground and the days become shorter and colder.
+</doc>
+"""
+
+
+def made(folder, name="out.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def summary(folder, name="out.summary.json"):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def run(folder, *inputs, output="out.jsonl"):
+    passages([*map(str, inputs), "--output", str(folder / output), "--workers", "1"])
+    return made(folder) if output == "out.jsonl" else None
+
+
+def squeezed(text):
+    return "".join(text.split())
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("pack", [None, gzip, bz2])
+def test_wikiextractor(tmp_path, pack):
+    (tmp_path / "wiki" / "AA").mkdir(parents=True)
+    if pack:
+        ending = ".gz" if pack is gzip else ".bz2"
+        (tmp_path / "wiki" / "AA" / f"wiki_00{ending}").write_bytes(pack.compress(DOCS.encode()))
+    else:
+        (tmp_path / "wiki" / "AA" / "wiki_00").write_text(DOCS)
+    first, second = run(tmp_path, tmp_path / "wiki")
+    assert first["title"] == "Anarchism" and second["title"] == '"Autumn" is "here" >'
+    assert (
+        first["text"].startswith("Anarchism is a political philosophy & a movement")
+        and "Etymology.\nThe word" in first["text"]
+    )
+    assert second["text"] == "The leaves fall on the ground and the days become shorter and colder."
+
+
+def test_wikiextractor_json_and_every_word_accounted_for(tmp_path):
+    body = "Heading\n" + " ".join(f"Sentence {i} has some words." for i in range(200)) + "\nEnd"
+    rows = [{"id": str(i), "url": "u", "title": f"T{i}", "text": f"T{i}\n\n{body} {i}"} for i in range(5)]
+    (tmp_path / "wiki_00").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = run(tmp_path, tmp_path / "wiki_00", "--keep_duplicates", "--min_characters", 1)
+    for i in range(5):
+        assert squeezed("".join(part["text"] for part in parts if part["title"] == f"T{i}")) == squeezed(f"{body} {i}")
+    facts = summary(tmp_path)
+    assert facts["words_read"] == facts["words"] == sum(len(f"{body} {i}".split()) for i in range(5))
+    assert facts["articles"] == 5 and facts["passages"] == len(parts) == len({part["id"] for part in parts})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "json"])
+def test_tables_of_articles(tmp_path, kind):
+    rows = [{"name": f"A{i}", "body": f"Article {i} tells of a thing that is {i} years old."} for i in range(3)]
+    path = tmp_path / f"articles.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind in ("csv", "tsv"):
+        comma = "," if kind == "csv" else "\t"
+        path.write_text("".join(comma.join(row) + "\n" for row in [rows[0], *(row.values() for row in rows)]))
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    found = run(tmp_path, path, "--title_column", "name", "--text_column", "body")
+    assert [(each["title"], each["text"]) for each in found] == [(row["name"], row["body"]) for row in rows]
+
+
+def test_a_folder_of_documents(tmp_path):
+    notes = tmp_path / "notes"
+    (notes / "old").mkdir(parents=True)
+    (notes / "barrel.md").write_text("# Rain barrel\nIt holds two hundred litres of rain.\n## Price\n40 euros")
+    (notes / "old" / "pump.txt").write_text("The pump lifts water from the well behind the house.")
+    (notes / "page.html").write_text("<h1>Roof</h1><p>The roof is made of red tiles from a village.</p>")
+    (notes / "photo.jpg").write_bytes(b"\xff\xd8\x00")
+    (notes / ".hidden.md").write_text("Not to be read by anybody at all.")
+    (notes / "empty.md").write_text("")
+    found = run(tmp_path, notes)
+    assert {(each["title"], each["text"]) for each in found} == {
+        ("Rain barrel", "It holds two hundred litres of rain.\nPrice\n40 euros"),
+        ("pump", "The pump lifts water from the well behind the house."),
+        ("Roof", "The roof is made of red tiles from a village."),
+    }
+    facts = summary(tmp_path)
+    assert facts["articles_without_text"] == 1 and facts["unknown_files"] == 1
+    assert facts["unknown_files_first"][0].endswith("photo.jpg")
+
+
+def test_the_time_left_is_known_in_bytes(tmp_path, capsys):
+    (tmp_path / "a.md").write_text("The pump lifts water from the well behind the house.")
+    (tmp_path / "empty.md").write_text("")
+    articles(tmp_path / "b.jsonl", [long("fox")])
+    run(tmp_path, tmp_path)
+    size = sum((tmp_path / name).stat().st_size for name in ("a.md", "b.jsonl"))
+    assert f"{size / 1000:.2f}k/{size / 1000:.2f}k" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_told_with_the_remedy():
+    workers = _Workers(1, bar=tqdm(disable=True))
+    workers.waiting.add(future := Future())
+    future.set_exception(BrokenProcessPool("gone"))
+    with pytest.raises(InputError, match="Run the same command again"), workers:
+        pass
+
+
+def test_the_output_inside_of_the_folder_is_no_input(tmp_path):
+    (tmp_path / "note.md").write_text("The pump lifts water from the well behind the house.")
+    assert run(tmp_path, tmp_path) == run(tmp_path, tmp_path)
+    assert summary(tmp_path)["files"] == 1
+
+
+def test_a_hub_dataset_is_streamed(tmp_path, monkeypatch):
+    rows = [{"id": str(i), "title": f"T{i}", "text": f"Article number {i} is about many things."} for i in range(4)]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "train.parquet")
+    real, asked = datasets.load_dataset, []
+
+    def load(*names, **options):
+        asked.append((names, options))
+        return real(str(tmp_path / "data"), **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = run(tmp_path, "wikimedia/wikipedia:20231101.de")
+    assert [each["title"] for each in found] == ["T0", "T1", "T2", "T3"]
+    assert asked == [(("wikimedia/wikipedia", "20231101.de"), {"split": "train", "streaming": True})]
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl.gz", "out.jsonl"])
+def test_outputs_are_what_the_reader_of_passages_takes(tmp_path, name):
+    (tmp_path / "wiki_00").write_text(DOCS)
+    run(tmp_path, tmp_path / "wiki_00", output=name)
+    table, report = read_passages(str(tmp_path / name))
+    assert report is None and table["title"][:] == ["Anarchism", '"Autumn" is "here" >']
+    assert summary(tmp_path)["passages"] == 2 and not (tmp_path / f"{name}.parts").exists()
+
+
+# ---- stable, without repeats, restartable
+
+
+def articles(path, texts):
+    path.write_text("".join(json.dumps({"title": f"T{i}", "text": text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def long(name, sentences=60):
+    return " ".join(f"The {name} {i} stands in village {i * 7} beside the river." for i in range(sentences))
+
+
+def test_ids_stay_when_something_else_changes(tmp_path):
+    source = articles(tmp_path / "a.jsonl", [long("fox"), long("owl"), long("elk")])
+    before = {each["id"]: each["text"] for each in run(tmp_path, source)}
+    assert {each["id"]: each["text"] for each in run(tmp_path, source)} == before
+    articles(source, [long("cat"), long("fox"), long("owl").replace("village 7 ", "town 7 "), long("elk")])
+    after = {each["id"] for each in run(tmp_path, source)}
+    assert len(before.keys() - after) == 1
+
+
+def test_repeats_are_left_out_and_counted(tmp_path):
+    near = long("fox", 9).replace("village 14", "town 14")
+    source = articles(tmp_path / "a.jsonl", [long("fox", 9), "too short", long("fox", 9), near, long("owl", 9)])
+    assert len(run(tmp_path, source)) == 3
+    assert summary(tmp_path)["dropped"] == {
+        "too short": {"passages": 1, "words": 2},
+        "equal to an earlier one": {"passages": 1, "words": 90},
+    }
+    assert len(run(tmp_path, source, "--near_duplicates")) == 2
+    facts = summary(tmp_path)
+    assert facts["dropped"]["nearly equal to an earlier one"] == {"passages": 1, "words": 90}
+    assert facts["words_read"] == facts["words"] + sum(each["words"] for each in facts["dropped"].values())
+    kept = run(tmp_path, source, "--keep_duplicates")
+    assert len(kept) == 4 and kept[1]["id"] == f"{kept[0]['id']}-2"
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
+    sources = [articles(tmp_path / f"{name}.jsonl", [long(name)]) for name in ("fox", "owl", "elk", "cat")]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text(long("hen"))
+    whole = run(tmp_path, *sources, tmp_path / "notes")
+    real, calls = cozyrag.gathering.make_part, []
+
+    def fails(batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(batch)
+
+    monkeypatch.setattr(cozyrag.gathering, "make_part", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *sources, tmp_path / "notes")
+    assert made(tmp_path) == whole  # the old output stays until the new one is whole
+    calls.clear()
+    calls.extend([None] * 3)
+    assert run(tmp_path, *sources, tmp_path / "notes") == whole
+    assert len(calls) == 3 + 3 and "Going on: 2 parts" in capsys.readouterr().err
+
+
+def test_other_settings_or_changed_files_use_no_old_part(tmp_path, monkeypatch):
+    source = articles(tmp_path / "a.jsonl", [long("fox")])
+    monkeypatch.setattr(cozyrag.gathering, "assemble", lambda *_, **__: 1 / 0)
+    for words in ("50", "100"):
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, source, "--words", words)
+    articles(source, [long("owl")])
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, source)
+    assert len(list((tmp_path / "out.jsonl.parts").glob("*.parquet"))) == 3
+
+
+@pytest.mark.slow
+def test_two_workers_give_what_one_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(cozyrag.gathering, "CHARACTERS", 4000)
+    sources = [articles(tmp_path / f"{name}.jsonl", [long(name), long(f"{name} s")]) for name in ("fox", "owl", "elk")]
+    one = run(tmp_path, *sources)
+    passages([*map(str, sources), "--output", str(tmp_path / "two.jsonl"), "--workers", "2"])
+    assert made(tmp_path, "two.jsonl") == one
+
+
+# ---- what is refused
+
+
+def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"title": "T"}\n{"title": "T", "text": 1.5}\n' + json.dumps({"text": long("fox")})
+    )
+    (tmp_path / "b.md").write_bytes(b"caf\xe9 is not UTF-8 here, but Latin-1")
+    (tmp_path / "wiki_00").write_text(DOCS.removesuffix("</doc>\n") + '<doc id="1" title="X">\nx\n</doc>\nstray\n')
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.md", tmp_path / "wiki_00"]
+    with pytest.raises(InputError) as refused:
+        run(tmp_path, *inputs)
+    told = str(refused.value)
+    assert "5 rows cannot be used" in told and 'a.jsonl, line 1: no column "text"' in told
+    assert "a.jsonl, line 2: text is a float" in told and "b.md: line 1: expected UTF-8" in told
+    assert "wiki_00, line 9: the article has no </doc>" in told and "wiki_00, line 16: text outside" in told
+    assert not (tmp_path / "out.jsonl").exists()
+    run(tmp_path, *inputs, "--skip_bad_rows")
+    assert summary(tmp_path)["bad_rows"] == 5 and len(summary(tmp_path)["bad_rows_first"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "told"),
+    [
+        (["nothing/here/now"], "out.jsonl", "found nothing at"),
+        (["a.bin"], "out.jsonl", "do not tell the format"),
+        (["empty"], "out.jsonl", "expected files to read in this folder"),
+        (["a.jsonl"], "out.txt", "expected a name that ends in .parquet, .jsonl, .jsonl.gz"),
+        (["a.jsonl"], "a.jsonl", "is an input as well"),
+        (["a.jsonl"], "none/out.jsonl", "there is no folder"),
+        (["short.jsonl"], "out.jsonl", "texts of at least 30 characters"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used(tmp_path, monkeypatch, inputs, output, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.bin").write_bytes(b"\x00\x01")
+    articles(tmp_path / "a.jsonl", [long("fox")])
+    articles(tmp_path / "short.jsonl", ["short"])
+    with pytest.raises(InputError, match=told):
+        passages([*inputs, "--output", output, "--workers", "1"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--words", "5"], ["--near_duplicates", "80"], ["--overlap", "-1"], ["--format", "docx"]]
+)
+def test_arguments_that_make_no_sense(words, capsys):
+    with pytest.raises(SystemExit):
+        passages(["a.md", "--output", "x.jsonl", *words])
+    assert "error: argument" in capsys.readouterr().err
+
+
+def test_the_format_can_be_forced(tmp_path):
+    (tmp_path / "data.bin").write_text(
+        json.dumps({"title": "T", "text": "The leaves fall on the ground and the days grow."})
+    )
+    assert [each["title"] for each in run(tmp_path, tmp_path / "data.bin", "--format", "jsonl")] == ["T"]

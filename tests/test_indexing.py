@@ -1,0 +1,249 @@
+"""`cozyrag index`: one process and two give the same, nothing is encoded twice, and the folder is what the rest reads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+
+from cozyrag.errors import InputError
+from cozyrag.index import PassageIndex, made_by, open_vectors
+from cozyrag.indexing import index
+from cozyrag.retriever import Retriever
+from cozyrag.run import train
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+def rows(count, start=0):
+    things = tiny.THINGS
+    return [
+        {"id": f"p{i}", "title": f"{things[i % 12]} {i}", "text": f"The {things[i % 12]} {i} was made in {1500 + i} of stone."}
+        for i in range(start, start + count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The texts that were encoded."""
+    seen, real = [], Retriever.encode
+
+    def encode(self, texts, **options):
+        seen.extend(texts)
+        return real(self, texts, **options)
+
+    monkeypatch.setattr(Retriever, "encode", encode)
+    return seen
+
+
+def run(passages, folder, retriever, *more):
+    index([str(passages), "--retriever", str(retriever), "--output", str(folder), "--threads", "1", *more])
+
+
+def loaded(folder, retriever):
+    fingerprint = Retriever.load(str(retriever), max_tokens=160).fingerprint()
+    return PassageIndex.load(folder, fingerprint=fingerprint)
+
+
+def test_the_folder_is_what_the_rest_of_the_package_reads(tmp_path, retriever_path, capsys):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(50))
+    run(passages, tmp_path / "index", retriever_path, "--shard_size", "8")
+    made, model = loaded(tmp_path / "index", retriever_path), Retriever.load(str(retriever_path), max_tokens=160)
+    assert made.passages.ids == [f"p{i}" for i in range(50)]
+    expected = model.encode(made.passages.to_read(), kind="document", batch_size=64)
+    np.testing.assert_allclose(made.vectors, expected, atol=1e-5)
+    question = model.encode(["The fox 12 was made in 1512"], kind="query", batch_size=1)
+    assert made.search(question, 3)[1].tolist() == np.argsort(-(question @ expected.T), kind="stable")[:, :3].tolist()
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
+        "index.faiss", "index.json", "passages.parquet", "vectors.safetensors",
+    ]  # fmt: skip
+    assert "50 passages, index Flat" in capsys.readouterr().out
+
+
+def test_only_new_and_changed_passages_are_encoded(tmp_path, retriever_path, encoded):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(40))
+    run(passages, tmp_path / "index", retriever_path)
+    encoded.clear()
+    later = rows(45)[3:]  # three gone, five new, one changed, two changed places
+    later[10]["text"] = "Now it is of brick."
+    later[0], later[1] = later[1], later[0]
+    tiny.write_jsonl(passages, later)
+    run(passages, tmp_path / "index", retriever_path)
+    assert len(encoded) == 6
+    anew = tmp_path / "anew"
+    run(passages, anew, retriever_path)
+    updated, fresh = loaded(tmp_path / "index", retriever_path), loaded(anew, retriever_path)
+    assert updated.passages == fresh.passages
+    np.testing.assert_allclose(updated.vectors, fresh.vectors, atol=1e-5)
+
+
+def test_another_retriever_takes_nothing_over(tmp_path, retriever_path, encoded, capsys):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(20))
+    run(passages, tmp_path / "index", retriever_path)
+    other = tiny.make_retriever(tmp_path / "other", seed=1)
+    encoded.clear()
+    run(passages, tmp_path / "index", other)
+    assert len(encoded) == 20
+    assert made_by(tmp_path / "index") == Retriever.load(str(other), max_tokens=160).fingerprint()
+    assert "that was there is replaced" in capsys.readouterr().out
+
+
+def test_equal_texts_are_encoded_once(tmp_path, retriever_path, encoded):
+    same = [{"id": f"p{i}", "title": "", "text": "The same text for all of them."} for i in range(30)]
+    run(tiny.write_jsonl(tmp_path / "p.jsonl", same), tmp_path / "index", retriever_path)
+    assert len(encoded) == 1
+    assert len(loaded(tmp_path / "index", retriever_path)) == 30
+
+
+def test_goes_on_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retriever_path, encoded, monkeypatch):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(10))
+    run(passages, tmp_path / "index", retriever_path)
+    tiny.write_jsonl(passages, rows(60))
+    counted, calls = Retriever.encode, []
+
+    def fails(self, texts, **options):
+        calls.append(len(texts))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return counted(self, texts, **options)
+
+    monkeypatch.setattr(Retriever, "encode", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(passages, tmp_path / "index", retriever_path, "--shard_size", "8")
+    assert len(loaded(tmp_path / "index", retriever_path)) == 10
+    monkeypatch.setattr(Retriever, "encode", counted)
+    encoded.clear()
+    run(passages, tmp_path / "index", retriever_path, "--shard_size", "16")
+    assert len(encoded) == 50 - 3 * 8
+    anew = tmp_path / "anew"
+    run(passages, anew, retriever_path)
+    np.testing.assert_allclose(open_vectors(tmp_path / "index" / "vectors.safetensors"), open_vectors(anew / "vectors.safetensors"), atol=1e-5)  # fmt: skip
+
+
+def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, capsys):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(200))
+    run(passages, tmp_path / "index", retriever_path, "--index_memory", "20KB")  # flat: 200 * 32 * 4 = 25,600 bytes
+    assert json.loads((tmp_path / "index" / "index.json").read_text())["factory"] == "SQ8"
+    assert "index SQ8" in (told := capsys.readouterr().out) and "of the 10 nearest" in told
+    made = loaded(tmp_path / "index", retriever_path)
+    assert isinstance(made.vectors, np.memmap)
+    scores, found = made.search(np.array(made.vectors[[3, 77]]), 5)
+    exact = made.vectors[[3, 77]] @ made.vectors.T
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, found, axis=1), atol=1e-6)
+    assert found[:, 0].tolist() == [3, 77]
+    with pytest.raises(InputError, match="--index_memory: 200 vectors of 32 dimensions need at least"):
+        run(passages, tmp_path / "index", retriever_path, "--index_memory", "1KB")
+    made.save(tmp_path / "index")  # onto the file that its vectors are read from
+    assert loaded(tmp_path / "index", retriever_path).factory == "SQ8"
+
+
+def test_a_run_takes_the_vectors_while_the_retriever_is_the_same(
+    tmp_path, retriever_path, generator_path, corpus_files, encoded
+):
+    run(corpus_files["passages"], tmp_path / "index", retriever_path)
+    encoded.clear()
+    words = {
+        "generator": generator_path,
+        "retriever": retriever_path,
+        "index": tmp_path / "index",
+        "output_dir": tmp_path / "out",
+    }
+    words |= {"questions": corpus_files["questions"], "passages": corpus_files["passages"], "rounds": 0, "threads": 1, "context_filter": "overlap"}  # fmt: skip
+    train([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    texts = set(loaded(tmp_path / "out" / "index", retriever_path).passages.to_read())
+    assert encoded and not texts & set(encoded)
+    words |= {
+        "passages": tiny.write_jsonl(tmp_path / "other.jsonl", tiny.corpus(41)[0]),
+        "output_dir": tmp_path / "other",
+    }
+    with pytest.raises(InputError, match="of the 41 passages that are searched, found 40"):
+        train([word for name, value in words.items() for word in (f"--{name}", str(value))])
+
+
+# ---- what is refused
+
+
+def test_bad_rows_are_named_and_skipped_on_request(tmp_path, retriever_path, capsys):
+    bad = [*rows(3), {"id": "e", "text": " "}, rows(1)[0], *rows(2, start=5)]
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", bad)
+    with pytest.raises(InputError, match=r"2 rows cannot be used: .*line 4: empty text; .*line 5: repeats .*line 1"):
+        run(passages, tmp_path / "index", retriever_path)
+    run(passages, tmp_path / "index", retriever_path, "--skip_bad_rows")
+    assert "2 rows skipped" in capsys.readouterr().out
+    assert loaded(tmp_path / "index", retriever_path).passages.ids == ["p0", "p1", "p2", "p5", "p6"]
+
+
+def test_two_texts_under_one_id(tmp_path, retriever_path):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", [*rows(3), {"id": "p1", "title": "", "text": "Something else."}])
+    with pytest.raises(InputError, match='line 4: expected a new id, found "p1", which .*line 2'):
+        run(passages, tmp_path / "index", retriever_path, "--skip_bad_rows")
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path, retriever_path):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(3))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(InputError, match="found cat.jpg in it"):
+        run(passages, tmp_path / "photos", retriever_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("--shard_size", "0"), ("--passage_tokens", "3")])
+def test_numbers_too_small(tmp_path, retriever_path, name, value):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(3))
+    with pytest.raises(InputError, match=f"{name}: expected at least"):
+        run(passages, tmp_path / "index", retriever_path, name, value)
+
+
+@pytest.mark.parametrize("size", ["0", "400 apples", "-3GB", "GB"])
+def test_sizes_that_are_none(tmp_path, size, capsys):
+    with pytest.raises(SystemExit):
+        index(["p.jsonl", "--output", "x", f"--index_memory={size}"])
+    assert "expected a size such as 400MB" in capsys.readouterr().err
+
+
+# ---- the real launcher
+
+
+def launch(passages, folder, retriever, *more):
+    config = ROOT / "accelerate_configs" / "cpu_ddp.yaml"
+    command = [*LAUNCH, "--config_file", str(config), "-m", "cozyrag.cli", "index", str(passages)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--retriever", str(retriever), "--output", str(folder), "--threads", "1", *more],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives_and_go_on_where_they_were_killed(tmp_path, retriever_path):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(3000))
+    run(passages, tmp_path / "one", retriever_path)
+    two = tmp_path / "two"
+    first = launch(passages, two, retriever_path, "--shard_size", "16")
+    deadline = time.monotonic() + 300
+    while len(list(two.glob("work/shards/*.safetensors"))) < 8 and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.01)
+    assert first.poll() is None, first.stdout.read()
+    for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+        process.send_signal(signal.SIGKILL)
+    first.communicate()
+    kept = len(list(two.glob("work/shards/*.safetensors")))
+    assert 8 <= kept < 3000 // 16 and made_by(two) is None
+    second = launch(passages, two, retriever_path, "--shard_size", "16")
+    told = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, told
+    assert f"3,000 passages, {3000 - kept * 16:,} to encode." in told
+    a, b = (loaded(folder, retriever_path) for folder in (tmp_path / "one", two))
+    np.testing.assert_allclose(a.vectors, b.vectors, atol=1e-5)
+    questions = Retriever.load(str(retriever_path)).encode(a.passages.texts[::97], kind="query", batch_size=64)
+    (scores, found), (others, also) = (each.search(questions, 10) for each in (a, b))
+    np.testing.assert_allclose(scores, others, atol=1e-5)
+    assert (found == also).mean() > 0.999  # scores within 1e-5 of each other may change places

@@ -1,0 +1,130 @@
+"""Markdown, HTML, plain text and PDF as titles and sections."""
+
+import pytest
+
+from cozyrag.errors import InputError
+from cozyrag.markup import html_article, markdown_article, name_as_title, pdf_article, plain_article, unwrap
+
+
+def test_markdown_headings_make_sections_and_the_first_one_is_the_title():
+    text = "# Rain barrels\n\nThey hold 200\nlitres.\n\n## Care\n\nClean *twice* a year.\n\n### Winter\nEmpty them.\n\n## Price\n40 euros"
+    article = markdown_article(text, "notes/barrel.md")
+    assert article.title == "Rain barrels"
+    assert article.sections == [
+        ((), "They hold 200 litres."),
+        (("Care",), "Clean twice a year."),
+        (("Care", "Winter"), "Empty them."),
+        (("Price",), "40 euros"),
+    ]
+
+
+def test_front_matter_names_the_title_and_is_no_text():
+    article = markdown_article("---\ntitle: The Barrel\ntags: [garden]\n---\nText.\n# Later\nMore.", "a.md")
+    assert (article.title, article.sections) == ("The Barrel", [((), "Text."), (("Later",), "More.")])
+
+
+def test_a_text_that_begins_with_a_rule_keeps_it_all():
+    assert markdown_article("---\nFirst: [\n---\nText.", "a.md").sections[-1][1].endswith("Text.")
+
+
+def test_without_heading_the_file_names_the_title():
+    assert markdown_article("Just text.", "notes/my-old_barrel.md").title == "my old barrel"
+    assert markdown_article("Text first.\n\n# Heading\nMore.", "a.md").title == "a"
+
+
+def test_underlined_headings_and_rules():
+    article = markdown_article("Title\n=====\nText.\n\nPart\n----\nMore.\n\n---\nEnd.", "a.md")
+    assert (article.title, article.sections) == ("Title", [((), "Text."), (("Part",), "More.\nEnd.")])
+
+
+@pytest.mark.parametrize(
+    ("marked", "bare"),
+    [
+        ("See [the page](http://x.org) and [this][1].", "See the page and this."),
+        ("![A cat](cat.png) sleeps.", "A cat sleeps."),
+        ("[[Barrel|The barrel]] and [[Pump]].", "The barrel and Pump."),
+        ("**Bold**, __bold__, *thin*, _thin_ and ~~gone~~.", "Bold, bold, thin, thin and gone."),
+        ("snake_case_name and 2*3*4 stay.", "snake_case_name and 2*3*4 stay."),
+        ("Run `ls -l` now.", "Run ls -l now."),
+        ("a <!-- hidden --> b", "a  b"),
+        ("> quoted\n> twice", "quoted\ntwice"),
+        ("- one\n- two\n  lines", "- one\n- two lines"),
+        ("| a | b |\n|---|---|\n| 1 | 2 |", "| a | b |\n|---|---|\n| 1 | 2 |"),
+        ("[1]: http://x.org\nText.", "Text."),
+        ("```\n# no heading\n  code\n```", "# no heading\n  code"),
+    ],
+)
+def test_marks_are_taken_off(marked, bare):
+    assert markdown_article(marked, "a.md").sections == [((), bare)]
+
+
+def test_plain_text_is_unwrapped_where_lines_look_wrapped():
+    prose = "This line is long enough to have been wrapped by an\neditor, and so it goes on.\n\nRoses are red\nViolets are blue"
+    article = plain_article(prose, "poems/red_roses.txt")
+    assert article.title == "red roses"
+    assert article.sections[0][1].split("\n") == [
+        "This line is long enough to have been wrapped by an editor, and so it goes on.",
+        "Roses are red",
+        "Violets are blue",
+    ]
+
+
+def test_chinese_lines_join_without_a_space():
+    assert unwrap(["维也纳是奥地利的", "首都。"]) == "维也纳是奥地利的首都。"
+    assert unwrap(["Wien", "ist"]) == "Wien ist"
+
+
+def test_html_leaves_out_what_belongs_to_the_page():
+    page = """<!doctype html><html><head><title>Barrel - My site</title><style>p {}</style></head><body>
+    <nav><ul><li>Home</li></ul></nav><h1>Rain &amp; barrels</h1><p>They hold <b>200</b> litres.<br>Or more.</p>
+    <script>if (a < b) { alert("x") }</script><h2>Care</h2><ul><li>Clean.<li>Empty.</ul>
+    <table><tr><td>Price</td><td>40</td></tr></table><footer>Imprint</footer></body></html>"""
+    article = html_article(page, "a.html")
+    assert article.title == "Rain & barrels"
+    assert article.sections == [((), "They hold 200 litres.\nOr more."), (("Care",), "Clean.\nEmpty.\nPrice 40")]
+
+
+def test_html_without_one_first_heading_takes_its_title():
+    assert html_article("<title>The Site</title><h1>A</h1><p>x</p><h1>B</h1><p>y</p>", "a.html").title == "The Site"
+    assert html_article("<p>Only this.", "my-page.html").title == "my page"
+
+
+def make_pdf(path, lines, title=None):
+    """A PDF by hand: one page, one font, text at the left."""
+    text = "BT /F1 12 Tf 50 700 Td 14 TL " + " ".join(f"({line}) Tj T*" for line in lines) + " ET"
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        f"<< /Length {len(text)} >>\nstream\n{text}\nendstream",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+        f"<< /Title ({title}) >>" if title else "<< >>",
+    ]
+    out, places = "%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(out))
+        out += f"{number} 0 obj\n{body}\nendobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    out += f"xref\n0 7\n0000000000 65535 f \n{table}trailer\n<< /Size 7 /Root 1 0 R /Info 6 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    path.write_bytes(out.encode("latin-1"))
+    return str(path)
+
+
+def test_pdf_lines_and_divided_words_are_put_together(tmp_path):
+    pytest.importorskip("pypdf")
+    path = make_pdf(tmp_path / "old-barrel.pdf", ["A barrel for rain that stands behind the old gar-", "den house."])
+    article = pdf_article(path, "old-barrel.pdf")
+    assert article.title == "old barrel"
+    assert article.sections == [((), "A barrel for rain that stands behind the old garden house.")]
+    assert pdf_article(make_pdf(tmp_path / "b.pdf", ["x"], "Named"), "b.pdf").title == "Named"
+
+
+def test_a_broken_pdf_is_named(tmp_path):
+    pytest.importorskip("pypdf")
+    (tmp_path / "a.pdf").write_bytes(b"no pdf at all")
+    with pytest.raises(InputError, match=r"^a.pdf: expected a PDF"):
+        pdf_article(str(tmp_path / "a.pdf"), "a.pdf")
+
+
+def test_names_become_titles():
+    assert name_as_title("x/2024-05-01_rain  barrel.final.md") == "2024 05 01 rain barrel.final"
