@@ -3,6 +3,7 @@
 Left out: joining it with the dense search (search.py), and saving: it is rebuilt from the passages in seconds.
 """
 
+import logging
 from collections.abc import Sequence
 
 import bm25s
@@ -10,6 +11,9 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 TOKENS = r"(?u)\b\w+\b"  # one-letter words too: "vitamin C", "World War I"
+logging.getLogger("bm25s").setLevel(
+    logging.WARNING
+)  # it sets DEBUG itself, and shows it wherever others log to the root
 
 
 class LexicalIndex:

@@ -116,6 +116,7 @@ class CozyRAG:
         self.min_answer_tokens = min_answer_tokens
         self.no_repeat_ngram_size = no_repeat_ngram_size
         self.no_answer_threshold = no_answer_threshold
+        self.context_filter = context_filter
         self._maker = ContextMaker(
             index.passages,
             generator.count_tokens,
