@@ -22,7 +22,7 @@ from scoring import (
 )
 from suites import Task
 
-from cozyrag.audit import PARTS, audit, base_notes, brief, examples, part_of
+from cozyrag.audit import PARTS, audit, base_notes, brief, examples_alike, part_of
 
 MODEL, UNTUNED, BM25, CLOSED, GOLD = "this model", "untuned pair", "BM25 + generator", "closed book", "gold context"
 SEARCHED = FOUND[:-1]
@@ -113,7 +113,7 @@ def tables_of(told: Mapping) -> str:
     ]
     if told["audit"]:
         parts.append(brief(told["audit"]) + _parts_table(told["audit"]["parts"]))
-        alike = examples(told["audit"])
+        alike = examples_alike(told["audit"])
         parts.append("Questions most alike:\n\n```\n" + alike + "\n```" if alike else "")
     parts += [
         f"Not in the tables: {UNTUNED}, because {why}."

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from cozyrag.corpus import Corpus
 from cozyrag.evaluation import summarize
 from cozyrag.metrics import normalize_answer
 
@@ -121,6 +122,17 @@ def audit(
     }
 
 
+def audit_corpus(corpus: Corpus, *, retriever: str, generator: str) -> dict:
+    """The audit of the tables of a run, with notes on the base models named."""
+    passages = corpus.passages[:]
+    return audit(
+        corpus.questions[:],
+        corpus.eval_questions[:],
+        dict(zip(passages["id"], passages["text"], strict=True)),
+        bases=base_notes(retriever, generator),
+    )
+
+
 def _content(key: str, texts: Mapping[str, str]) -> str:
     """What makes a passage the same: its words; its id where the text is not known."""
     return normalize_answer(texts[key]) if key in texts else key
@@ -208,7 +220,7 @@ def audit_table(scores: Mapping[str, Mapping]) -> str:
     return "\n".join(lines)
 
 
-def examples(found: Mapping, count: int = 5) -> str:
+def examples_alike(found: Mapping, count: int = 5) -> str:
     """The near-duplicates most alike, a line each; "" if there are none."""
     return "\n".join(
         f"  {each['similarity']:.2f}  {each['question']}  |  trained on: {each['train_question']}"

@@ -19,17 +19,18 @@ TIERS = (
     ("passages", "batches", "search"),
     ("questions", "generator", "contexts"),
     ("corpus", "evaluation", "feedback", "pipeline", "gate"),
-    ("config", "hub"),
+    ("config", "hub", "audit"),
     ("trainer", "checkpoint"),
     ("report", "doctor"),
     ("rounds",),
     ("probe",),
     ("plan",),
     ("run",),
+    ("auditing",),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "probe", "plan", "cli"}
+MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "rounds", "probe", "plan", "auditing", "cli"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",
