@@ -19,18 +19,15 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
-from latency import Clock, machine_facts
-from pairs import Pair, base_names, load_base, load_pair
-from qa import TOGETHER, Bench, add_model_arguments
+from bench import TOGETHER, Bench, add_model_arguments, open_bench
+from latency import machine_facts
+from pairs import Pair, base_names, load_base
 from scoring import FOUND, paired_tests, score_table, scores_of, test_table
-from searching import accelerator_of, reciprocal_rank_fusion
-from suites import add_task_arguments, load_task
+from searching import reciprocal_rank_fusion
+from suites import add_task_arguments
 
 from cozyrag.cli import door
-from cozyrag.contexts import ContextMaker
 from cozyrag.errors import InputError
-from cozyrag.index import Passages
-from cozyrag.lexical import LexicalIndex
 from cozyrag.metrics import hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
 from cozyrag.search import CANDIDATES, Searcher
 
@@ -80,49 +77,67 @@ def ways(bench: Bench, pair: Pair, when: str, weights: dict) -> Callable[[list[s
 
 def compare(options: argparse.Namespace) -> None:
     """The story: load, search in every way, score, tell."""
-    accelerator, clock = accelerator_of(options.threads), Clock()
-    pair, reading = load_pair(options.model, accelerator.device)
-    task = load_task(options, pair.index)
-    passages = Passages.of(task.passages)
-    maker = ContextMaker(passages, pair.generator.count_tokens, top_k=reading.top_k, budget=reading.context_tokens)
-    lexical = LexicalIndex(passages.to_read())
-    bench = Bench(accelerator, options, task, reading, clock, lexical, maker)
-    columns = task.questions[:]
-    known = [row for row, gold in enumerate(columns["passage_id"]) if gold in maker.row_of]
-    if not known:
-        raise InputError(
-            f"Expected questions whose gold passage is known, found none among {len(columns['id'])} of {task.name}: give questions with "
-            "a context or a passage_id column."
-        )
-    questions = [columns["question"][row] for row in known]
-    gold = [maker.row_of[columns["passage_id"][row]] for row in known]
-    accelerator.print(f"{len(known)} questions of {task.name}, {len(passages.ids)} passages, model {pair.name}.")
-    names = base_names(options.model, options.base_retriever, options.base_generator)
-    untuned = load_base(options.model, pair, names, accelerator.device)
-    weights: dict[str, float | str] = {}
-    found = search_all(accelerator, questions, lambda texts: {"words (BM25)": lexical.search(texts, DEPTH)[1]}, "words")
-    sides = [(AFTER, pair)] if isinstance(untuned, str) else [(BEFORE, untuned), (AFTER, pair)]
-    sides = [(BEFORE, pair)] if options.model == "embedded" else sides
-    for when, side in sides:
-        with clock.timed(f"searching, {when}"):
-            found |= search_all(accelerator, questions, ways(bench, side, when, weights), f"vectors and both, {when}")
+    bench, pair = open_bench(options)
+    questions, gold = asked(bench)
+    bench.accelerator.print(
+        f"{len(gold)} questions of {bench.task.name}, {len(bench.task.passages)} passages, model {pair.name}."
+    )
+    found, weights = find(bench, pair, questions)
     systems = {
         name: [found_row(rows, row) for rows, row in zip(every, gold, strict=True)] for name, every in found.items()
     }
     told = {
         "benchmark": "retrieval",
         "model": pair.name,
-        "task": task.name,
-        "questions": len(known),
-        "without_gold": len(columns["id"]) - len(known),
-        "passages": len(passages.ids),
-        "weights": weights | ({"untuned": untuned} if isinstance(untuned, str) else {}),
+        "task": bench.task.name,
+        "questions": len(gold),
+        "without_gold": len(bench.task.questions) - len(gold),
+        "passages": len(bench.task.passages),
+        "weights": weights,
         "scores": {name: scores_of(rows, FOUND) for name, rows in systems.items()},
         "tests": paired_tests(dict(reversed(systems.items())), TESTED),
-        "notes": task.notes,
+        "notes": bench.task.notes,
     }
-    if accelerator.is_main_process:
-        write(options.json, told, {"seconds": clock.seconds, "machine": machine_facts(accelerator)})
+    if bench.accelerator.is_main_process:
+        write(options.json, told, {"seconds": bench.clock.seconds, "machine": machine_facts(bench.accelerator)})
+
+
+def asked(bench: Bench) -> tuple[list[str], list[int]]:
+    """The questions whose gold passage is known, and the rows of these. Raises InputError where there are none."""
+    columns = bench.task.questions[:]
+    known = [
+        (question, bench.maker.row_of[gold])
+        for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
+        if gold in bench.maker.row_of
+    ]
+    if not known:
+        raise InputError(
+            f"Expected questions whose gold passage is known, found none among {len(columns['id'])} of {bench.task.name}: give "
+            "questions with a context or a passage_id column."
+        )
+    return [question for question, _ in known], [row for _, row in known]
+
+
+def find(bench: Bench, pair: Pair, questions: list[str]) -> tuple[dict[str, np.ndarray], dict[str, float | str]]:
+    """The rows found in every way, and the weights of the sums, or why there is no before."""
+    options = bench.options
+    names = base_names(options.model, options.base_retriever, options.base_generator)
+    untuned = load_base(options.model, pair, names, bench.accelerator.device)
+    weights: dict[str, float | str] = {}
+    sides = [(AFTER, pair)]
+    if options.model == "embedded":
+        sides = [(BEFORE, pair)]
+    elif isinstance(untuned, str):
+        weights["no before"] = untuned
+    else:
+        sides = [(BEFORE, untuned), (AFTER, pair)]
+    words = lambda texts: {"words (BM25)": bench.lexical.search(texts, DEPTH)[1]}  # noqa: E731
+    found = search_all(bench.accelerator, questions, words, "searching by words")
+    for when, side in sides:
+        search = ways(bench, side, when, weights)
+        with bench.clock.timed(f"searching, {when}"):
+            found |= search_all(bench.accelerator, questions, search, f"searching by vectors, {when}")
+    return found, weights
 
 
 def tables_of(told: dict) -> str:
@@ -137,8 +152,10 @@ def tables_of(told: dict) -> str:
         + ".",
         "Difference in points, its 95 % interval, and the share p of the resamples in which it is not better (paired bootstrap):",
         test_table(told["tests"], best),
+        test_table(told["tests"], f"vectors, {AFTER}"),
+        f"There is no before: {told['weights']['no before']}." if "no before" in told["weights"] else "",
     ]
-    return "\n\n".join([*lines, *told["notes"]]) + "\n"
+    return "\n\n".join(line for line in [*lines, *told["notes"]] if line) + "\n"
 
 
 def write(out: Path, told: dict, times: dict) -> None:
@@ -157,7 +174,6 @@ def main() -> None:
     add_model_arguments(parser)
     add_task_arguments(parser)
     options = parser.parse_args()
-    options.index = options.index or options.json.parent / "vectors"
     door(lambda: compare(options))
 
 

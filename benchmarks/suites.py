@@ -11,32 +11,24 @@ downloading any of them.
 """
 
 import argparse
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate.utils import tqdm
 from datasets import Dataset
 from pairs import settings_of
 from searching import fewer, gold_ids
+from wiki import COVERAGE, RUN, Articles
 
 from cozyrag.embedded import QUICKSTART, QUICKSTART_FOLDER
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex
-from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.passages import FEATURES, merge_passages, read_passages
 from cozyrag.questions import Questions, read_questions, take
-from cozyrag.sentences import split_sentences
-from cozyrag.tables import BadRows, read_rows
 
 SUITES = ("quickstart", "squad", "squad-wiki")
 SQUAD_FILES = {"dev": ("squad11_dev.jsonl.gz", "dev-v1.1.json"), "train": ("squad11_train.jsonl.gz", "train-v1.1.json")}
 WIKI_FILES = ("wiki2015_small.jsonl.gz", "squad11_in_wiki2015.jsonl.gz")
-COVERAGE = 0.5  # share of a paragraph's 8-word runs that must stand in the article
-RUN = 8
 WEIGHT_QUESTIONS = 1000
-CHUNK_WORDS = 100
 PUBLISHED = (
     {"name": "RAG, passage encoder frozen (published)", "em": 28.12},
     {"name": "RAG-end2end (published)", "em": 40.02},
@@ -157,6 +149,21 @@ def _squad(folder: Path) -> Task:
     return Task("squad", asked.table, passages, train.table, _sample(train.table), PUBLISHED, [PUBLISHED_NOTE])
 
 
+def _squad_wiki(folder: Path, limit: int | None) -> Task:
+    articles = Articles.read(*(_present(folder, (name,)) for name in WIKI_FILES))
+    asked, train = (read_questions(_present(folder, SQUAD_FILES[name])) for name in ("dev", "train"))
+    table, there = articles.find(asked, limit)
+    known = sum(key is not None for key in table["passage_id"][:])
+    note = (
+        f"{there} of the {len(asked.table)} dev questions have their paragraph in an article of the file (at least {COVERAGE:.0%} of its "
+        f"{RUN}-word runs). Gold is, of the article's passages that hold an answer, the one that shares most with the paragraph: known for "
+        f"{known} of the {len(table)} questions asked."
+    )
+    return Task(
+        "squad-wiki", table, articles.passages, train.table, articles.find(train, WEIGHT_QUESTIONS)[0], (), [note]
+    )
+
+
 def _own_files(options: argparse.Namespace, own: PassageIndex | None) -> Task:
     asked = read_questions(options.questions)
     passages = _pool(options, asked, own)
@@ -190,104 +197,3 @@ def _pool(options: argparse.Namespace, asked: Questions, own: PassageIndex | Non
             f"Expected passages to search: {options.questions} carries no contexts, and --passages was not given. Give --passages FILE."
         )
     return merge_passages([table for table in tables if table is not None])
-
-
-# ---- SQuAD in Wikipedia ----
-
-
-def cut(text: str, words: int = CHUNK_WORDS) -> list[str]:
-    """A text in passages of whole sentences with about so many words; a rest of less than a third joins the one before."""
-    passages: list[list[str]] = []
-    size = words
-    for sentence in split_sentences(text):
-        if size >= words:
-            passages.append([])
-            size = 0
-        passages[-1].append(sentence)
-        size += len(sentence.split())
-    if len(passages) > 1 and size < words / 3:
-        rest = passages.pop()
-        passages[-1] += rest
-    return [" ".join(sentences) for sentences in passages]
-
-
-def _rows(path: str, columns: tuple[str, ...]) -> Iterator[dict]:
-    return (row.values for row in read_rows(path, split="train", known=columns, bad=BadRows()))
-
-
-def _articles(path: str) -> Dataset:
-    """All articles of a file as passages; the ids are ARTICLE-NUMBER."""
-    table: dict[str, list[str]] = {"id": [], "title": [], "text": []}
-    for article in tqdm(_rows(path, ("id", "title", "text")), desc="cutting articles", unit="article"):
-        for number, text in enumerate(cut(article["text"])):
-            table["id"].append(f"{article['id']}-{number}")
-            table["title"].append(article["title"])
-            table["text"].append(text)
-    return Dataset.from_dict(table, features=FEATURES)
-
-
-def _runs(text: str) -> set[str]:
-    words = normalize_answer(text).split()
-    return {" ".join(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
-
-
-@dataclass(frozen=True)
-class _Articles:
-    """Passages cut from articles; `held`: for the SHA-1 of a SQuAD paragraph the rows of the article that holds it."""
-
-    passages: Dataset
-    texts: list[str]
-    held: dict[str, list[int]]
-
-    @classmethod
-    def read(cls, folder: Path) -> "_Articles":
-        articles, places = (_present(folder, (name,)) for name in WIKI_FILES)
-        passages, rows_of = _articles(articles), {}
-        for row, key in enumerate(passages["id"][:]):
-            rows_of.setdefault(key.rpartition("-")[0], []).append(row)
-        held = {
-            row["context_sha1"]: rows_of[row["corpus_id"]]
-            for row in _rows(places, ("context_sha1", "corpus_id", "coverage"))
-            if row["coverage"] >= COVERAGE and row["corpus_id"] in rows_of
-        }
-        return cls(passages, passages["text"][:], held)
-
-    def find(self, questions: Questions, limit: int | None) -> tuple[Dataset, int]:
-        """The questions (a sample) whose paragraph is held, with their gold passage here or None; and how many there were."""
-        carried = questions.passages[:]
-        paragraphs = dict(zip(carried["id"], carried["text"], strict=True))
-        sha1 = {key: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for key, text in paragraphs.items()}
-        there = [row for row, key in enumerate(questions.table["passage_id"][:]) if sha1[key] in self.held]
-        chosen = take(questions.table.select(there), limit, 0)[:]
-        asked = list(zip(chosen["passage_id"], chosen["answers"], strict=True))
-        gold = [
-            self.gold(paragraphs[key], answers, self.held[sha1[key]])
-            for key, answers in tqdm(asked, desc="finding gold passages", unit="question")
-        ]
-        return Dataset.from_dict(chosen | {"passage_id": gold}, features=questions.table.features), len(there)
-
-    def gold(self, paragraph: str, answers: list[str], rows: list[int]) -> str | None:
-        """Of the passages that hold an answer the one that shares most runs of words with the paragraph; None if none does."""
-        runs = _runs(paragraph)
-        shared = {
-            row: len(runs & _runs(self.texts[row]))
-            for row in rows
-            if contains_answer(normalize_answer(self.texts[row]), answers)
-        }
-        best = max(shared, key=lambda row: (shared[row], -row), default=None)
-        return self.passages[best]["id"] if best is not None and shared[best] else None
-
-
-def _squad_wiki(folder: Path, limit: int | None) -> Task:
-    articles = _Articles.read(folder)
-    asked, train = (read_questions(_present(folder, SQUAD_FILES[name])) for name in ("dev", "train"))
-    table, there = articles.find(asked, limit)
-    known = sum(key is not None for key in table["passage_id"][:])
-    note = (
-        f"{there} of the {len(asked.table)} dev questions have their paragraph in an article of the file (at least {COVERAGE:.0%} of its "
-        f"{RUN}-word runs). Gold is, of the article's passages that hold an answer, the one that shares most with the paragraph: known for "
-        f"{known} of the {len(table)} questions asked."
-    )
-    return Task(
-        "squad-wiki", table, articles.passages, train.table, articles.find(train, WEIGHT_QUESTIONS)[0], (), [note]
-    )

@@ -87,7 +87,7 @@ def parts_of(audited: Mapping, rows: Sequence[Mapping], system: str) -> dict[str
 def write_questions(path: Path, task: Task, systems: Mapping[str, Sequence[Mapping]]) -> None:
     """One line for each question: its answers, gold passage, and what each system made of it."""
     columns = task.questions[:]
-    kept = ("prediction", "em", "f1", "rouge_l", "answer_in_context", "verdict")
+    kept = ("prediction", "em", "f1", "rouge_l", "recall@5", "mrr@10", "answer_in_context", "verdict")
     with path.open("w", encoding="utf-8") as file:
         for number, key in enumerate(columns["id"]):
             line = {name: columns[name][number] for name in ("id", "question", "answers", "passage_id")}

@@ -397,7 +397,7 @@ def test_squad_wiki_suite_finds_the_passages_that_hold_the_paragraphs(benchmark,
 
 
 def test_articles_are_cut_into_passages_of_whole_sentences(benchmark):
-    cut = benchmark("suites").cut
+    cut = benchmark("wiki").cut
     sentence = "One two three four five six seven eight nine ten."
     assert cut(" ".join([sentence] * 25)) == [" ".join([sentence] * 10), " ".join([sentence] * 15)][:1] + [
         " ".join([sentence] * 10), " ".join([sentence] * 5)
