@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from datasets import Dataset
 from latency import Clock
-from pairs import Pair, Reading, load_pair, usual_weight
+from pairs import Pair, Reading, base_names, load_pair, usual_weight
 from searching import accelerator_of, stored_index
 from suites import Task, load_task
 
@@ -56,6 +56,10 @@ class Bench:
     clock: Clock
     lexical: LexicalIndex
     maker: ContextMaker
+
+    def base_names(self) -> tuple[str | None, str | None]:
+        """Names of the (retriever, generator) that the model was trained from, as far as they are known."""
+        return base_names(self.options.model, self.options.base_retriever, self.options.base_generator)
 
     def index(self, pair: Pair) -> PassageIndex:
         """The pair's index of the task's passages: its own if these are they, else that of the vectors kept."""
@@ -112,9 +116,9 @@ class Bench:
         return Dataset.from_dict(table, features=CONTEXT_FEATURES)
 
     def with_passages(
-        self, contexts: Dataset, vectors_of: Callable[[Sequence[str]], np.ndarray], rows: list[list[int]]
+        self, contexts: Dataset, vectors_of: Callable[[Sequence[str]], np.ndarray | None], rows: list[list[int]]
     ) -> Dataset:
-        """The table with these passages read instead of those found."""
+        """The table with these passages read instead of those found; vectors are not needed where words choose the sentences."""
         columns = contexts[:]
         questions = columns["question"]
         made: list[str] = []

@@ -5,7 +5,7 @@ out: passages and questions (searching.py, suites.py).
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ def settings_of(model: str) -> dict:
 
 def base_names(model: str, retriever: str | None, generator: str | None) -> tuple[str | None, str | None]:
     """Names of the (retriever, generator) that a model was trained from: those given, else those its run noted."""
-    noted = settings_of(model)
+    noted = {"retriever": EMBEDDED, "generator": EMBEDDED} if model == EMBEDDED else settings_of(model)
     return retriever or noted.get("retriever"), generator or noted.get("generator")
 
 
@@ -118,11 +118,6 @@ def load_base(model: str, pair: Pair, names: tuple[str | None, str | None], devi
         None,
         None,
     )
-
-
-def described(reading: Reading) -> dict:
-    """The reading settings, for the JSON."""
-    return asdict(reading)
 
 
 def usual_weight(pair: Pair) -> float:

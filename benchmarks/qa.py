@@ -24,12 +24,14 @@ from collections.abc import Callable
 
 from bench import Bench, add_model_arguments, open_bench
 from latency import latencies, machine_facts
-from pairs import Pair, base_names, load_base
+from pairs import Pair, load_base
 from scoring import check_packages, with_texts_scored
 from suites import add_task_arguments
 from telling import BM25, CLOSED, GOLD, MODEL, UNTUNED, outcome, tables_of, write_questions
 
 from cozyrag.cli import door
+from cozyrag.index import PassageIndex
+from cozyrag.search import Searcher
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -39,10 +41,13 @@ def compare(options: argparse.Namespace) -> None:
     bench.accelerator.print(
         f"{len(bench.task.questions)} questions of {bench.task.name}, {len(bench.task.passages)} passages, model {pair.name}."
     )
-    systems, weights = answer_all(bench, pair)
+    index = bench.index(pair)
+    searcher = bench.searcher(pair, index, pair.mode)
+    systems, weights = answer_all(bench, pair, index, searcher)
     if options.latency:
         asked = bench.task.questions["question"][: options.latency]
-        alone = latencies(one_by_one(bench, pair), asked) if bench.accelerator.is_main_process else None
+        answer = one_by_one(bench, pair, index, searcher)
+        alone = latencies(answer, asked) if bench.accelerator.is_main_process else None
         bench.accelerator.wait_for_everyone()
     if bench.accelerator.is_main_process:
         write(bench, pair, {name: with_texts_scored(rows) for name, rows in systems.items()}, weights)
@@ -53,9 +58,9 @@ def write(bench: Bench, pair: Pair, systems: dict[str, list[dict]], weights: dic
     """OUT, its tables on the screen and beside it, and every question."""
     out = bench.options.json
     out.parent.mkdir(parents=True, exist_ok=True)
-    bases = base_names(bench.options.model, bench.options.base_retriever, bench.options.base_generator)
-    bases = ("embedded", "embedded") if bench.options.model == "embedded" else bases
-    told = outcome(bench.task, systems, model=pair.name, bases=bases, reading=bench.reading, weights=weights)
+    told = outcome(
+        bench.task, systems, model=pair.name, bases=bench.base_names(), reading=bench.reading, weights=weights
+    )
     out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tables = tables_of(told)
     out.with_suffix(".md").write_text(tables, encoding="utf-8")
@@ -81,10 +86,10 @@ def write_times(bench: Bench, alone: dict | None) -> None:
     )
 
 
-def answer_all(bench: Bench, pair: Pair) -> tuple[dict[str, list[dict]], dict[str, float | str]]:
+def answer_all(
+    bench: Bench, pair: Pair, index: PassageIndex, searcher: Searcher
+) -> tuple[dict[str, list[dict]], dict[str, float | str]]:
     """The examined rows of every system, and the weights of the searches, or why a system is not there."""
-    index = bench.index(pair)
-    searcher = bench.searcher(pair, index, pair.mode)
     bench.read_with(pair, index, bench.reading.context_filter)
     own = bench.contexts(searcher, MODEL)
     columns = own[:]
@@ -92,9 +97,9 @@ def answer_all(bench: Bench, pair: Pair) -> tuple[dict[str, list[dict]], dict[st
     tables = {MODEL: own, GOLD: bench.with_passages(own, searcher.encode, best)}
     bench.read_with(pair, index, "overlap")
     tables[BM25] = bench.contexts(bench.searcher(pair, index, "bm25"), BM25)
-    tables[CLOSED] = bench.with_passages(own, searcher.encode, [[] for _ in best])
+    tables[CLOSED] = bench.with_passages(own, lambda texts: None, [[] for _ in best])
     weights: dict[str, float | str] = {MODEL: searcher.weight}
-    untuned = load_base(bench.options.model, pair, base_names(bench.options.model, bench.options.base_retriever, bench.options.base_generator), bench.accelerator.device)  # fmt: skip
+    untuned = load_base(bench.options.model, pair, bench.base_names(), bench.accelerator.device)
     if isinstance(untuned, Pair):
         index = bench.index(untuned)
         searcher = bench.searcher(untuned, index, untuned.mode)
@@ -112,10 +117,8 @@ def answer_all(bench: Bench, pair: Pair) -> tuple[dict[str, list[dict]], dict[st
     return systems, weights
 
 
-def one_by_one(bench: Bench, pair: Pair) -> Callable[[list[str]], list[str]]:
-    """What answers questions as a user would have them answered: search, choose sentences, write."""
-    index = bench.index(pair)
-    searcher = bench.searcher(pair, index, pair.mode)
+def one_by_one(bench: Bench, pair: Pair, index: PassageIndex, searcher: Searcher) -> Callable[[list[str]], list[str]]:
+    """What answers questions as a user would have them answered: search, choose sentences, write. One process can do it alone."""
     bench.read_with(pair, index, bench.reading.context_filter)
     limits = {
         "context_tokens": bench.reading.context_tokens,

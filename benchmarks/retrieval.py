@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from bench import TOGETHER, Bench, add_model_arguments, open_bench
 from latency import machine_facts
-from pairs import Pair, base_names, load_base
+from pairs import Pair, load_base
 from scoring import FOUND, paired_tests, score_table, scores_of, test_table
 from searching import reciprocal_rank_fusion
 from suites import add_task_arguments
@@ -121,8 +121,7 @@ def asked(bench: Bench) -> tuple[list[str], list[int]]:
 def find(bench: Bench, pair: Pair, questions: list[str]) -> tuple[dict[str, np.ndarray], dict[str, float | str]]:
     """The rows found in every way, and the weights of the sums, or why there is no before."""
     options = bench.options
-    names = base_names(options.model, options.base_retriever, options.base_generator)
-    untuned = load_base(options.model, pair, names, bench.accelerator.device)
+    untuned = load_base(options.model, pair, bench.base_names(), bench.accelerator.device)
     weights: dict[str, float | str] = {}
     sides = [(AFTER, pair)]
     if options.model == "embedded":
