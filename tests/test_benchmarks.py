@@ -120,7 +120,7 @@ def launch(script, *arguments, processes=1):
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
     machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [*start, *map(str, arguments)], env=clean | machine, capture_output=True, text=True, timeout=300
+        [*start, *map(str, arguments)], env=clean | machine, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
