@@ -24,6 +24,7 @@ OURS = (
     "contexts",
     "feedback",
     "examined",
+    "audit.json",
     "generator",
     "retriever",
     "index",

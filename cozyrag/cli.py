@@ -1,4 +1,5 @@
-"""The command line: `cozyrag passages`, `questions`, `index`, `train`, `plan`, `ask`, `demo`, `space`, `report`, `compare`, `doctor`, `push`.
+"""The command line: `cozyrag passages`, `questions`, `index`, `train`, `plan`, `ask`, `demo`, `space`, `report`, `compare`, `audit`, `doctor`,
+`push`.
 
 Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
 """
@@ -35,6 +36,18 @@ columns of the table:
   verdict          ok, FAULT, or "no occasion on this batch": nothing there for the term to do, such as no repeats in short answers
 
 Exit code 0 if nothing is wrong, 2 with a sentence on what is and what to do. `cozyrag train --help` shows every setting.
+"""
+AUDIT = """\
+How much of what a pair is examined with is known from training: questions nearly the same, answers heard before, gold passages
+seen before; and the scores on the questions of which nothing was seen. Every run does so by itself and writes audit.json.
+
+  cozyrag audit OUTPUT       a run's output folder: its tables are read again from where its settings say, and the scores of its last
+                             examination are split; audit.json is written anew
+  cozyrag audit [SETTINGS]   settings of `cozyrag train`, before training: nothing is written
+
+examples:
+  cozyrag audit my-rag
+  cozyrag audit --questions train.tsv --eval_questions test.tsv --passages wiki.jsonl
 """
 
 
@@ -78,6 +91,7 @@ def _main() -> None:
     _add_pages(commands)
     _add_reports(commands)
     _add_doctor(commands)
+    _add_audit(commands)
     _add_push(commands)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "train":
@@ -95,6 +109,8 @@ def _main() -> None:
         _prepare(arguments.command, rest)
     elif arguments.command == "doctor":
         _doctor(rest)
+    elif arguments.command == "audit":
+        _audit(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
@@ -172,6 +188,18 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         usage="cozyrag doctor [SETTINGS | OUTPUT]",
         description=DOCTOR,
         epilog=DOCTOR_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_audit(commands: argparse._SubParsersAction) -> None:
+    """Its arguments are read by `_audit`, as those of the doctor are."""
+    commands.add_parser(
+        "audit",
+        help="what of the held-out questions is known from training, and the scores without it",
+        usage="cozyrag audit [SETTINGS | OUTPUT]",
+        description=AUDIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -277,6 +305,21 @@ def _doctor(rest: list[str]) -> None:
     for told in check_pair(Path(rest[0])):
         print(f"ok: {told}")
     print(f"Nothing wrong with {rest[0]}.")
+
+
+def _audit(rest: list[str]) -> None:
+    """Audit a folder if one is named, else what the settings say."""
+    from cozyrag.auditing import audit_output, audit_settings
+
+    if not rest or rest[0].startswith("-"):
+        return audit_settings(rest)
+    if len(rest) > 1:
+        raise InputError(
+            f"cozyrag audit: expected settings or one folder, found {rest[0]!r} and {rest[1]!r}. See cozyrag audit --help."
+        )
+    from pathlib import Path
+
+    audit_output(Path(rest[0]))
 
 
 def _push(arguments: argparse.Namespace) -> None:

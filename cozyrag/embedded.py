@@ -1,4 +1,4 @@
-"""Where the things that come with the package lie: the quickstart set, the small generator, templates, launch settings.
+"""Where the things that come with the package lie: quickstart set, small generator, templates, launch settings, metrics.
 
 The set makes the first run independent of the network. Left out: reading them, which the ordinary readers do.
 """
@@ -18,6 +18,11 @@ PAGES_FOLDER = _PACKAGE / "data" / "pages"
 
 
 def shipped_folder(name: str) -> Path:
-    """`model_cards` or `accelerate_configs`: inside an installed package, or beside it in a checkout."""
+    """`model_cards`, `accelerate_configs` or `metric_modules`: inside an installed package, or beside it in a checkout."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+def metric_module(name: str) -> str:
+    """The path that `evaluate.load` takes for `cozyrag_qa` or `cozyrag_retrieval`."""
+    return str(shipped_folder("metric_modules") / name)

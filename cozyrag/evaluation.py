@@ -11,11 +11,30 @@ from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
 from cozyrag.generator import Generator
-from cozyrag.metrics import bootstrap_interval, exact_match, f1, rank_of, recall_at, reciprocal_rank
+from cozyrag.metrics import (
+    bootstrap_interval,
+    exact_match,
+    f1,
+    ndcg_at,
+    ranks_of,
+    recall_at,
+    reciprocal_rank,
+    same_letters,
+)
 from cozyrag.sentences import split_sentences
 
 RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
+SUMMED = (*SHOWN, "ndcg@10")
+VERDICTS = (
+    "right",
+    "formatting only",
+    "reader missed",
+    "kept silent",
+    "filter dropped it",
+    "retrieval missed",
+    "answered the unanswerable",
+)
 
 
 def examine(
@@ -39,19 +58,23 @@ def examine(
         prediction, scores and verdict. Every process answers its share and all get the same result.
     """
     columns = contexts[:]
-    with accelerator.split_between_processes(list(range(len(contexts)))) as mine:
-        predictions = generator.answer(
-            [columns["question"][row] for row in mine],
-            [columns["context"][row] for row in mine],
-            context_tokens=context_tokens,
-            max_new_tokens=answer_tokens,
-            min_new_tokens=min_answer_tokens,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            no_answer_threshold=no_answer_threshold,
-            batch_size=batch_size,
-            progress=lambda batches: tqdm(batches, desc=desc, unit="batch"),
+    limits = {
+        "context_tokens": context_tokens,
+        "max_new_tokens": answer_tokens,
+        "min_new_tokens": min_answer_tokens,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "no_answer_threshold": no_answer_threshold,
+        "batch_size": batch_size,
+    }
+    batches = _batches(columns["question"], columns["context"], batch_size)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    answers = []
+    for batch in tqdm(mine, desc=desc, unit="batch"):
+        texts = generator.answer(
+            [columns["question"][row] for row in batch], [columns["context"][row] for row in batch], **limits
         )
-    predictions = gather_object(predictions)
+        answers += zip(batch, texts, strict=True)
+    predictions = dict(gather_object(answers))
     rows = [
         _examined({name: column[row] for name, column in columns.items()}, predictions[row], top_k)
         for row in range(len(contexts))
@@ -59,9 +82,19 @@ def examine(
     return summarize(rows), rows
 
 
+def _batches(questions: Sequence[str], contexts: Sequence[str], size: int) -> list[list[int]]:
+    """Rows in batches of like length, longest first.
+
+    They are the same for any number of processes, which take them in turn: what stands beside a question in its batch
+    can move its last bits, and with them, once in a while, a word of its answer.
+    """
+    order = sorted(range(len(questions)), key=lambda row: -len(questions[row]) - len(contexts[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def _examined(question: dict, prediction: str, top_k: int) -> dict:
     """Scores of one prediction, 0 to 1, and where it went wrong."""
-    rank = rank_of([str(row) for row in question["rows"]], {str(question["positive"])})
+    ranks = ranks_of(question["rows"], {question["positive"]})
     row = {
         "id": question["id"],
         "question": question["question"],
@@ -69,12 +102,13 @@ def _examined(question: dict, prediction: str, top_k: int) -> dict:
         "prediction": prediction,
         "em": exact_match(prediction, question["answers"]),
         "f1": f1(prediction, question["answers"]),
-        **{f"recall@{depth}": recall_at(rank, depth) for depth in RECALL_DEPTHS},
-        "mrr@10": reciprocal_rank(rank, cutoff=10),
+        **{f"recall@{depth}": recall_at(ranks, depth) for depth in RECALL_DEPTHS},
+        "mrr@10": reciprocal_rank(ranks, cutoff=10),
+        "ndcg@10": ndcg_at(ranks, 10),
         "answer_in_context": float(question["answer_in_context"]),
         "context": question["context"],
     }
-    return row | {"verdict": _verdict(row, found=rank is not None and rank <= top_k)}
+    return row | {"verdict": _verdict(row, found=bool(recall_at(ranks, top_k)))}
 
 
 def choose_threshold(
@@ -104,6 +138,8 @@ def _verdict(row: dict, *, found: bool) -> str:
         return "right"
     if not row["answers"]:
         return "answered the unanswerable"
+    if same_letters(row["prediction"], row["answers"]):
+        return "formatting only"
     if row["answer_in_context"]:
         return "reader missed" if row["prediction"] else "kept silent"
     return "filter dropped it" if found else "retrieval missed"
@@ -112,7 +148,7 @@ def _verdict(row: dict, *, found: bool) -> str:
 def summarize(rows: Sequence[dict]) -> dict:
     """Means in percent over the questions, with 95 % intervals of EM and F1 (percentile bootstrap)."""
     summary: dict = {"questions": len(rows)}
-    for name in SHOWN:
+    for name in (each for each in SUMMED if each in rows[0]):  # rows of an older version hold fewer
         values = np.array([row[name] for row in rows])
         summary[name] = round(100 * float(values.mean()), 2)
         if name in ("em", "f1"):

@@ -4,6 +4,7 @@ It finds the rare words and names that vectors blur. Left out: joining it with t
 it is rebuilt from the passages in seconds.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,9 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 STEMMERS = ("none", *Stemmer.algorithms())
 TOKENS = r"(?u)\b\w+\b"  # one-letter words too: "vitamin C", "World War I"
+logging.getLogger("bm25s").setLevel(
+    logging.WARNING
+)  # it sets DEBUG itself, and shows it wherever others log to the root
 
 
 class _Words:

@@ -1,14 +1,17 @@
 """The numbers the package reports, as pure functions of strings, ranks and arrays.
 
-It exists so that every number is computed in one place that is easy to check against its source. It leaves out
-reading, searching, generating and printing, and imports nothing of the package; wrong arguments are therefore
-`ValueError`, not a user's `InputError`.
+It exists so that every number is computed in one place that is easy to check against its source: training, the benchmarks
+and the modules for the `evaluate` library (metric_modules/) all call these. It leaves out reading, searching, generating
+and printing, and imports nothing of the package; wrong arguments are therefore `ValueError`, not a user's `InputError`.
 """
 
+import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -69,19 +72,111 @@ def contains_answer(normalized_text: str, answers: Sequence[str]) -> bool:
     return any(answer and f" {answer} " in padded for answer in wanted)
 
 
+def same_letters(prediction: str, references: Sequence[str]) -> bool:
+    """Whether the prediction differs from some reference in nothing but form: case, articles, punctuation of any script,
+    symbols, accents, spaces, Unicode variants. "U. S." and "US", "co-operation" and "co operation", "Zürich" and "Zurich".
+    """
+    wanted = {_letters(reference) for reference in references} - {""}
+    return _letters(prediction) in wanted
+
+
+def _letters(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", _ARTICLES.sub(" ", text.casefold()))
+    return "".join(char for char in decomposed if unicodedata.category(char)[0] in "LN")
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence of words against the best reference, 0 to 1 (Lin 2004).
+
+    As the package rouge-score computes ROUGE-L, without stemming. Without references as in `exact_match`. Raises
+    ImportError where rouge-score is not installed.
+    """
+    if not references:
+        return exact_match(prediction, references)
+    return float(_rouge_scorer().score_multi(list(references), prediction)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer  # takes seconds to import
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def bleu_statistics(prediction: str, references: Sequence[str]) -> np.ndarray:
+    """What BLEU needs of one question, shape (10,): matching n-grams (n = 1 to 4), all n-grams, length, reference length.
+
+    As the package sacrebleu counts them (Post 2018, arXiv:1804.08771). Sums over questions go into `bleu`. Zeros without
+    references: there is nothing to compare with. Raises ImportError where sacrebleu is not installed.
+    """
+    if not references:
+        return np.zeros(10)
+    found = _bleu().sentence_score(prediction, list(references))
+    return np.array([*found.counts, *found.totals, found.sys_len, found.ref_len], dtype=np.float64)
+
+
+@cache
+def _bleu():
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)  # touches the score of a sentence, not its counts, and keeps a warning away
+
+
+def bleu(statistics: np.ndarray) -> float:
+    """Corpus BLEU, 0 to 100, from summed `bleu_statistics`, shape (10,); sacrebleu's smoothing ("exp").
+
+    Source: Papineni et al. 2002. 0.0 where no n-gram could be counted.
+    """
+    counts = [int(count) for count in statistics]
+    if not counts[4]:
+        return 0.0
+    return float(_bleu().compute_bleu(counts[:4], counts[4:8], sys_len=counts[8], ref_len=counts[9]).score)
+
+
+def ranks_of(ranked_ids: Sequence[str], relevant: Collection[str]) -> list[int]:
+    """The ranks, from 1, of all `ranked_ids` (best first) that are in `relevant`, ascending.
+
+    The order of the list is the ranking: whoever has scores that tie must have ordered them (the searches here do, by
+    row). An id that comes twice counts at its first place only; the second takes up a place and counts for nothing.
+    """
+    wanted, ranks = set(relevant), []
+    for rank, key in enumerate(ranked_ids, start=1):
+        if key in wanted:
+            wanted.remove(key)
+            ranks.append(rank)
+    return ranks
+
+
 def rank_of(ranked_ids: Sequence[str], relevant: Collection[str]) -> int | None:
     """The rank, from 1, of the first of `ranked_ids` (best first) that is in `relevant`; None if none is."""
-    return next((rank for rank, key in enumerate(ranked_ids, start=1) if key in relevant), None)
+    return next(iter(ranks_of(ranked_ids, relevant)), None)
 
 
-def recall_at(rank: int | None, k: int) -> float:
-    """1.0 if the first relevant item stands among the first `k`, else 0.0; its mean is recall@k (success@k)."""
-    return float(rank is not None and rank <= k)
+def recall_at(ranks: Sequence[int], k: int, relevant: int = 1) -> float:
+    """The share of the `relevant` items that stand among the first `k`; its mean over questions is recall@k.
+
+    `ranks` as `ranks_of` gives them. A list shorter than `k` is no mistake: what is not in it was not found.
+    """
+    return sum(rank <= k for rank in ranks) / relevant
 
 
-def reciprocal_rank(rank: int | None, cutoff: int = 10) -> float:
-    """1/rank, or 0.0 beyond `cutoff` or if nothing relevant was found; its mean is MRR@cutoff (Voorhees 1999)."""
-    return 1.0 / rank if rank is not None and rank <= cutoff else 0.0
+def hit_at(ranks: Sequence[int], k: int) -> float:
+    """1.0 if any relevant item stands among the first `k`, else 0.0; its mean is the hit rate (success@k)."""
+    return float(any(rank <= k for rank in ranks))
+
+
+def reciprocal_rank(ranks: Sequence[int], cutoff: int = 10) -> float:
+    """1/rank of the first relevant item, or 0.0 beyond `cutoff` or if there is none; its mean is MRR@cutoff (Voorhees 1999)."""
+    return 1.0 / ranks[0] if ranks and ranks[0] <= cutoff else 0.0
+
+
+def ndcg_at(ranks: Sequence[int], k: int, relevant: int = 1) -> float:
+    """Normalised discounted cumulative gain of the first `k`, gains 0 or 1, discount log2(rank + 1); 0 to 1.
+
+    The ideal ranking has min(k, relevant) relevant items in front. Source: Jarvelin and Kekalainen 2002.
+    """
+    ideal = math.fsum(1 / math.log2(rank + 1) for rank in range(1, min(k, relevant) + 1))
+    return math.fsum(1 / math.log2(rank + 1) for rank in ranks if rank <= k) / ideal
 
 
 def bootstrap_interval(
@@ -93,6 +188,18 @@ def bootstrap_interval(
     or not of shape (n,), for a level outside 0..1 and for less than one resample.
     """
     low, high = np.quantile(_resampled_means(values, resamples, seed), _tails(level))
+    return float(low), float(high)
+
+
+def bleu_interval(statistics: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of corpus BLEU, from `bleu_statistics` of each question, shape (n, 10).
+
+    Raises ValueError as `bootstrap_interval`.
+    """
+    # the same seed draws the same questions for every column
+    columns = [_resampled_means(column, resamples, seed) for column in statistics.T]
+    scores = [bleu(np.rint(sums)) for sums in np.stack(columns, axis=1) * len(statistics)]
+    low, high = np.quantile(scores, _tails(0.95))
     return float(low), float(high)
 
 

@@ -119,11 +119,13 @@ class CozyRAG:
             weights=Weights(**weights),
         )
         self.top_k = top_k
+        self.stemmer = stemmer
         self.context_tokens = context_tokens
         self.answer_tokens = answer_tokens
         self.min_answer_tokens = min_answer_tokens
         self.no_repeat_ngram_size = no_repeat_ngram_size
         self.no_answer_threshold = no_answer_threshold
+        self.context_filter = context_filter
         self._maker = ContextMaker(
             index.passages,
             generator.count_tokens,

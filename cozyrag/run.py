@@ -16,6 +16,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
+from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.cards import write_card
 from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output, write_json
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
@@ -54,6 +55,7 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
         accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest
     )  # fmt: skip
     announce(rounds)
+    audit_leaks(rounds)
     if settings.training.rounds and not newest:
         self_test(rounds)
     rounds.run()
@@ -234,6 +236,19 @@ def announce(rounds: Rounds) -> None:
         rounds.log.say("Note: bf16 on a CPU without native support for it is two to three times slower than float32.")
 
 
+def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
+    """What of the held-out questions is known from training, into audit.json; with examined rows also the scores of each part."""
+    models = rounds.settings.models
+    found = audit_corpus(rounds.corpus, retriever=models.retriever, generator=models.generator)
+    if rows is None:
+        rounds.log.say(brief(found))
+    else:
+        found["parts"] = part_scores(found, rows)
+        rounds.log.say(f"By what was seen in training (audit.json):\n\n{audit_table(found['parts'])}\n")
+    if rounds.accelerator.is_main_process:
+        write_json(rounds.folder / "audit.json", found)
+
+
 def self_test(rounds: Rounds) -> None:
     """See on one batch that every active loss term moves what it should; says so in a line. Raises InputError if not."""
     started = time.perf_counter()
@@ -261,6 +276,7 @@ def finish(rounds: Rounds, started: float) -> None:
             )
         newest = sorted((folder / "examined").glob("*.jsonl"))[-1]
         rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
+        audit_leaks(rounds, rows)
         rounds.log.say(f"Some of its answers:\n\n{examples(rows)}\n")
         rounds.log.say(
             f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"

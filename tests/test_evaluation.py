@@ -3,7 +3,7 @@
 The accelerator, the metrics and the table are real; what each question tells is said beside it.
 """
 
-from contextlib import contextmanager
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import cozyrag.evaluation
 from cozyrag.contexts import CONTEXT_FEATURES
+from cozyrag.evaluation import VERDICTS as VERDICTS_KNOWN
 from cozyrag.evaluation import choose_threshold, examine, summarize, table
 from cozyrag.metrics import bootstrap_interval
 
@@ -41,6 +42,8 @@ SUMMARY = {
     "recall@20": 100 * 5 / 8,
     "mrr@10": 100 * (1 + 1 / 3 + 1 / 6 + 1 / 4) / 8,
     "answer_in_context": 100 * 2 / 8,
+    # one relevant passage: 1 / log2(rank + 1) for the ranks 1, 3, 6 and 4
+    "ndcg@10": 100 * (1 + 1 / math.log2(4) + 1 / math.log2(7) + 1 / math.log2(5)) / 8,
 }
 OPTIONS = {"top_k": 4, "context_tokens": 50, "answer_tokens": 7, "batch_size": 3}
 
@@ -65,12 +68,15 @@ def contexts_of(cases):
 
 
 class FixedAnswers:
-    """Answers question N with what CASES say, and notes what it was asked."""
+    """Answers question N with what the cases say, and notes what it was asked, batch by batch."""
 
-    def answer(self, questions, contexts, *, progress, **options):
-        self.questions, self.contexts, self.options = questions, contexts, options
-        self.batches = list(progress(range(0, len(questions), options["batch_size"])))
-        return [CASES[int(question.split()[1][:-1])][1] for question in questions]
+    def __init__(self, cases=CASES):
+        self.cases, self.asked = cases, []
+
+    def answer(self, questions, contexts, **options):
+        self.asked.append(list(zip(questions, contexts, strict=True)))
+        self.options = options
+        return [self.cases[int(question.split()[1][:-1])][1] for question in questions]
 
 
 def examined(cases=CASES, **options):
@@ -108,7 +114,7 @@ def test_rows_by_hand():
     assert rows[1] == {
         "id": "q1", "question": "Question 1?", "answers": ["blue river bank"], "prediction": "blue river", "em": 0.0,
         "f1": pytest.approx(0.8), "recall@1": 0.0, "recall@5": 1.0, "recall@20": 1.0, "mrr@10": pytest.approx(1 / 3),
-        "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader missed",
+        "ndcg@10": pytest.approx(1 / 2), "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader missed",
     }  # fmt: skip
 
 
@@ -123,8 +129,9 @@ def test_found_means_among_the_top_k(top_k, verdict):
 
 def test_generator_is_asked_with_the_contexts_and_budgets():
     generator, _, _ = examined()
-    assert generator.questions == [f"Question {number}?" for number in range(8)]
-    assert generator.contexts == [f"Context {number}." for number in range(8)]
+    asked = sorted(pair for batch in generator.asked for pair in batch)
+    assert asked == [(f"Question {number}?", f"Context {number}.") for number in range(8)]
+    assert [len(batch) for batch in generator.asked] == [3, 3, 2]
     assert generator.options == {
         "context_tokens": 50,
         "max_new_tokens": 7,
@@ -133,24 +140,26 @@ def test_generator_is_asked_with_the_contexts_and_budgets():
         "no_answer_threshold": None,
         "batch_size": 3,
     }
-    assert generator.batches == [0, 3, 6]
 
 
-def test_a_process_answers_its_share_and_sees_all(monkeypatch):
-    """The second of two processes: the first one's answers come through gather_object."""
+def test_batches_are_of_like_length_and_the_same_for_any_number_of_processes(monkeypatch):
+    """The second of two processes does every second of the batches that one process makes, and sees all answers."""
 
     class Second:
-        @contextmanager
-        def split_between_processes(self, rows):
-            yield rows[len(rows) // 2 :]
+        process_index, num_processes = 1, 2
 
-    alone = examined()[1:]
-    first = [prediction for _, prediction, _, _ in CASES[:4]]
-    monkeypatch.setattr(cozyrag.evaluation, "gather_object", lambda mine: first + mine)
-    generator = FixedAnswers()
-    summary, rows = examine(Second(), generator, contexts_of(CASES), **OPTIONS)
-    assert generator.questions == [f"Question {number}?" for number in range(4, 8)]
-    assert (summary, rows) == alone
+    table = contexts_of(CASES)
+    longer = table[:] | {"context": ["x" * (number * 5 % 8) for number in range(8)]}
+    table = Dataset.from_dict(longer, features=CONTEXT_FEATURES)
+    alone = FixedAnswers()
+    result = examine(Accelerator(cpu=True), alone, table, **OPTIONS)
+    lengths = [[len(context) for _, context in batch] for batch in alone.asked]
+    assert [length for batch in lengths for length in batch] == sorted(range(8), reverse=True)
+    first = [(number, CASES[number][1]) for number in range(8)]
+    monkeypatch.setattr(cozyrag.evaluation, "gather_object", lambda mine: [*first, *mine])
+    second = FixedAnswers()
+    assert examine(Second(), second, table, **OPTIONS) == result
+    assert second.asked == alone.asked[1::2]
 
 
 def test_summary_is_made_of_the_rows():
@@ -221,7 +230,22 @@ def test_without_questions_that_have_no_answer_it_always_answers():
 
 def test_silence_and_answers_to_the_unanswerable_have_their_verdicts():
     cases = [(["Red Fox"], "", 1, True), ([], "wrong", None, False), ([], "", None, False)]
-    generator = FixedAnswers()
-    generator.answer = lambda questions, contexts, **options: [cases[int(q.split()[1][:-1])][1] for q in questions]
-    _, rows = examine(Accelerator(cpu=True), generator, contexts_of(cases), **OPTIONS)
+    _, rows = examine(Accelerator(cpu=True), FixedAnswers(cases), contexts_of(cases), **OPTIONS)
     assert [row["verdict"] for row in rows] == ["kept silent", "answered the unanswerable", "right"]
+
+
+def test_a_right_answer_in_another_form_is_told_from_a_wrong_one():
+    cases = [
+        (["co-operation"], "co operation", 1, True),
+        (["U.S. Navy"], "u. s. navy", None, False),
+        (["1815"], "in 1815", 1, True),
+    ]
+    _, rows = examine(Accelerator(cpu=True), FixedAnswers(cases), contexts_of(cases), **OPTIONS)
+    assert [row["em"] for row in rows] == [0, 0, 0]
+    assert [row["verdict"] for row in rows] == ["formatting only", "formatting only", "reader missed"]
+    assert {row["verdict"] for row in rows} <= set(VERDICTS_KNOWN)
+
+
+def test_rows_of_an_older_version_are_summed_with_what_they_hold():
+    rows = [{name: value for name, value in row.items() if name != "ndcg@10"} for row in examined()[2]]
+    assert summarize(rows) == {name: value for name, value in examined()[1].items() if name != "ndcg@10"}

@@ -42,7 +42,7 @@ TIERS = (
     ("passages", "batches", "search", "documents"),
     ("questions", "generator", "contexts", "cutting"),
     ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
-    ("config", "hub", "comparison", "gathering"),
+    ("config", "hub", "comparison", "gathering", "audit"),
     ("trainer", "checkpoint", "html_report"),
     ("report", "doctor"),
     ("retrieval",),
@@ -51,7 +51,7 @@ TIERS = (
     ("probe",),
     ("plan", "app"),
     ("run", "space"),
-    ("indexing",),
+    ("indexing", "auditing"),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
@@ -66,6 +66,7 @@ MAY_KNOW_SETTINGS = {
     "probe",
     "plan",
     "indexing",
+    "auditing",
     "cli",
 }
 FORBIDDEN_NAMES = {

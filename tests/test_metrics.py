@@ -1,24 +1,36 @@
 """The numbers against hand-worked cases and an independent transcription of the official script."""
 
+import math
+import random
 import re
 import string
 from collections import Counter
 
 import numpy as np
 import pytest
+import pytrec_eval
+import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cozyrag.metrics import (
+    bleu,
+    bleu_interval,
+    bleu_statistics,
     bootstrap_interval,
     contains_answer,
     exact_match,
     f1,
+    hit_at,
+    ndcg_at,
     normalize_answer,
     paired_bootstrap,
     rank_of,
+    ranks_of,
     recall_at,
     reciprocal_rank,
+    rouge_l,
+    same_letters,
 )
 
 
@@ -101,13 +113,117 @@ def test_contains_answer(text, answers, found):
     assert contains_answer(normalize_answer(text), answers) is found
 
 
+@pytest.mark.parametrize(
+    ("prediction", "references", "same"),
+    [
+        ("co operation", ["co-operation"], True),
+        ("U. S.", ["nobody", "the US"], True),
+        ("Zurich", ["Zürich"], True),
+        ("six \u2013 seven", ["six-seven"], True),
+        ("\uff11\uff19", ["19"], True),  # full-width digits
+        ("in 1815", ["1815"], False),
+        ("", ["the"], False),  # nothing is left of either: no answer at all
+        ("", [], False),
+    ],
+)
+def test_same_letters(prediction, references, same):
+    assert same_letters(prediction, references) is same
+
+
 def test_ranks():
+    assert ranks_of(["x", "y", "z"], {"z", "y", "w"}) == [2, 3]
     assert rank_of(["x", "y", "z"], {"z", "y"}) == 2
     assert rank_of(["x"], {"y"}) is None
-    assert rank_of([], {"y"}) is None
-    assert [recall_at(rank, 5) for rank in (1, 5, 6, None)] == [1.0, 1.0, 0.0, 0.0]
-    assert [reciprocal_rank(rank) for rank in (1, 4, 10, 11, None)] == [1.0, 0.25, 0.1, 0.0, 0.0]
-    assert reciprocal_rank(11, cutoff=20) == 1 / 11
+    assert ranks_of([], {"y"}) == []
+    assert ranks_of(["y", "y", "x"], ["y", "x", "x"]) == [1, 3]  # a repeat takes up a place and counts for nothing
+
+
+def test_rank_metrics_by_hand():
+    ranks = ranks_of(list("abcdef"), {"b", "e", "z"})  # 2 and 5, one of three relevant never found
+    assert [recall_at(ranks, k, 3) for k in (1, 2, 5, 100)] == [0, 1 / 3, 2 / 3, 2 / 3]
+    assert [hit_at(ranks, k) for k in (1, 2, 100)] == [0.0, 1.0, 1.0]
+    assert [reciprocal_rank(ranks, cutoff) for cutoff in (1, 2, 10)] == [0.0, 0.5, 0.5]
+    ideal = 1 + 1 / math.log2(3) + 1 / 2
+    assert ndcg_at(ranks, 10, 3) == pytest.approx((1 / math.log2(3) + 1 / math.log2(6)) / ideal)
+    assert ndcg_at(ranks, 2, 3) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))  # the ideal is cut too
+    assert ndcg_at([1, 2, 3], 100, 3) == 1.0  # k beyond all there is
+    assert [measure([], 5) for measure in (recall_at, hit_at, reciprocal_rank, ndcg_at)] == [0.0] * 4
+
+
+@pytest.mark.slow
+def test_rank_metrics_agree_with_trec_eval():
+    """pytrec_eval is the C code of trec_eval; it ranks by score, so ours are made distinct."""
+    chance = random.Random(7)
+    runs, judged = {}, {}
+    for number in range(1000):
+        ids = [f"d{i}" for i in range(chance.randint(1, 40))]
+        chance.shuffle(ids)
+        runs[f"q{number}"] = ids[: chance.randint(1, len(ids))]
+        judged[f"q{number}"] = {key: 1 for key in chance.sample(ids, chance.randint(1, len(ids)))}
+    measures = {"recall.1,5,10,20", "success.1,5,10", "ndcg_cut.1,5,10,100", "recip_rank"}
+    scored = {query: {key: 1000.0 - place for place, key in enumerate(ids)} for query, ids in runs.items()}
+    theirs = pytrec_eval.RelevanceEvaluator(judged, measures).evaluate(scored)
+    for query, ids in runs.items():
+        ranks, count = ranks_of(ids, judged[query]), len(judged[query])
+        ours = {f"recall_{k}": recall_at(ranks, k, count) for k in (1, 5, 10, 20)}
+        ours |= {f"success_{k}": hit_at(ranks, k) for k in (1, 5, 10)}
+        ours |= {f"ndcg_cut_{k}": ndcg_at(ranks, k, count) for k in (1, 5, 10, 100)}
+        ours["recip_rank"] = reciprocal_rank(ranks, 1000)
+        assert ours == pytest.approx(theirs[query]), query
+
+
+@pytest.mark.slow
+def test_em_and_f1_agree_with_the_official_script_on_10000_random_cases():
+    chance = random.Random(3)
+    words = [
+        "the",
+        "a",
+        "An",
+        "river",
+        "Rivers",
+        "1,815",
+        "1815",
+        "U.S.",
+        "co-op",
+        "(red)",
+        "\u00e9t\u00e9",
+        "\u2013",
+        "",
+        "fox.",
+    ]
+
+    def text():
+        return " ".join(chance.choices(words, k=chance.randint(0, 7)))
+
+    for _ in range(10_000):
+        prediction, references = text(), [text() for _ in range(chance.randint(1, 2))]
+        matched = any(official_normalize(prediction) == official_normalize(reference) for reference in references)
+        assert exact_match(prediction, references) == float(matched)
+        assert f1(prediction, references) == max(official_f1(prediction, reference) for reference in references)
+
+
+def test_rouge_l_is_the_best_reference_and_silence_is_right_without_any():
+    assert rouge_l("the red fox", ["a blue river", "red fox"]) == pytest.approx(0.8)  # 2 of 3 words, 2 of 2
+    assert rouge_l("", ["fox"]) == 0.0
+    assert (rouge_l("", []), rouge_l("fox", [])) == (1.0, 0.0)
+
+
+def test_bleu_from_statistics_is_sacrebleus_corpus_bleu():
+    predictions = ["the red fox lives in a house of stone", "the river is blue", "", "1815"]
+    references = [
+        ["the red fox lives in a house", "a red fox lives in a stone house"],
+        ["the blue river is long"],
+        ["x"],
+        ["1815"],
+    ]
+    statistics = np.stack([bleu_statistics(p, r) for p, r in zip(predictions, references, strict=True)])
+    streams = [[own[n] if n < len(own) else None for own in references] for n in range(2)]
+    assert bleu(statistics.sum(axis=0)) == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score)
+    assert bleu_statistics("fox", []).tolist() == [0.0] * 10
+    assert bleu(np.zeros(10)) == 0.0
+    low, high = bleu_interval(statistics)
+    assert 0 <= low < bleu(statistics.sum(axis=0)) < high <= 100
+    assert bleu_interval(statistics[:1]) == (pytest.approx(bleu(statistics[0])),) * 2
 
 
 def test_interval_of_a_coin_is_the_binomial_one():

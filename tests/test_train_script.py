@@ -135,6 +135,7 @@ def test_what_a_run_leaves_behind_loads_with_the_ordinary_libraries(one_process)
         "settings.json",
         "metrics.jsonl",
         "examined/round-002.jsonl",
+        "audit.json",
     ):
         assert (folder / name).stat().st_size > 0
 

@@ -1,0 +1,133 @@
+"""What qa.py writes: one dictionary of numbers, its tables in Markdown, and a line for every question.
+
+No time, no path and no number of processes stands in any of them. Left out: where the numbers come from (scoring.py).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pairs import Reading
+from scoring import (
+    ANSWERS,
+    FOUND,
+    TESTED,
+    paired_tests,
+    score_table,
+    scores_of,
+    test_table,
+    verdict_counts,
+    verdict_table,
+)
+from suites import Task
+
+from cozyrag.audit import PARTS, audit, base_notes, brief, examples_alike, part_of
+
+MODEL, UNTUNED, BM25, CLOSED, GOLD = "this model", "untuned pair", "BM25 + generator", "closed book", "gold context"
+SEARCHED = FOUND[:-1]
+METRICS = {CLOSED: ANSWERS[:-1], GOLD: ANSWERS}
+PART_METRICS = ("em", "f1", "recall@5")
+
+
+def outcome(
+    task: Task,
+    systems: Mapping[str, Sequence[Mapping]],
+    *,
+    model: str,
+    bases: tuple[str | None, str | None],
+    reading: Reading,
+    weights: Mapping[str, dict | str],
+) -> dict:
+    """Everything that is the same for the same models and questions."""
+    audited = audit_of(task, bases)
+    return {
+        "benchmark": "qa",
+        "model": model,
+        "trained_from": {"retriever": _name(bases[0]), "generator": _name(bases[1])},
+        "task": task.name,
+        "questions": len(task.questions),
+        "gold_known": sum(key is not None for key in task.questions["passage_id"][:]),
+        "passages": len(task.passages),
+        "reading": asdict(reading),
+        "weights": dict(weights),
+        "scores": {name: scores_of(rows, METRICS.get(name, (*ANSWERS, *SEARCHED))) for name, rows in systems.items()},
+        "tests": paired_tests(systems),
+        "verdicts": {name: verdict_counts(rows) for name, rows in systems.items() if name != CLOSED},
+        "audit": audited and {
+            name: value for name, value in audited.items() if name != "overlaps"
+        } | {"parts": {name: parts_of(audited, rows, name) for name, rows in systems.items()}},
+        "published": list(task.published),
+        "notes": task.notes,
+    }  # fmt: skip
+
+
+def _name(base: str | None) -> str | None:
+    return base and (Path(base).name if Path(base).exists() else base)
+
+
+def audit_of(task: Task, bases: tuple[str | None, str | None]) -> dict | None:
+    """The leak audit, where it is known what was trained on."""
+    if task.train is None:
+        return None
+    texts = dict(zip(task.passages["id"][:], task.passages["text"][:], strict=True))
+    notes = base_notes(bases[0] or "", bases[1] or "")
+    return audit(task.train[:], task.questions[:], texts, bases=notes)
+
+
+def parts_of(audited: Mapping, rows: Sequence[Mapping], system: str) -> dict[str, dict]:
+    """Scores of one system for each part of the questions by what was seen in training."""
+    names = TESTED if system in METRICS else PART_METRICS
+    parts: dict[str, list] = {part: [] for part in PARTS[1:]}
+    for row in rows:
+        parts[part_of(audited["overlaps"].get(row["id"], ()))].append(row)
+    return {part: {"questions": len(own)} | scores_of(own, names) for part, own in parts.items() if own}
+
+
+def write_questions(path: Path, task: Task, systems: Mapping[str, Sequence[Mapping]]) -> None:
+    """One line for each question: its answers, gold passage, and what each system made of it."""
+    columns = task.questions[:]
+    kept = ("prediction", "em", "f1", "rouge_l", "recall@5", "mrr@10", "answer_in_context", "verdict")
+    with path.open("w", encoding="utf-8") as file:
+        for number, key in enumerate(columns["id"]):
+            line = {name: columns[name][number] for name in ("id", "question", "answers", "passage_id")}
+            line["context"] = systems[MODEL][number]["context"]
+            line["verdict"] = systems[MODEL][number]["verdict"]
+            line["systems"] = {name: {each: rows[number][each] for each in kept} for name, rows in systems.items()}
+            assert systems[MODEL][number]["id"] == key
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def tables_of(told: Mapping) -> str:
+    """The tables in Markdown, each with a sentence that says what it holds."""
+    scores = told["scores"]
+    found = {name: own for name, own in scores.items() if name not in METRICS}
+    parts = [
+        f"# {told['model']} on {told['task']}\n\n{told['questions']} questions, {told['passages']} passages. Percent, with 95 % bootstrap "
+        "intervals over the questions.",
+        "Answers:\n\n" + score_table(scores, ANSWERS, told["published"]),
+        "Passages found:\n\n" + score_table(found, SEARCHED),
+        f"Difference in points, its 95 % interval and the share p of the resamples in which {MODEL} is not better (paired bootstrap):\n\n"
+        + test_table(told["tests"], MODEL),
+        "What became of the questions, in percent:\n\n" + verdict_table(told["verdicts"]),
+    ]
+    if told["audit"]:
+        parts.append(brief(told["audit"]) + _parts_table(told["audit"]["parts"]))
+        alike = examples_alike(told["audit"])
+        parts.append("Questions most alike:\n\n```\n" + alike + "\n```" if alike else "")
+    parts += [
+        f"Not in the tables: {UNTUNED}, because {why}."
+        for why in [told["weights"].get(UNTUNED)]
+        if isinstance(why, str)
+    ]
+    return "\n\n".join(part for part in [*parts, *told["notes"]] if part) + "\n"
+
+
+def _parts_table(parts: Mapping[str, Mapping]) -> str:
+    lines = []
+    for part in PARTS[1:]:
+        own = {name: each[part] for name, each in parts.items() if part in each}
+        if own:
+            count = next(iter(own.values()))["questions"]
+            lines.append(f"\n\n{part.capitalize()} in training, {count} questions:\n\n{score_table(own, PART_METRICS)}")
+    return "".join(lines)

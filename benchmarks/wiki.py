@@ -1,0 +1,104 @@
+"""SQuAD's questions asked of Wikipedia articles: articles cut into passages, and the passage that holds a paragraph's answer.
+
+Left out: which files these are (suites.py).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from accelerate.utils import tqdm
+from datasets import Dataset
+
+from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.passages import FEATURES
+from cozyrag.questions import Questions, take
+from cozyrag.sentences import split_sentences
+from cozyrag.tables import BadRows, read_rows
+
+COVERAGE = 0.5  # share of a paragraph's runs of words that must stand in the article
+RUN = 8
+CHUNK_WORDS = 100
+
+
+def cut(text: str, words: int = CHUNK_WORDS) -> list[str]:
+    """A text in passages of whole sentences with about so many words; a rest of less than a third joins the one before."""
+    passages: list[list[str]] = []
+    size = words
+    for sentence in split_sentences(text):
+        if size >= words:
+            passages.append([])
+            size = 0
+        passages[-1].append(sentence)
+        size += len(sentence.split())
+    if len(passages) > 1 and size < words / 3:
+        rest = passages.pop()
+        passages[-1] += rest
+    return [" ".join(sentences) for sentences in passages]
+
+
+def _rows(path: str, columns: tuple[str, ...]) -> Iterator[dict]:
+    return (row.values for row in read_rows(path, split="train", known=columns, bad=BadRows()))
+
+
+def _cut_all(path: str) -> Dataset:
+    """All articles of a file as passages; the ids are ARTICLE-NUMBER."""
+    table: dict[str, list[str]] = {"id": [], "title": [], "text": []}
+    for article in tqdm(_rows(path, ("id", "title", "text")), desc="cutting articles", unit="article"):
+        for number, text in enumerate(cut(article["text"])):
+            table["id"].append(f"{article['id']}-{number}")
+            table["title"].append(article["title"])
+            table["text"].append(text)
+    return Dataset.from_dict(table, features=FEATURES)
+
+
+def _runs(text: str) -> set[str]:
+    words = normalize_answer(text).split()
+    return {" ".join(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
+
+
+@dataclass(frozen=True)
+class Articles:
+    """Passages cut from articles; `held`: for the SHA-1 of a SQuAD paragraph the rows of the article that holds it."""
+
+    passages: Dataset
+    texts: list[str]
+    held: dict[str, list[int]]
+
+    @classmethod
+    def read(cls, articles: str, places: str) -> "Articles":
+        """Cut the articles of one file, and see in the other which paragraphs they hold."""
+        passages, rows_of = _cut_all(articles), {}
+        for row, key in enumerate(passages["id"][:]):
+            rows_of.setdefault(key.rpartition("-")[0], []).append(row)
+        held = {
+            row["context_sha1"]: rows_of[row["corpus_id"]]
+            for row in _rows(places, ("context_sha1", "corpus_id", "coverage"))
+            if row["coverage"] >= COVERAGE and row["corpus_id"] in rows_of
+        }
+        return cls(passages, passages["text"][:], held)
+
+    def find(self, questions: Questions, limit: int | None) -> tuple[Dataset, int]:
+        """The questions (a sample) whose paragraph is held, with their gold passage here or None; and how many there were."""
+        carried = questions.passages[:]
+        paragraphs = dict(zip(carried["id"], carried["text"], strict=True))
+        sha1 = {key: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for key, text in paragraphs.items()}
+        there = [row for row, key in enumerate(questions.table["passage_id"][:]) if sha1[key] in self.held]
+        chosen = take(questions.table.select(there), limit, 0)[:]
+        asked = list(zip(chosen["passage_id"], chosen["answers"], strict=True))
+        gold = [
+            self.gold(paragraphs[key], answers, self.held[sha1[key]])
+            for key, answers in tqdm(asked, desc="finding gold passages", unit="question")
+        ]
+        return Dataset.from_dict(chosen | {"passage_id": gold}, features=questions.table.features), len(there)
+
+    def gold(self, paragraph: str, answers: list[str], rows: list[int]) -> str | None:
+        """Of the passages that hold an answer the one that shares most runs of words with the paragraph; None if none does."""
+        runs = _runs(paragraph)
+        shared = {
+            row: len(runs & _runs(self.texts[row]))
+            for row in rows
+            if contains_answer(normalize_answer(self.texts[row]), answers)
+        }
+        best = max(shared, key=lambda row: (shared[row], -row), default=None)
+        return self.passages[best]["id"] if best is not None and shared[best] else None

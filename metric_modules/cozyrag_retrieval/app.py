@@ -1,0 +1,29 @@
+"""The page of the Space: paste predictions and references as JSON, see the scores."""
+
+import json
+
+import evaluate
+import gradio
+
+METRIC = evaluate.load("cozyrag_retrieval.py")
+
+
+def compute(predictions: str, references: str) -> dict:
+    """Scores of two JSON lists of equal length, or what is wrong with them."""
+    try:
+        return METRIC.compute(predictions=json.loads(predictions), references=json.loads(references))
+    except ValueError as error:  # JSON that is none, or inputs that the metric refuses
+        raise gradio.Error(str(error)) from error
+
+
+gradio.Interface(
+    fn=compute,
+    inputs=[
+        gradio.Textbox(label="predictions (JSON list)", lines=6),
+        gradio.Textbox(label="references (JSON list)", lines=6),
+    ],
+    outputs=gradio.JSON(label="scores, in percent"),
+    title="cozyrag_retrieval",
+    description=METRIC.info.description,
+    article=METRIC.info.inputs_description,
+).launch()

@@ -1,0 +1,45 @@
+"""Put a metric module together as a Space for the Hugging Face Hub, which does not know this package.
+
+    python scripts/metric_space.py cozyrag_qa FOLDER
+    hf upload USER/cozyrag_qa FOLDER --repo-type space
+
+In FOLDER the module reads the metrics from a file beside it instead of from the package; everything else is as it is here, and
+`evaluate.load("USER/cozyrag_qa")` gives the same numbers. Left out: uploading.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from cozyrag.cli import door
+from cozyrag.embedded import shipped_folder
+from cozyrag.errors import InputError
+
+MODULES = ("cozyrag_qa", "cozyrag_retrieval")
+METRICS = Path(__file__).parents[1] / "cozyrag" / "metrics.py"
+BESIDE = "cozyrag_metrics"
+
+
+def assemble(name: str, folder: Path) -> None:
+    """Write the Space of one of MODULES. Raises InputError where the folder holds something already."""
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"Expected a new or empty folder, found files in {folder.absolute()}. Name another.")
+    shutil.copytree(shipped_folder("metric_modules") / name, folder, dirs_exist_ok=True)
+    shutil.copy(METRICS, folder / f"{BESIDE}.py")
+    module = folder / f"{name}.py"
+    text = module.read_text(encoding="utf-8")
+    module.write_text(text.replace("from cozyrag.metrics import", f"from .{BESIDE} import"), encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=MODULES)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    door(lambda: assemble(options.name, options.folder))
+    print(f"Written. Upload it with `hf upload USER/{options.name} {options.folder} --repo-type space`.")
+
+
+if __name__ == "__main__":
+    main()
