@@ -24,6 +24,9 @@ from cozyrag.sentences import SentenceVectors, sentence_spans
 COLUMN = "vectors"
 SPARE = 16
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
+NEEDED = tuple(
+    name for name in FILES if name != "index.faiss"
+)  # which is written for other programs and never read here
 
 
 def passage_text(title: str, text: str) -> str:
@@ -155,7 +158,7 @@ class PassageIndex:
                 as many as the passages.
         """
         folder = Path(folder)
-        missing = [name for name in FILES if not (folder / name).exists()]
+        missing = [name for name in NEEDED if not (folder / name).exists()]
         if missing:
             raise InputError(
                 f"Expected an index in {folder}, {missing[0]} is missing. Run train.py again, or copy the whole folder."

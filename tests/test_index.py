@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from cozyrag.errors import InputError
-from cozyrag.index import FILES, PassageIndex, Passages, made_by, passage_text
+from cozyrag.index import FILES, NEEDED, PassageIndex, Passages, made_by, passage_text
 
 EAST, NORTH, WEST = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
 
@@ -154,7 +154,7 @@ def test_an_index_of_another_retriever_is_refused_naming_both(tmp_path):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NEEDED)
 def test_a_missing_file_is_named(tmp_path, name):
     make([EAST, NORTH], fingerprint="aaaa").save(tmp_path)
     (tmp_path / name).unlink()
