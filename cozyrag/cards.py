@@ -6,6 +6,7 @@ Left out: judging the facts.
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,11 +70,13 @@ def write_cards(
         "versions": ", ".join(f"{name} {version}" for name, version in run["machine"]["versions"].items()),
         "settings": _settings_rows(settings),
     }
+    drawn = draw_curves(rows, folder / "generator" / PICTURE)
+    if drawn:
+        shutil.copyfile(folder / "generator" / PICTURE, folder / "retriever" / PICTURE)
     for role in ("generator", "retriever"):
-        picture = PICTURE if draw_curves(rows, folder / role / PICTURE) else ""
         base = _base(role, settings)
         data = _model_data(role, settings, base, examined[-1])
-        own = facts | {"picture": picture, "base": _public(base)}
+        own = facts | {"picture": PICTURE if drawn else "", "base": _public(base)}
         template = shipped_folder("model_cards") / f"{role}.md"
         ModelCard.from_template(data, template_path=str(template), **own).save(folder / role / CARD)
     template = shipped_folder("model_cards") / "index.md"

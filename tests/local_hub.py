@@ -104,6 +104,7 @@ class LocalHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, status or fault
         self.received = 0  # bytes of large files
+        self.closed = False
         self.lock = threading.RLock()
         self._rules: list[list] = []
         self._random: tuple[random.Random, float, tuple[str, ...]] | None = None
@@ -118,6 +119,7 @@ class LocalHub:
         return self
 
     def __exit__(self, *_) -> None:
+        self.closed = True  # also for connections that are open
         self._server.shutdown()
         self._server.server_close()
 
@@ -165,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection: reads a request whole, lets a fault have it or finds its route, answers."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else an answer in two writes waits 40 ms for the client's acknowledgement
+    wbufsize = -1
     hub: LocalHub
 
     def log_message(self, *_) -> None:
@@ -176,6 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def serve(self) -> None:
+        if self.hub.closed:
+            self.close_connection = True
+            return
         url = urlsplit(self.path)
         self.query, path = url.query, url.path
         fault = self.hub.fault_of(self.command, path)
@@ -229,6 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             until = start + (size - start) // 2 if half else size
             self.send_content(answer.body, start, until)
+        self.wfile.flush()
         self.close_connection = self.close_connection or half
 
     def send_content(self, body: bytes | Path, start: int, until: int) -> None:
