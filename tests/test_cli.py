@@ -203,7 +203,7 @@ def test_the_installed_commands_exist():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["ask", "nowhere/at/all", "q?"], ["'nowhere/at/all'", "Check the name"]),
+        (["ask", "nowhere/at/all", "q?"], ["'nowhere/at/all'", "give it as user/name"]),
         (["ask", "my-run", "q?", "--top_k", "0"], ["--top_k", "at least 1", "found 0"]),
         (["push", "nowhere", "me/rag"], ["cozyrag.json", "nowhere"]),
         (["train", "--rounds", "two"], ["--rounds", "'two'"]),

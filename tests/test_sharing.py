@@ -1,6 +1,7 @@
 """The whole way of a pair, in processes of their own: trained and pushed round by round, then loaded as strangers would."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,8 +59,6 @@ def shared(settings, tmp_path_factory):  # noqa: F811
 
 def python(code, *arguments, environment, cwd):
     """Standard output of some lines of Python in a process of their own."""
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | MACHINE | {"PYTHONPATH": str(ROOT)} | environment,
@@ -141,8 +140,6 @@ def test_a_run_that_cannot_push_leaves_everything_and_says_the_command(settings,
         assert done.returncode == 3 and done.stderr.strip().endswith("then run `cozyrag push out me/rag`.")
         hub.heal()
         command = [sys.executable, "-c", "from cozyrag.cli import main; main()", "push", "out", "me/rag"]
-        import os
-
         again = subprocess.run(
             command,
             env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
@@ -172,3 +169,27 @@ def test_no_fault_leaves_two_rounds_mixed(tmp_path):
     """The harness of push_under_faults.py, a few pushes of it."""
     found = push_rounds(tmp_path, pushes=6, seed=0)
     assert found.mixed == [] and found.looked == 6 and found.loaded >= 1
+
+
+def test_the_harness_knows_a_mix_when_it_sees_one(tmp_path, monkeypatch):
+    """A push that names the retriever and the index of another time is what it is there to find."""
+    from cozyrag import hub as pushing
+
+    first = {}
+
+    def stale(pair, names, made):
+        named = {
+            role: {"repo": names[role], "revision": first.setdefault(role, made[role])}
+            for role in ("retriever", "index")
+        }
+        fingerprint = first.setdefault("fingerprint", pair["retriever"]["fingerprint"])
+        return (
+            pair
+            | {"generator": {"folder": "."}}
+            | named
+            | {"retriever": named["retriever"] | {"fingerprint": fingerprint}}
+        )
+
+    monkeypatch.setattr(pushing, "_on_hub", stale)
+    monkeypatch.setattr(LocalHub, "fail_at_random", lambda *_: None)
+    assert len(push_rounds(tmp_path, pushes=2, seed=1, rounds=2).mixed) == 2  # main and the tag of the second
