@@ -146,12 +146,12 @@ class CozyRAG:
         generator.model.to(device).eval()
         retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
         found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]
+        index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
         if found != named:
             raise InputError(
                 f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they are not of one pair. Load another "
                 "revision, copy the folder anew or run train.py again."
             )
-        index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
         return cls(generator, retriever, index, **pair["retrieval"], **pair["contexts"])
 
     def answer(self, question: str, *, top_k: int | None = None) -> Answer:

@@ -242,7 +242,15 @@ def test_the_index_of_another_retriever_is_refused(copy, corpus_files, tmp_path)
 def test_another_retriever_beside_the_index_is_refused(copy, retriever_path):
     shutil.rmtree(copy / "retriever")
     Retriever.load(str(retriever_path)).save(copy / "retriever")  # same weights, but it reads 64 tokens instead of 32
-    with pytest.raises(InputError, match="not of one pair"):
+    with pytest.raises(InputError, match="do not compare"):
+        CozyRAG.from_pretrained(copy)
+
+
+def test_a_cozyrag_json_of_another_pair_is_refused_naming_both(copy, pair):
+    told = json.loads((copy / "cozyrag.json").read_text())
+    told["retriever"]["fingerprint"] = "0123456789abcdef"
+    (copy / "cozyrag.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=f"names retriever 0123456789abcdef.*found is {pair.retriever.fingerprint()}"):
         CozyRAG.from_pretrained(copy)
 
 
@@ -377,7 +385,7 @@ def test_another_retriever_than_the_one_named_is_refused_naming_both(folder, hub
     weights = (tmp_path / "other" / "model.safetensors").read_bytes()
     named(hub, "retriever", committed("me/rag-retriever", "model.safetensors", weights))
     with pytest.raises(
-        InputError, match=f"names retriever {pair.retriever.fingerprint()}.*found is {other.fingerprint()}"
+        InputError, match=f"made by retriever {pair.retriever.fingerprint()}.*in use is {other.fingerprint()}"
     ):
         CozyRAG.from_pretrained("me/rag")
 
