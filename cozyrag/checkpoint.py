@@ -28,6 +28,7 @@ OURS = (
     "generator",
     "retriever",
     "index",
+    "pushing",
     "trackers",
     "cozyrag.json",
     "metrics.jsonl",
@@ -38,7 +39,7 @@ OURS = (
 )
 FREE_TO_CHANGE = {  # settings that do not touch the course of training
     "resume", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "logging_steps", "report_to", "project_name", "run_name",
-    "push_to_hub", "hub_model_id", "hub_private", "plan", "threads", "encode_batch_size", "answer_batch_size", "rounds",
+    "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "model_license", "data_license", "plan", "threads", "encode_batch_size", "answer_batch_size", "rounds",
 }  # fmt: skip
 
 

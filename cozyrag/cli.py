@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from cozyrag import __version__
-from cozyrag.errors import InputError
+from cozyrag.errors import InputError, PushError
 
 DOCTOR = """\
 Check before or after training that things are as they should be. Nothing is trained and nothing is written.
@@ -57,15 +57,24 @@ DATA_COMMANDS = {
     "index": "encode passages on all processes and make their index",
 }
 
+PUSH = """\
+Upload what a run left: the retriever to USER/NAME-retriever, passages and vectors to the dataset USER/NAME-index, and last
+the generator to USER/NAME, whose cozyrag.json names the exact revisions of the other two. Until that last commit what was
+there before stays what loads. Log in once with `hf auth login`, or set HF_TOKEN.
+
+An upload that broke off is finished by the same command: files that arrived are not sent again. Rounds of a run with
+--hub_strategy every_round that still wait to be uploaded go first. Exit code 3 if it fails: nothing on disk is touched.
+"""
+
 
 def door(act: Callable[[], None]) -> None:
-    """Run an act; turn an InputError into its sentence on stderr and exit code 2, once over all processes."""
+    """Run an act; turn an InputError into its sentence on stderr, once over all processes, and exit code 2; 3 for an upload."""
     try:
         act()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, PushError) else 2)
 
 
 def main() -> None:
@@ -206,12 +215,21 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_push(commands: argparse._SubParsersAction) -> None:
-    push = commands.add_parser("push", help="upload a trained pair and its index to the Hugging Face Hub")
+    push = commands.add_parser(
+        "push",
+        help="upload a trained pair and its index to the Hugging Face Hub",
+        description=PUSH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     push.add_argument("model", metavar="OUTPUT", help="output folder of a run")
     push.add_argument(
         "repo", metavar="USER/NAME", help="repository of the generator; -retriever and -index are added for the others"
     )
     push.add_argument("--private", action="store_true", help="make the repositories private")
+    push.add_argument(
+        "--tag",
+        help="a name for this state, such as v1: CozyRAG.from_pretrained(USER/NAME, revision=TAG) finds it again",
+    )
     push.set_defaults(act=_push)
 
 
@@ -323,9 +341,10 @@ def _audit(rest: list[str]) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from cozyrag.hub import push_pair
+    from cozyrag.background import push_run
 
-    print(f"Pushed to {push_pair(arguments.model, arguments.repo, private=arguments.private)}")
+    options = {"private": arguments.private, "tag": arguments.tag}
+    print(f"Pushed to {push_run(arguments.model, arguments.repo, **options)}")
 
 
 if __name__ == "__main__":

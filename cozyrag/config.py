@@ -241,11 +241,23 @@ class OutputSettings:
     report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard.")
     project_name: str = setting("cozyrag", "Project or experiment under which the trackers file the run.")
     run_name: str | None = setting(None, "Name of the run in the trackers. None: the name of --output_dir.")
-    push_to_hub: bool = setting(False, "Upload both models and the index to the Hugging Face Hub when the run ends.")
+    push_to_hub: bool = setting(False, "Upload both models and the index to the Hugging Face Hub.")
     hub_model_id: str | None = setting(
         None, "user/name of the generator's repository; -retriever and -index are added for the other two."
     )
     hub_private: bool = setting(False, "Make the repositories private.")
+    hub_strategy: Literal["end", "every_round"] = setting(
+        "end",
+        "Upload when the run ends, or every round in the background while the next one trains, each as a commit of its own with the tag round-N.",
+    )
+    model_license: str | None = setting(
+        None,
+        "Licence of the two models for their cards, by its name on the Hub, such as apache-2.0. None: that of the base model where it is known.",
+    )
+    data_license: str | None = setting(
+        None,
+        "Licence of questions and passages for the cards, such as cc-by-sa-4.0. None: the cards say it is not stated.",
+    )
 
 
 class Settings(NamedTuple):

@@ -1,8 +1,8 @@
-"""The one exception that means "what the user gave cannot be used".
+"""The exceptions that mean "what the user gave cannot be used" and "it is made, but could not be uploaded".
 
-It exists so that every door (command line, Python) can tell a user's mistake from a bug of the package: the doors print
-the message of an `InputError` and leave with exit code 2, anything else keeps its traceback. It leaves out error codes
-and subclasses: nothing in the package reacts differently to different mistakes.
+They exist so that every door (command line, Python) can tell both from a bug of the package: the doors print the message
+of an `InputError` and leave with exit code 2, that of a `PushError` with 3, anything else keeps its traceback. Left out:
+further codes and subclasses; nothing in the package reacts differently to different mistakes.
 """
 
 
@@ -12,3 +12,7 @@ class InputError(ValueError):
     The message is one or two sentences: what was expected, what was found (file, line, value), what follows from it,
     and what to do about it.
     """
+
+
+class PushError(InputError):
+    """An upload failed and everything it was made from lies whole on disk; the message ends with the command that finishes it."""

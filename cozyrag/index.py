@@ -29,6 +29,9 @@ FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 BYTES = {"Flat": 4, "SQ8": 1}  # of memory for each dimension of a vector, by FAISS index; the first one is exact
 TRAINED_ON = 100_000  # vectors, evenly spread, that a quantised index learns its ranges from
 ADDED = 65_536  # vectors handed to FAISS at once
+NEEDED = tuple(
+    name for name in FILES if name != "index.faiss"
+)  # which is written for other programs and never read here
 
 
 def passage_text(title: str, text: str) -> str:
@@ -250,7 +253,7 @@ class PassageIndex:
                 many as the passages, or those are not the `expected` ones.
         """
         folder = Path(folder)
-        missing = [name for name in FILES if not (folder / name).exists()]
+        missing = [name for name in NEEDED if not (folder / name).exists()]
         if missing:
             raise InputError(
                 f"Expected an index in {folder}, {missing[0]} is missing. Run train.py again, or copy the whole folder."

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError
 
 from cozyrag import __version__
 from cozyrag.contexts import Chosen, ContextMaker, sentence_source
@@ -18,6 +17,7 @@ from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
 from cozyrag.lexical import LexicalIndex, SentenceWords
+from cozyrag.network import HUB_FAULTS, explain, patiently
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher, Weights
@@ -25,6 +25,8 @@ from cozyrag.sentences import sentence_spans
 
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 1
+# What is fetched of a repository: no pickles and no code, whatever else lies there, nor index.faiss, which is made anew.
+FETCHED = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.parquet", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,11 @@ class CozyRAG:
     ) -> "CozyRAG":
         """Load what train.py left in a folder, or what was pushed as `user/name`.
 
+        From the Hub come the generator at `revision` (a branch, a tag such as round-1, a commit; None: the newest) and the
+        retriever and the index at the exact revisions that it names. What was fetched once loads without the network.
+
         Raises:
-            InputError: nothing usable under that name, or the index was made by another retriever.
+            InputError: nothing usable under that name, or generator, retriever and index are not of one pair.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
@@ -151,7 +156,13 @@ class CozyRAG:
         generator = Generator.load(str(_piece(folder, pair["generator"], "model", token)))
         generator.model.to(device).eval()
         retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
-        index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=retriever.fingerprint())
+        found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]
+        index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
+        if found != named:
+            raise InputError(
+                f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they are not of one pair. Load another "
+                "revision, copy the folder anew or run train.py again."
+            )
         return cls(generator, retriever, index, **pair["retrieval"], **pair["contexts"])
 
     def answer(self, question: str, *, top_k: int | None = None) -> Answer:
@@ -206,11 +217,17 @@ def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path
 
 
 def _download(repo: str, *, revision: str | None, token: str | None, repo_type: str = "model") -> Path:
+    """The folder of the cache that holds a repository at a revision; what is there already is not fetched again."""
+
+    def fetch() -> str:
+        return snapshot_download(repo, revision=revision, token=token, repo_type=repo_type, allow_patterns=FETCHED)
+
     try:
-        return Path(snapshot_download(repo, revision=revision, token=token, repo_type=repo_type))
-    except (HTTPError, OSError, ValueError) as error:  # a connection that breaks is a bare HTTPError
-        cause = " ".join(str(error).split())[:200]
+        return Path(patiently(fetch, tries=4))
+    except HUB_FAULTS as error:
+        what, remedy = explain(error, repo, writing=False)
+        at = f" at revision {revision!r}" if revision else ""
         raise InputError(
-            f"Expected a folder that train.py wrote or a repository on the Hub; {repo!r} is neither, or cannot be reached "
-            f"({type(error).__name__}: {cause}). Check the name and the network."
+            f"Expected a folder that train.py wrote or a repository on the Hub, found no folder {repo!r}, and the repository could not "
+            f"be had{at}: {what}. To load it, {remedy}, then do the same again; what was fetched is kept."
         ) from error

@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 
+from cozyrag.background import BackgroundPush
 from cozyrag.caches import Caches
+from cozyrag.cards import write_cards
 from cozyrag.checkpoint import Checkpoints, Progress, write_json, write_jsonl
 from cozyrag.config import Settings
 from cozyrag.corpus import Corpus
@@ -43,6 +45,7 @@ class Rounds:
         checkpoints: Checkpoints,
         progress: Progress,
         resumed_from: Path | None,
+        pusher: BackgroundPush | None = None,
     ):
         self.accelerator = accelerator
         self.settings = settings
@@ -52,6 +55,7 @@ class Rounds:
         self.checkpoints = checkpoints
         self.progress = progress
         self.resumed_from = resumed_from
+        self.pusher = pusher
         self.folder = Path(settings.output.output_dir)
         self.held_out: Dataset | None = None  # contexts of the held-out questions, as of the last examination
         self.examined: list[dict] | None = None  # and its rows
@@ -126,6 +130,7 @@ class Rounds:
         if self.accelerator.is_main_process:
             write_jsonl(self._examined_path(round_number), rows)
             self._save_pair()
+            self._push_round(round_number)
         if round_number < self.settings.training.rounds:  # the last table comes with the times, at the end
             self.log.say(f"\n{self.log.results()}\n")
         self._go_on(Progress(round_number + 1, "generator"))
@@ -248,6 +253,16 @@ class Rounds:
                 no_answer_threshold=self.threshold,
             ),
         )
+
+    def write_cards(self) -> None:
+        """README.md of the three pieces, from what the log holds by now."""
+        write_cards(self.folder, settings=self.settings.to_dict(), rows=self.log.rows, times=self.log.times())
+
+    def _push_round(self, number: int) -> None:
+        """Send a round's pair on its way; that of the last round goes when the run ends, with its final cards."""
+        if self.pusher is not None and self.pusher.every_round and 0 < number < self.settings.training.rounds:
+            self.write_cards()
+            self.pusher.push(f"round-{number}")
 
     # ---- keeping the log ----
 

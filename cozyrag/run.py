@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,9 +16,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from tqdm.auto import tqdm
 
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
-from cozyrag.cards import write_card
+from cozyrag.background import BackgroundPush
 from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output, write_json
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
@@ -27,8 +29,9 @@ from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
 from cozyrag.generator import SCRATCH, Generator
+from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
-from cozyrag.hub import push_pair
+from cozyrag.hub import refusal
 from cozyrag.plan import make_plan, plan_table, verdict
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
@@ -46,13 +49,14 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
     )
     accelerator = make_accelerator(settings)
     checkpoints = Checkpoints(accelerator, Path(settings.output.output_dir), settings)
+    pusher = open_hub(accelerator, settings)
     newest = checkpoints.newest() if settings.output.resume else None
     progress = checkpoints.read(newest) if newest else Progress()
     corpus = load_tables(accelerator, settings)
     generator, retriever = load_models(accelerator, settings, corpus, newest)
     open_output(accelerator, settings)
     rounds = Rounds(
-        accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest
+        accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest, pusher=pusher
     )  # fmt: skip
     announce(rounds)
     audit_leaks(rounds)
@@ -182,6 +186,19 @@ def open_output(accelerator: Accelerator, settings: Settings) -> None:
     )
 
 
+def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | None:
+    """What will push for the main process, if asked to; a token or a name that cannot work ends the run before it begins."""
+    output = settings.output
+    if not output.push_to_hub:
+        return None
+    main = accelerator.is_main_process
+    found = refusal(output.hub_model_id, private=output.hub_private, say=accelerator.print) if main else None
+    refuse(gather_object([found]))
+    every_round = output.hub_strategy == "every_round"
+    options = {"private": output.hub_private, "every_round": every_round, "say": partial(tqdm.write, file=sys.stdout)}
+    return BackgroundPush(Path(output.output_dir), output.hub_model_id, **options) if main else None
+
+
 def load_models(
     accelerator: Accelerator, settings: Settings, corpus: Corpus, newest: Path | None
 ) -> tuple[Generator, Retriever]:
@@ -225,6 +242,7 @@ def announce(rounds: Rounds) -> None:
         f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, {torch.get_num_threads()} threads each, "
         f"precision {accelerator.mixed_precision}; {settings.training.rounds} rounds into {settings.output.output_dir}."
     )
+    record_facts(rounds)
     if settings.models.generator == SCRATCH:
         rounds.log.say(
             "Note: a generator from scratch has never read a word. From a few thousand questions it learns what answers look like, not how to find "
@@ -249,6 +267,16 @@ def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
         write_json(rounds.folder / "audit.json", found)
 
 
+def record_facts(rounds: Rounds) -> None:
+    """A row of metrics.jsonl that says what the run works on and with; the cards tell it."""
+    corpus, accelerator = rounds.corpus, rounds.accelerator
+    sizes = {name: len(vars(corpus)[name]) for name in ("questions", "eval_questions", "passages")}
+    machine = machine_facts(
+        processes=accelerator.num_processes, threads=torch.get_num_threads(), device=accelerator.device.type
+    )
+    rounds.log.record({"kind": "run"} | sizes | {"machine": machine})
+
+
 def self_test(rounds: Rounds) -> None:
     """See on one batch that every active loss term moves what it should; says so in a line. Raises InputError if not."""
     started = time.perf_counter()
@@ -260,20 +288,11 @@ def self_test(rounds: Rounds) -> None:
 
 
 def finish(rounds: Rounds, started: float) -> None:
-    """Cards, the tables, three answers, what to try next; then the Hub if asked."""
+    """Cards, the tables, three answers, what to try next; then the Hub if asked. Raises PushError if that fails."""
     settings, folder, accelerator = rounds.settings, rounds.folder, rounds.accelerator
     rounds.log.say(f"\n{rounds.log.results()}\n\n{rounds.log.times()}\n")
     if accelerator.is_main_process:
-        for role in ("generator", "retriever"):
-            summary = rounds.log.examined()[-1][1]
-            write_card(
-                folder / role,
-                role=role,
-                settings=settings.to_dict(),
-                results=rounds.log.results(),
-                summary=summary,
-                times=rounds.log.times(),
-            )
+        rounds.write_cards()
         newest = sorted((folder / "examined").glob("*.jsonl"))[-1]
         rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
         audit_leaks(rounds, rows)
@@ -284,9 +303,7 @@ def finish(rounds: Rounds, started: float) -> None:
             f"  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir my-rag"
         )
     accelerator.end_training()
-    if settings.output.push_to_hub and accelerator.is_main_process:
-        rounds.log.say(
-            f"Pushed to {push_pair(folder, settings.output.hub_model_id, private=settings.output.hub_private)}"
-        )
+    if rounds.pusher is not None:
+        rounds.log.say(f"Pushed to {rounds.pusher.finish(f'round-{settings.training.rounds}')}")
     if accelerator.is_main_process:  # last: whatever happens to it, the run is whole and uploaded
         rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))

@@ -60,7 +60,11 @@ def pair_folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     retriever.save(folder / "retriever")
     index.save(folder / "index")
     facts = describe_pair(
-        fingerprint=index.fingerprint, retrieval="dense", weight=15.0, top_k=3, context_tokens=60, answer_tokens=4
+        fingerprint=index.fingerprint,
+        retrieval={"mode": "dense", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
+        top_k=3,
+        context_tokens=60,
+        answer_tokens=4,
     )
     (folder / "cozyrag.json").write_text(json.dumps(facts))
     return folder

@@ -1,31 +1,48 @@
 """The cards of a run: whole, readable by huggingface_hub, true to the numbers, and runnable where they show code."""
 
+import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from cozyrag.cards import write_card
+from cozyrag import cards as card_writing
+from cozyrag import curves
+from cozyrag.cards import card_for_hub, write_cards
 from cozyrag.config import parse_settings
-from cozyrag.evaluation import summarize, table
+from cozyrag.curves import draw_curves
+from cozyrag.evaluation import summarize
+from cozyrag.hardware import energy_sentence, machine_facts, machine_sentence
 from cozyrag.index import PassageIndex, passage_text
 from cozyrag.passages import read_passages
-from cozyrag.pipeline import CozyRAG
+from cozyrag.pipeline import describe_pair
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
 
 ROLES = ("generator", "retriever")
+PIECES = (*ROLES, "index")
+FINGERPRINT = "f" * 16
+MACHINE = {
+    "system": "Linux x86_64, Python 3.11.0",
+    "processor": "Some CPU",
+    "cores": 8,
+    "busy_cores": 2,
+    "memory_gb": 32,
+    "gpus": [],
+    "versions": {"cozyrag": "0.1.0", "torch": "2.13.0"},
+}
 TIMES = "| seconds | index | examine |\n|---|---:|---:|\n| before | 1.5 | 2.5 |\n\nPeak memory: 0.50 GiB."
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", flags=re.DOTALL)
 
 
-def examined(hits):
-    """A summary as a run records it, of 8 questions of which `hits` are answered and found."""
+def examined(hits, number=1):
+    """A summary as a run records it after a round, of 8 questions of which `hits` are answered and found."""
     row = {
         "em": 1.0,
         "f1": 1.0,
@@ -36,36 +53,71 @@ def examined(hits):
         "answer_in_context": 1.0,
     }
     rows = [row if number < hits else dict.fromkeys(row, 0.0) | {"f1": 0.5, "mrr@10": 0.25} for number in range(8)]
-    return {"kind": "examined", "round": 1} | summarize(rows)
+    return {"kind": "examined", "round": number} | summarize(rows)
 
 
-BEFORE, AFTER = examined(2), examined(5)
-RESULTS = table([("before", BEFORE), ("after round 1", AFTER)])
+BEFORE, AFTER = examined(2, number=0), examined(5)
 
 
-def card(folder, role, *arguments):
-    """The card of a run with these arguments, as ModelCard reads it back."""
+@pytest.fixture(autouse=True)
+def drawing(request, monkeypatch):
+    """Pictures take a second each, so only the tests of pictures draw them."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(card_writing, "draw_curves", lambda rows, path: not path.write_bytes(b""))
+
+
+def rows(*examinations):
+    """metrics.jsonl of a run of one round."""
+    run = {"kind": "run", "questions": 64, "eval_questions": 8, "passages": 40, "machine": MACHINE}
+    steps = [
+        {"kind": "step", "round": 1, "phase": phase, "step": step, "loss": 2.0 - step / 10}
+        for phase in ROLES
+        for step in (5, 10)
+    ]
+    times = [{"kind": "time", "round": number, "part": "examine", "seconds": 1800.0} for number in (0, 1)]
+    return [run, *times, *steps, *examinations]
+
+
+def cards(folder, *arguments, metrics=None, **options):
+    """Write the cards of a run with these arguments; gives its settings."""
     settings = parse_settings(["--questions", "data/my.tsv", *arguments]).to_dict()
-    target = folder / role
-    target.mkdir(exist_ok=True)
-    write_card(target, role=role, settings=settings, results=RESULTS, summary=AFTER, times=TIMES)
-    return ModelCard.load(target / "README.md")
+    for piece in PIECES:
+        (folder / piece).mkdir(exist_ok=True)
+    (folder / "index" / "index.json").write_text(json.dumps({"retriever_fingerprint": FINGERPRINT}))
+    write_cards(folder, settings=settings, rows=metrics or rows(BEFORE, AFTER), times=TIMES, **options)
+    return settings
+
+
+def card(folder, role, *arguments, **options):
+    """One card of a run, as huggingface_hub reads it back."""
+    cards(folder, *arguments, **options)
+    return (DatasetCard if role == "index" else ModelCard).load(folder / role / "README.md")
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_card_is_whole(role, tmp_path):
-    loaded = card(tmp_path, role, "--generator", "distilgpt2")
-    text = str(loaded)
-    assert loaded.text.strip().startswith(f"# CoZyRAG {role}\n")
-    for heading in ("How to use", "Results", "Limits", "Training"):
-        body = re.search(rf"\n## {heading}\n(.*?)(?=\n## |\Z)", text, flags=re.DOTALL).group(1)
-        assert len(body.split()) > 10, heading
-    assert RESULTS in text and TIMES in text
-    assert all(f"| {name} |" in text for name in ("questions", "rounds", "seed", "generator", "report_to"))
-    assert "`my.tsv`" in text and f"torch {torch.__version__}" in text
+    """Every line of it, from the settings, the rows and the machine above."""
+    settings = cards(tmp_path, "--generator", "distilgpt2", leaks=["Nothing leaked."])
+    expected = (Path(__file__).parent / "cards" / f"{role}.md").read_text(encoding="utf-8")
+    expected = expected.replace("SETTINGS", "\n".join(f"| {name} | {value} |" for name, value in told(settings)))
+    assert (tmp_path / role / "README.md").read_text(encoding="utf-8") == expected
 
 
-@pytest.mark.parametrize("role", ROLES)
+def told(settings):
+    """The settings that a card tells, with local files by name only."""
+    hidden = {"output_dir", *(name for name in settings if name.startswith("hub_"))}
+    for name, value in settings.items():
+        if name not in hidden and value is not None:
+            yield name, "my.tsv" if name == "questions" else value
+
+
+def test_the_card_of_the_index_is_whole(tmp_path):
+    cards(tmp_path)
+    expected = (Path(__file__).parent / "cards" / "index.md").read_text(encoding="utf-8")
+    assert (tmp_path / "index" / "README.md").read_text(encoding="utf-8") == expected
+
+
+@pytest.mark.parametrize("role", PIECES)
 @pytest.mark.parametrize(
     "arguments",
     [(), ("--generator", "scratch"), ("--generator", "distilgpt2", "--report_to", "mlflow", "--run_name", "r")],
@@ -73,9 +125,82 @@ def test_a_card_is_whole(role, tmp_path):
 def test_no_placeholder_is_left(role, arguments, tmp_path):
     text = str(card(tmp_path, role, *arguments))
     for leftover in ("None", "{{", "}}", "{%", "More Information Needed", "TODO", "<"):
-        assert leftover not in text, leftover
+        assert leftover not in text.replace("n<1K", ""), leftover
     assert not re.search(r"\bnan\b", text)
-    assert "FOLDER is the output folder of the run" in text or "FOLDER" not in text
+    assert "FOLDER is the output folder of the run" in text
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_without_an_audit_there_is_no_section_and_without_matplotlib_no_image(role, tmp_path, monkeypatch):
+    assert "## Leak audit\n\nSeen: 3.\n\n| a |\n" in str(card(tmp_path, role, leaks=["Seen: 3.", "| a |"]))
+    assert "![Losses by step, scores by round](training.png)" in str(card(tmp_path, role))
+    assert "Leak audit" not in str(card(tmp_path, role))
+    monkeypatch.setattr(card_writing, "draw_curves", draw_curves)
+    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda _: None)
+    text = str(card(tmp_path, role))
+    assert "training.png" not in text and "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_table_has_a_line_for_each_round_and_for_what_it_is_compared_with(role, tmp_path):
+    text = str(card(tmp_path, role, references=[("gold context", AFTER | {"em": 99.0, "em_interval": [98.0, 100.0]})]))
+    lines = [line for line in text.splitlines() if re.match(r"\| (gold|before|after)", line)]
+    assert [line.split(" | ")[0] for line in lines[:3]] == ["| gold context", "| before", "| after round 1"]
+    assert lines[0].split(" | ")[1] == "99.0 (98.0 to 100.0)"
+    assert lines[2].split(" | ")[1] == "62.5 ({:.1f} to {:.1f})".format(*AFTER["em_interval"])
+
+
+def test_the_energy_is_the_formula_that_stands_there():
+    machine = MACHINE | {"busy_cores": 4, "memory_gb": 16, "gpus": ["NVIDIA A100-SXM4-80GB", "Own GPU"]}
+    told = energy_sentence(machine, 1800)
+    assert told.startswith(
+        "about 0.37 kWh = 0.5 h × (4 busy cores × 10 W + 16 GB of memory × 0.375 W + "
+    )  # 0.5 × 746 W
+    assert "1 NVIDIA A100-SXM4-80GB × 400 W + 1 Own GPU × 300 W" in told and "assumed, not measured" in told
+
+
+def test_this_machine_can_be_described():
+    machine = machine_facts(processes=1, threads=1, device="cpu")
+    assert json.loads(json.dumps(machine)) == machine and machine["busy_cores"] == 1 and machine["memory_gb"] > 0
+    assert machine["versions"]["torch"] == torch.__version__ and "1 of " in machine_sentence(machine)
+
+
+def test_the_picture_is_a_png_that_is_the_same_in_both_and_each_time(tmp_path):
+    cards(tmp_path)
+    drawn = [(tmp_path / role / "training.png").read_bytes() for role in ROLES]
+    assert drawn[0].startswith(b"\x89PNG") and len(drawn[0]) > 5_000
+    assert draw_curves(rows(BEFORE, AFTER), tmp_path / "again.png")
+    assert {*drawn, (tmp_path / "again.png").read_bytes()} == {drawn[0]}
+
+
+def test_nothing_trained_no_picture(tmp_path):
+    assert not draw_curves([BEFORE], tmp_path / "x.png") and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "licence", "data"),
+    [
+        (("--generator", "distilgpt2"), "apache-2.0", "not stated by who trained this"),
+        (("--generator", "gpt2"), "mit", "not stated"),
+        (("--generator", "some/model"), None, "not stated"),
+        (
+            ("--generator", "some/model", "--model_license", "mit", "--data_license", "cc-by-4.0"),
+            "mit",
+            "passages: cc-by-4.0.",
+        ),
+        (("--questions", "quickstart", "--generator", "embedded"), "cc-by-sa-4.0", "passages: apache-2.0."),
+    ],
+)
+def test_licences_are_those_given_or_known_and_never_guessed(arguments, licence, data, tmp_path):
+    loaded = card(tmp_path, "generator", *arguments)
+    assert loaded.data.license == licence and data in str(loaded)
+
+
+def test_data_of_the_hub_are_named_by_their_ids(tmp_path):
+    loaded = card(tmp_path, "generator", "--questions", "rajpurkar/squad", "--passages", "me/passages")
+    assert loaded.data.datasets == ["rajpurkar/squad", "me/passages"]
+    assert {result.dataset_type for result in loaded.data.eval_results} == {"rajpurkar/squad"}
+    assert card(tmp_path, "generator").data.datasets is None
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -92,6 +217,7 @@ def test_the_metadata_is_what_the_hub_expects(role, tmp_path):
         "license",
         "datasets",
         "metrics",
+        "base_model_relation",
     }
     assert set(data) <= allowed and None not in data.values()
     assert data["library_name"] == {"generator": "transformers", "retriever": "sentence-transformers"}[role]
@@ -181,32 +307,27 @@ def code(text):
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_code_of_both_cards_runs_on_a_pair(
+def test_the_code_of_the_cards_runs_on_an_output_folder(
     generator_path, retriever_path, corpus_files, tmp_path, monkeypatch, capsys
 ):
-    blocks = [block for role in ROLES for block in code(str(card(tmp_path, role)))]
-    assert len(blocks) == 3
+    cards(tmp_path)
+    blocks = [block for piece in PIECES for block in code((tmp_path / piece / "README.md").read_text(encoding="utf-8"))]
+    assert len(blocks) == 5
+    tiny.Generator.load(str(generator_path)).save(tmp_path / "generator")
     retriever = Retriever.load(str(retriever_path))
+    retriever.save(tmp_path / "retriever")
     passages = read_passages(str(corpus_files["passages"]))[0].select(range(10))
     vectors = retriever.encode(
         [passage_text(row["title"], row["text"]) for row in passages], kind="document", batch_size=10
     )
-    index = PassageIndex(passages, vectors, fingerprint=retriever.fingerprint())
-    tiny_pair = CozyRAG(
-        tiny.Generator.load(str(generator_path)),
-        retriever,
-        index,
-        mode="dense",
-        weight=15.0,
-        top_k=2,
-        context_tokens=40,
-        answer_tokens=4,
-    )
-    monkeypatch.setattr(CozyRAG, "from_pretrained", classmethod(lambda cls, name: tiny_pair))
+    PassageIndex(passages, vectors, fingerprint=retriever.fingerprint()).save(tmp_path / "index")
+    how = {"retrieval": "dense", "weight": 15.0, "top_k": 2, "context_tokens": 40, "answer_tokens": 4}
+    (tmp_path / "cozyrag.json").write_text(json.dumps(describe_pair(fingerprint=retriever.fingerprint(), **how)))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     for block in blocks:
-        block = block.replace("FOLDER/generator", str(generator_path)).replace("FOLDER/retriever", str(retriever_path))
-        exec(compile(block, "card", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) >= 3
+        exec(compile(block.replace("FOLDER", str(tmp_path)), "card", "exec"), {})
+    titles = capsys.readouterr().out.splitlines()[-3:]
+    assert set(titles) <= set(passages["title"])
 
 
 def test_the_prompt_and_the_passage_shown_are_laid_out_as_in_training(tmp_path):
@@ -214,3 +335,42 @@ def test_the_prompt_and_the_passage_shown_are_laid_out_as_in_training(tmp_path):
     assert repr(f"Some context.{QUESTION_CUE}Your question?{ANSWER_CUE}").strip("'") in shown
     shown = str(card(tmp_path, "retriever"))
     assert repr(passage_text("Title", "Text of a passage.")).strip("'") in shown
+
+
+# ---- on the Hub
+
+
+@pytest.mark.parametrize("role", PIECES)
+def test_on_the_hub_a_card_names_the_hub_and_nothing_else_changes(role, tmp_path):
+    cards(tmp_path, "--questions", "rajpurkar/squad", "--generator", "distilgpt2")
+    path = tmp_path / role / "README.md"
+    text = card_for_hub(path, role, "me/rag")
+    assert "FOLDER" not in text and '"me/rag' in text
+    assert "[me/rag-retriever](https://huggingface.co/me/rag-retriever)" in text or role == "retriever"
+    assert "[me/rag-index](https://huggingface.co/datasets/me/rag-index)" in text or role == "index"
+    for block in code(text):
+        compile(block, "card", "exec")
+    before, after = (yaml.safe_load(FRONT.match(each).group(1)) for each in (path.read_text(encoding="utf-8"), text))
+    if role == "generator":
+        assert after.pop("datasets") == ["rajpurkar/squad", "me/rag-index"]
+        before.pop("datasets")
+    assert before == after
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if "FOLDER" not in line]
+    assert [line for line in kept[kept.index("## Data") :] if line not in text.splitlines()] == []
+
+
+def test_what_its_owner_wrote_into_a_card_goes_up_with_it(tmp_path):
+    cards(tmp_path)
+    path = tmp_path / "generator" / "README.md"
+    text = path.read_text(encoding="utf-8").replace(
+        "## Limits", "## A word from me\n\nAsk it about cheese.\n\n## Limits"
+    )
+    path.write_text(text.replace("library_name", "inference: false\nlibrary_name"), encoding="utf-8")
+    pushed = card_for_hub(path, "generator", "me/rag")
+    assert "Ask it about cheese." in pushed and "inference: false" in pushed
+
+
+@pytest.mark.parametrize("role", PIECES)
+def test_without_a_card_a_short_one_goes_up(role):
+    text = card_for_hub(None, role, "me/rag")
+    assert "- cozyrag\n" in text and "[me/rag](https://huggingface.co/me/rag)" in text

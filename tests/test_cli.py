@@ -12,8 +12,8 @@ import examined
 import pytest
 
 import cozyrag
-from cozyrag import app, cli, html_report, hub, pipeline, run, space
-from cozyrag.errors import InputError
+from cozyrag import app, background, cli, html_report, pipeline, run, space
+from cozyrag.errors import InputError, PushError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, passage_text
 from cozyrag.passages import read_passages
@@ -214,14 +214,33 @@ def test_train_help_shows_the_settings(call):
     assert code == 0 and all(f"--{name}" in out for name in ("questions", "rounds", "hub_private", "config"))
 
 
-@pytest.mark.parametrize(("arguments", "private"), [([], False), (["--private"], True)])
-def test_push_uploads_and_says_where_to(call, monkeypatch, arguments, private):
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], {"private": False, "tag": None}),
+        (["--private"], {"private": True, "tag": None}),
+        (["--tag", "v1"], {"private": False, "tag": "v1"}),
+    ],
+)
+def test_push_uploads_and_says_where_to(call, monkeypatch, arguments, options):
     seen = []
     monkeypatch.setattr(
-        hub, "push_pair", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag"
+        background, "push_run", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag"
     )
     assert call("push", "my-run", "me/rag", *arguments) == (0, "Pushed to https://hub.example/me/rag\n", "")
-    assert seen == [(("my-run", "me/rag"), {"private": private})]
+    assert seen == [(("my-run", "me/rag"), options)]
+
+
+def test_a_failed_upload_ends_with_a_code_of_its_own(call, monkeypatch):
+    def fail(*_, **__):
+        raise PushError("The pair is complete in my-run, but the upload failed.")
+
+    monkeypatch.setattr(background, "push_run", fail)
+    assert call("push", "my-run", "me/rag") == (
+        3,
+        "",
+        "error: The pair is complete in my-run, but the upload failed.\n",
+    )
 
 
 # ---- help and version
@@ -260,7 +279,7 @@ def test_the_installed_commands_exist():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["ask", "nowhere/at/all", "q?"], ["'nowhere/at/all'", "Check the name"]),
+        (["ask", "nowhere/at/all", "q?"], ["'nowhere/at/all'", "give it as user/name"]),
         (["ask", "my-run", "q?", "--top_k", "0"], ["--top_k", "at least 1", "found 0"]),
         (["push", "nowhere", "me/rag"], ["cozyrag.json", "nowhere"]),
         (["train", "--rounds", "two"], ["--rounds", "'two'"]),

@@ -25,13 +25,15 @@ TIERS = (
         "refresh",
         "sentences",
         "duplicates",
+        "network",
+        "hardware",
+        "curves",
     ),
     (
         "tables",
         "prompts",
         "index",
         "tracking",
-        "cards",
         "retriever",
         "finished",
         "pages",
@@ -39,11 +41,11 @@ TIERS = (
         "chunks",
         "markup",
     ),
-    ("passages", "batches", "search", "documents"),
+    ("passages", "batches", "search", "documents", "cards"),
     ("questions", "generator", "contexts", "cutting"),
     ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
     ("config", "hub", "comparison", "gathering", "audit"),
-    ("trainer", "checkpoint", "html_report"),
+    ("trainer", "checkpoint", "html_report", "background"),
     ("report", "doctor"),
     ("retrieval",),
     ("caches",),
@@ -195,7 +197,18 @@ def test_only_the_index_attaches_and_searches_faiss():
 
 def test_only_the_uploader_talks_to_the_hub_to_write():
     assert calling(
-        lambda call: call[-1] in ("create_repo", "create_commit", "upload_folder", "upload_file", "push_to_hub")
+        lambda call: (
+            call[-1]
+            in (
+                "create_repo",
+                "create_commit",
+                "upload_folder",
+                "upload_file",
+                "push_to_hub",
+                "create_tag",
+                "delete_tag",
+            )
+        )
     ) == {"hub"}
 
 

@@ -1,64 +1,56 @@
-"""A push: what goes up in which order, and that a failure anywhere costs nothing but the time."""
+"""A push through the real client to a Hub on loopback: what goes up in which order, and that faults cost nothing but time."""
 
-import importlib
 import json
 import shlex
-from pathlib import Path
-from types import SimpleNamespace
+import time
 
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from local_hub import LocalHub, point_client_at
 
-from cozyrag.errors import InputError
-from cozyrag.hub import push_pair
+from cozyrag import hub as pushing
+from cozyrag import network
+from cozyrag.errors import InputError, PushError
+from cozyrag.hub import push_pair, refusal
 from cozyrag.pipeline import describe_pair
 
 REPO = "me/rag"
-CALLS = [
-    ("repo", "me/rag-retriever", "model"),
-    ("repo", "me/rag-index", "dataset"),
-    ("repo", "me/rag", "model"),
-    ("commit", "me/rag-retriever", "model"),
-    ("commit", "me/rag-index", "dataset"),
-    ("commit", "me/rag", "model"),
-]
+REPOS = [("models", "me/rag-retriever"), ("datasets", "me/rag-index"), ("models", "me/rag")]
+FINGERPRINT = "f" * 16
+CARD = b"---\ntags:\n- cozyrag\n---\n# card\n"
 FILES = {
-    "generator": {"config.json": b"{}", "model.safetensors": b"\0weights", "README.md": b"# card"},
+    "generator": {"config.json": b"{}", "model.safetensors": b"\0weights", "README.md": CARD},
     "retriever": {"modules.json": b"[]", "1_Pooling/config.json": b"{1}", "model.safetensors": b"\1weights"},
-    "index": {"index.json": b"{2}", "passages.parquet": b"PAR1"},
+    "index": {
+        "index.json": json.dumps({"retriever_fingerprint": FINGERPRINT}).encode(),
+        "passages.parquet": b"PAR1",
+        "vectors.safetensors": b"\2vectors",
+    },
 }
-httpx = importlib.import_module(HTTPError.__module__.split(".")[0])  # httpx or httpx2, whichever huggingface_hub uses
-REQUEST = httpx.Request("POST", "https://huggingface.co/api/repos/create")
+PASSING = ("500", "429", "cut", "lost", "slow")
+STEPS = {
+    "create": "/api/repos/create",
+    "info": "/api/models/me/rag$",
+    "card": "validate-yaml",
+    "preupload": "preupload",
+    "batch": "objects/batch",
+    "upload": "/lfs/[0-9a-f]+$",
+    "verify": "/verify",
+    "commit of the retriever": "me/rag-retriever/commit",
+    "commit of the index": "me/rag-index/commit",
+    "commit of the generator": "me/rag/commit",
+    "tree": "me/rag/tree",
+    "refs": "/refs",
+    "tag": "me/rag/tag",
+}
 
 
-class FakeApi:
-    """Records what HfApi would be asked for; the call with number `fails_at` raises `error` instead."""
-
-    endpoint = "https://hub.example"
-
-    def __init__(self, *, fails_at=None, error=None):
-        self.calls, self.private, self.content, self.messages = [], [], {}, set()
-        self.fails_at, self.error = fails_at, error
-
-    def _called(self, *call):
-        if len(self.calls) == self.fails_at:
-            raise self.error
-        self.calls.append(call)
-
-    def create_repo(self, repo_id, *, repo_type, private, exist_ok):
-        assert exist_ok
-        self._called("repo", repo_id, repo_type)
-        self.private.append(private)
-
-    def create_commit(self, repo_id, operations, *, commit_message, repo_type):
-        self._called("commit", repo_id, repo_type)
-        given = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
-        self.content[repo_id] = {
-            name: source if isinstance(source, bytes) else Path(source).read_bytes() for name, source in given.items()
-        }
-        self.messages.add(commit_message)
-        return SimpleNamespace(oid=f"sha-of-{repo_id}")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub where the client is user "me"; `hub.waited` are the seconds that the client did not really wait."""
+    with LocalHub(tmp_path / "large", tokens={"hf_right": "me", "hf_other": "you"}) as local:
+        local.waited = point_client_at(local, monkeypatch, cache=tmp_path / "cache")
+        yield local
 
 
 @pytest.fixture
@@ -70,17 +62,14 @@ def folder(tmp_path):
             path = root / piece / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    (root / "cozyrag.json").write_text(
-        json.dumps(
-            describe_pair(
-                fingerprint="f" * 16,
-                retrieval={"mode": "hybrid", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
-                top_k=4,
-                context_tokens=64,
-                answer_tokens=8,
-            )
-        )
+    told = describe_pair(
+        fingerprint=FINGERPRINT,
+        retrieval={"mode": "hybrid", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
+        top_k=4,
+        context_tokens=64,
+        answer_tokens=8,
     )
+    (root / "cozyrag.json").write_text(json.dumps(told))
     (root / "checkpoints").mkdir()
     (root / "checkpoints" / "secret.bin").write_bytes(b"not yours")
     (root / "metrics.jsonl").write_text("{}\n")
@@ -95,123 +84,348 @@ def snapshot(folder):
     }
 
 
-def test_the_three_repositories_are_written_in_order_the_generator_last(folder):
-    api = FakeApi()
-    assert push_pair(folder, REPO, api=api) == "https://hub.example/me/rag"
-    assert api.calls == CALLS
+def commits(hub):
+    """How many commits each repository has got, the first one of its creation left out."""
+    return [len(hub.repo(name, kind).commits) - 1 if (kind, name) in hub.repos else 0 for kind, name in REPOS]
 
 
-def test_each_repository_gets_its_piece_and_nothing_else(folder):
-    api = FakeApi()
-    push_pair(folder, REPO, api=api)
-    assert api.content["me/rag-retriever"] == FILES["retriever"]
-    assert api.content["me/rag-index"] == FILES["index"]
-    generator = api.content["me/rag"]
-    assert set(generator) == {*FILES["generator"], "cozyrag.json"} and all(
-        generator[name] == content for name, content in FILES["generator"].items()
-    )
+def switch(hub, revision="main"):
+    return json.loads(hub.read(REPO, "cozyrag.json", revision=revision))
 
 
-def test_the_last_commit_names_the_exact_revisions_of_the_other_two(folder):
-    api = FakeApi()
-    push_pair(folder, REPO, api=api)
-    assert json.loads(api.content["me/rag"]["cozyrag.json"]) == json.loads((folder / "cozyrag.json").read_text()) | {
+# ---- a push that nothing disturbs
+
+
+def test_the_retriever_and_the_index_go_first_and_the_generator_last_each_in_one_commit(hub, folder):
+    assert push_pair(folder, REPO) == f"{hub.endpoint}/me/rag"
+    order = [path for method, path, _ in hub.asked("/commit/", method="POST")]
+    assert order == [f"/api/{kind}/{name}/commit/main" for kind, name in REPOS] and commits(hub) == [1, 1, 1]
+
+
+def test_each_repository_gets_its_piece_and_nothing_else(hub, folder):
+    push_pair(folder, REPO)
+    for (kind, name), piece in zip(REPOS, ("retriever", "index", "generator"), strict=True):
+        held = set(hub.repo(name, kind).commits[hub.repo(name, kind).main])
+        assert held == {".gitattributes", "README.md", *FILES[piece]} | (
+            {"cozyrag.json"} if piece == "generator" else set()
+        )
+        assert all(
+            hub.read(name, path, kind=kind) == FILES[piece][path] for path in FILES[piece] if path != "README.md"
+        )
+
+
+def test_the_last_commit_names_the_exact_revisions_of_the_other_two(hub, folder):
+    push_pair(folder, REPO)
+    assert switch(hub) == json.loads((folder / "cozyrag.json").read_text()) | {
         "generator": {"folder": "."},
-        "retriever": {"repo": "me/rag-retriever", "revision": "sha-of-me/rag-retriever", "fingerprint": "f" * 16},
-        "index": {"repo": "me/rag-index", "revision": "sha-of-me/rag-index"},
+        "retriever": {"repo": REPOS[0][1], "revision": hub.repo("me/rag-retriever").main, "fingerprint": FINGERPRINT},
+        "index": {"repo": REPOS[1][1], "revision": hub.repo("me/rag-index", "datasets").main},
     }
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_all_three_are_private_or_none(folder, private):
-    api = FakeApi()
-    push_pair(folder, REPO, private=private, api=api)
-    assert api.private == [private] * 3
+def test_all_three_are_private_or_none(hub, folder, private):
+    push_pair(folder, REPO, private=private)
+    assert [hub.repo(name, kind).private for kind, name in REPOS] == [private] * 3
 
 
-def test_a_push_leaves_the_folder_as_it_was(folder):
+def test_a_name_without_a_user_is_the_users_own(hub, folder):
+    assert push_pair(folder, "rag").endswith("/me/rag") and switch(hub)["index"]["repo"] == "me/rag-index"
+
+
+def test_every_card_says_what_it_belongs_to_also_where_there_was_none(hub, folder):
+    push_pair(folder, REPO)
+    api = HfApi()
+    for kind, name in REPOS:
+        assert "cozyrag" in api.repo_info(name, repo_type=kind.removesuffix("s")).tags
+    assert "me/rag-index" in api.model_info(REPO).card_data["datasets"]
+
+
+def test_a_push_leaves_the_folder_as_it_was_and_the_token_nowhere(hub, folder):
     before = snapshot(folder)
-    push_pair(folder, REPO, api=FakeApi())
+    push_pair(folder, REPO, tag="v1")
     assert snapshot(folder) == before
+    held = [
+        hub.read(name, path, kind=kind)
+        for kind, name in REPOS
+        for path in hub.repo(name, kind).commits[hub.repo(name, kind).main]
+    ]
+    assert not any(b"hf_right" in content for content in held + [content for content, _ in before.values()])
 
 
-def test_a_folder_may_be_given_as_text_and_pushed_again(folder):
-    first, second = FakeApi(), FakeApi()
-    push_pair(str(folder), REPO, api=first)
-    push_pair(str(folder), REPO, api=second)
-    assert first.content == second.content
+def test_the_same_again_sends_nothing_and_changes_nothing(hub, folder):
+    push_pair(folder, REPO, tag="v1")
+    received, tags = hub.received, dict(hub.repo(REPO).tags)
+    push_pair(folder, REPO, tag="v1")
+    assert commits(hub) == [1, 1, 1] and (hub.received, hub.repo(REPO).tags) == (received, tags)
 
 
-# ---- failures
+def test_a_piece_that_is_the_same_keeps_its_revision(hub, folder):
+    push_pair(folder, REPO)
+    before, received = switch(hub), hub.received
+    (folder / "generator" / "model.safetensors").write_bytes(b"\0weigher")
+    push_pair(folder, REPO)
+    assert commits(hub) == [1, 1, 2] and hub.received == received + 8
+    assert (switch(hub)["retriever"], switch(hub)["index"]) == (before["retriever"], before["index"])
 
-ERRORS = [
-    httpx.ConnectError("no route to host"),  # what huggingface_hub lets through when there is no network
-    HfHubHTTPError("403 Forbidden: no rights", response=httpx.Response(403, request=REQUEST)),
-    ConnectionError("Connection reset by peer"),
-    HFValidationError("Repo id must be in the form"),
-]
+
+def test_what_loaders_would_read_and_is_no_longer_of_the_pair_goes_and_the_rest_stays(hub, folder):
+    extra = folder / "generator" / "model-00002-of-00002.safetensors"
+    extra.write_bytes(b"more")
+    push_pair(folder, REPO)
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="LICENSE", repo_id=REPO)
+    extra.unlink()
+    push_pair(folder, REPO)
+    held = hub.repo(REPO).commits[hub.repo(REPO).main]
+    assert extra.name not in held and hub.read(REPO, "LICENSE") == b"mine"
 
 
-@pytest.mark.parametrize("step", range(len(CALLS)))
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_a_failure_at_any_step_is_told_with_the_way_to_try_again(folder, step, error):
-    api, before = FakeApi(fails_at=step, error=error), snapshot(folder)
-    with pytest.raises(InputError) as caught:
-        push_pair(folder, REPO, api=api)
+def test_a_tag_names_the_state_in_all_three_and_moves_when_it_is_given_again(hub, folder):
+    push_pair(folder, REPO, tag="v1")
+    first = hub.repo(REPO).main
+    (folder / "generator" / "config.json").write_bytes(b"[]")
+    push_pair(folder, REPO, tag="v2")
+    assert hub.repo(REPO).tags == {"v1": first, "v2": hub.repo(REPO).main} and first != hub.repo(REPO).main
+    assert switch(hub, "v1") == switch(hub, "v2")  # retriever and index are the same
+    push_pair(folder, REPO, tag="v1")
+    assert [hub.repo(name, kind).tags["v1"] for kind, name in REPOS] == [
+        hub.repo(name, kind).main for kind, name in REPOS
+    ]
+
+
+# ---- faults that pass
+
+
+@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_fault_that_passes_costs_time_only(hub, folder, step, fault):
+    hub.fail(STEPS[step], fault)
+    push_pair(folder, REPO, tag="v1")
+    assert fault in [each[2] for each in hub.asked(STEPS[step])]
+    assert commits(hub) == [1, 1, 1]  # also where a commit was made and its answer lost
+    assert switch(hub)["retriever"]["revision"] == hub.repo("me/rag-retriever").main
+    assert hub.repo(REPO).tags == {"v1": hub.repo(REPO).main}
+    assert bool(hub.waited) == (fault != "slow")
+
+
+@pytest.mark.parametrize("fault", ["429", "503"])
+def test_the_hub_is_given_the_time_it_asks_for(hub, folder, fault, monkeypatch):
+    hub.fail("/commit/", fault)
+    push_pair(folder, REPO)
+    assert hub.waited == [1.0]
+    error = network.HfHubHTTPError("x", response=_Response({"Retry-After": "17"}))
+    assert network._asked_to_wait(error) == 17
+    limit = {"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    assert network._asked_to_wait(network.HfHubHTTPError("x", response=_Response(limit))) == 55
+
+
+class _Response:
+    """As much of an answer as an error looks at."""
+
+    def __init__(self, headers):
+        self.headers, self.request, self.status_code = headers, None, 429
+
+
+def test_waits_double_and_are_told(hub, folder):
+    told = []
+    hub.fail("me/rag/commit", "503", times=4)
+    push_pair(folder, REPO, say=told.append)
+    assert hub.waited == [1, 2, 4, 8]
+    assert len(told) == 4 and "503" in told[0] and "trying again in 1 s" in told[0]
+
+
+def test_a_commit_that_came_in_between_is_seen_and_built_upon(hub, folder, monkeypatch):
+    """Somebody commits between the look and our commit: ours is refused, looks again, and still holds exactly the piece."""
+    push_pair(folder, REPO)
+    (folder / "retriever" / "model.safetensors").write_bytes(b"\1heavier")
+    look = pushing._differences
+
+    def disturbed(api, name, repo_type, revision, files):
+        found = look(api, name, repo_type, revision, files)
+        if name.endswith("-retriever") and not disturbed.done:
+            disturbed.done = True
+            api.upload_file(path_or_fileobj=b"{}", path_in_repo="added.json", repo_id=name)
+        return found
+
+    disturbed.done = False
+    monkeypatch.setattr(pushing, "_differences", disturbed)
+    push_pair(folder, REPO)
+    repo = hub.repo("me/rag-retriever")
+    assert switch(hub)["retriever"]["revision"] == repo.main and "added.json" not in repo.commits[repo.main]
+    assert "412" in [status for _, _, status in hub.asked("me/rag-retriever/commit")]
+
+
+# ---- faults that stay: one sentence and the command that finishes the job
+
+
+def told(folder, **options):
+    """The message of a push that fails; nothing on disk was touched, and the command in it does the same again."""
+    before = snapshot(folder)
+    with pytest.raises(PushError) as caught:
+        push_pair(folder, REPO, **options)
     message = str(caught.value)
-    assert f"`cozyrag push '{folder}' me/rag`" in message and "hf auth login" in message
-    assert type(error).__name__ in message and str(error).split(":")[0] in message and str(folder) in message
-    assert api.calls == CALLS[:step]
+    command = shlex.split(message.split("`")[-2])
+    private = ["--private"] if options.get("private") else []
+    assert command == ["cozyrag", "push", str(folder), REPO, *private]
+    assert str(folder) in message and message.startswith("The pair is complete in ") and "hf_" not in message
     assert snapshot(folder) == before
+    return message
 
 
-@pytest.mark.parametrize("step", range(len(CALLS)))
-def test_until_the_last_commit_the_old_pair_stays_what_can_be_loaded(folder, step):
-    api = FakeApi(fails_at=step, error=OSError("gone"))
-    with pytest.raises(InputError):
-        push_pair(folder, REPO, api=api)
-    assert "me/rag" not in api.content
+def test_no_token(hub, folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    message = told(folder)
+    assert "no token was found" in message and "`hf auth login`" in message
+    assert hub.requests == []
 
 
-def test_trying_again_keeps_private_repositories_private(folder):
-    with pytest.raises(InputError) as caught:
-        push_pair(folder, REPO, private=True, api=FakeApi(fails_at=0, error=OSError("gone")))
-    command = str(caught.value).split("`")[-2]
-    assert shlex.split(command) == ["cozyrag", "push", str(folder), REPO, "--private"]
+def test_a_wrong_token(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    message = told(folder)
+    assert "does not accept the token in HF_TOKEN" in message and "set HF_TOKEN to a valid one or unset it" in message
 
 
-def test_a_fault_of_the_package_keeps_its_traceback(folder):
+def test_a_token_that_ends_half_way(hub, folder):
+    hub.fail("me/rag/commit", "401", times=99)
+    assert "does not accept the token" in told(folder)
+    assert commits(hub) == [1, 1, 0]
+
+
+def test_a_name_under_another_user(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    message = told(folder)
+    assert "your token may not write to me/rag" in message and "a name under your own user" in message
+
+
+def test_a_name_that_is_taken(hub, folder):
+    HfApi().create_repo(REPO)
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=REPO)
+    before = hub.repo(REPO).main
+    message = told(folder)
+    assert "The name 'me/rag' is taken" in message and "holds 'config.json'" in message and "another name" in message
+    assert hub.repo(REPO).main == before
+
+
+def test_a_public_repository_is_not_used_for_what_shall_be_private(hub, folder):
+    push_pair(folder, REPO)
+    (folder / "index" / "passages.parquet").write_bytes(b"secret")
+    assert "there already and public, but shall be private" in told(folder, private=True)
+    assert commits(hub) == [1, 1, 1]
+
+
+def test_no_network(hub, folder):
+    hub.__exit__()
+    message = told(folder)
+    assert f"{hub.endpoint} cannot be reached" in message and "check the network" in message
+    assert len(hub.waited) == network.TRIES - 1
+
+
+def test_offline_mode(hub, folder, monkeypatch):
+    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", True)
+    message = told(folder)
+    assert "HF_HUB_OFFLINE is set" in message and "unset HF_HUB_OFFLINE" in message and hub.waited == []
+
+
+@pytest.mark.parametrize("step", ["preupload", "upload", "tree", *(step for step in STEPS if "commit" in step)])
+@pytest.mark.parametrize("fault", ["500", "cut", "403"])
+def test_until_the_last_commit_the_old_pair_is_what_loads(hub, folder, step, fault):
+    """A Hub that goes down for good at any step: the switch names the old revisions, which still hold the old files."""
+    push_pair(folder, REPO)
+    before = switch(hub)
+    for piece, name in (("generator", "model"), ("retriever", "model"), ("index", "vectors")):
+        (folder / piece / f"{name}.safetensors").write_bytes(b"second round")
+    hub.fail(STEPS[step], fault, times=999)
+    message = told(folder)
+    assert (
+        "your token may not write" if fault == "403" else "500" if fault == "500" else "cannot be reached"
+    ) in message
+    assert switch(hub) == before
+    files = hub.repo("me/rag-retriever").commits[before["retriever"]["revision"]]
+    assert files["model.safetensors"].content.read_bytes() == FILES["retriever"]["model.safetensors"]
+    hub.heal()
+    push_pair(folder, REPO)
+    assert switch(hub)["retriever"]["revision"] == hub.repo("me/rag-retriever").main != before["retriever"]["revision"]
+
+
+def test_what_arrived_is_not_sent_again(hub, folder):
+    hub.fail("me/rag/commit", "500", times=99)
+    told(folder)
+    received = hub.received
+    hub.heal()
+    push_pair(folder, REPO)
+    assert hub.received == received and commits(hub) == [1, 1, 1]
+
+
+def test_trying_again_keeps_private_repositories_private(hub, folder):
+    hub.fail("/commit/", "403", times=99)
+    told(folder, private=True)
+
+
+def test_a_fault_of_the_package_keeps_its_traceback(hub, folder, monkeypatch):
+    def broken(*_):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(pushing, "_differences", broken)
     with pytest.raises(KeyError):
-        push_pair(folder, REPO, api=FakeApi(fails_at=3, error=KeyError("bug")))
+        push_pair(folder, REPO)
 
 
-def test_the_real_api_without_a_connection_gives_the_same_sentence(folder, monkeypatch):
-    before = snapshot(folder)
-    with pytest.raises(InputError, match="cozyrag push"):
-        push_pair(folder, REPO, api=HfApi(token=False))  # HF_HUB_OFFLINE is set for the suite
-    assert snapshot(folder) == before
+def test_a_large_file_is_not_read_into_memory(hub, folder, monkeypatch):
+    """Peak memory of a push of 60 MB stays under a third of that."""
+    import tracemalloc
+
+    with (folder / "generator" / "model.safetensors").open("wb") as file:
+        file.truncate(60 * 2**20)
+    tracemalloc.start()
+    push_pair(folder, REPO)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert hub.received > 60 * 2**20 and peak < 20 * 2**20
+
+
+# ---- before a run
+
+
+def test_a_run_is_told_before_it_begins_that_the_token_or_the_name_cannot_work(hub, monkeypatch):
+    assert refusal(REPO) is None and len(hub.repos) == 3
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "does not accept the token" in refusal(REPO) and "Nothing was trained" in refusal(REPO)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "no token was found" in refusal(REPO)
+
+
+def test_a_run_goes_on_when_the_hub_cannot_be_reached_yet(hub):
+    hub.__exit__()
+    told = []
+    assert refusal(REPO, say=told.append) is None
+    assert "The run goes on" in told[-1] and time.sleep is not None
 
 
 # ---- nothing to push
 
 
-def test_without_cozyrag_json_nothing_goes_up(folder):
+def test_without_cozyrag_json_nothing_goes_up(hub, folder):
     (folder / "cozyrag.json").unlink()
-    api = FakeApi()
-    with pytest.raises(InputError, match="cozyrag.json"):
-        push_pair(folder, REPO, api=api)
-    assert api.calls == []
+    with pytest.raises(InputError, match=r"cozyrag\.json"):
+        push_pair(folder, REPO)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("piece", sorted(FILES))
-def test_with_a_piece_missing_nothing_goes_up(folder, piece):
+def test_with_a_piece_missing_nothing_goes_up(hub, folder, piece):
     (folder / piece).rename(folder.parent / "elsewhere")
-    api = FakeApi()
     with pytest.raises(InputError) as caught:
-        push_pair(folder, REPO, api=api)
-    assert str(folder / piece) in str(caught.value) and api.calls == []
+        push_pair(folder, REPO)
+    assert str(folder / piece) in str(caught.value) and hub.requests == []
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_pair_that_was_saved_half_is_not_pushed(hub, folder):
+    (folder / "index" / "index.json").write_text(json.dumps({"retriever_fingerprint": "0" * 16}))
+    with pytest.raises(InputError, match=f"index of retriever {FINGERPRINT}.*found that of {'0' * 16}"):
+        push_pair(folder, REPO)
+    assert hub.requests == []
+
+
+def test_a_folder_that_is_not_there_is_refused(hub, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
-        push_pair(tmp_path / "nowhere", REPO, api=FakeApi())
+        push_pair(tmp_path / "nowhere", REPO)

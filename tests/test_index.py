@@ -11,6 +11,7 @@ from datasets import Dataset
 from cozyrag.errors import InputError
 from cozyrag.index import (
     FILES,
+    NEEDED,
     PassageIndex,
     Passages,
     build_faiss,
@@ -165,7 +166,7 @@ def test_an_index_of_another_retriever_is_refused_naming_both(tmp_path):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NEEDED)
 def test_a_missing_file_is_named(tmp_path, name):
     make([EAST, NORTH], fingerprint="aaaa").save(tmp_path)
     (tmp_path / name).unlink()

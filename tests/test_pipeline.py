@@ -1,6 +1,6 @@
 """A saved pair at work: its answers, their score and sources, its pieces by themselves, and what is refused."""
 
-import importlib
+import errno
 import json
 import math
 import shutil
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import HfApi, constants, file_download
+from local_hub import LocalHub, point_client_at
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +36,6 @@ ASKED = [row["question"] for row in QUESTIONS[:6]]
 SETTINGS = parse_settings(
     ["--questions", "my.tsv", "--retrieval", "dense", "--top_k", "3", "--context_tokens", "60", "--answer_tokens", "7"]
 )
-httpx = importlib.import_module(HTTPError.__module__.split(".")[0])
 
 
 def index_of(retriever, corpus_files):
@@ -263,7 +263,15 @@ def test_another_retriever_beside_the_index_is_refused(copy, retriever_path):
         CozyRAG.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("name", ["index.json", "vectors.safetensors", "passages.parquet", "index.faiss"])
+def test_a_cozyrag_json_of_another_pair_is_refused_naming_both(copy, pair):
+    told = json.loads((copy / "cozyrag.json").read_text())
+    told["retriever"]["fingerprint"] = "0123456789abcdef"
+    (copy / "cozyrag.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=f"names retriever 0123456789abcdef.*found is {pair.retriever.fingerprint()}"):
+        CozyRAG.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["index.json", "vectors.safetensors", "passages.parquet"])
 def test_half_an_index_is_refused(copy, name):
     (copy / "index" / name).unlink()
     with pytest.raises(InputError, match=name):
@@ -298,72 +306,191 @@ def test_a_cozyrag_json_that_says_nothing_usable_is_refused(copy, content, words
     assert words in str(caught.value) and str(copy) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder/here", "~nope", "a b"])
-def test_an_unknown_name_or_a_hub_out_of_reach_is_refused(name):
+@pytest.mark.parametrize("name", ["no/such/folder/here", "~nope", "a b"])
+def test_a_name_that_is_neither_a_folder_nor_can_be_a_repository_is_refused(name):
     with pytest.raises(InputError) as caught:
         CozyRAG.from_pretrained(name)
-    assert repr(name) in str(caught.value) and "network" in str(caught.value)
+    assert f"found no folder {name!r}" in str(caught.value) and "give it as user/name" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        httpx.ReadError("connection broke"),
-        OSError("disk full"),
-        HfHubHTTPError("401", response=httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_download_that_fails_is_told_in_a_sentence(error, monkeypatch):
-    def fail(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(pipeline, "snapshot_download", fail)
-    with pytest.raises(InputError, match=type(error).__name__):
-        CozyRAG.from_pretrained("me/rag")
+def test_what_was_never_fetched_is_not_to_be_had_offline():
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set.*unset HF_HUB_OFFLINE"):
+        CozyRAG.from_pretrained("nobody/nothing")
 
 
 # ---- to the Hub and back
 
 
-class FolderHub:
-    """Keeps what is pushed in folders and gives it back: REPO_TYPE/NAME/REVISION."""
-
-    endpoint = "https://hub.example"
-
-    def __init__(self, root):
-        self.root, self.asked = root, []
-
-    def create_repo(self, repo_id, *, repo_type, private, exist_ok):
-        pass
-
-    def create_commit(self, repo_id, operations, *, commit_message, repo_type):
-        revision = f"rev{len(list(self.root.glob('*/*/*/*')))}"
-        for operation in operations:
-            path = self.root / repo_type / repo_id / revision / operation.path_in_repo
-            path.parent.mkdir(parents=True, exist_ok=True)
-            source = operation.path_or_fileobj
-            path.write_bytes(source if isinstance(source, bytes) else Path(source).read_bytes())
-        return SimpleNamespace(oid=revision)
-
-    def download(self, repo_id, *, revision, token, repo_type):
-        self.asked.append((repo_id, revision, token, repo_type))
-        return str(self.root / repo_type / repo_id / revision)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub where the client is user "me" and has fetched nothing yet."""
+    with LocalHub(tmp_path / "large", tokens={"hf_right": "me", "hf_other": "you"}) as local:
+        local.waited = point_client_at(local, monkeypatch, cache=tmp_path / "cache")
+        yield local
 
 
-def test_what_was_pushed_loads_as_the_same_pair_at_the_revisions_it_names(folder, pair, tmp_path, monkeypatch):
-    hub = FolderHub(tmp_path)
-    push_pair(folder, "me/rag", api=hub)
-    last = max((tmp_path / "model" / "me" / "rag").iterdir()).name
-    push_pair(folder, "me/rag", api=hub)  # a second push makes new revisions; the first one stays loadable
-    monkeypatch.setattr(pipeline, "snapshot_download", hub.download)
-    pulled = CozyRAG.from_pretrained("me/rag", revision=last, token="tok")
+KINDS = {"retriever": "model", "index": "dataset"}
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_was_pushed_loads_as_the_same_pair_and_works_offline_afterwards(folder, pair, hub, monkeypatch):
+    push_pair(folder, "me/rag")
+    pulled = CozyRAG.from_pretrained("me/rag")
     assert pulled.answers(ASKED[:3]) == pair.answers(ASKED[:3])
-    assert hub.asked == [
-        ("me/rag", "rev2", "tok", "model"),
-        ("me/rag-retriever", "rev0", "tok", "model"),
-        ("me/rag-index", "rev1", "tok", "dataset"),
-    ]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.requests)
+    assert CozyRAG.from_pretrained("me/rag").answers(ASKED[:3]) == pair.answers(ASKED[:3])
+    assert len(hub.requests) == asked
+
+
+def test_weights_and_vectors_come_back_byte_by_byte(folder, hub):
+    push_pair(folder, "me/rag")
+    told = json.loads(hub.read("me/rag", "cozyrag.json"))
+    places = {"generator": ("me/rag", "model", None)}
+    places |= {piece: (told[piece]["repo"], kind, told[piece]["revision"]) for piece, kind in KINDS.items()}
+    for piece, (name, kind, revision) in places.items():
+        pulled = files_of(pipeline._download(name, revision=revision, token=None, repo_type=kind))
+        for path, content in files_of(folder / piece).items():
+            assert path in ("README.md", "index.faiss") or pulled[path] == content
+
+
+def test_an_earlier_revision_brings_the_retriever_and_the_index_of_its_time(
+    folder, pair, copy, hub, corpus_files, tmp_path
+):
+    push_pair(folder, "me/rag", tag="round-1")
+    other = Retriever.load(str(tiny.make_retriever(tmp_path / "other", seed=1)), max_tokens=32)
+    other.save(copy / "retriever")
+    index_of(other, corpus_files).save(copy / "index")
+    told = json.loads((copy / "cozyrag.json").read_text())
+    told["retriever"]["fingerprint"] = other.fingerprint()
+    (copy / "cozyrag.json").write_text(json.dumps(told))
+    push_pair(copy, "me/rag", tag="round-2")
+    assert CozyRAG.from_pretrained("me/rag").retriever.fingerprint() == other.fingerprint()
+    for revision in ("round-1", hub.repo("me/rag").tags["round-1"]):
+        pulled = CozyRAG.from_pretrained("me/rag", revision=revision)
+        assert pulled.answers(ASKED[:3]) == pair.answers(ASKED[:3])
+
+
+def committed(name, path, content, kind="model"):
+    """Somebody changes a repository by hand; gives the new revision."""
+    return HfApi().upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=name, repo_type=kind).oid
+
+
+def named(hub, piece, revision):
+    """cozyrag.json with another revision of a piece, as a hand or a broken tool might leave it."""
+    told = json.loads(hub.read("me/rag", "cozyrag.json"))
+    told[piece]["revision"] = revision
+    committed("me/rag", "cozyrag.json", json.dumps(told).encode())
+
+
+def test_an_index_of_another_retriever_is_refused_naming_both(folder, hub, pair):
+    push_pair(folder, "me/rag")
+    facts = json.loads(hub.read("me/rag-index", "index.json", kind="datasets"))
+    foreign = json.dumps(facts | {"retriever_fingerprint": "0123456789abcdef"}).encode()
+    named(hub, "index", committed("me/rag-index", "index.json", foreign, "dataset"))
+    with pytest.raises(InputError, match=f"0123456789abcdef.*{pair.retriever.fingerprint()}"):
+        CozyRAG.from_pretrained("me/rag")
+
+
+def test_another_retriever_than_the_one_named_is_refused_naming_both(folder, hub, pair, tmp_path):
+    push_pair(folder, "me/rag")
+    other = Retriever.load(str(tiny.make_retriever(tmp_path / "other", seed=1)), max_tokens=32)
+    other.save(tmp_path / "other")
+    weights = (tmp_path / "other" / "model.safetensors").read_bytes()
+    named(hub, "retriever", committed("me/rag-retriever", "model.safetensors", weights))
+    with pytest.raises(
+        InputError, match=f"made by retriever {pair.retriever.fingerprint()}.*in use is {other.fingerprint()}"
+    ):
+        CozyRAG.from_pretrained("me/rag")
+
+
+def test_neither_pickles_nor_code_are_fetched_nor_the_index_that_is_made_anew(folder, hub, tmp_path):
+    push_pair(folder, "me/rag")
+    for name in ("pytorch_model.bin", "modeling_own.py", "optimizer.pt", "data.pkl"):
+        committed("me/rag", name, b"evil")
+    CozyRAG.from_pretrained("me/rag")
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_symlink()}
+    assert {Path(name).suffix for name in fetched} <= {".json", ".safetensors", ".parquet", ".md", ".txt"}
+    assert "model.safetensors" in fetched and "index.faiss" not in fetched
+
+
+@pytest.mark.parametrize("fault", ["500", "429", "cut", "half", "slow"])
+@pytest.mark.parametrize(
+    "step", ["/api/models/me/rag/revision", "/tree/", "resolve/.*/model.safetensors", "resolve/.*/config.json"]
+)
+def test_a_fault_that_passes_costs_time_only(folder, pair, hub, step, fault):
+    push_pair(folder, "me/rag")
+    hub.fail(step, fault, method="GET")
+    assert CozyRAG.from_pretrained("me/rag").answer(ASKED[0]) == pair.answer(ASKED[0])
+    assert fault in [status for _, _, status in hub.asked(step)]
+
+
+def not_loaded(name="me/rag", **options):
+    with pytest.raises(InputError) as caught:
+        CozyRAG.from_pretrained(name, **options)
+    message = str(caught.value)
+    assert f"found no folder {name!r}" in message and "hf_" not in message and message.count("To load it, ") == 1
+    return message
+
+
+def test_a_repository_that_is_not_there(hub):
+    message = not_loaded()
+    assert "the Hub has no me/rag, or it is private" in message and "check the name, or run `hf auth login`" in message
+
+
+def test_a_private_repository_without_the_right(folder, hub, monkeypatch):
+    push_pair(folder, "me/rag", private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert "it is private" in not_loaded()
+    assert CozyRAG.from_pretrained("me/rag", token="hf_right").top_k == 3
+
+
+def test_a_wrong_token(folder, hub, monkeypatch):
+    push_pair(folder, "me/rag")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    message = not_loaded()
+    assert "does not accept the token in HF_TOKEN" in message and "unset it" in message
+
+
+def test_a_revision_that_is_not_there(folder, hub):
+    push_pair(folder, "me/rag")
+    message = not_loaded(revision="round-7")
+    assert "at revision 'round-7'" in message and "no such revision" in message
+
+
+def test_no_network(folder, hub):
+    push_pair(folder, "me/rag")
+    hub.__exit__()
+    message = not_loaded()
+    assert f"{hub.endpoint} cannot be reached" in message and "check the network" in message
+    assert hub.waited == [1, 2, 4]
+
+
+def test_a_hub_that_is_down(folder, hub):
+    push_pair(folder, "me/rag")
+    hub.fail("resolve", "500", times=999)
+    assert "the Hub has trouble of its own (status 500)" in not_loaded()
+
+
+def test_a_full_disk_while_fetching_and_what_was_fetched_is_kept(folder, pair, hub, monkeypatch):
+    push_pair(folder, "me/rag")
+    fetch = file_download.http_get
+
+    def full(url, *given, **options):
+        if "model.safetensors" in url:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fetch(url, *given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(file_download, "http_get", full)
+        message = not_loaded()
+    assert "the disk is full (No space left on device)" in message and "HF_HOME" in message and hub.waited == []
+    asked = len(hub.asked("me/rag/resolve/.*/tokenizer.json", method="GET"))
+    assert CozyRAG.from_pretrained("me/rag").answer(ASKED[0]) == pair.answer(ASKED[0])
+    assert len(hub.asked("me/rag/resolve/.*/tokenizer.json", method="GET")) == asked
 
 
 def test_a_folder_is_taken_before_a_repository_of_that_name(folder, monkeypatch):
