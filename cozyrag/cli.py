@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cozyrag import __version__
 from cozyrag.errors import InputError
+from cozyrag.interrupts import Interrupted
 
 DOCTOR = """\
 Check before or after training that things are as they should be. Nothing is trained and nothing is written.
@@ -39,13 +40,20 @@ Exit code 0 if nothing is wrong, 2 with a sentence on what is and what to do. `c
 
 
 def door(act: Callable[[], None]) -> None:
-    """Run an act; turn an InputError into its sentence on stderr and exit code 2, once over all processes."""
+    """Run an act; turn an InputError into its sentence on stderr and exit code 2, once over all processes.
+
+    A run that Ctrl-C or SIGTERM ended leaves with 128 and the number of the signal, as shells do.
+    """
     try:
         act()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Interrupted as interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            print(interrupted.told, file=sys.stderr, flush=True)
+        sys.exit(128 + interrupted.number)
 
 
 def main() -> None:

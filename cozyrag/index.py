@@ -14,8 +14,10 @@ from pathlib import Path
 import datasets
 import faiss
 import numpy as np
+import pyarrow
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
@@ -23,6 +25,7 @@ from cozyrag.sentences import SentenceVectors, sentence_spans
 
 COLUMN = "vectors"
 SPARE = 16
+_COPY_AGAIN = "Copy the whole folder again, or run train.py again."
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 
 
@@ -33,8 +36,17 @@ def passage_text(title: str, text: str) -> str:
 
 def made_by(folder: str | Path) -> str | None:
     """Fingerprint of the retriever whose vectors lie in a folder; None when no whole index is there."""
-    path = Path(folder) / "index.json"
-    return json.loads(path.read_text(encoding="utf-8"))["retriever_fingerprint"] if path.exists() else None
+    facts = _facts(Path(folder))
+    return facts and facts["retriever_fingerprint"]
+
+
+def _facts(folder: Path) -> dict | None:
+    """What index.json says; None when it is missing or no longer readable."""
+    try:
+        facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and "retriever_fingerprint" in facts else None
 
 
 @contextmanager
@@ -143,6 +155,7 @@ class PassageIndex:
             "dimensions": self.vectors.shape[1],
             "metric": "inner product",
             "factory": "Flat",
+            "bytes": {name: (folder / name).stat().st_size for name in FILES[:-1]},
         }
         (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -160,15 +173,28 @@ class PassageIndex:
             raise InputError(
                 f"Expected an index in {folder}, {missing[0]} is missing. Run train.py again, or copy the whole folder."
             )
-        found = made_by(folder)
+        facts = _facts(folder)
+        if facts is None:
+            raise InputError(f"{folder / 'index.json'} is damaged. {_COPY_AGAIN}")
+        for name, size in facts.get("bytes", {}).items():
+            if (folder / name).stat().st_size != size:
+                raise InputError(
+                    f"Expected {size} bytes in {folder / name}, found {(folder / name).stat().st_size}: the file was cut short or replaced. {_COPY_AGAIN}"
+                )
+        found = facts["retriever_fingerprint"]
         if found != fingerprint:
             raise InputError(
                 f"The index in {folder} was made by retriever {found}, but the retriever in use is {fingerprint}: their vectors do not "
                 "compare. Use the retriever that was saved with the index, or index the passages again."
             )
-        with _no_bars():
-            table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
-        tensors = load_file(folder / "vectors.safetensors")
+        try:
+            with _no_bars():
+                table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
+            tensors = load_file(folder / "vectors.safetensors")
+        except (SafetensorError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). {_COPY_AGAIN}"
+            ) from error
         if len(table) != len(tensors[COLUMN]):
             raise InputError(
                 f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(tensors[COLUMN])}: the files are not of "

@@ -15,6 +15,8 @@ from huggingface_hub.errors import HTTPError
 from cozyrag import __version__
 from cozyrag.contexts import ContextMaker, sentence_source
 from cozyrag.errors import InputError
+from cozyrag.files import NEXT
+from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
 from cozyrag.lexical import LexicalIndex
@@ -46,15 +48,17 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts: int | str | float | None) -> dict:
-    """The content of cozyrag.json: where the pieces lie and how they are to be used together.
+def describe_pair(
+    *, fingerprint: str, generator: str, retrieval: str, weight: float, **contexts: int | str | float | None
+) -> dict:
+    """The content of cozyrag.json: where the pieces lie, by which fingerprints they are known, and how they are used together.
 
     `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
     """
     return {
         "format_version": FORMAT_VERSION,
         "cozyrag_version": __version__,
-        "generator": {"folder": "generator"},
+        "generator": {"folder": "generator", "fingerprint": generator},
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
         "index": {"folder": "index"},
         "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
@@ -66,6 +70,11 @@ def describe_pair(*, fingerprint: str, retrieval: str, weight: float, **contexts
 def read_pair(folder: Path) -> dict:
     """cozyrag.json of a folder, checked. Raises InputError when there is none or it is of another format."""
     path = folder / PAIR_FILE
+    if (folder / NEXT).exists():
+        raise InputError(
+            f"The run in {folder.absolute()} was interrupted while it put a new pair in the place of the old one. Give its command again: it "
+            "finishes that first and goes on."
+        )
     if not path.exists():
         raise InputError(
             f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is no folder that train.py wrote to its end."
@@ -138,6 +147,12 @@ class CozyRAG:
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
         pair = read_pair(folder)
         generator = Generator.load(str(_piece(folder, pair["generator"], "model", token)))
+        expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
+        if expected not in (None, found):
+            raise InputError(
+                f"{folder / PAIR_FILE} names the generator {expected}, but the one beside it is {found}: the files come from different rounds or "
+                "runs. Copy the whole folder again, or train again."
+            )
         generator.model.to(device).eval()
         retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
         index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=retriever.fingerprint())

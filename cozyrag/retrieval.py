@@ -15,6 +15,7 @@ from datasets import Dataset
 from cozyrag.config import Settings
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.corpus import Corpus
+from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
@@ -134,10 +135,13 @@ class Retrieval:
         with self.log.timed("weigh searches", self.round):
             recall = searcher.choose_weight(*(list(column) for column in zip(*known, strict=True)))
         searcher.weight = broadcast_object_list([searcher.weight])[0]  # a near tie must not part the processes
+        if self.log.holds(kind="weight", retriever=self.searched_by):
+            return  # a resumed run chooses what it has chosen before
         self.log.record(
             {
                 "kind": "weight",
                 "round": self.round,
+                "retriever": self.searched_by,
                 "weight": searcher.weight,
                 "recall@5": {f"{w:g}": round(100 * r, 2) for w, r in recall.items()},
             }
@@ -150,12 +154,19 @@ class Retrieval:
         """The index of the retriever as it is now: kept, read from the output folder, or made anew."""
         fingerprint = self.retriever.fingerprint()
         if self.index is None and made_by(self.folder / "index") == fingerprint:
-            self.index = PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+            self.index = self._saved_index(fingerprint)
         if self.index is None or self.index.fingerprint != fingerprint:
             with self.log.timed("index", self.round):
                 vectors, sentences = self._encode_passages()
                 self.index = PassageIndex(self.corpus.passages, vectors, fingerprint=fingerprint, sentences=sentences)
         return self.index
+
+    def _saved_index(self, fingerprint: str) -> PassageIndex | None:
+        try:
+            return PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+        except InputError as error:
+            self.log.say(f"{error.args[0].split(' Copy ')[0]} The passages are indexed again.")
+            return None
 
     def _encode_passages(self) -> tuple[np.ndarray, SentenceVectors | None]:
         """Vectors of all passages and their sentences, every process encoding a share.

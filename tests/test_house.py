@@ -14,15 +14,27 @@ ROOT = PACKAGE.parent
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 # A module may import modules of the tiers above its own line, never of its own line or below.
 TIERS = (
-    ("errors", "embedded", "losses", "metrics", "fingerprints", "lexical", "penalties", "refresh", "sentences"),
+    (
+        "errors",
+        "embedded",
+        "losses",
+        "metrics",
+        "fingerprints",
+        "lexical",
+        "penalties",
+        "refresh",
+        "sentences",
+        "interrupts",
+    ),
+    ("files", "processes"),
     ("tables", "prompts", "index", "tracking", "cards", "retriever"),
     ("passages", "batches", "search"),
     ("questions", "generator", "contexts"),
     ("corpus", "evaluation", "feedback", "pipeline", "gate"),
-    ("config", "hub"),
+    ("config", "hub", "output"),
     ("trainer", "checkpoint"),
     ("report", "doctor"),
-    ("retrieval",),
+    ("watcher", "retrieval"),
     ("caches",),
     ("rounds",),
     ("probe",),
@@ -31,7 +43,7 @@ TIERS = (
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {"run", "trainer", "checkpoint", "doctor", "retrieval", "caches", "rounds", "probe", "plan", "cli"}
+MAY_KNOW_SETTINGS = {"run", "trainer", "watcher", "doctor", "retrieval", "caches", "rounds", "probe", "plan", "cli"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",
