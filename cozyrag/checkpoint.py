@@ -17,7 +17,7 @@ from torch import nn
 from cozyrag.errors import InputError
 from cozyrag.files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
 from cozyrag.generator import Generator
-from cozyrag.output import check_changes
+from cozyrag.output import check_changes, complete_checkpoints
 from cozyrag.processes import all_manage, main_decides
 from cozyrag.retriever import Retriever
 
@@ -55,11 +55,6 @@ class Progress:
     def following(self, round_number: int, phase: str) -> "Progress":
         """The beginning of the phase that comes after this one."""
         return Progress(round_number, phase, steps_so_far=self.steps_so_far, pieces=self.pieces)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of an output folder, oldest first; those being written have another name."""
-    return sorted(path for path in folder.glob("checkpoints/round-*") if not path.name.endswith(PARTIAL))
 
 
 class Checkpoints:

@@ -23,6 +23,8 @@ NEXT = "pair.next"  # a whole new pair that is being moved to its place
 OLD = "pair.old"  # a piece of the one before it, on its way out
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_LEAVE = {errno.EACCES, errno.EPERM, errno.EROFS}
+# What safetensors, torch and FAISS say of a disk that is full; torch names no cause, only a position that it did not reach.
+FULL = ("No space left", "os error 27", "os error 28", "os error 122", "inline_container.cc", "write error in")
 SPARE = 1 << 20  # bytes that the small files beside the big ones may take
 
 
@@ -63,7 +65,7 @@ def writing(path: Path, *, needed: int = 0) -> Iterator[None]:
                 f"Expected to write {path.absolute()}, but that is not allowed ({error.strerror}). What was saved before stays; make the folder "
                 "writable, or give another --output_dir."
             ) from error
-        if code in NO_SPACE or "No space left" in str(error) or _free(path) < needed:
+        if code in NO_SPACE or any(sign in str(error) for sign in FULL) or _free(path) < needed:
             raise InputError(_no_room(path, needed)) from error
         raise
 

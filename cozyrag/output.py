@@ -49,6 +49,11 @@ SAFE_TO_CHANGE = {
 }  # fmt: skip
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of an output folder, oldest first; those being written have another name."""
+    return sorted(path for path in folder.glob("checkpoints/round-*") if not path.name.endswith(PARTIAL))
+
+
 def check_output(folder: Path, settings: Mapping) -> bool:
     """Whether to go on with the run that the folder holds. Reads only.
 
@@ -63,11 +68,15 @@ def check_output(folder: Path, settings: Mapping) -> bool:
         _check_strangers(folder, content)
         return False
     begun = (folder / SETTINGS).exists()
-    if settings["resume"] and not begun:
+    if begun and _nothing_saved(folder):
+        return True
+    saved = complete_checkpoints(folder)
+    if settings["resume"] and not saved:
         raise InputError(
-            f"--resume: expected the output of an interrupted run in {folder.absolute()}, found none. Start without --resume."
+            f"--resume: expected a checkpoint under {folder.absolute() / 'checkpoints'}, found none; nothing was touched. Start without --resume, in "
+            "another folder if this one holds something."
         )
-    if settings["resume"] or (begun and not (folder / FINISHED).exists()):
+    if settings["resume"] or (begun and saved and not (folder / FINISHED).exists()):
         check_changes(json.loads((folder / SETTINGS).read_text(encoding="utf-8")), settings, settings["resume_anyway"])
         return True
     if content:
@@ -77,6 +86,12 @@ def check_output(folder: Path, settings: Mapping) -> bool:
             "Give another folder, --resume to go on with that run, or --overwrite_output_dir to replace it."
         )
     return False
+
+
+def _nothing_saved(folder: Path) -> bool:
+    """Whether the run in the folder was ended before its first checkpoint, so that starting anew loses nothing."""
+    examined = {path.name for path in folder.glob("examined/*.jsonl")}
+    return not (folder / FINISHED).exists() and not complete_checkpoints(folder) and examined <= {"round-000.jsonl"}
 
 
 def check_changes(before: Mapping, now: Mapping, anyway: bool) -> None:

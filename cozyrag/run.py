@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 
 from cozyrag.cards import write_card
-from cozyrag.checkpoint import Checkpoints, Progress, complete_checkpoints
+from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
@@ -33,7 +33,7 @@ from cozyrag.fingerprints import tables_fingerprint
 from cozyrag.generator import SCRATCH, Generator
 from cozyrag.hub import push_pair
 from cozyrag.interrupts import Interrupted, Interrupts
-from cozyrag.output import FINISHED, SETTINGS, check_output, clear_output, locked, mark_finished
+from cozyrag.output import FINISHED, SETTINGS, check_output, clear_output, complete_checkpoints, locked, mark_finished
 from cozyrag.plan import make_plan, plan_table, verdict
 from cozyrag.processes import main_decides
 from cozyrag.retriever import Retriever

@@ -133,7 +133,9 @@ def kill(children: list[int], after: float, one: int | None) -> bool:
             os.kill(child, signal.SIGKILL)
         raise RuntimeError(f"the other processes were still there {SEVERAL:.0f} s after one was killed")
     if one is not None and 0 in codes:
-        raise RuntimeError(f"a process ended with 0 although another was killed: {codes}, {time.monotonic() - clock:.1f} s")
+        raise RuntimeError(
+            f"a process ended with 0 although another was killed: {codes}, {time.monotonic() - clock:.1f} s"
+        )
     return True
 
 
@@ -150,7 +152,7 @@ def where(folder: Path) -> str:
     return "end and pushing" if newest[-1].startswith("round-003") else newest[-1].split("-")[3]
 
 
-def left(folder: Path) -> dict[str, object]:
+def left(folder: Path, rounds: int = 2) -> dict[str, object]:
     """All that must be equal: rows of metrics.jsonl without times, and bytes of what a run leaves."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{name: value for name, value in row.items() if name not in TIMES} for row in rows if row["kind"] != "time"]
@@ -158,7 +160,7 @@ def left(folder: Path) -> dict[str, object]:
         for term in row.get("terms", []):
             term.pop("seconds", None)
     files = ["cozyrag.json", "generator/model.safetensors", "retriever/model.safetensors", "index/vectors.safetensors"]
-    files += [f"examined/round-{number:03d}.jsonl" for number in range(3)]
+    files += [f"examined/round-{number:03d}.jsonl" for number in range(rounds + 1)]
     found: dict[str, object] = {name: (folder / name).read_bytes() for name in files}
     return found | {"metrics.jsonl": rows}
 
