@@ -1,6 +1,5 @@
 """Going on: after a signal, a damaged checkpoint, other settings; on the same folder, once at a time."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kill_run import differences, left
+from short_run import at_step, checkpoints, rows, send
 
 import cozyrag.rounds
 import cozyrag.trainer
@@ -24,47 +24,6 @@ from cozyrag.run import train
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def settings(corpus_files, generator_path, retriever_path):
-    """Settings of a run of one round, 5 steps and 3, without the output folder."""
-    files = [part for name, path in corpus_files.items() for part in (f"--{name}", str(path))]
-    models = ["--generator", str(generator_path), "--retriever", str(retriever_path)]
-    small = (
-        "--rounds 1 --generator_steps 5 --retriever_steps 3 --generator_batch_size 8 --retriever_batch_size 8 --context_tokens 48 --top_k 2 "
-        "--answer_tokens 4 --threads 1 --logging_steps 2 --generator_learning_rate 1e-3 --retriever_learning_rate 1e-3 --feedback_weight 0.5"
-    )
-    return [*files, *models, *small.split()]
-
-
-@pytest.fixture(scope="module")
-def peace(settings, tmp_path_factory):
-    """What the run leaves when nothing disturbs it."""
-    folder = tmp_path_factory.mktemp("peace") / "out"
-    train([*settings, "--output_dir", str(folder)])
-    return left(folder, rounds=1)
-
-
-def at_step(monkeypatch, number, act, function="retriever_step"):
-    """Do something within the step of that number, counted from 1 in this process."""
-    real, calls = getattr(cozyrag.trainer, function), []
-
-    def step(*arguments, **options):
-        calls.append(1)
-        if len(calls) == number:
-            act()
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(cozyrag.trainer, function, step)
-
-
-def send(number):
-    return lambda: os.kill(os.getpid(), number)
-
-
-def checkpoints(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
 @pytest.mark.parametrize(
     ("number", "function", "saved"),
     [
@@ -73,30 +32,30 @@ def checkpoints(folder):
     ],
 )
 def test_a_signal_saves_the_step_and_the_same_command_goes_on_to_the_same_end(
-    number, function, saved, settings, peace, tmp_path, monkeypatch, capsys
+    number, function, saved, short_run, undisturbed, tmp_path, monkeypatch, capsys
 ):
     out, before = tmp_path / "out", signal.getsignal(number)
     with monkeypatch.context() as patched:
         at_step(patched, 3, send(number), function)
         with pytest.raises(SystemExit) as ended:
-            door(lambda: train([*settings, "--output_dir", str(out)]))
+            door(lambda: train([*short_run, "--output_dir", str(out)]))
     assert ended.value.code == 128 + number and signal.getsignal(number) is before
     assert f"Interrupted; {saved} is saved in {out}. Give the same command again" in capsys.readouterr().err
     assert checkpoints(out)[-1] == saved
-    train([*settings, "--output_dir", str(out)])
+    train([*short_run, "--output_dir", str(out)])
     assert f"Going on from {saved}." in capsys.readouterr().out
-    assert differences(peace, left(out, rounds=1)) == []
+    assert differences(undisturbed, left(out, rounds=1)) == []
 
 
-def test_a_signal_outside_the_steps_ends_at_once(settings, peace, tmp_path, monkeypatch):
+def test_a_signal_outside_the_steps_ends_at_once(short_run, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(cozyrag.rounds, "examine", lambda *rest, **options: send(signal.SIGTERM)())
         with pytest.raises(Interrupted, match="") as ended:
-            train([*settings, "--output_dir", str(out)])
+            train([*short_run, "--output_dir", str(out)])
     assert "nothing was saved yet" in ended.value.told
-    train([*settings, "--output_dir", str(out)])
-    assert differences(peace, left(out, rounds=1)) == []
+    train([*short_run, "--output_dir", str(out)])
+    assert differences(undisturbed, left(out, rounds=1)) == []
 
 
 def test_signals_that_are_held_come_at_the_end_or_when_patience_is_over(monkeypatch):
@@ -117,9 +76,11 @@ def test_signals_that_are_held_come_at_the_end_or_when_patience_is_over(monkeypa
     assert time.monotonic() < until
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(settings, peace, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    short_run, undisturbed, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "out"
-    arguments = [*settings, "--output_dir", str(out), "--save_steps", "1"]
+    arguments = [*short_run, "--output_dir", str(out), "--save_steps", "1"]
     with monkeypatch.context() as patched:
         at_step(patched, 3, send(signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -133,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(settings, peac
     assert "Checkpoint round-001-1-retriever-000003 is damaged (retriever/model.safetensors has" in screen
     assert "Going on from round-001-1-retriever-000002." in screen
     assert "The kept table round-001 is damaged" in screen and "The kept feedback" in screen
-    assert differences(peace, left(out, rounds=1)) == []
+    assert differences(undisturbed, left(out, rounds=1)) == []
 
 
 def harm_tables(out):
@@ -146,23 +107,23 @@ def harm_tables(out):
         path.write_bytes(bytes(content))
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_says_so(settings, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(short_run, tmp_path):
     out = tmp_path / "out"
-    train([*settings, "--output_dir", str(out), "--rounds", "0"])
+    train([*short_run, "--output_dir", str(out), "--rounds", "0"])
     for path in (out / "checkpoints").glob("*/progress.json"):
         path.write_text("{}")
     with pytest.raises(InputError, match="progress.json has 2 bytes.*no other.*--overwrite_output_dir"):
-        train([*settings, "--output_dir", str(out), "--rounds", "0", "--resume"])
+        train([*short_run, "--output_dir", str(out), "--rounds", "0", "--resume"])
 
 
 @pytest.fixture(scope="module")
-def interrupted(settings, tmp_path_factory):
+def interrupted(short_run, tmp_path_factory):
     """Output folder of a run that was ended in its generator phase."""
     folder = tmp_path_factory.mktemp("interrupted") / "out"
     with pytest.MonkeyPatch.context() as patched:
         at_step(patched, 2, send(signal.SIGTERM), "generator_step")
         with pytest.raises(Interrupted):
-            train([*settings, "--output_dir", str(folder)])
+            train([*short_run, "--output_dir", str(folder)])
     return folder
 
 
@@ -175,19 +136,19 @@ def interrupted(settings, tmp_path_factory):
         (["--threads", "2", "--seed", "1"], r"for seed \(was 42, now 1\)\."),
     ],
 )
-def test_other_settings_are_refused_and_named(changed, told, settings, interrupted):
+def test_other_settings_are_refused_and_named(changed, told, short_run, interrupted):
     before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=told):
-        train([*settings, "--output_dir", str(interrupted), *changed])
+        train([*short_run, "--output_dir", str(interrupted), *changed])
     assert {path: path.stat().st_mtime_ns for path in interrupted.rglob("*") if path.is_file()} == before
 
 
-def test_other_data_are_refused(settings, interrupted, corpus_files):
+def test_other_data_are_refused(short_run, interrupted, corpus_files):
     before = corpus_files["eval_questions"].read_text()
     corpus_files["eval_questions"].write_text(before.replace("colour", "hue"))
     try:
         with pytest.raises(InputError, match=r"data \(was '"):
-            train([*settings, "--output_dir", str(interrupted), "--resume_anyway"])
+            train([*short_run, "--output_dir", str(interrupted), "--resume_anyway"])
     finally:
         corpus_files["eval_questions"].write_text(before)
 
@@ -201,9 +162,9 @@ def test_what_may_change_is_let_through():
     assert not FREE_TO_CHANGE & SAFE_TO_CHANGE
 
 
-def test_a_finished_run_is_left_alone_and_more_rounds_need_resume(settings, interrupted, tmp_path, capsys):
+def test_a_finished_run_is_left_alone_and_more_rounds_need_resume(short_run, interrupted, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = [*settings, "--output_dir", str(out), "--generator_steps", "1", "--retriever_steps", "0"]
+    arguments = [*short_run, "--output_dir", str(out), "--generator_steps", "1", "--retriever_steps", "0"]
     train([*arguments, "--rounds", "0"])
     with pytest.raises(InputError, match="holds a finished run"):
         train([*arguments, "--rounds", "0"])
@@ -218,12 +179,7 @@ def test_a_finished_run_is_left_alone_and_more_rounds_need_resume(settings, inte
     assert [row["round"] for row in rows(out, "examined")] == [0, 1]
 
 
-def rows(folder, kind):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if row["kind"] == kind]
-
-
-def test_minutes_call_for_a_checkpoint_and_the_wall_clock_does_not(settings, tmp_path, monkeypatch):
+def test_minutes_call_for_a_checkpoint_and_the_wall_clock_does_not(short_run, tmp_path, monkeypatch):
     clock, saved = [0.0], []
     monkeypatch.setattr(cozyrag.watcher.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "time", lambda: 1e9 * (len(saved) - 1))  # jumps by decades, backwards too
@@ -240,7 +196,7 @@ def test_minutes_call_for_a_checkpoint_and_the_wall_clock_does_not(settings, tmp
             super().after_step(report)
 
     monkeypatch.setattr(cozyrag.rounds, "PhaseWatcher", Slow)
-    train([*settings, "--output_dir", str(tmp_path / "out"), "--save_total_limit", "3"])
+    train([*short_run, "--output_dir", str(tmp_path / "out"), "--save_total_limit", "3"])
     inside = [name for name in saved if not name.endswith("000000")]
     assert inside == ["round-001-0-generator-000003"]  # 12 minutes; the phase ends before the next ten are over
     assert len(checkpoints(tmp_path / "out")) == 3
@@ -263,7 +219,7 @@ with locked(Accelerator(cpu=True), Path(sys.argv[1])):
 """
 
 
-def test_two_runs_on_one_folder_and_a_lock_that_outlives_its_holder(settings, tmp_path):
+def test_two_runs_on_one_folder_and_a_lock_that_outlives_its_holder(short_run, tmp_path):
     out = tmp_path / "out"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(out)],
@@ -274,18 +230,18 @@ def test_two_runs_on_one_folder_and_a_lock_that_outlives_its_holder(settings, tm
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another run is writing into"):
-            train([*settings, "--output_dir", str(out), "--rounds", "0"])
+            train([*short_run, "--output_dir", str(out), "--rounds", "0"])
     finally:
         holder.kill()
         holder.wait()
     assert (out / ".lock").exists()  # it was killed and could not clear up
-    train([*settings, "--output_dir", str(out), "--rounds", "0"])
+    train([*short_run, "--output_dir", str(out), "--rounds", "0"])
     assert not (out / ".lock").exists() and (out / "finished.json").exists()
 
 
-def test_the_folder_of_a_run_that_cannot_begin_goes_again(settings, tmp_path):
+def test_the_folder_of_a_run_that_cannot_begin_goes_again(short_run, tmp_path):
     with pytest.raises(InputError, match="no-such"):
-        train([*settings, "--output_dir", str(tmp_path / "out"), "--generator", "no-such/model"])
+        train([*short_run, "--output_dir", str(tmp_path / "out"), "--generator", "no-such/model"])
     assert list(tmp_path.iterdir()) == []
 
 
