@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,8 +27,11 @@ for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "O
 for folder in (Path(__file__).parents[1], Path(__file__).parent):
     sys.path.insert(0, str(folder))
 
+from tqdm.std import TqdmDefaultWriteLock  # noqa: E402
+
+TqdmDefaultWriteLock.mp_lock = None  # forks would share it, and a killed one may hold it
+
 import tiny  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import cozyrag.run  # noqa: E402
 
@@ -82,7 +84,6 @@ def start(arguments: list[str], processes: int, log: Path) -> list[int]:
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
                 )  # fmt: skip
-            tqdm.set_lock(threading.RLock())  # its own lock is shared between forks, and a killed one may hold it
             cozyrag.run.push_pair = push
             cozyrag.run.train(arguments)
             code = 0

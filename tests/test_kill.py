@@ -72,7 +72,17 @@ def begun(out, phase):
 @pytest.mark.slow
 def test_two_processes_one_killed_and_the_launcher_asked_to_end(short_run, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    arguments = [*short_run, "--output_dir", str(out), "--save_steps", "1", "--generator_steps", "40", "--generator_epochs", "2"]
+    arguments = [
+        *short_run,
+        "--output_dir",
+        str(out),
+        "--save_steps",
+        "1",
+        "--generator_steps",
+        "40",
+        "--generator_epochs",
+        "2",
+    ]
     launcher = launched(arguments, log)
     wait_for(launcher, begun(out, "generator-00000"))
     rank(launcher, 1).kill()
