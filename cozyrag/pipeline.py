@@ -49,16 +49,21 @@ class Answer:
 
 
 def describe_pair(
-    *, fingerprint: str, generator: str, retrieval: str, weight: float, **contexts: int | str | float | None
+    *,
+    fingerprint: str,
+    retrieval: str,
+    weight: float,
+    generator: str | None = None,
+    **contexts: int | str | float | None,
 ) -> dict:
     """The content of cozyrag.json: where the pieces lie, by which fingerprints they are known, and how they are used together.
 
-    `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
+    `fingerprint`: the retriever's; `generator`: that of the generator's weights. `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
     """
     return {
         "format_version": FORMAT_VERSION,
         "cozyrag_version": __version__,
-        "generator": {"folder": "generator", "fingerprint": generator},
+        "generator": {"folder": "generator"} | ({"fingerprint": generator} if generator else {}),
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
         "index": {"folder": "index"},
         "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
