@@ -23,7 +23,7 @@ from cozyrag.batches import answer_tokens, collate
 from cozyrag.config import TrainingSettings
 from cozyrag.generator import Generator, TokenLosses
 from cozyrag.index import Passages
-from cozyrag.trainer import StepReport, train_generator, train_retriever
+from cozyrag.trainer import StepReport, Watcher, train_generator, train_retriever
 
 OURS, PENALIZED, REFERENCE = "CoZyRAG", "CoZyRAG, penalties on", "reference loop"
 HF_TRAINER, ST_TRAINER, ST_LOOP = "transformers.Trainer", "SentenceTransformerTrainer", "plain loop, library's loss"
@@ -50,14 +50,10 @@ class Table:
 
 
 @dataclass
-class Losses:
+class Losses(Watcher):
     """A watcher of a phase that keeps the losses and saves nothing."""
 
     values: list[float] = field(default_factory=list)
-
-    def restore(self) -> int:
-        """No phase is resumed here."""
-        return 0
 
     def after_step(self, report: StepReport) -> None:
         """Keep the loss."""

@@ -4,7 +4,7 @@ A resumed run reads them again. Left out: searching (retrieval.py), the likeliho
 models and their checkpoints (checkpoint.py).
 """
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,9 @@ from datasets import Dataset
 from cozyrag.config import Settings
 from cozyrag.corpus import Corpus
 from cozyrag.feedback import answer_likelihoods
+from cozyrag.files import PARTIAL, damage, replacing
 from cozyrag.generator import Generator
+from cozyrag.processes import main_decides
 from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval
@@ -24,15 +26,28 @@ PROBE_QUESTIONS = 50  # training questions that show how far the retriever has m
 
 
 class Caches:
-    """The tables of a run under OUTPUT/contexts and OUTPUT/feedback."""
+    """The tables of a run under OUTPUT/contexts and OUTPUT/feedback.
+
+    Args:
+        at_start: gives the search as it was when the round began. A table that was lost while the retriever trained is made
+            again with that one, so that it is what it was.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, settings: Settings, *, corpus: Corpus, retrieval: Retrieval, log: RunLog
+        self,
+        accelerator: Accelerator,
+        settings: Settings,
+        *,
+        corpus: Corpus,
+        retrieval: Retrieval,
+        at_start: Callable[[], Retrieval],
+        log: RunLog,
     ):
         self.accelerator = accelerator
         self.settings = settings
         self.corpus = corpus
         self.retrieval = retrieval
+        self.at_start = at_start
         self.log = log
         self.folder = Path(settings.output.output_dir)
         training = settings.training
@@ -41,14 +56,16 @@ class Caches:
     def training_contexts(self) -> Dataset:
         """The contexts table of this round: made when the round begins, read again from disk afterwards."""
         path = self._contexts_path()
-        if not path.exists():
+        if not self._whole(path):
             noise = self.settings.training.context_noise
-            contexts = self.retrieval.contexts(
+            contexts = self.at_start().contexts(
                 self.corpus.questions, f"round {self.retrieval.round}: retrieving", noise=noise
             )
-            self._report_positives(contexts)
             self._keep(contexts, path)
-        return Dataset.load_from_disk(str(path), keep_in_memory=True)
+        contexts = Dataset.load_from_disk(str(path), keep_in_memory=True)
+        if not self.log.holds(kind="contexts", round=self.retrieval.round):
+            self._report_positives(contexts)
+        return contexts
 
     def refreshed(self, done: int, total: int, *, resumed: bool) -> Dataset | None:
         """New contexts of the training questions where a refresh of the index is due within the phase, else None.
@@ -57,22 +74,37 @@ class Caches:
         """
         here = self._contexts_path(step=done)
         if self.refresh.due(done=done, total=total, overlap=lambda: self._probe_overlap(self._tables_before(here)[-1])):
-            if not here.exists():
+            row = {"kind": "refresh", "round": self.retrieval.round, "step": done}
+            if not (self.log.holds(**row) and self._whole(here)):
                 self._keep(
                     self.retrieval.contexts(self.corpus.questions, f"round {self.retrieval.round}: refreshing"), here
                 )
-                self.log.record({"kind": "refresh", "round": self.retrieval.round, "step": done})
+                self.log.record(row)
                 self.log.say(
                     f"round {self.retrieval.round} retriever step {done}: index made anew, negatives mined again."
                 )
             return Dataset.load_from_disk(str(here), keep_in_memory=True)
-        earlier = self._tables_before(here) if resumed else []
-        return Dataset.load_from_disk(str(earlier[-1]), keep_in_memory=True) if earlier else None
+        return self._earlier(here) if resumed else None
+
+    def _earlier(self, here: Path) -> Dataset | None:
+        """The refreshed table that a resumed phase stands on, if there was one; a damaged one cannot be made as it was."""
+        refreshed = self._tables_before(here)[1:]
+        if not refreshed:
+            return None
+        if not self._whole(refreshed[-1]):
+            self.log.say(
+                "Its negatives are mined with the retriever as it is now, so the end will not be the same to the last bit."
+            )
+            self._keep(
+                self.retrieval.contexts(self.corpus.questions, f"round {self.retrieval.round}: mining again"),
+                refreshed[-1],
+            )
+        return Dataset.load_from_disk(str(refreshed[-1]), keep_in_memory=True)
 
     def _tables_before(self, path: Path) -> list[Path]:
         """The contexts tables of this round that were made before that one, oldest first."""
         made = sorted(path.parent.glob(f"{self._contexts_path().name}*"))
-        return [each for each in made if each.name < path.name and not each.name.endswith(".partial")]
+        return [each for each in made if each.name < path.name and not each.name.endswith(PARTIAL)]
 
     def _probe_overlap(self, table: Path) -> float:
         """How many of the best passages of the probe questions, among those that were best for any of them, still are."""
@@ -90,7 +122,7 @@ class Caches:
         """What the frozen generator makes of the best passages of each question; None where no step will ask for it."""
         if self.settings.training.retriever_steps == 0:
             return None
-        self.retrieval.current_searcher()  # gives the context filter its sentence vectors
+        search = self.at_start()
         k = self.settings.training.feedback_passages
         with self.log.timed("feedback", self.retrieval.round):
             bar = tqdm(desc=f"round {self.retrieval.round}: generator feedback", unit="passage")
@@ -98,13 +130,15 @@ class Caches:
                 self.accelerator,
                 generator,
                 contexts,
-                self.retrieval.maker,
-                self.retrieval.encode_questions,
+                search.maker,
+                search.encode_questions,
                 passages=k,
                 context_tokens=self.settings.contexts.context_tokens,
                 batch_size=self.settings.contexts.answer_batch_size,
                 folder=self.folder / "feedback",
                 progress=bar.update,
+                ready=search.current_searcher,  # gives the context filter its sentence vectors
+                say=self.log.say,
             )
             bar.close()
         return likelihoods
@@ -114,13 +148,20 @@ class Caches:
         return self.folder / "contexts" / name
 
     def _keep(self, contexts: Dataset, path: Path) -> None:
-        """Write a table aside and rename it, so that a table under its name is a whole one."""
-        if self.accelerator.is_main_process:
-            partial = path.with_name(path.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            contexts.save_to_disk(str(partial))
-            partial.rename(path)
-        self.accelerator.wait_for_everyone()
+        """Write a table so that one under its name is whole, and tells when it no longer is. Raises InputError: disk full."""
+
+        def write() -> None:
+            with replacing(path, needed=int(contexts.data.nbytes)) as partial:
+                contexts.save_to_disk(str(partial))
+
+        main_decides(self.accelerator, write)
+
+    def _whole(self, path: Path) -> bool:
+        """Whether that table is there and what was written; says so if it is there and damaged."""
+        fault = main_decides(self.accelerator, lambda: damage(path) if path.exists() else "")
+        if fault:
+            self.log.say(f"The kept table {path.name} is damaged ({fault}); it is made anew.")
+        return fault is None
 
     def _report_positives(self, contexts: Dataset) -> None:
         columns = contexts.select_columns(["gold_row", "positive", "answers", "answer_in_context"])[:]

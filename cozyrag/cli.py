@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from cozyrag import __version__
 from cozyrag.errors import InputError, PushError
+from cozyrag.interrupts import Interrupted
 
 DOCTOR = """\
 Check before or after training that things are as they should be. Nothing is trained and nothing is written.
@@ -68,13 +69,20 @@ An upload that broke off is finished by the same command: files that arrived are
 
 
 def door(act: Callable[[], None]) -> None:
-    """Run an act; turn an InputError into its sentence on stderr, once over all processes, and exit code 2; 3 for an upload."""
+    """Run an act; turn an InputError into its sentence on stderr, once over all processes, and exit code 2; 3 for an upload.
+
+    A run that Ctrl-C or SIGTERM ended leaves with 128 and the number of the signal, as shells do.
+    """
     try:
         act()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, PushError) else 2)
+    except Interrupted as interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            print(interrupted.told, file=sys.stderr, flush=True)
+        sys.exit(128 + interrupted.number)
 
 
 def main() -> None:

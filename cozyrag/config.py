@@ -232,11 +232,29 @@ class OutputSettings:
         "Train nothing and write nothing: probe for half a minute, then tell the time, memory and disk that each part of the run would take.",
     )
     overwrite_output_dir: bool = setting(False, "Delete what an earlier run left in --output_dir and start anew.")
-    resume: bool = setting(False, "Go on from the newest checkpoint in --output_dir.")
-    save_steps: int = setting(
-        200, "Optimizer steps between checkpoints to resume from; phases end with one in any case. 0: only those."
+    resume: bool = setting(
+        False,
+        "Go on with the interrupted run in --output_dir. Needed only for a run that came to its end, to add --rounds: an unfinished one with the "
+        "same settings is gone on with in any case.",
     )
-    save_total_limit: int = setting(2, "Checkpoints kept.")
+    resume_anyway: bool = setting(
+        False,
+        "Go on although settings that change the rounding of sums are others than before (threads, batch sizes of encoding and answering, "
+        "accumulation, processes); the end is then as good, but not the same to the last bit.",
+    )
+    save_steps: int = setting(
+        200,
+        "Optimizer steps between checkpoints to resume from; phases end with one in any case. 0: by minutes only.",
+    )
+    save_minutes: float = setting(
+        10.0, "Minutes between checkpoints to resume from, at the next step. 0: by steps only."
+    )
+    save_total_limit: int = setting(2, "Checkpoints kept. With 2 a damaged one can be passed over.")
+    max_bad_steps: int = setting(
+        5,
+        "Steps in a row whose loss or gradient is no number (they are skipped and counted) before the run stops, with their batch in "
+        "OUTPUT/bad-steps.",
+    )
     logging_steps: int = setting(10, "Optimizer steps between log lines.")
     report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard.")
     project_name: str = setting("cozyrag", "Project or experiment under which the trackers file the run.")
@@ -387,7 +405,7 @@ def check_settings(settings: Settings) -> None:
         ("answer_batch_size", 1, None), ("generator_batch_size", 1, None), ("retriever_batch_size", 2, None), ("hard_negatives", 0, 50),
         ("gradient_accumulation_steps", 1, None), ("generator_epochs", 0.0, None), ("retriever_epochs", 0.0, None), ("max_grad_norm", 1e-9, None),
         ("generator_steps", 0, None), ("retriever_steps", 0, None), ("temperature", 1e-4, None), ("weight_decay", 0.0, None), ("save_steps", 0, None),
-        ("save_total_limit", 1, None), ("logging_steps", 1, None), ("threads", 1, None), ("max_questions", 1, None), ("max_eval_questions", 1, None),
+        ("save_total_limit", 1, None), ("save_minutes", 0.0, None), ("max_bad_steps", 1, None), ("logging_steps", 1, None), ("threads", 1, None), ("max_questions", 1, None), ("max_eval_questions", 1, None),
         ("generator_learning_rate", 0.0, None), ("retriever_learning_rate", 0.0, None), ("seed", 0, 2**32 - 1),
         ("refresh_steps", 1, None), ("refresh_overlap", 0.0, 1.0), ("context_noise", 0.0, 1.0), ("contrastive_weight", 0.0, None), ("feedback_weight", 0.0, None), ("feedback_passages", 2, 60),
         ("feedback_temperature", 1e-4, None), ("repeat_penalty", 0.0, None), ("keyword_penalty", 0.0, None), ("short_penalty", 0.0, None), ("repeat_ngram", 1, None),

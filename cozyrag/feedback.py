@@ -12,9 +12,11 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from cozyrag.contexts import ContextMaker
+from cozyrag.files import writing
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 
@@ -31,6 +33,8 @@ def answer_likelihoods(
     batch_size: int,
     folder: Path,
     progress: Callable[[int], object] = lambda questions: None,
+    ready: Callable[[], object] = lambda: None,
+    say: Callable[[str], object] = lambda warning: None,
 ) -> np.ndarray:
     """(n_questions, k) float32: mean log-likelihood of an answer token given each of the k best passages alone.
 
@@ -41,6 +45,8 @@ def answer_likelihoods(
         encode: vectors of questions, for the context filter.
         passages: k; fewer where fewer were found.
         folder: where results are kept.
+        ready: called before the first context is made, that is, only where nothing is kept yet.
+        say: told when what was kept is damaged; it is computed anew.
     """
     columns = contexts.select_columns(["id", "question", "answers", "rows"])[:]
     candidates = [rows[:passages] for rows in columns["rows"]]
@@ -53,8 +59,12 @@ def answer_likelihoods(
         maker.score_by,
     )
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
-    if path.exists():
-        return load_file(path)["likelihoods"]
+    kept, fault = _read(path)
+    if kept is not None:
+        return kept
+    if fault:
+        say(f"The kept feedback {path.name} is damaged ({fault}); it is computed anew.")
+    ready()
     mine = range(len(contexts))[accelerator.process_index :: accelerator.num_processes]
     answered = [row for row in mine if columns["answers"][row]]
     pairs = [(row, passage) for row in answered for passage in candidates[row]]
@@ -75,9 +85,32 @@ def answer_likelihoods(
         for rank, part in enumerate(gather_object([likelihoods[mine]])):
             likelihoods[rank :: accelerator.num_processes] = part
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        save_file({"likelihoods": likelihoods}, aside)
-        aside.replace(path)
+        _keep(path, likelihoods)
     accelerator.wait_for_everyone()
     return likelihoods
+
+
+def _keep(path: Path, likelihoods: np.ndarray) -> None:
+    with writing(path, needed=likelihoods.nbytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        save_file({"likelihoods": likelihoods}, aside, metadata={"sha256": _digest(likelihoods)})
+        aside.replace(path)
+
+
+def _read(path: Path) -> tuple[np.ndarray | None, str]:
+    """What is kept under that name, or None and what is wrong with it ("" if there is nothing)."""
+    if not path.exists():
+        return None, ""
+    try:
+        with safe_open(path, framework="np") as file:
+            likelihoods, expected = file.get_tensor("likelihoods"), (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        return None, f"{type(error).__name__}: {error}"
+    if _digest(likelihoods) != expected:
+        return None, "its numbers are not those that were written"
+    return likelihoods, ""
+
+
+def _digest(likelihoods: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(likelihoods).tobytes()).hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -116,7 +117,7 @@ class Generator:
             model = AutoModelForCausalLM.from_pretrained(
                 name, config=_training_config(config, dropout), revision=revision, token=token, dtype=torch.float32
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # the last of them: a file cut short
             raise InputError(
                 _not_to_be_had("generator", name, error, "--generator scratch trains a small GPT-2 from nothing")
             ) from error

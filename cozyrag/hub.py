@@ -141,7 +141,7 @@ def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> di
     """cozyrag.json as it stands in the generator's repository."""
     named = {role: {"repo": names[role], "revision": made[role]} for role in ("retriever", "index")}
     named["retriever"]["fingerprint"] = pair["retriever"]["fingerprint"]
-    return pair | {"generator": {"folder": "."}} | named
+    return pair | {"generator": pair["generator"] | {"folder": "."}} | named
 
 
 # ---- the repositories

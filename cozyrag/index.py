@@ -15,9 +15,10 @@ from pathlib import Path
 import datasets
 import faiss
 import numpy as np
+import pyarrow
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
@@ -25,6 +26,7 @@ from cozyrag.sentences import SentenceVectors, sentence_spans, split_sentences
 
 COLUMN = "vectors"
 SPARE = 16
+_COPY_AGAIN = "Copy the whole folder again, or run train.py again."
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 BYTES = {"Flat": 4, "SQ8": 1}  # of memory for each dimension of a vector, by FAISS index; the first one is exact
 TRAINED_ON = 100_000  # vectors, evenly spread, that a quantised index learns its ranges from
@@ -41,19 +43,30 @@ def passage_text(title: str, text: str) -> str:
 
 def made_by(folder: str | Path) -> str | None:
     """Fingerprint of the retriever whose vectors lie in a folder; None when no whole index is there."""
-    path = Path(folder) / "index.json"
-    return json.loads(path.read_text(encoding="utf-8"))["retriever_fingerprint"] if path.exists() else None
+    facts = _facts(Path(folder))
+    return facts and facts["retriever_fingerprint"]
 
 
-def write_facts(path: Path, fingerprint: str, shape: tuple[int, int], factory: str) -> None:
-    """Write index.json: whose vectors, how many (`shape`: (n, dim)), and which FAISS index."""
+def _facts(folder: Path) -> dict | None:
+    """What index.json says; None when it is missing or no longer readable."""
+    try:
+        facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and "retriever_fingerprint" in facts else None
+
+
+def write_facts(
+    path: Path, fingerprint: str, shape: tuple[int, int], factory: str, *, sizes: dict[str, int] | None = None
+) -> None:
+    """Write index.json: whose vectors, how many (`shape`: (n, dim)), which FAISS index, and the `sizes` of the other files."""
     facts = {
         "retriever_fingerprint": fingerprint,
         "passages": shape[0],
         "dimensions": shape[1],
         "metric": "inner product",
         "factory": factory,
-    }
+    } | ({"bytes": sizes} if sizes else {})
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -240,7 +253,8 @@ class PassageIndex:
         save_file(tensors, folder / "vectors.safetensors.new")
         os.replace(folder / "vectors.safetensors.new", folder / "vectors.safetensors")
         faiss.write_index(self._index, str(folder / "index.faiss"))
-        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory)
+        sizes = {name: (folder / name).stat().st_size for name in FILES[:-1]}
+        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory, sizes=sizes)
 
     @classmethod
     def load(cls, folder: str | Path, *, fingerprint: str, expected: Passages | None = None) -> "PassageIndex":
@@ -258,16 +272,29 @@ class PassageIndex:
             raise InputError(
                 f"Expected an index in {folder}, {missing[0]} is missing. Run train.py again, or copy the whole folder."
             )
-        found = made_by(folder)
+        facts = _facts(folder)
+        if facts is None:
+            raise InputError(f"{folder / 'index.json'} is damaged. {_COPY_AGAIN}")
+        for name, size in facts.get("bytes", {}).items():
+            if (folder / name).exists() and (folder / name).stat().st_size != size:
+                raise InputError(
+                    f"Expected {size} bytes in {folder / name}, found {(folder / name).stat().st_size}: the file was cut short or replaced. {_COPY_AGAIN}"
+                )
+        found = facts["retriever_fingerprint"]
         if found != fingerprint:
             raise InputError(
                 f"The index in {folder} was made by retriever {found}, but the retriever in use is {fingerprint}: their vectors do not "
                 "compare. Use the retriever that was saved with the index, or index the passages again."
             )
-        with _no_bars():
-            table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
         factory = _factory(folder)
-        tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
+        try:
+            with _no_bars():
+                table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
+            tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
+        except (SafetensorError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). {_COPY_AGAIN}"
+            ) from error
         if len(table) != len(tensors[COLUMN]):
             raise InputError(
                 f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(tensors[COLUMN])}: the files are not of "

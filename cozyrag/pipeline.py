@@ -14,6 +14,8 @@ from huggingface_hub import snapshot_download
 from cozyrag import __version__
 from cozyrag.contexts import Chosen, ContextMaker, sentence_source
 from cozyrag.errors import InputError
+from cozyrag.files import NEXT
+from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
 from cozyrag.lexical import LexicalIndex, SentenceWords
@@ -53,15 +55,18 @@ class Answer:
     passages: tuple[Source, ...]
 
 
-def describe_pair(*, fingerprint: str, retrieval: dict[str, str | float], **contexts: int | str | float | None) -> dict:
-    """The content of cozyrag.json: where the pieces lie and how they are to be used together.
+def describe_pair(
+    *, fingerprint: str, retrieval: dict, generator: str | None = None, **contexts: int | str | float | None
+) -> dict:
+    """The content of cozyrag.json: where the pieces lie, by which fingerprints they are known, and how they are used together.
 
-    `retrieval`: mode, stemmer and weights; `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
+    `fingerprint`: the retriever's; `generator`: that of the generator's weights. `retrieval`: mode, stemmer and weights;
+    `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
     """
     return {
         "format_version": FORMAT_VERSION,
         "cozyrag_version": __version__,
-        "generator": {"folder": "generator"},
+        "generator": {"folder": "generator"} | ({"fingerprint": generator} if generator else {}),
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
         "index": {"folder": "index"},
         "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
@@ -73,6 +78,11 @@ def describe_pair(*, fingerprint: str, retrieval: dict[str, str | float], **cont
 def read_pair(folder: Path) -> dict:
     """cozyrag.json of a folder, checked. Raises InputError when there is none or it is of another format."""
     path = folder / PAIR_FILE
+    if (folder / NEXT).exists():
+        raise InputError(
+            f"The run in {folder.absolute()} was interrupted while it put a new pair in the place of the old one. Give its command again: it "
+            "finishes that first and goes on."
+        )
     if not path.exists():
         raise InputError(
             f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is no folder that train.py wrote to its end."
@@ -154,6 +164,12 @@ class CozyRAG:
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
         pair = read_pair(folder)
         generator = Generator.load(str(_piece(folder, pair["generator"], "model", token)))
+        expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
+        if expected not in (None, found):
+            raise InputError(
+                f"{folder / PAIR_FILE} names the generator {expected}, but the one beside it is {found}: the files come from different rounds or "
+                "runs. Copy the whole folder again, or train again."
+            )
         generator.model.to(device).eval()
         retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
         found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]

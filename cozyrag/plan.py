@@ -31,7 +31,7 @@ SHORTER = {  # settings that make a part shorter
     "feedback": "--feedback_passages, --max_questions, --context_tokens, --rounds",
     "retriever phase": "--retriever_steps, --max_questions, --passage_tokens, --hard_negatives, --rounds",
     "examine": "--max_eval_questions, --answer_tokens, --gate off, --rounds",
-    "save": "--save_steps, --rounds",
+    "save": "--save_steps, --save_minutes, --rounds",
 }
 
 
@@ -244,14 +244,19 @@ def _examine(settings: Settings, sizes: Sizes, costs: Costs, looks: int) -> Part
 
 def checkpoints(settings: Settings, phase: Phase) -> int:
     """How many checkpoints with the optimizer's states are written inside a phase."""
-    every = settings.output.save_steps
-    return (phase.steps - 1) // every if every and phase.steps else 0
+    every, minutes = settings.output.save_steps, settings.output.save_minutes
+    if not phase.steps:
+        return 0
+    by_steps = (phase.steps - 1) // every if every else 0
+    seconds = phase.cost.seconds(phase.steps, phase.steps * phase.units)
+    return max(by_steps, int(seconds // (60 * minutes)) if minutes else 0)
 
 
 def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
-    """The pair after each examination, a checkpoint after each act and every --save_steps within a phase.
+    """The pair after each examination, a checkpoint after each act and every --save_steps or --save_minutes within a phase.
 
-    On disk are at most as many as are kept, and the one that is being written before the oldest goes.
+    On disk are at most as many as are kept, and the one that is being written before the oldest goes; or, at another time, a
+    new pair beside the old one, which takes no more unless the index is large.
     """
     rounds, limit = settings.training.rounds, settings.output.save_total_limit
     pair = sizes.generator + sizes.retriever + sizes.tokenizer
@@ -267,7 +272,7 @@ def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     with_states = max(min(kept, count) * state for count, state in states) if rounds else 0
     return Part(
         "save", f"{total} checkpoints, {min(limit, total)} kept", tuple(costs.write * b for b in (before, *[each] * rounds)),
-        disk=pair + kept * pair + with_states,
+        disk=pair + max(kept * pair + with_states, min(limit, total) * pair + pair + index),
     )  # fmt: skip
 
 

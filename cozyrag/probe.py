@@ -40,6 +40,7 @@ from cozyrag.search import Searcher
 from cozyrag.sentences import SentenceVectors
 from cozyrag.trainer import (
     StepReport,
+    Watcher,
     generator_examples,
     generator_lesson,
     generator_steps,
@@ -477,7 +478,7 @@ class Probe:
         def timed(tried: list[list[int]]) -> list[tuple[float, float]]:
             watch = _Stopwatch([(len(rows), units(rows)) for rows in tried], ends)
             run_phase(
-                self.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number: take_rows(tried[number]),
+                self.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number, pieces: take_rows(tried[number]),
                 settings=self.settings.training, learning_rate=rate, round_number=1, watcher=watch, quiet=True,
             )  # fmt: skip
             self.accelerator.free_memory()
@@ -605,16 +606,12 @@ class _Found:
     lexical_bytes: float
 
 
-class _Stopwatch:
+class _Stopwatch(Watcher):
     """A watcher that notes the seconds of every step and ends the phase when its time is over or it is sure."""
 
     def __init__(self, sizes: list[tuple[int, float]], ends: float):
         self.sizes, self.ends = sizes, ends
         self.measured: list[tuple[float, float]] = []
-
-    def restore(self) -> int:
-        """Nothing was taken before."""
-        return 0
 
     def after_step(self, report: StepReport) -> bool:
         """All processes end together: the first one decides."""

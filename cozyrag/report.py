@@ -6,33 +6,60 @@ Left out: the trackers (tracking.py) and what the numbers mean (evaluation.py).
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from cozyrag.checkpoint import write_jsonl
 from cozyrag.evaluation import table
+from cozyrag.files import write_jsonl
 
 
 class RunLog:
     """The rows of metrics.jsonl, kept by every process and written by the main one.
 
     Args:
-        rows: those of an interrupted run, to go on from; the list is kept and added to.
+        rows: those of an interrupted run, to go on from; the list is kept and added to. Rows that were written after its
+            last checkpoint are not among them and go: their steps are taken again.
+        steps: optimizer steps so far.
+        spent: seconds that an interrupted part of a round has already taken, by name.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, rows: list[dict]):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        rows: list[dict],
+        *,
+        steps: int = 0,
+        spent: Mapping = MappingProxyType({}),
+    ):
         self.accelerator = accelerator
         self.folder = folder
         self.rows = rows
-        self.steps = max((row["steps_so_far"] for row in rows if row["kind"] == "step"), default=0)
+        self.steps = steps
+        self._spent = dict(spent)
+        self._began: dict[str, float] = {}
+        if rows:
+            self._write()
 
     def record(self, row: dict) -> None:
         """Add a row to metrics.jsonl."""
         self.rows.append(row)
+        self._write()
+
+    def holds(self, **facts: object) -> bool:
+        """Whether there is a row with these entries."""
+        return any(facts.items() <= row.items() for row in self.rows if row["kind"] == facts["kind"])
+
+    def under_way(self) -> dict[str, float]:
+        """Seconds so far of the parts that have begun and not ended, by name."""
+        return {part: time.perf_counter() - began for part, began in self._began.items()}
+
+    def _write(self) -> None:
         if self.accelerator.is_main_process:
             write_jsonl(self.folder / "metrics.jsonl", self.rows)
 
@@ -43,10 +70,10 @@ class RunLog:
 
     @contextmanager
     def timed(self, part: str, round_number: int) -> Iterator[None]:
-        """Record the seconds that a part of a round takes."""
-        start = time.perf_counter()
+        """Record the seconds that a part of a round takes, with those before an interruption."""
+        self._began[part] = time.perf_counter() - self._spent.pop(part, 0.0)
         yield
-        seconds = round(time.perf_counter() - start, 2)
+        seconds = round(time.perf_counter() - self._began.pop(part), 2)
         self.record({"kind": "time", "round": round_number, "part": part, "seconds": seconds})
 
     def examined(self) -> list[tuple[str, dict]]:

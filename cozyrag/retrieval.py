@@ -16,6 +16,7 @@ from datasets import Dataset
 from cozyrag.config import Settings
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.corpus import Corpus
+from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
@@ -146,7 +147,10 @@ class Retrieval:
             facts = searcher.choose_weights(*(list(column) for column in zip(*known, strict=True)))
         # rounding differs between machines: processes must not part
         searcher.weights = Weights(**broadcast_object_list([asdict(searcher.weights)])[0])
-        self.log.record({"kind": "weights", "round": self.round} | facts)
+        if not self.log.holds(
+            kind="weights", retriever=self.searched_by
+        ):  # a resumed run fits what it has fitted before
+            self.log.record({"kind": "weights", "round": self.round, "retriever": self.searched_by} | facts)
 
     def encode_questions(self, texts: Sequence[str]) -> np.ndarray:
         return self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size)
@@ -155,7 +159,7 @@ class Retrieval:
         """The index of the retriever as it is now: kept, read from the output folder, or made anew."""
         fingerprint = self.retriever.fingerprint()
         if self.index is None and made_by(self.folder / "index") == fingerprint:
-            self.index = PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+            self.index = self._saved_index(fingerprint)
         given = self.settings.data.index
         if self.index is None and given is not None and made_by(given) == fingerprint:
             self.index = PassageIndex.load(given, fingerprint=fingerprint, expected=self.passages)
@@ -164,6 +168,13 @@ class Retrieval:
                 vectors, sentences = self._encode_passages()
                 self.index = PassageIndex(self.corpus.passages, vectors, fingerprint=fingerprint, sentences=sentences)
         return self.index
+
+    def _saved_index(self, fingerprint: str) -> PassageIndex | None:
+        try:
+            return PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+        except InputError as error:
+            self.log.say(f"{error.args[0].split(' Copy ')[0]} The passages are indexed again.")
+            return None
 
     def _encode_passages(self) -> tuple[np.ndarray, SentenceVectors | None]:
         """Vectors of all passages and their sentences, every process encoding a share.

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router
 
@@ -79,7 +80,7 @@ class Retriever:
             model = SentenceTransformer(
                 name, revision=revision, device=device, token=token, model_kwargs={"dtype": torch.float32}
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # the last of them: a file cut short
             cause = " ".join(str(error).split())[:200]
             raise InputError(
                 f"Expected --retriever to be a SentenceTransformer folder or a model on the Hub that can be reached; {name!r} could not be "

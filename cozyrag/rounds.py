@@ -16,19 +16,23 @@ from datasets import Dataset
 from cozyrag.background import BackgroundPush
 from cozyrag.caches import Caches
 from cozyrag.cards import write_cards
-from cozyrag.checkpoint import Checkpoints, Progress, write_json, write_jsonl
+from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import Settings
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import choose_threshold, examine
+from cozyrag.files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.gate import judge
 from cozyrag.generator import Generator
+from cozyrag.interrupts import Interrupts
 from cozyrag.pipeline import describe_pair
+from cozyrag.processes import main_decides
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval
 from cozyrag.retriever import Retriever
 from cozyrag.tracking import log_numbers
-from cozyrag.trainer import StepReport, train_generator, train_retriever
+from cozyrag.trainer import train_generator, train_retriever
+from cozyrag.watcher import PhaseWatcher
 
 
 class Rounds:
@@ -45,6 +49,7 @@ class Rounds:
         checkpoints: Checkpoints,
         progress: Progress,
         resumed_from: Path | None,
+        interrupts: Interrupts,
         pusher: BackgroundPush | None = None,
     ):
         self.accelerator = accelerator
@@ -56,16 +61,17 @@ class Rounds:
         self.progress = progress
         self.resumed_from = resumed_from
         self.pusher = pusher
+        self.leaks: list[str] = []  # paragraphs of the leak audit, for the cards
+        self.interrupts = interrupts
         self.folder = Path(settings.output.output_dir)
         self.held_out: Dataset | None = None  # contexts of the held-out questions, as of the last examination
         self.examined: list[dict] | None = None  # and its rows
         self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
-        self.log = RunLog(accelerator, self.folder, progress.metrics)
-        self.retrieval = Retrieval(
-            accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, log=self.log
+        self.log = RunLog(accelerator, self.folder, progress.metrics, steps=progress.steps_so_far, spent=progress.spent)
+        self.retrieval = self._search(retriever)
+        self.caches = Caches(
+            accelerator, settings, corpus=corpus, retrieval=self.retrieval, at_start=self._search_at_start, log=self.log
         )
-        self.retrieval.round = progress.round
-        self.caches = Caches(accelerator, settings, corpus=corpus, retrieval=self.retrieval, log=self.log)
 
     def run(self) -> None:
         """All that is left to do, from where the progress says to the last examination."""
@@ -73,12 +79,46 @@ class Rounds:
         while self.progress.round <= self.settings.training.rounds:
             acts[self.progress.phase]()
 
+    def _search(self, retriever: Retriever) -> Retrieval:
+        made = Retrieval(
+            self.accelerator,
+            self.settings,
+            corpus=self.corpus,
+            generator=self.generator,
+            retriever=retriever,
+            log=self.log,
+        )
+        made.round = self.progress.round
+        return made
+
+    def _search_at_start(self) -> Retrieval:
+        """The search as it was when the round began: a retriever that a resumed phase has moved is read from the saved pair."""
+        if not (self.progress.phase == "retriever" and self.progress.step):
+            return self.retrieval
+        reads = self.settings.contexts.passage_tokens
+        device = str(self.accelerator.device)
+        return self._search(Retriever.load(str(self.folder / "retriever"), max_tokens=reads, device=device))
+
+    def _watcher(self, unit: str) -> PhaseWatcher:
+        return PhaseWatcher(
+            self.accelerator,
+            self.settings.output,
+            progress=self.progress,
+            checkpoints=self.checkpoints,
+            generator=self.generator,
+            retriever=self.retriever,
+            log=self.log,
+            interrupts=self.interrupts,
+            resumed_from=self.resumed_from,
+            unit=unit,
+        )
+
     # ---- the acts ----
 
     def teach_generator(self) -> None:
         """Generator phase: the retriever is frozen, its contexts are made once."""
         contexts = self.caches.training_contexts()
-        with self.log.timed("generator phase", self.progress.round):
+        with self.interrupts.held(), self.log.timed("generator phase", self.progress.round):
             train_generator(
                 self.accelerator,
                 self.generator,
@@ -86,11 +126,11 @@ class Rounds:
                 settings=self.settings.training,
                 context_tokens=self.settings.contexts.context_tokens,
                 round_number=self.progress.round,
-                watcher=_Watcher(self, "QA pairs/s"),
+                watcher=self._watcher("QA pairs/s"),
             )
         if self.settings.training.gate == "on":
             self._gate_generator()
-        self._go_on(Progress(self.progress.round, "retriever"))
+        self._go_on(self.progress.following(self.progress.round, "retriever"))
 
     def teach_retriever(self) -> None:
         """Retriever phase: the generator is frozen, positives and hard negatives come from the contexts table."""
@@ -98,7 +138,7 @@ class Rounds:
         likelihoods = (
             self.caches.likelihoods(self.generator, contexts) if self.settings.training.feedback_weight else None
         )
-        with self.log.timed("retriever phase", self.progress.round):
+        with self.interrupts.held(), self.log.timed("retriever phase", self.progress.round):
             train_retriever(
                 self.accelerator,
                 self.retriever,
@@ -106,11 +146,11 @@ class Rounds:
                 self.retrieval.passages,
                 settings=self.settings.training,
                 round_number=self.progress.round,
-                watcher=_Watcher(self, "pairs/s"),
+                watcher=self._watcher("pairs/s"),
                 likelihoods=likelihoods,
                 refreshed=self._refreshed,
             )
-        self._go_on(Progress(self.progress.round, "examine"))
+        self._go_on(self.progress.following(self.progress.round, "examine"))
 
     def _refreshed(self, done: int, total: int) -> Dataset | None:
         """New contexts where a refresh is due within the retriever phase; a resumed phase begins with the ones it had."""
@@ -129,11 +169,11 @@ class Rounds:
         log_numbers(self.accelerator, summary, step=self.log.steps, prefix="examined")
         if self.accelerator.is_main_process:
             write_jsonl(self._examined_path(round_number), rows)
-            self._save_pair()
-            self._push_round(round_number)
+        main_decides(self.accelerator, self._save_pair)
+        self._push_round(round_number)
         if round_number < self.settings.training.rounds:  # the last table comes with the times, at the end
             self.log.say(f"\n{self.log.results()}\n")
-        self._go_on(Progress(round_number + 1, "generator"))
+        self._go_on(self.progress.following(round_number + 1, "generator"))
 
     # ---- do no harm ----
 
@@ -234,15 +274,22 @@ class Rounds:
         return threshold
 
     def _save_pair(self) -> None:
-        """The four things a run leaves: generator/, retriever/, index/ and the file that ties them."""
-        self.generator.save(self.folder / "generator")
-        self.retriever.save(self.folder / "retriever")
-        self.retrieval.current_index().save(self.folder / "index")
+        """The four things a run leaves: generator/, retriever/, index/ and the file that ties them, old or new but never mixed."""
+        before = sum(folder_bytes(self.folder / name) for name in ("generator", "retriever", "index"))
+        with replacing(self.folder / NEXT, needed=before) as coming:
+            self.generator.save(coming / "generator")
+            self.retriever.save(coming / "retriever")
+            self.retrieval.current_index().save(coming / "index")
+            self._describe(coming / "cozyrag.json")
+        switch(self.folder)
+
+    def _describe(self, path: Path) -> None:
         contexts = self.settings.contexts
         write_json(
-            self.folder / "cozyrag.json",
+            path,
             describe_pair(
                 fingerprint=self.retrieval.index.fingerprint,
+                generator=weights_fingerprint(self.generator.model),
                 retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
                 context_tokens=contexts.context_tokens,
@@ -256,7 +303,13 @@ class Rounds:
 
     def write_cards(self) -> None:
         """README.md of the three pieces, from what the log holds by now."""
-        write_cards(self.folder, settings=self.settings.to_dict(), rows=self.log.rows, times=self.log.times())
+        write_cards(
+            self.folder,
+            settings=self.settings.to_dict(),
+            rows=self.log.rows,
+            times=self.log.times(),
+            leaks=self.leaks,
+        )
 
     def _push_round(self, number: int) -> None:
         """Send a round's pair on its way; that of the last round goes when the run ends, with its final cards."""
@@ -268,11 +321,12 @@ class Rounds:
 
     def _go_on(self, progress: Progress) -> None:
         self._check_processes_agree()
-        progress.metrics = self.log.rows
+        progress.metrics, progress.steps_so_far = self.log.rows, self.log.steps
         self.progress = progress
         self.retrieval.round = progress.round
         self.resumed_from = None
-        self.checkpoints.save(progress, self.generator, self.retriever)
+        with self.interrupts.held():
+            self.checkpoints.save(progress, self.generator, self.retriever)
 
     def _check_processes_agree(self) -> None:
         """Stop when the processes hold different weights: a mistake that otherwise shows in nothing but bad results."""
@@ -286,59 +340,3 @@ class Rounds:
             raise RuntimeError(
                 f"the processes ended the {self.progress.phase} phase with different weights: {found}; nothing more is saved"
             )
-
-
-class _Watcher:
-    """Logs and saves inside a phase, and brings back an interrupted one."""
-
-    def __init__(self, rounds: Rounds, unit: str):
-        self.rounds = rounds
-        self.unit = unit
-        self.losses: list[float] = []
-        self.terms: list[dict[str, float]] = []
-        self.rates: list[float] = []
-
-    def restore(self) -> int:
-        """Steps already taken in this phase; loads the optimizer if there are any."""
-        rounds = self.rounds
-        if rounds.progress.step and rounds.resumed_from:
-            rounds.checkpoints.restore_optimizer(rounds.resumed_from)
-        return rounds.progress.step
-
-    def after_step(self, report: StepReport) -> None:
-        """A log line every `logging_steps`, a checkpoint every `save_steps`."""
-        rounds, output = self.rounds, self.rounds.settings.output
-        self.losses.append(report.loss)
-        self.terms.append(report.terms)
-        self.rates.append(1 / report.rate)
-        rounds.log.steps += 1
-        rounds.progress.step = report.step
-        if report.step % output.logging_steps == 0 or report.step == report.steps:
-            self._log(report)
-        if output.save_steps and report.step % output.save_steps == 0 and report.step < report.steps:
-            rounds.checkpoints.save(rounds.progress, rounds.generator, rounds.retriever)
-
-    def _log(self, report: StepReport) -> None:
-        rounds, progress = self.rounds, self.rounds.progress
-        loss, rate = float(np.mean(self.losses)), float(1 / np.mean(self.rates))
-        terms = {name: float(np.mean([each[name] for each in self.terms])) for name in report.terms}
-        row = {
-            "kind": "step",
-            "round": progress.round,
-            "phase": progress.phase,
-            "step": report.step,
-            "loss": loss,
-            "learning_rate": report.learning_rate,
-            "rate": round(rate, 2),
-            "steps_so_far": rounds.log.steps,
-        } | terms
-        rounds.log.record(row)
-        numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate} | terms
-        log_numbers(rounds.accelerator, numbers, step=rounds.log.steps, prefix=progress.phase)
-        told = "".join(f", {name} {value:.4f}" for name, value in terms.items())
-        rounds.log.say(
-            f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {loss:.4f}{told}, learning rate {report.learning_rate:.2e}, {rate:.1f} {self.unit}"
-        )
-        self.losses.clear()
-        self.terms.clear()
-        self.rates.clear()

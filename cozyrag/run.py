@@ -3,10 +3,13 @@
 Left out: everything an act does in detail, which stands in the module it calls. Nothing else makes an Accelerator.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +18,12 @@ import faiss
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from tqdm.auto import tqdm
 
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.background import BackgroundPush
-from cozyrag.checkpoint import Checkpoints, Progress, check_output, clear_output, write_json
+from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
@@ -28,14 +31,28 @@ from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
+from cozyrag.files import switch, write_json, writing
+from cozyrag.fingerprints import tables_fingerprint
 from cozyrag.generator import SCRATCH, Generator
 from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
+from cozyrag.interrupts import Interrupted, Interrupts
+from cozyrag.output import FINISHED, SETTINGS, check_output, clear_output, complete_checkpoints, locked, mark_finished
 from cozyrag.plan import make_plan, plan_table, verdict
+from cozyrag.processes import main_decides
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
 from cozyrag.tracking import start_trackers, wanted_trackers
+
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "NCCL communicator was aborted",
+    "Timed out waiting",
+)
+PATIENCE = timedelta(minutes=30)  # for a process that others wait for: more than the longest act that one does alone
 
 
 def train(arguments: list[str] | None = None, *, description: str | None = None) -> None:
@@ -44,26 +61,69 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
     settings = parse_settings(arguments, description=description)
     if settings.output.plan:
         return show_plan(settings)
-    check_output(
-        Path(settings.output.output_dir), resume=settings.output.resume, overwrite=settings.output.overwrite_output_dir
-    )
-    accelerator = make_accelerator(settings)
-    checkpoints = Checkpoints(accelerator, Path(settings.output.output_dir), settings)
+    folder = Path(settings.output.output_dir)
+    check_output(folder, settings.to_dict())
+    accelerator, interrupts = make_accelerator(settings), Interrupts()
+    try:
+        with locked(accelerator, folder), interrupts.watched(), _peers_lost():
+            finish(train_rounds(accelerator, settings, interrupts), started)
+    except Interrupted as interrupted:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise Interrupted(interrupted.number, _how_to_go_on(folder)) from None
+
+
+def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Interrupts) -> Rounds:
+    """All rounds of a new run, or those that are left of the one in the output folder."""
+    folder = Path(settings.output.output_dir)
+    going_on = main_decides(accelerator, lambda: check_output(folder, settings.to_dict()))
     pusher = open_hub(accelerator, settings)
-    newest = checkpoints.newest() if settings.output.resume else None
-    progress = checkpoints.read(newest) if newest else Progress()
     corpus = load_tables(accelerator, settings)
+    checkpoints = Checkpoints(
+        accelerator, folder, limit=settings.output.save_total_limit, facts=_facts(accelerator, corpus)
+    )
+    newest, warnings = checkpoints.newest() if going_on else (None, [])
+    progress = checkpoints.read(newest, anyway=settings.output.resume_anyway) if newest else Progress()
     generator, retriever = load_models(accelerator, settings, corpus, newest)
-    open_output(accelerator, settings)
+    open_output(accelerator, settings, progress if newest else None)
     rounds = Rounds(
-        accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest, pusher=pusher
+        accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest,
+        interrupts=interrupts, pusher=pusher,
     )  # fmt: skip
-    announce(rounds)
+    for warning in warnings:
+        rounds.log.say(warning)
+    announce(rounds, going_on)
     audit_leaks(rounds)
     if settings.training.rounds and not newest:
         self_test(rounds)
     rounds.run()
-    finish(rounds, started)
+    return rounds
+
+
+def _facts(accelerator: Accelerator, corpus: Corpus) -> dict:
+    """What a resumed run must find as it was, beside its settings."""
+    data = tables_fingerprint(corpus.questions[:], corpus.eval_questions[:], corpus.passages[:])
+    return {"data": data, "processes": accelerator.num_processes}
+
+
+def _how_to_go_on(folder: Path) -> str:
+    saved = complete_checkpoints(folder)
+    what = f"{saved[-1].name} is saved" if saved else "nothing was saved yet"
+    return f"Interrupted; {what} in {folder.absolute()}. Give the same command again: it goes on from there."
+
+
+@contextlib.contextmanager
+def _peers_lost() -> Iterator[None]:
+    """A process that has lost another one says so, instead of a stack of the library that noticed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise InputError(
+            f"Another process of this run has ended or cannot be reached ({' '.join(str(error).split())[:200]}); its own message says why. Give the same "
+            "command again: it goes on from the last checkpoint."
+        ) from error
 
 
 def doctor(arguments: list[str] | None = None) -> None:
@@ -119,6 +179,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
         log_with=wanted_trackers(settings.output.report_to) or None,
         project_dir=settings.output.output_dir,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
         raise InputError(
@@ -167,15 +228,19 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
     )
 
 
-def open_output(accelerator: Accelerator, settings: Settings) -> None:
-    """Make the output folder, cleared if asked, and start the trackers below it: the first act that writes anything."""
+def open_output(accelerator: Accelerator, settings: Settings, resumed: Progress | None) -> None:
+    """Clear the output folder unless a run is gone on with, put a pair there that was saved but not in its place, start the trackers."""
     output, folder = settings.output, Path(settings.output.output_dir)
-    if accelerator.is_main_process:
-        if output.overwrite_output_dir:
-            clear_output(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "settings.json", settings.to_dict())
-    accelerator.wait_for_everyone()
+
+    def prepare() -> None:
+        with writing(folder):
+            if resumed is None:  # what a run left that was ended before its first checkpoint goes too
+                clear_output(folder)
+            switch(folder)
+            (folder / FINISHED).unlink(missing_ok=True)
+            write_json(folder / SETTINGS, settings.to_dict())
+
+    main_decides(accelerator, prepare)
     start_trackers(
         accelerator,
         wanted_trackers(output.report_to),
@@ -183,6 +248,7 @@ def open_output(accelerator: Accelerator, settings: Settings) -> None:
         run_name=output.run_name or folder.resolve().name,
         folder=folder / "trackers",
         settings=settings.to_dict(),
+        resumed_at=resumed.steps_so_far if resumed else None,
     )
 
 
@@ -230,7 +296,7 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     return Generator.load(models.generator, revision=models.generator_revision, dropout=models.dropout)
 
 
-def announce(rounds: Rounds) -> None:
+def announce(rounds: Rounds, going_on: bool) -> None:
     """Say what is about to happen, in a few lines."""
     settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
     sizes = [
@@ -249,7 +315,9 @@ def announce(rounds: Rounds) -> None:
             "them; for answers worth reading start from a pretrained one, such as --generator distilgpt2."
         )
     if rounds.resumed_from:
-        rounds.log.say(f"Going on from {rounds.resumed_from.name}.")
+        rounds.log.say(f"{rounds.folder} holds this run, interrupted. Going on from {rounds.resumed_from.name}.")
+    elif going_on:
+        rounds.log.say(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting anew.")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         rounds.log.say("Note: bf16 on a CPU without native support for it is two to three times slower than float32.")
 
@@ -258,10 +326,12 @@ def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
     """What of the held-out questions is known from training, into audit.json; with examined rows also the scores of each part."""
     models = rounds.settings.models
     found = audit_corpus(rounds.corpus, retriever=models.retriever, generator=models.generator)
+    rounds.leaks = [brief(found)]
     if rows is None:
         rounds.log.say(brief(found))
     else:
         found["parts"] = part_scores(found, rows)
+        rounds.leaks.append(audit_table(found["parts"]))
         rounds.log.say(f"By what was seen in training (audit.json):\n\n{audit_table(found['parts'])}\n")
     if rounds.accelerator.is_main_process:
         write_json(rounds.folder / "audit.json", found)
@@ -292,10 +362,10 @@ def finish(rounds: Rounds, started: float) -> None:
     settings, folder, accelerator = rounds.settings, rounds.folder, rounds.accelerator
     rounds.log.say(f"\n{rounds.log.results()}\n\n{rounds.log.times()}\n")
     if accelerator.is_main_process:
-        rounds.write_cards()
         newest = sorted((folder / "examined").glob("*.jsonl"))[-1]
         rows = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
         audit_leaks(rounds, rows)
+        rounds.write_cards()
         rounds.log.say(f"Some of its answers:\n\n{examples(rows)}\n")
         rounds.log.say(
             f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
@@ -306,4 +376,5 @@ def finish(rounds: Rounds, started: float) -> None:
     if rounds.pusher is not None:
         rounds.log.say(f"Pushed to {rounds.pusher.finish(f'round-{settings.training.rounds}')}")
     if accelerator.is_main_process:  # last: whatever happens to it, the run is whole and uploaded
+        mark_finished(folder, settings.training.rounds)
         rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))

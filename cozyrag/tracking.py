@@ -5,6 +5,7 @@ metrics.jsonl in the output folder, which is always written.
 """
 
 import importlib.util
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cozyrag.errors import InputError
+from cozyrag.files import write_json
+
+RUN_IDS = "runs.json"
 
 
 def wanted_trackers(report_to: Sequence[str]) -> list[str]:
@@ -26,9 +30,19 @@ def wanted_trackers(report_to: Sequence[str]) -> list[str]:
 
 
 def start_trackers(
-    accelerator: Accelerator, names: Sequence[str], *, project: str, run_name: str, folder: Path, settings: Mapping
+    accelerator: Accelerator,
+    names: Sequence[str],
+    *,
+    project: str,
+    run_name: str,
+    folder: Path,
+    settings: Mapping,
+    resumed_at: int | None = None,
 ) -> None:
     """Open the trackers on the main process; what they keep on disk stays under `folder`.
+
+    A resumed run goes on in the runs it had, known by `folder`/runs.json: `resumed_at` is the last step it keeps, and
+    TensorBoard drops what was written after it.
 
     A MLFLOW_TRACKING_URI, WANDB_MODE or WANDB_API_KEY that is set is respected; otherwise MLflow writes a local
     database and W&B works offline (`wandb sync` sends it later).
@@ -51,6 +65,13 @@ def start_trackers(
             "settings": {"x_disable_meta": True, "console": "off"},
         },  # no command line, no host, no screen
     }
+    ids = _run_ids(folder) if resumed_at is not None else {}
+    if "mlflow" in ids:
+        options["mlflow"]["run_id"] = ids["mlflow"]
+    if "wandb" in ids:
+        options["wandb"] |= {"id": ids["wandb"], "resume": "allow"}
+    if resumed_at is not None:
+        options["tensorboard"] = {"purge_step": resumed_at + 1}
     accelerator.project_configuration.logging_dir = str(folder)  # where Accelerate lets TensorBoard write
     plain = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings.items()
@@ -58,6 +79,18 @@ def start_trackers(
     accelerator.init_trackers(
         project, config=plain, init_kwargs={name: options[name] for name in names if name in options}
     )
+    ids = {}
+    if "mlflow" in names:
+        ids["mlflow"] = accelerator.get_tracker("mlflow", unwrap=True).info.run_id
+    if "wandb" in names:
+        ids["wandb"] = accelerator.get_tracker("wandb", unwrap=True).id
+    write_json(folder / RUN_IDS, ids)
+
+
+def _run_ids(folder: Path) -> dict:
+    """What the trackers call the run that was interrupted; empty where that is not known."""
+    path = folder / RUN_IDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def log_numbers(accelerator: Accelerator, numbers: Mapping, *, step: int, prefix: str) -> None:

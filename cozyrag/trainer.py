@@ -5,16 +5,17 @@ loss the mean over all its answer tokens or pairs, so its result does not depend
 how many pieces they work. Left out: where rows come from (contexts.py), saving (checkpoint.py), rounds (rounds.py).
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from transformers import get_scheduler
 
@@ -33,7 +34,7 @@ class StepReport:
     """What a step tells: `loss` in nats (mean over the step), `rate` in rows per second since the last report.
 
     `terms`: penalties that are on (means over the answers), or the terms of the retriever's loss if it has several; by
-    name and before their weights.
+    name and before their weights. `bad`: the loss or the gradient was no number, and no step was taken.
     """
 
     step: int
@@ -42,16 +43,28 @@ class StepReport:
     learning_rate: float
     rate: float
     terms: dict[str, float]
+    bad: bool = False
 
 
-class Watcher(Protocol):
+class Watcher:
     """Who is told about a phase: it restores an interrupted one, and logs and saves after steps."""
 
     def restore(self) -> int:
         """Load the optimizer of an interrupted phase, if there is one; returns the steps already taken."""
+        return 0
+
+    def pieces(self) -> int:
+        """Pieces that steps are to be worked through in at least, since fewer did not fit into memory before."""
+        return 1
 
     def after_step(self, report: StepReport) -> bool | None:
         """Called after each optimizer step, on every process; true ends the phase there, as a probe does that knows enough."""
+
+    def bad_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:
+        """Called before `after_step` when a step was skipped; `rows` gives its batch to look at."""
+
+    def out_of_memory(self, pieces: int) -> None:
+        """Called when memory did not do and the step is tried again in so many pieces."""
 
 
 def train_generator(
@@ -72,12 +85,15 @@ def train_generator(
     steps = generator_steps([len(example.input_ids) for example in examples], settings, round_number)
     module, take = generator_lesson(accelerator, generator, examples, settings)
 
-    def take_step(number: int) -> dict[str, float]:
-        return take(steps[number])
+    def take_step(number: int, pieces: int) -> dict[str, float]:
+        return take(steps[number], pieces)
+
+    def show(number: int) -> list[dict]:
+        return [{"text": generator.tokenizer.decode(examples[row].input_ids)} for row in steps[number]]
 
     run_phase(
         accelerator, "generator", list(module.parameters()), steps, take_step,
-        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher,
+        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher, show=show,
     )  # fmt: skip
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     generator.model.eval()
@@ -118,19 +134,22 @@ def generator_steps(lengths: Sequence[int], settings: TrainingSettings, round_nu
 
 def generator_lesson(
     accelerator: Accelerator, generator: Generator, examples: Sequence[Example], settings: TrainingSettings
-) -> tuple[torch.nn.Module, Callable[[Sequence[int]], dict[str, float]]]:
-    """The module that a generator phase trains, and what leaves in it the gradients of a step on some of the examples."""
+) -> tuple[torch.nn.Module, Callable[..., dict[str, float]]]:
+    """The module that a generator phase trains, and what leaves in it the gradients of a step on some of the examples.
+
+    That takes their rows and, if they shall be others than in the settings, the pieces to work through them in.
+    """
     penalties = generator_penalties(settings)
     generator.model.train()
     module = accelerator.prepare(generator_losses(generator, penalties))
 
-    def take(rows: Sequence[int]) -> dict[str, float]:
+    def take(rows: Sequence[int], pieces: int = settings.gradient_accumulation_steps) -> dict[str, float]:
         told = generator_step(
             accelerator,
             module,
             [examples[row] for row in rows],
             pad_id=generator.tokenizer.pad_token_id,
-            pieces=settings.gradient_accumulation_steps,
+            pieces=pieces,
             weights=penalties.weights,
         )
         return dict(zip(["loss", *penalties.names], told, strict=True))
@@ -234,20 +253,35 @@ def train_retriever(
     )
     retriever.model.eval()
 
-    def take_step(number: int) -> dict[str, float]:
+    def begin_step(number: int) -> None:
         newer = refreshed(number, len(steps))
         if newer is not None:
             columns["negatives"] = newer["negatives"][:]
+
+    def take_step(number: int, pieces: int) -> dict[str, float]:
         rows = [usable[row] for row in steps[number]]
-        return retriever_lesson(accelerator, retriever, columns, texts, rows, settings, likelihoods)
+        return retriever_lesson(accelerator, retriever, columns, texts, rows, settings, likelihoods, pieces=pieces)
+
+    def show(number: int) -> list[dict]:
+        return [_pair(columns, texts, usable[row]) for row in steps[number]]
 
     parameters = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
     run_phase(
         accelerator, "retriever", parameters, steps, take_step,
-        settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher,
+        settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher, begin_step=begin_step, show=show,
     )  # fmt: skip
     accelerator.free_memory()
     return len(steps)
+
+
+def _pair(columns: dict[str, list], texts: Sequence[str], row: int) -> dict:
+    """What a row of the contexts table teaches the retriever, to be read by a person."""
+    positive = columns["positive"][row]
+    return {
+        "question": columns["question"][row],
+        "positive": texts[positive] if positive >= 0 else None,
+        "negatives": [texts[each] for each in columns["negatives"][row]],
+    }
 
 
 def retriever_usable(
@@ -278,6 +312,8 @@ def retriever_lesson(
     rows: Sequence[int],
     settings: TrainingSettings,
     likelihoods: np.ndarray | None,
+    *,
+    pieces: int | None = None,
 ) -> dict[str, float]:
     """Gradients of a step on some rows of a contexts table; its columns question, positive, negatives and rows are read."""
     at = [columns["positive"][row] for row in rows]
@@ -295,7 +331,7 @@ def retriever_lesson(
             candidates=[[places[row] for row in each] for each in candidates],
             likelihoods=None if likelihoods is None else likelihoods[rows],
         ),
-        pieces=settings.gradient_accumulation_steps,
+        pieces=pieces or settings.gradient_accumulation_steps,
     )
 
 
@@ -431,18 +467,26 @@ def run_phase(
     phase: str,
     parameters: list[torch.nn.Parameter],
     steps: list[np.ndarray],
-    take_step: Callable[[int], dict[str, float]],
+    take_step: Callable[[int, int], dict[str, float]],
     *,
     settings: TrainingSettings,
     learning_rate: float,
     round_number: int,
     watcher: Watcher,
+    begin_step: Callable[[int], object] = lambda number: None,
+    show: Callable[[int], list[dict]] = lambda number: [],
     quiet: bool = False,
 ) -> None:
     """Take the steps of a phase: gradients, clip, AdamW, schedule. A resumed phase takes the ones that are left.
 
+    A step whose loss or gradient is no number changes no weight. One that does not fit into memory is taken in twice as
+    many pieces, and so are those after it.
+
     Args:
-        take_step: leaves the gradients of the step of that number and returns its loss and terms by name.
+        take_step: (number, pieces); leaves the gradients of the step of that number, worked through in so many pieces, and
+            returns its loss and terms by name.
+        begin_step: called before it, once for each step.
+        show: the batch of a step as rows that a person can read.
     """
     if not steps:
         return
@@ -450,25 +494,70 @@ def run_phase(
         *_optimizer(parameters, len(steps), learning_rate, settings, accelerator.device.type)
     )
     done = watcher.restore()
+    pieces = max(settings.gradient_accumulation_steps, watcher.pieces())
     bar = tqdm(total=len(steps), initial=done, desc=f"round {round_number}: {phase} phase", unit="step", disable=quiet)
     clock = time.perf_counter()
     for number in range(done, len(steps)):
-        set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
-        told = take_step(number)
-        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        begin_step(number)
+
+        def attempt(pieces: int, number: int = number) -> dict[str, float]:
+            set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
+            return take_step(number, pieces)
+
+        told, pieces = _within_memory(accelerator, attempt, optimizer, pieces, len(steps[number]), watcher)
+        norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
         used_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
+        bad = not (math.isfinite(told["loss"]) and (accelerator.scaler or math.isfinite(norm)))
+        if not bad or accelerator.scaler:  # a scaler skips by itself, and must be told of every step
+            optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        now = time.perf_counter()
-        enough = watcher.after_step(
-            StepReport(number + 1, len(steps), told.pop("loss"), used_rate, len(steps[number]) / (now - clock), told)
-        )
+        rate = len(steps[number]) / (time.perf_counter() - clock)
+        report = StepReport(number + 1, len(steps), told.pop("loss"), used_rate, rate, told, bad)
+        if bad:
+            watcher.bad_step(report, norm, lambda number=number: show(number))
+        enough = watcher.after_step(report)
         clock = time.perf_counter()  # what the watcher took (saving, logging) is not training time
         bar.update()
         if enough:
             break
     bar.close()
+
+
+def _within_memory(
+    accelerator: Accelerator,
+    attempt: Callable[[int], dict[str, float]],
+    optimizer: torch.optim.Optimizer,
+    pieces: int,
+    rows: int,
+    watcher: Watcher,
+) -> tuple[dict[str, float], int]:
+    """What an attempt at a step gives and the pieces it took: twice as many as before whenever memory does not do.
+
+    Several processes cannot try again, since the others are already waiting for this one's gradients.
+
+    Raises:
+        RuntimeError: single rows do not fit either, or there are several processes; says what to do.
+    """
+    while True:
+        try:
+            return attempt(pieces), pieces
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                raise
+            if accelerator.num_processes > 1:
+                raise RuntimeError(
+                    f"out of memory on process {accelerator.process_index}: run again with --gradient_accumulation_steps {2 * pieces} and "
+                    "--resume_anyway, which goes on from the last checkpoint with the same batches in smaller pieces"
+                ) from error
+            if pieces >= rows:
+                raise RuntimeError(
+                    "out of memory even with one row at a time: use a smaller model, or lower --context_tokens or --passage_tokens"
+                ) from error
+        pieces = min(2 * pieces, rows)
+        optimizer.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        watcher.out_of_memory(pieces)
 
 
 def _optimizer(

@@ -81,3 +81,27 @@ def browser():
         chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def short_run(corpus_files, generator_path, retriever_path):
+    """Settings of a run of one round, 5 steps and 3, without the output folder."""
+    files = [part for name, path in corpus_files.items() for part in (f"--{name}", str(path))]
+    models = ["--generator", str(generator_path), "--retriever", str(retriever_path)]
+    small = (
+        "--rounds 1 --generator_steps 5 --retriever_steps 3 --generator_batch_size 8 --retriever_batch_size 8 --context_tokens 48 --top_k 2 "
+        "--answer_tokens 4 --threads 1 --logging_steps 2 --generator_learning_rate 1e-3 --retriever_learning_rate 1e-3 --feedback_weight 0.5"
+    )
+    return [*files, *models, *small.split()]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(short_run, tmp_path_factory):
+    """What the run leaves when nothing disturbs it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    from kill_run import left
+
+    from cozyrag.run import train
+
+    train([*short_run, "--output_dir", str(folder)])
+    return left(folder, rounds=1)

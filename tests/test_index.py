@@ -153,7 +153,7 @@ def test_what_is_written_can_be_read_by_others(tmp_path):
     np.testing.assert_array_equal(rows, index.search(drawn(5, seed=1), 9)[1])
     assert json.loads((tmp_path / "index.json").read_text()) == {
         "retriever_fingerprint": "0123456789abcdef", "passages": 40, "dimensions": 8,
-        "metric": "inner product", "factory": "Flat",
+        "metric": "inner product", "factory": "Flat", "bytes": {name: (tmp_path / name).stat().st_size for name in FILES[:-1]},
     }  # fmt: skip
     assert Dataset.from_parquet(str(tmp_path / "passages.parquet"), keep_in_memory=True)[3] == table(40)[3]
 

@@ -67,6 +67,7 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
         maker=SimpleNamespace(score_by="both"),
     )
     run.threshold = None
+    run._describe = lambda path: Rounds._describe(run, path)
     Rounds._save_pair(run)
     return root
 

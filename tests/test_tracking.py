@@ -62,6 +62,10 @@ class Recorder:
         self.project_configuration = SimpleNamespace(logging_dir="elsewhere")
         self.started, self.logged = [], []
 
+    def get_tracker(self, name, unwrap):
+        assert unwrap
+        return SimpleNamespace(id=f"id of {name}", info=SimpleNamespace(run_id=f"id of {name}"))
+
     def init_trackers(self, project, config, init_kwargs):
         self.started.append((project, config, init_kwargs))
 
@@ -128,6 +132,23 @@ def test_settings_are_handed_over_as_plain_values(tmp_path, environment):
     assert options == {
         "mlflow": {"run_name": "r", "logging_dir": str(tmp_path / "mlflow-artifacts")},
         "wandb": {"name": "r", "dir": str(tmp_path), "settings": {"x_disable_meta": True, "console": "off"}},
+    }
+
+
+def test_a_resumed_run_goes_on_in_the_runs_it_had(tmp_path, environment):
+    for resumed_at in (None, 7):
+        recorder = Recorder()
+        start_trackers(
+            recorder, list(TRACKERS), project="p", run_name="r", folder=tmp_path, settings={}, resumed_at=resumed_at
+        )
+    [(_, _, options)] = recorder.started
+    assert options["mlflow"]["run_id"] == "id of mlflow" and options["tensorboard"] == {"purge_step": 8}
+    assert options["wandb"] == {
+        "name": "r",
+        "dir": str(tmp_path),
+        "settings": {"x_disable_meta": True, "console": "off"},
+        "id": "id of wandb",
+        "resume": "allow",
     }
 
 

@@ -16,17 +16,14 @@ from cozyrag.losses import contrastive_loss, feedback_loss
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import Retriever
-from cozyrag.trainer import generator_step, retriever_step, retriever_terms, train_generator, train_retriever
+from cozyrag.trainer import Watcher, generator_step, retriever_step, retriever_terms, train_generator, train_retriever
 
 
-class Notes:
+class Notes(Watcher):
     """A watcher that keeps the reports."""
 
     def __init__(self):
         self.reports = []
-
-    def restore(self):
-        return 0
 
     def after_step(self, report):
         self.reports.append(report)

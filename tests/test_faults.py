@@ -1,0 +1,309 @@
+"""What a run does when the disk is full, a file is damaged, a loss is no number, or memory does not do."""
+
+import json
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from kill_run import differences, left
+from short_run import at_step, checkpoints, rows
+
+import cozyrag.trainer
+from cozyrag.checkpoint import Checkpoints, Progress
+from cozyrag.errors import InputError
+from cozyrag.files import damage
+from cozyrag.generator import Generator
+from cozyrag.index import FILES, PassageIndex, made_by
+from cozyrag.interrupts import Interrupted
+from cozyrag.pipeline import CozyRAG
+from cozyrag.retriever import Retriever
+from cozyrag.run import _peers_lost, train
+from cozyrag.trainer import StepReport, Watcher, run_phase
+
+NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+# ---- the disk
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_a_run_keeps_the_earlier_checkpoint_and_the_run_goes_on(
+    short_run,
+    undisturbed,
+    tmp_path,
+    monkeypatch,
+):
+    out = tmp_path / "out"
+    arguments = [*short_run, "--output_dir", str(out), "--save_steps", "1"]
+    try:
+        with monkeypatch.context() as patched:
+            at_step(patched, 2, lambda: limit_files(100_000))
+            with pytest.raises(
+                InputError, match="disk is full.*retriever-000002 needs about \\d MB.*goes on from there"
+            ):
+                train(arguments)
+    finally:
+        limit_files(resource.RLIM_INFINITY)
+    assert checkpoints(out) == ["round-001-1-retriever-000000", "round-001-1-retriever-000001"]
+    assert [damage(path) for path in (out / "checkpoints").iterdir()] == [None, None]
+    train(arguments)
+    assert differences(undisturbed, left(out, rounds=1)) == []
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(generator_path, retriever_path, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, limit=2, facts={})
+    models = Generator.load(str(generator_path)), Retriever.load(str(retriever_path))
+    checkpoints.save(Progress(), *models)
+    monkeypatch.setattr("cozyrag.files._free", lambda path: 1000)
+    with pytest.raises(InputError, match=r"generator-000000 needs about \d+ MB, 0 MB are free"):
+        checkpoints.save(Progress(1, "generator"), *models)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-000-2-examine-000000"]
+    assert checkpoints.newest()[0].name == "round-000-2-examine-000000"
+
+
+def test_an_output_that_cannot_be_written_is_refused(short_run):
+    with pytest.raises(InputError, match="/sys/cozyrag.* not allowed|/sys cannot"):
+        train([*short_run, "--output_dir", "/sys/cozyrag"])
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("role", ["generator", "retriever"])
+def test_weights_cut_short_are_one_clear_sentence(role, generator_path, retriever_path, tmp_path):
+    source = {"generator": generator_path, "retriever": retriever_path}[role]
+    for path in source.rglob("*"):
+        if path.is_file():
+            target = tmp_path / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes()[: -100 if path.suffix == ".safetensors" else None])
+    with pytest.raises(InputError, match=f"--{role}.*could not be loaded.*Safetensor"):
+        {"generator": Generator, "retriever": Retriever}[role].load(str(tmp_path))
+
+
+@pytest.fixture
+def finished(short_run, tmp_path):
+    """(settings, output folder) of a run that only examined."""
+    arguments = [*short_run, "--output_dir", str(tmp_path / "out"), "--rounds", "0"]
+    train(arguments)
+    return arguments, tmp_path / "out"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.slow
+def test_a_damaged_index_is_refused_where_it_is_used_and_made_anew_where_a_run_goes_on(finished, capsys):
+    arguments, out = finished
+    fingerprint = made_by(out / "index")
+    for name in FILES:
+        whole = (out / "index" / name).read_bytes()
+        cut(out / "index" / name)
+        with pytest.raises(InputError, match=rf"{name}.*Copy the whole folder again"):
+            PassageIndex.load(out / "index", fingerprint=fingerprint)
+        (out / "index" / name).write_bytes(whole)
+    vectors = (out / "index" / "vectors.safetensors").read_bytes()
+    cut(out / "index" / "index.faiss")
+    capsys.readouterr()
+    train([*arguments[:-1], "1", "--resume", "--generator_steps", "0", "--retriever_steps", "0"][:-4] + ["--resume"])
+    assert "index.faiss" in (screen := capsys.readouterr().out) and "indexed again" in screen
+    assert (out / "index" / "vectors.safetensors").stat().st_size == len(vectors)
+
+
+def test_a_pair_of_two_rounds_is_refused(finished):
+    out = finished[1]
+    model = Generator.load(str(out / "generator"))
+    with torch.no_grad():
+        next(model.model.parameters()).add_(1)
+    model.save(out / "generator")
+    with pytest.raises(InputError, match="names the generator .* but the one beside it is"):
+        CozyRAG.from_pretrained(out)
+    (out / "pair.next").mkdir()
+    with pytest.raises(InputError, match="interrupted while it put a new pair"):
+        CozyRAG.from_pretrained(out)
+
+
+# ---- losses that are no numbers
+
+
+def spoil(monkeypatch, spoilt, function="generator_step"):
+    """The steps of these numbers, counted from 1, have NaN for a loss and for gradients."""
+    real, calls = getattr(cozyrag.trainer, function), []
+
+    def step(accelerator, module, *rest, **options):
+        told = real(accelerator, module, *rest, **options)
+        calls.append(1)
+        if len(calls) in spoilt:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+            told[0] = float("nan")
+        return told
+
+    monkeypatch.setattr(cozyrag.trainer, function, step)
+
+
+def test_a_bad_step_is_skipped_counted_and_logged(short_run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    spoil(monkeypatch, {2, 4})
+    train([*short_run, "--output_dir", str(out), "--max_bad_steps", "2", "--retriever_steps", "0"])
+    assert [(row["step"], row["in_a_row"], row["loss"]) for row in rows(out, "bad step")] == [
+        (2, 1, "nan"),
+        (4, 1, "nan"),
+    ]
+    steps = [row for row in rows(out, "step") if row["phase"] == "generator"]
+    assert [row["step"] for row in steps] == [2, 4, 5] and all(row["loss"] > 0 for row in steps)
+    weights = Generator.load(str(out / "generator")).model.state_dict()
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not (out / "bad-steps").exists()
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_leave_the_batch(short_run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    spoil(monkeypatch, {2, 3})
+    with pytest.raises(InputError, match="2 steps of the generator in a row.*--generator_learning_rate"):
+        train([*short_run, "--output_dir", str(out), "--max_bad_steps", "2"])
+    (batch,) = (out / "bad-steps").iterdir()
+    content = json.loads(batch.read_text())
+    assert batch.name == "round-001-generator-000003.json" and content["loss"] == "nan" and len(content["rows"]) == 8
+    assert "\nQuestion: " in content["rows"][0]["text"]
+
+
+class Notes(Watcher):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.reports, self.bad, self.cut = [], [], []
+
+    def after_step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def bad_step(self, report, gradient_norm, rows):
+        self.bad.append((report.step, gradient_norm, rows()))
+
+    def out_of_memory(self, pieces):
+        self.cut.append(pieces)
+
+
+def phase(take_step, *, accelerator=None, rows=4, steps=3, show=lambda number: []):
+    """Run a phase over one weight; (the weight after each step, what the watcher was told)."""
+    from cozyrag.config import TrainingSettings
+
+    weight, notes, values = torch.nn.Parameter(torch.ones(2, 2)), Notes(), []
+    real = notes.after_step
+    notes.after_step = lambda report: (values.append(weight.detach().clone()), real(report))[1]
+    run_phase(
+        accelerator or Accelerator(cpu=True, step_scheduler_with_optimizer=False),
+        "generator",
+        [weight],
+        [range(rows)] * steps,
+        lambda number, pieces: take_step(weight, number, pieces),
+        settings=TrainingSettings(warmup_ratio=0.0),
+        learning_rate=0.1,
+        round_number=1,
+        watcher=notes,
+        show=show,
+        quiet=True,
+    )
+    return values, notes
+
+
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_moves_nothing_though_the_loss_is_one(gradient):
+    def take_step(weight, number, pieces):
+        weight.grad = torch.full_like(weight, gradient if number == 1 else 1.0)
+        return {"loss": 1.0}
+
+    values, notes = phase(take_step, show=lambda number: [{"step": number}])
+    assert torch.equal(values[0], values[1]) and not torch.equal(values[1], values[2])
+    assert [report.bad for report in notes.reports] == [False, True, False]
+    assert [(step, rows) for step, _, rows in notes.bad] == [(2, [{"step": 1}])]
+    assert notes.reports[2].learning_rate < notes.reports[1].learning_rate  # the schedule goes on
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(NO_MEMORY), torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()]
+)
+def test_out_of_memory_cuts_the_step_and_keeps_its_rows(error):
+    tried = []
+
+    def take_step(weight, number, pieces):
+        tried.append((number, pieces))
+        assert weight.grad is None or not weight.grad.any()  # nothing is left of the attempt that failed
+        weight.grad = torch.ones_like(weight)
+        if pieces < 4 and number == 1:
+            raise error
+        return {"loss": 1.0}
+
+    _, notes = phase(take_step)
+    assert tried == [(0, 1), (1, 1), (1, 2), (1, 4), (2, 4)] and notes.cut == [2, 4]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def take_step(weight, number, pieces):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        phase(take_step)
+
+
+def test_where_single_rows_do_not_fit_and_with_several_processes_the_error_says_what_to_do(monkeypatch):
+    def take_step(weight, number, pieces):
+        raise RuntimeError(NO_MEMORY)
+
+    with pytest.raises(RuntimeError, match="one row at a time.*--context_tokens"):
+        phase(take_step)
+    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    monkeypatch.setattr(type(accelerator), "num_processes", 2)
+    with pytest.raises(RuntimeError, match="--gradient_accumulation_steps 2 and --resume_anyway"):
+        phase(take_step, accelerator=accelerator)
+
+
+@pytest.mark.slow
+def test_a_run_short_of_memory_ends_as_one_with_smaller_pieces_and_keeps_them_when_resumed(
+    short_run,
+    tmp_path,
+    monkeypatch,
+):
+    real = cozyrag.trainer.generator_step
+
+    def hungry(*arguments, pieces, **options):
+        if pieces < 4:
+            raise RuntimeError(NO_MEMORY)
+        return real(*arguments, pieces=pieces, **options)
+
+    small = [*short_run, "--retriever_steps", "0"]
+    train([*small, "--output_dir", str(tmp_path / "four"), "--gradient_accumulation_steps", "4"])
+    with monkeypatch.context() as patched:
+        patched.setattr(cozyrag.trainer, "generator_step", hungry)
+        at_step(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM), "generator_step")
+        with pytest.raises(Interrupted):
+            train([*small, "--output_dir", str(tmp_path / "out")])
+    train([*small, "--output_dir", str(tmp_path / "out")])  # no lack of memory now: the pieces are remembered
+    assert [row["pieces"] for row in rows(tmp_path / "out", "out of memory")] == [2, 4]
+    four, cut = (tmp_path / name / "generator" / "model.safetensors" for name in ("four", "out"))
+    assert four.read_bytes() == cut.read_bytes()
+
+
+# ---- other processes
+
+
+def test_a_lost_process_is_told_in_one_sentence():
+    with pytest.raises(
+        InputError, match="Another process of this run has ended.*Connection closed by peer.*last checkpoint"
+    ):
+        with _peers_lost():
+            raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="something else"), _peers_lost():
+        raise RuntimeError("something else")

@@ -1,0 +1,168 @@
+"""Writes that are whole or not there: what a fault in the middle leaves, and what a folder says of its own damage."""
+
+import json
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from cozyrag import files
+from cozyrag.errors import InputError
+from cozyrag.files import NEXT, check_room, damage, replacing, seal, switch, write_json, write_jsonl, writing
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 20,000 bytes: real write errors, without a disk of our own to fill."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def sealed(folder):
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    (folder / "deep" / "b.bin").write_bytes(bytes(1000))
+    seal(folder)
+    return folder
+
+
+def test_a_sealed_folder_is_whole(tmp_path):
+    folder = sealed(tmp_path / "kept")
+    assert damage(folder) is None
+    assert json.loads((folder / "manifest.json").read_text())["deep/b.bin"]["bytes"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing"),
+        (
+            lambda folder: (folder / "deep" / "b.bin").write_bytes(bytes(999)),
+            "deep/b.bin has 999 bytes instead of 1000",
+        ),
+        (
+            lambda folder: (folder / "deep" / "b.bin").write_bytes(bytes(999) + b"x"),
+            "deep/b.bin is not what was written",
+        ),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_named(harm, told, tmp_path):
+    folder = sealed(tmp_path / "kept")
+    harm(folder)
+    assert told in damage(folder)
+
+
+def test_what_fails_half_way_leaves_the_old_folder_and_no_rest(tmp_path):
+    folder = sealed(tmp_path / "kept")
+    with pytest.raises(ZeroDivisionError), replacing(folder) as coming:
+        (coming / "a.txt").write_text("two")
+        raise ZeroDivisionError
+    assert damage(folder) is None and (folder / "a.txt").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with replacing(folder) as coming:
+        (coming / "a.txt").write_text("two")
+    assert damage(folder) is None and (folder / "a.txt").read_text() == "two" and not (folder / "deep").exists()
+
+
+WRITERS = {
+    "json": lambda path: write_json(path, {"long": "x" * 50_000}),
+    "safetensors": lambda path: save_file({"a": np.zeros(20_000)}, path),
+    "torch": lambda path: torch.save({"a": torch.zeros(20_000)}, path),
+    "faiss": lambda path: faiss.write_index(filled_index(), str(path)),
+}
+
+
+def filled_index():
+    index = faiss.IndexFlatIP(100)
+    index.add(np.zeros((1000, 100), dtype=np.float32))
+    return index
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_told_in_one_sentence_whatever_library_meets_it(name, small_files, tmp_path):
+    with pytest.raises(InputError, match="disk is full.*needs about [12] MB.*goes on from there"):
+        with replacing(tmp_path / "kept", needed=2_000_000) as coming:
+            WRITERS[name](coming / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_earlier_file(small_files, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    with pytest.raises(InputError, match="disk is full"):
+        write_jsonl(tmp_path / "rows.jsonl", [{"a": "x" * 50_000}])
+    assert (tmp_path / "rows.jsonl").read_text() == '{"a": 1}\n'
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), writing(tmp_path / "file"):
+        raise RuntimeError("something else")
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    check_room(tmp_path / "new" / "folder", 10)
+    with pytest.raises(InputError, match="disk is full"):
+        check_room(tmp_path / "new" / "folder", 11)
+
+
+def test_a_folder_that_may_not_be_written_is_named():
+    with pytest.raises(InputError, match="/sys/cozyrag.json, but that is not allowed"):
+        write_json(Path("/sys/cozyrag.json"), {})
+
+
+PIECES = ("cozyrag.json", "generator", "index", "retriever")
+
+
+def pair(folder, name):
+    for piece in ("generator", "index", "retriever"):
+        (folder / piece).mkdir(parents=True)
+        (folder / piece / "weights").write_text(name)
+    (folder / "cozyrag.json").write_text(name)
+
+
+def held(folder):
+    return {(path / "weights" if path.is_dir() else path).read_text() for path in (folder / name for name in PIECES)}
+
+
+@pytest.mark.parametrize("stopped_after", range(9))
+def test_a_switch_that_is_stopped_anywhere_goes_on_to_the_new_pair(stopped_after, tmp_path, monkeypatch):
+    pair(tmp_path, "old")
+    with replacing(tmp_path / NEXT) as coming:
+        pair(coming, "new")
+    moves, rename = [], Path.rename
+
+    def dying(path, target):
+        if len(moves) == stopped_after:
+            raise KeyboardInterrupt
+        moves.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    try:
+        switch(tmp_path)
+        assert stopped_after == 8
+    except KeyboardInterrupt:
+        assert (tmp_path / NEXT).exists(), "a reader must see that the pair may be mixed"
+    monkeypatch.setattr(Path, "rename", rename)
+    switch(tmp_path)
+    assert held(tmp_path) == {"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(PIECES)
+
+
+def test_a_pair_that_is_not_whole_never_comes_near_the_old_one(tmp_path):
+    pair(tmp_path, "old")
+    with pytest.raises(InputError), replacing(tmp_path / NEXT) as coming:
+        pair(coming, "new")
+        raise OSError(28, "No space left on device")
+    switch(tmp_path)
+    assert held(tmp_path) == {"old"} and not (tmp_path / NEXT).exists()
