@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from cozyrag.audit import audit_corpus, audit_table, brief, examples_alike, part_scores
-from cozyrag.files import write_json
 from cozyrag.config import Settings, parse_settings
 from cozyrag.errors import InputError
+from cozyrag.files import write_json
 from cozyrag.run import load_tables, make_accelerator
 
 

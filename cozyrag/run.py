@@ -338,7 +338,9 @@ def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
 
 
 def record_facts(rounds: Rounds) -> None:
-    """A row of metrics.jsonl that says what the run works on and with; the cards tell it."""
+    """A row of metrics.jsonl that says what the run works on and with; the cards tell it. A resumed run has it already."""
+    if rounds.log.holds(kind="run"):
+        return
     corpus, accelerator = rounds.corpus, rounds.accelerator
     sizes = {name: len(vars(corpus)[name]) for name in ("questions", "eval_questions", "passages")}
     machine = machine_facts(

@@ -10,10 +10,10 @@ from test_hub import FILES, FINGERPRINT, REPO, commits, folder, hub, switch  # n
 
 from cozyrag import background
 from cozyrag.background import AT_MOST, WAITING, BackgroundPush, push_run, waiting
-from cozyrag.output import FREE_TO_CHANGE, OURS
 from cozyrag.config import parse_settings
 from cozyrag.errors import PushError
 from cozyrag.hub import push_pair
+from cozyrag.output import FREE_TO_CHANGE, OURS
 
 
 @pytest.fixture
