@@ -13,6 +13,8 @@ import numpy as np
 import Stemmer
 from scipy.sparse import csc_matrix, csr_matrix
 
+from cozyrag.sentences import places_of
+
 STEMMERS = ("none", *Stemmer.algorithms())
 TOKENS = r"(?u)\b\w+\b"  # one-letter words too: "vitamin C", "World War I"
 logging.getLogger("bm25s").setLevel(
@@ -76,13 +78,16 @@ class LexicalIndex:
         order = np.lexsort((rows, -scores), axis=-1)
         return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1).astype(np.int64)
 
-    def scores_at(self, question: str, rows: np.ndarray) -> np.ndarray:
-        """BM25 scores (n_rows,) of one question for chosen rows only."""
+    def split(self, questions: Sequence[str]) -> list[list[str]]:
+        """The words of each question, as `scores_at` and `SentenceWords.shared` take them."""
+        return self._words.of(questions)
+
+    def scores_at(self, words: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        """BM25 scores (n_rows,) float32 of one question, given as its words, for chosen rows only."""
         vocabulary = self._bm25.vocab_dict
-        known = [vocabulary[word] for word in self._words.of([question])[0] if word in vocabulary]
         asked = np.zeros(self._scores.shape[1], dtype=np.float32)
-        np.add.at(asked, known, 1.0)
-        return self._scores[rows] @ asked
+        np.add.at(asked, [vocabulary[word] for word in words if word in vocabulary], 1.0)
+        return _row_products(self._scores, rows, asked)
 
 
 class SentenceWords:
@@ -122,13 +127,17 @@ class SentenceWords:
         columns = [self._columns[each] for each in self._words.of([word])[0] if each in self._columns]
         return math.fsum(self.rarity[columns])
 
+    def shared(self, words: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What these words are worth in each sentence of some passages, one passage after another, and (n_rows,) how many each has."""
+        asked = np.zeros(len(self._columns), dtype=np.float32)
+        asked[[self._columns[word] for word in words if word in self._columns]] = 1.0
+        places, counts = places_of(self._ends, rows)
+        return _row_products(self._worth, places, asked), counts
+
     def overlaps(self, question: str, rows: Sequence[int]) -> list[np.ndarray]:
         """For each of these passages (n_sentences,) float32: what the words are worth that each sentence shares with the question."""
-        asked = np.zeros(len(self._columns), dtype=np.float32)
-        asked[[self._columns[word] for word in set(self._words.of([question])[0]) if word in self._columns]] = 1.0
-        spans = [(int(self._ends[row - 1]) if row else 0, int(self._ends[row])) for row in rows]
-        chosen = np.concatenate([np.arange(start, end) for start, end in spans] or [np.zeros(0, dtype=np.int64)])
-        return np.split(self._worth[chosen] @ asked, np.cumsum([end - start for start, end in spans])[:-1])
+        worth, counts = self.shared(self._words.of([question])[0], np.array(rows, dtype=np.int64))
+        return np.split(worth, np.cumsum(counts)[:-1])
 
     @property
     def nbytes(self) -> int:
@@ -144,3 +153,15 @@ def _occurrences(ids: Sequence[Sequence[int]], columns: Sequence[int]) -> csr_ma
     held.sum_duplicates()
     held.data[:] = 1.0
     return held
+
+
+def _row_products(matrix: csr_matrix, rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """matrix[rows] @ vector, (n_rows,) float32: what SciPy does in milliseconds takes a tenth of one for so few rows.
+
+    Terms are added in the order of the columns and zeros not at all, so that rows with the same terms are exactly equal.
+    """
+    places, counts = places_of(matrix.indptr[1:], rows)
+    terms = matrix.data[places] * vector[matrix.indices[places]]
+    some = np.flatnonzero(terms)
+    row_of = np.repeat(np.arange(len(counts)), counts)[some]
+    return np.bincount(row_of, weights=terms[some], minlength=len(counts)).astype(np.float32)

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 
 from cozyrag.index import PassageIndex
 from cozyrag.lexical import LexicalIndex, SentenceWords
-from cozyrag.sentences import best_of
+from cozyrag.sentences import best_of, places_of
 
 MODES = ("dense", "bm25", "hybrid")
 CANDIDATES = 60  # best passages of each search that compete in the sum
@@ -123,18 +123,21 @@ class Searcher:
         _, dense_rows = self.index.search(vectors, depth)
         _, lexical_rows = self.lexical.search(questions, depth)
         candidates = []
-        for question, vector, a, b in zip(questions, vectors, dense_rows, lexical_rows, strict=True):
+        asked = self.lexical.split(questions)
+        for words, vector, a, b in zip(asked, vectors, dense_rows, lexical_rows, strict=True):
             rows = np.union1d(a, b)
-            candidates.append((rows, self._points(question, vector, rows)))
+            candidates.append((rows, self._points(words, vector, rows)))
         return _Pool(candidates, dense_rows, lexical_rows)
 
-    def _points(self, question: str, vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _points(self, words: list[str], vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(n_rows, 3): BM25, cosine, shared rarity; the last two of the best sentence where sentences are known."""
         cosines, shared = self.index.vectors[rows] @ vector, np.zeros(len(rows), dtype=np.float32)
         if self.words is not None:
-            cosines = best_of([own.astype(np.float32) @ vector for own in self.index.sentences.of(rows)], cosines)
-            shared = best_of(self.words.overlaps(question, rows), shared)
-        return np.stack([self.lexical.scores_at(question, rows), cosines, shared], axis=1)
+            kept = self.index.sentences
+            places, counts = places_of(kept.ends, rows)
+            cosines = best_of(kept.vectors[places].astype(np.float32) @ vector, counts, cosines)
+            shared = best_of(*self.words.shared(words, rows), shared)
+        return np.stack([self.lexical.scores_at(words, rows), cosines, shared], axis=1)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,21 @@ class SentenceVectors:
         return [self.vectors[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows]
 
 
-def best_of(values: Sequence[np.ndarray], without: np.ndarray) -> np.ndarray:
-    """The largest value of each passage's sentences; that of `without` (n_passages,) for a passage without sentences."""
-    return np.array([own.max() if len(own) else other for own, other in zip(values, without, strict=True)], np.float32)
+def places_of(ends: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of all parts of some wholes, one whole after another, and (n_rows,) how many parts each has.
+
+    `ends`: where the parts of each whole end, as in SentenceVectors.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    starts = np.where(rows > 0, ends[rows - 1], 0)
+    counts = ends[rows] - starts
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum()), counts
+
+
+def best_of(values: np.ndarray, counts: np.ndarray, without: np.ndarray) -> np.ndarray:
+    """(n_rows,) the largest of each row's values, which stand one row after another; `without` (n_rows,) for a row that has none."""
+    best, some = without.copy(), counts > 0
+    if some.any():
+        best[some] = np.maximum.reduceat(values, (np.cumsum(counts) - counts)[some])
+    return best

@@ -20,7 +20,7 @@ TIERS = (
         "losses",
         "metrics",
         "fingerprints",
-        "lexical",
+        "sentences",
         "penalties",
         "refresh",
         "sentences",
@@ -30,7 +30,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes"),
+    ("files", "processes", "lexical"),
     (
         "tables",
         "prompts",
