@@ -23,7 +23,6 @@ TIERS = (
         "sentences",
         "penalties",
         "refresh",
-        "sentences",
         "duplicates",
         "network",
         "hardware",
