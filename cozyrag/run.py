@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.background import BackgroundPush
 from cozyrag.checkpoint import Checkpoints, Progress
-from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
+from cozyrag.config import EMBEDDED, QUICKSTART, SCRATCH, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.embedded import GENERATOR_FOLDER
@@ -33,7 +33,7 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
 from cozyrag.files import switch, write_json, writing
 from cozyrag.fingerprints import tables_fingerprint
-from cozyrag.generator import SCRATCH, Generator
+from cozyrag.generator import Generator
 from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
@@ -291,9 +291,20 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     models = settings.models
     if models.generator == SCRATCH:
         return Generator.from_scratch(corpus.passages[:]["text"])
-    if models.generator == EMBEDDED:
-        return Generator.load(str(GENERATOR_FOLDER), dropout=models.dropout)
-    return Generator.load(models.generator, revision=models.generator_revision, dropout=models.dropout)
+    name = str(GENERATOR_FOLDER) if models.generator == EMBEDDED else models.generator
+    chat = models.chat_template == "auto"
+    generator = Generator.load(name, revision=models.generator_revision, dropout=models.dropout, chat_template=chat)
+    if models.lora_rank and not generator.is_adapter:  # one that was trained before is trained on
+        generator.add_adapter(
+            name,
+            rank=models.lora_rank,
+            alpha=models.lora_alpha or 2 * models.lora_rank,
+            dropout=models.lora_dropout,
+            targets=models.lora_targets,
+            revision=models.generator_revision,
+            seed=settings.training.seed,
+        )
+    return generator
 
 
 def announce(rounds: Rounds, going_on: bool) -> None:
