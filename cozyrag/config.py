@@ -457,6 +457,11 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.output.push_to_hub and not settings.output.hub_model_id:
         raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
+    if settings.output.push_to_hub and values["lora_rank"] and Path(values["generator"]).is_dir():
+        raise InputError(
+            f"--push_to_hub: the adapter of --lora_rank would name the local folder {values['generator']}, which nobody else could load. Name a model "
+            "on the Hub, or leave --push_to_hub out and push what `cozyrag merge` makes of the finished run."
+        )
     if settings.output.hub_model_id:
         try:
             validate_repo_id(settings.output.hub_model_id)

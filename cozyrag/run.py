@@ -18,7 +18,7 @@ import faiss
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from tqdm.auto import tqdm
 
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
@@ -52,6 +52,7 @@ LOST = (
     "NCCL communicator was aborted",
     "Timed out waiting",
 )
+SPLITTING = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 PATIENCE = timedelta(minutes=30)  # for a process that others wait for: more than the longest act that one does alone
 
 
@@ -185,6 +186,11 @@ def make_accelerator(settings: Settings) -> Accelerator:
         raise InputError(
             f"Expected {os.environ['WORLD_SIZE']} processes that train together, but each believes it is alone, so they would overwrite each "
             "other. Launch with accelerate_configs/cpu_ddp.yaml or multi_gpu.yaml."
+        )
+    if accelerator.distributed_type in SPLITTING:
+        raise InputError(
+            f"Expected a launch that keeps a whole model in each process, found {accelerator.distributed_type.value}, which splits it: models are examined "
+            "and saved whole between phases. Use accelerate_configs/multi_gpu.yaml or multi_node.yaml; for a large generator add --lora_rank 16."
         )
     _set_threads(training.threads)
     transformers.utils.logging.disable_progress_bar()  # "Loading weights" and the like: ours say more

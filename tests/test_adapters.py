@@ -20,6 +20,7 @@ from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.fingerprints import weights_fingerprint  # noqa: E402
 from cozyrag.finished import FinishedRun  # noqa: E402
 from cozyrag.generator import Generator  # noqa: E402
+from cozyrag.hub import push_pair  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.run import load_tables, train  # noqa: E402
 
@@ -118,7 +119,12 @@ def test_names_of_layers(generator_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"), [(["--generator", "scratch"], "scratch"), (["--lora_rank", "-1"], "lora_rank")]
+    ("extra", "said"),
+    [
+        (["--generator", "scratch"], "scratch"),
+        (["--lora_rank", "-1"], "lora_rank"),
+        (["--push_to_hub", "--hub_model_id", "me/rag"], "nobody else"),
+    ],
 )
 def test_settings_that_cannot_work(arguments, extra, said):
     with pytest.raises(InputError, match=said):
@@ -163,6 +169,8 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
     assert [a.text for a in one.answers(ASKED)] == [
         a.text for a in CozyRAG.from_pretrained(tmp_path / "out").answers(ASKED)
     ]
+    with pytest.raises(InputError, match="nobody else"):
+        push_pair(tmp_path / "out", "me/rag", api=object())  # refused before the Hub is asked
     with pytest.raises(InputError, match="exists"):
         merging.merge(str(tmp_path / "out"), str(merged))
     with pytest.raises(InputError, match="nothing to merge"):
