@@ -34,7 +34,9 @@ def main(path: str) -> None:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 13.2), ylim=(1.2, 7.1))
     axes.axis("off")
     for x, y, colour, title, lines in BOXES.values():
-        axes.add_patch(FancyBboxPatch((x, y), WIDTH, HEIGHT, "round,pad=0,rounding_size=0.12", fc=colour, ec=QUIET, lw=1.2))
+        axes.add_patch(
+            FancyBboxPatch((x, y), WIDTH, HEIGHT, "round,pad=0,rounding_size=0.12", fc=colour, ec=QUIET, lw=1.2)
+        )
         axes.text(x + WIDTH / 2, y + 1.12, title, ha="center", va="center", size=13, color=INK, weight="bold")
         axes.text(x + WIDTH / 2, y + 0.5, lines, ha="center", va="center", size=11, color=QUIET)
     for start, end in ARROWS:
@@ -44,7 +46,13 @@ def main(path: str) -> None:
     axes.text(6.55, 2.24, "next round, with this index", ha="center", size=11, color=INK)
     axes.text(8.25, 6.87, "gate: taken back if F1 got worse", ha="center", va="center", size=10.5, color=INK)
     axes.text(11.65, 6.87, "gate: taken back if recall@5 got worse", ha="center", va="center", size=10.5, color=INK)
-    axes.text(0.2, 1.5, "orange: the generator learns   blue: the retriever works or learns   grey: neither learns", size=10.5, color=QUIET)
+    axes.text(
+        0.2,
+        1.5,
+        "orange: the generator learns   blue: the retriever works or learns   grey: neither learns",
+        size=10.5,
+        color=QUIET,
+    )
     metadata = {"Date": None, "Creator": None} if path.endswith(".svg") else None
     figure.savefig(path, dpi=110, facecolor="white", metadata=metadata)
 
