@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from cozyrag import adapters, merging  # noqa: E402
+from cozyrag.checkpoint import Checkpoints  # noqa: E402
 from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.corpus import Corpus  # noqa: E402
 from cozyrag.doctor import check_terms  # noqa: E402
@@ -175,3 +176,24 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
         merging.merge(str(tmp_path / "out"), str(merged))
     with pytest.raises(InputError, match="nothing to merge"):
         merging.merge(str(merged), str(tmp_path / "again"))
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_inside_the_generator_phase_ends_at_the_same_adapter(arguments, tmp_path, monkeypatch):
+    once = [*arguments, "--rounds", "1", "--retriever_steps", "0", "--gate", "off", "--save_steps", "2"]
+    train([*once, "--output_dir", str(tmp_path / "whole")])
+    save = Checkpoints.save
+
+    def pulled(self, progress, *models):
+        save(self, progress, *models)
+        if progress.step:
+            raise RuntimeError("the plug was pulled")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        patch.setattr(Checkpoints, "save", pulled)
+        train([*once, "--output_dir", str(tmp_path / "out")])
+    train([*once, "--output_dir", str(tmp_path / "out")])
+    adapters_of = [
+        (tmp_path / name / "generator" / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")
+    ]
+    assert adapters_of[0] == adapters_of[1]
