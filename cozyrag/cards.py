@@ -20,6 +20,7 @@ from cozyrag.index import made_by
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 
 CARD = "README.md"
+ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"
 PICTURE = "training.png"
 FOLDER_NOTE = "FOLDER is the output folder of the run.\n"
 BASE_MODELS = {"retriever": {"embedded": "sentence-transformers/all-MiniLM-L6-v2"}, "generator": {}}
@@ -69,7 +70,7 @@ def write_cards(
         "results": results_table([*references, *((_round_name(row), row) for row in examined)]),
         "leaks": "\n\n".join(leaks),
         "prompt": json.dumps(prompt, ensure_ascii=False),
-        "adapter": bool(settings["lora_rank"]),
+        "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
         "times": times,
         "machine": machine_sentence(run["machine"]),
         "energy": energy_sentence(run["machine"], seconds),

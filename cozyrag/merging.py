@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from cozyrag.adapters import merged, read_adapter
+from cozyrag.cards import ADAPTER_NOTE, CARD
 from cozyrag.errors import InputError
 from cozyrag.files import replacing, write_json
 from cozyrag.fingerprints import weights_fingerprint
@@ -42,4 +43,12 @@ def merge(output: str, folder: str) -> Path:
         generator.save(coming / "generator")
         pair["generator"]["fingerprint"] = weights_fingerprint(generator.model)
         write_json(coming / PAIR_FILE, pair)
+        _tell_card(coming / "generator" / CARD)
     return target
+
+
+def _tell_card(path: Path) -> None:
+    """The card, if there is one, no longer speaks of an adapter."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8").replace(ADAPTER_NOTE, "")
+        path.write_text(text.replace("base_model_relation: adapter", "base_model_relation: finetune"), encoding="utf-8")
