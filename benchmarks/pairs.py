@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from cozyrag.config import EMBEDDED, parse_settings
+from cozyrag.config import EMBEDDED, SCRATCH, parse_settings
 from cozyrag.embedded import GENERATOR_FOLDER
-from cozyrag.generator import SCRATCH, Generator
+from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retriever import Retriever
@@ -80,9 +80,9 @@ def load_retriever(name: str, max_tokens: int | None, device: torch.device) -> R
     return Retriever.load(name, max_tokens=max_tokens, device=str(device))
 
 
-def load_generator(name: str, device: torch.device) -> Generator:
+def load_generator(name: str, device: torch.device, *, chat_template: bool = True) -> Generator:
     """A generator by name, "embedded" too, ready to answer."""
-    generator = Generator.load(str(GENERATOR_FOLDER) if name == EMBEDDED else name)
+    generator = Generator.load(str(GENERATOR_FOLDER) if name == EMBEDDED else name, chat_template=chat_template)
     generator.model.to(device).eval()
     return generator
 
@@ -113,7 +113,7 @@ def load_base(model: str, pair: Pair, names: tuple[str | None, str | None], devi
         return "its generator was trained from nothing"
     return Pair(
         "untuned pair",
-        load_generator(generator, device),
+        load_generator(generator, device, chat_template=bool(pair.generator.tokenizer.chat_template)),
         load_retriever(retriever, pair.retriever.model.max_seq_length, device),
         pair.mode,
         None,

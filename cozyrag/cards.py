@@ -5,6 +5,7 @@ names its pieces FOLDER/...; a push puts the names on the Hub there, in whatever
 Left out: judging the facts.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ from cozyrag.curves import draw_curves
 from cozyrag.embedded import shipped_folder
 from cozyrag.hardware import energy_sentence, machine_sentence
 from cozyrag.index import made_by
+from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 
 CARD = "README.md"
+ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"
 PICTURE = "training.png"
 FOLDER_NOTE = "FOLDER is the output folder of the run.\n"
 BASE_MODELS = {"retriever": {"embedded": "sentence-transformers/all-MiniLM-L6-v2"}, "generator": {}}
@@ -47,12 +50,14 @@ def write_cards(
     rows: Sequence[Mapping],
     times: str,
     leaks: Sequence[str] = (),
+    prompt: str = f"Some context.{QUESTION_CUE}Your question?{ANSWER_CUE}",
     references: Sequence[tuple[str, Mapping]] = (),
 ) -> None:
     """Write README.md into generator/, retriever/ and index/ of an output folder, and the picture of the curves.
 
     Args:
         settings: the run's settings, flat. rows: those of metrics.jsonl, a row of kind "run" and an examination among them.
+        prompt: what the generator reads, with "Some context." and "Your question?".
         times: Markdown table of seconds. leaks: paragraphs of a leak audit; none, no section. references: (name, summary)
         of what the pair is to be compared with, such as BM25 alone or the gold context.
     """
@@ -64,6 +69,8 @@ def write_cards(
         "data": _data_lines(settings, run),
         "results": results_table([*references, *((_round_name(row), row) for row in examined)]),
         "leaks": "\n\n".join(leaks),
+        "prompt": json.dumps(prompt, ensure_ascii=False),
+        "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
         "times": times,
         "machine": machine_sentence(run["machine"]),
         "energy": energy_sentence(run["machine"], seconds),
@@ -104,7 +111,9 @@ def _model_data(role: str, settings: Mapping, base: str, summary: Mapping) -> Mo
         datasets=_hub_datasets(settings) or None,
         metrics=list(INDEXED[role].values()) if role == "generator" else None,
         base_model=base if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
+        base_model_relation=("adapter" if role == "generator" and settings["lora_rank"] else "finetune")
+        if on_hub
+        else None,
         model_name=f"CoZyRAG {role}",
         eval_results=_eval_results(role, settings, summary),
     )

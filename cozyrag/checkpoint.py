@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import nn
 
 from cozyrag.errors import InputError
 from cozyrag.files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
@@ -111,7 +110,7 @@ class Checkpoints:
         """
         final = self.folder / "checkpoints" / progress.name
         partial = final.with_name(final.name + PARTIAL)
-        needed = SPARE + checkpoint_bytes(generator.model, retriever.model, inside=progress.step > 0)
+        needed = SPARE + checkpoint_bytes(generator, retriever, inside=progress.step > 0)
 
         def models() -> None:
             with writing(final, needed=needed):
@@ -147,10 +146,8 @@ class Checkpoints:
         self.accelerator.load_state(str(checkpoint / "state"))
 
 
-def checkpoint_bytes(generator: nn.Module, retriever: nn.Module, *, inside: bool) -> int:
+def checkpoint_bytes(generator: Generator, retriever: Retriever, *, inside: bool) -> int:
     """About how many bytes a checkpoint takes; inside a phase AdamW's two moments of the larger model are counted."""
-    sizes = [
-        sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        for model in (generator, retriever)
-    ]
+    held = retriever.model.state_dict().values()
+    sizes = [generator.saved_bytes(), sum(tensor.numel() * tensor.element_size() for tensor in held)]
     return sum(sizes) + (2 * max(sizes) if inside else 0)

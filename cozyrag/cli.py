@@ -1,5 +1,5 @@
 """The command line: `cozyrag passages`, `questions`, `index`, `train`, `plan`, `ask`, `demo`, `space`, `report`, `compare`, `audit`, `doctor`,
-`push`.
+`merge`, `push`.
 
 Each command is a few lines around a function of the package. A user's mistake ends with one sentence and exit code 2.
 """
@@ -109,6 +109,7 @@ def _main() -> None:
     _add_reports(commands)
     _add_doctor(commands)
     _add_audit(commands)
+    _add_merge(commands)
     _add_push(commands)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "train":
@@ -220,6 +221,18 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="make one model of a generator that was trained with --lora_rank",
+        description="Copy a pair whose generator is a LoRA adapter, adding the adapter to the weights of its base: the copy's generator is an "
+        'ordinary checkpoint and needs neither PEFT nor the base. Needs: pip install "cozyrag[lora]".',
+    )
+    merge.add_argument("model", metavar="OUTPUT", help="output folder of a run with --lora_rank")
+    merge.add_argument("folder", metavar="FOLDER", help="new folder to write; checkpoints are not copied")
+    merge.set_defaults(act=_merge)
 
 
 def _add_push(commands: argparse._SubParsersAction) -> None:
@@ -346,6 +359,15 @@ def _audit(rest: list[str]) -> None:
     from pathlib import Path
 
     audit_output(Path(rest[0]))
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from cozyrag.merging import merge
+
+    logging.disable_progress_bar()
+    print(f"{merge(arguments.model, arguments.folder)} holds the pair with one whole generator.")
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from cozyrag.errors import InputError
 from cozyrag.lexical import STEMMERS
 
 EMBEDDED = "embedded"
+SCRATCH = "scratch"
 QUICKSTART = "quickstart"
 
 
@@ -95,6 +96,22 @@ class ModelSettings:
     generator_revision: str | None = setting(None, "Hub revision of --generator (branch, tag or commit).")
     retriever_revision: str | None = setting(None, "Hub revision of --retriever (branch, tag or commit).")
     dropout: float = setting(0.0, "Dropout of the generator in training, 0 to 1.")
+    chat_template: Literal["auto", "off"] = setting(
+        "auto",
+        "Prompts through the chat template of the generator's tokenizer when it has one; off: plain text in any case.",
+    )
+    lora_rank: int = setting(
+        0,
+        "Train a LoRA adapter of this rank instead of all weights of the generator, for large ones. 0: off. Needs cozyrag[lora].",
+    )
+    lora_alpha: float | None = setting(
+        None, "The adapter's output is multiplied by this over its rank. None: twice the rank."
+    )
+    lora_dropout: float = setting(0.0, "Dropout before the adapter, 0 to 1.")
+    lora_targets: list[str] = setting(
+        [],
+        "Layers that get an adapter, by the ends of their names. None named: what PEFT knows of the family, else all linear ones.",
+    )
 
 
 @dataclass
@@ -400,7 +417,7 @@ def check_settings(settings: Settings) -> None:
     """Refuse values that cannot work before anything is loaded. Raises InputError."""
     values = settings.to_dict()
     for name, low, high in (
-        ("eval_share", 0.0, 0.5), ("dropout", 0.0, 0.99), ("warmup_ratio", 0.0, 1.0), ("rounds", 0, None), ("top_k", 1, None),
+        ("eval_share", 0.0, 0.5), ("dropout", 0.0, 0.99), ("lora_rank", 0, None), ("lora_alpha", 1e-9, None), ("lora_dropout", 0.0, 0.99), ("warmup_ratio", 0.0, 1.0), ("rounds", 0, None), ("top_k", 1, None),
         ("context_tokens", 1, None), ("answer_tokens", 1, None), ("passage_tokens", 8, None), ("encode_batch_size", 1, None),
         ("answer_batch_size", 1, None), ("generator_batch_size", 1, None), ("retriever_batch_size", 2, None), ("hard_negatives", 0, 50),
         ("gradient_accumulation_steps", 1, None), ("generator_epochs", 0.0, None), ("retriever_epochs", 0.0, None), ("max_grad_norm", 1e-9, None),
@@ -416,6 +433,11 @@ def check_settings(settings: Settings) -> None:
             raise InputError(
                 f"--{name}: expected a value of at least {low}{f' and at most {high}' if high is not None else ''}, found {value}."
             )
+    if values["lora_rank"] and values["generator"] == SCRATCH:
+        raise InputError(
+            "--lora_rank: expected a generator that has learned something, found scratch, which is not saved with an adapter. "
+            "Give another --generator, or leave --lora_rank out."
+        )
     if values["stemmer"] not in STEMMERS:
         raise InputError(f"--stemmer: expected one of {', '.join(STEMMERS)}, found {values['stemmer']!r}.")
     strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]
@@ -435,6 +457,11 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.output.push_to_hub and not settings.output.hub_model_id:
         raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
+    if settings.output.push_to_hub and values["lora_rank"] and Path(values["generator"]).is_dir():
+        raise InputError(
+            f"--push_to_hub: the adapter of --lora_rank would name the local folder {values['generator']}, which nobody else could load. Name a model "
+            "on the Hub, or leave --push_to_hub out and push what `cozyrag merge` makes of the finished run."
+        )
     if settings.output.hub_model_id:
         try:
             validate_repo_id(settings.output.hub_model_id)

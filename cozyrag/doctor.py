@@ -133,6 +133,7 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
         answers=[batch.answers[row] for row in rows],
         context_tokens=context_tokens,
         max_length=generator.max_length,
+        layout=generator.layout,
     )
     tensors = collate(
         with_keywords(generator.tokenizer, examples, questions), pad_id=generator.tokenizer.pad_token_id

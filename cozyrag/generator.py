@@ -23,12 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cozyrag import adapters
 from cozyrag.batches import collate
 from cozyrag.errors import InputError
 from cozyrag.penalties import Penalties
-from cozyrag.prompts import encode_examples, encode_prompts
+from cozyrag.prompts import PLAIN, chat_layout, encode_examples, encode_prompts
 
-SCRATCH = "scratch"
+OTHER = "--generator scratch trains a small GPT-2 from nothing"
+ENDLESS = 2048  # tokens for a model that could read any number
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
 
 
@@ -75,7 +77,7 @@ class PenalizedLosses(TokenLosses):
 
 
 class Generator:
-    """A causal LM with its tokenizer."""
+    """A causal LM with its tokenizer, whose chat template, if it has one, makes the prompts."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         if tokenizer.pad_token_id is None:
@@ -84,11 +86,24 @@ class Generator:
         model.loss_type = "ForCausalLM"  # silences a warning about the default being used
         self.model = model
         self.tokenizer = tokenizer
+        self.layout = chat_layout(tokenizer) if tokenizer.chat_template else PLAIN
 
     @property
     def max_length(self) -> int:
-        """Most tokens the model can see at once."""
-        return int(self.model.config.max_position_embeddings)
+        """Most tokens the model can see at once; for a model without a last position, what its tokenizer says, at most 2,048."""
+        known = self.model.config.get_text_config().to_dict()
+        limits = (known.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"))
+        return int(next(filter(None, limits), min(self.tokenizer.model_max_length, ENDLESS)))
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer.eos_token_id if self.layout.end is None else self.layout.end
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the weights that are trained and saved are a LoRA adapter's."""
+        return adapters.has_adapter(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -102,25 +117,47 @@ class Generator:
             else []
         )
 
+    def prompt(self, context: str, question: str) -> str:
+        """What the generator reads of a context and a question, as text."""
+        length = {"context_tokens": self.max_length, "max_length": self.max_length, "reserve": 0}
+        ids = encode_prompts(self.tokenizer, questions=[question], contexts=[context], layout=self.layout, **length)[0]
+        return self.tokenizer.decode(ids)
+
     @classmethod
     def load(
-        cls, name: str, *, revision: str | None = None, dropout: float = 0.0, token: str | None = None
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        dropout: float = 0.0,
+        token: str | None = None,
+        chat_template: bool = True,
     ) -> "Generator":
-        """Load a checkpoint folder or a Hub id, weights in float32.
+        """Load a checkpoint folder or a Hub id, weights in float32; a LoRA adapter with the model that it names.
+
+        Without `chat_template` the tokenizer's is taken away, also from what is saved, so that whoever loads it does the same.
 
         Raises:
             InputError: nothing can be had under that name; the message names the ways out.
         """
         try:
+            adapter = adapters.read_adapter(name, revision=revision, token=token)
+        except (OSError, ValueError) as error:
+            raise InputError(_not_to_be_had("generator", name, error, OTHER)) from error
+        if adapter:
+            how = {"revision": adapter.revision, "dropout": dropout, "token": token, "chat_template": False}
+            found = cls.load(adapter.base, **how)
+            found = cls(found.model, _load_tokenizer(name, revision, token, chat_template))
+            adapters.load_adapter(found.model, name, adapter, revision=revision, token=token)
+            return found
+        try:
             config = AutoConfig.from_pretrained(name, revision=revision, token=token)
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token)
+            tokenizer = _load_tokenizer(name, revision, token, chat_template)
             model = AutoModelForCausalLM.from_pretrained(
                 name, config=_training_config(config, dropout), revision=revision, token=token, dtype=torch.float32
             )
         except (OSError, ValueError, SafetensorError) as error:  # the last of them: a file cut short
-            raise InputError(
-                _not_to_be_had("generator", name, error, "--generator scratch trains a small GPT-2 from nothing")
-            ) from error
+            raise InputError(_not_to_be_had("generator", name, error, OTHER)) from error
         _check_head(model)
         return cls(model, tokenizer)
 
@@ -164,6 +201,7 @@ class Generator:
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens or None,
             "no_repeat_ngram_size": no_repeat_ngram_size,
+            "eos_token_id": self.end,
         }
         prompts = encode_prompts(
             self.tokenizer,
@@ -172,6 +210,7 @@ class Generator:
             context_tokens=context_tokens,
             max_length=self.max_length,
             reserve=max_new_tokens,
+            layout=self.layout,
         )
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         answers = [""] * len(prompts)
@@ -232,6 +271,7 @@ class Generator:
             answers=answers,
             context_tokens=context_tokens,
             max_length=self.max_length,
+            layout=self.layout,
         )
         was_training = self.model.training
         losses = TokenLosses(self.model.eval())
@@ -252,10 +292,38 @@ class Generator:
         """Take the weights of a checkpoint that `save` wrote."""
         self.model.load_state_dict(Generator.load(str(folder)).model.state_dict())
 
+    def add_adapter(
+        self,
+        base: str,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Sequence[str],
+        revision: str | None,
+        seed: int,
+    ) -> None:
+        """Freeze the model and train a LoRA adapter of it instead; see `adapters.add_adapter`."""
+        adapters.add_adapter(
+            self.model, base, rank=rank, alpha=alpha, dropout=dropout, targets=targets, revision=revision, seed=seed
+        )
+
+    def saved_bytes(self) -> int:
+        """About how many bytes `save` writes: of a model with an adapter, those of the adapter."""
+        tensors = self.model.parameters() if self.is_adapter else self.model.state_dict().values()
+        return sum(t.numel() * t.element_size() for t in tensors if t.requires_grad or not self.is_adapter)
+
     def save(self, folder: str | Path) -> None:
-        """Write an ordinary Hugging Face checkpoint (safetensors)."""
+        """Write an ordinary Hugging Face checkpoint (safetensors), or PEFT's form of an adapter."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def _load_tokenizer(name: str, revision: str | None, token: str | None, chat_template: bool) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token)
+    if not chat_template:
+        tokenizer.chat_template = None
+    return tokenizer
 
 
 def _training_config(config, dropout: float):

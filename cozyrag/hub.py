@@ -16,7 +16,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from cozyrag.adapters import read_adapter
 from cozyrag.cards import CARD, card_for_hub
+from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.errors import InputError, PushError
 from cozyrag.index import made_by
 from cozyrag.network import HUB_FAULTS, Unsettled, explain, is_passing, patiently
@@ -60,6 +62,7 @@ def push_pair(
     """
     folder, api = Path(folder), api or HfApi()
     pair, pieces = read_pair(folder), _pieces(folder)
+    _check_base(folder)
     where = repositories(repo_id)
     try:
         claimed = _claim_all(api, where, private, say)
@@ -113,6 +116,16 @@ def refusal(repo_id: str, *, private: bool = False, api: HfApi | None = None, sa
 
 
 # ---- what goes up
+
+
+def _check_base(folder: Path) -> None:
+    """Refuse an adapter whose model nobody else has. Raises InputError."""
+    adapter = read_adapter(str(folder / "generator"))
+    if adapter and Path(adapter.base).is_dir() and Path(adapter.base) != GENERATOR_FOLDER:
+        raise InputError(
+            f"The generator is a LoRA adapter of a model in the local folder {adapter.base}, which nobody else could load. Give `cozyrag merge {folder} "
+            f"{folder}-merged` and push that folder."
+        )
 
 
 def _pieces(folder: Path) -> dict[str, dict[str, Path | bytes]]:

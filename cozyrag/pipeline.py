@@ -56,11 +56,17 @@ class Answer:
 
 
 def describe_pair(
-    *, fingerprint: str, retrieval: dict, generator: str | None = None, **contexts: int | str | float | None
+    *,
+    fingerprint: str,
+    retrieval: dict,
+    generator: str | None = None,
+    chat: bool = False,
+    **contexts: int | str | float | None,
 ) -> dict:
     """The content of cozyrag.json: where the pieces lie, by which fingerprints they are known, and how they are used together.
 
-    `fingerprint`: the retriever's; `generator`: that of the generator's weights. `retrieval`: mode, stemmer and weights;
+    `fingerprint`: the retriever's; `generator`: that of the generator's weights. `chat`: whether
+    the chat template of the generator's tokenizer makes the prompts. `retrieval`: mode, stemmer and weights;
     `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
     """
     return {
@@ -69,7 +75,7 @@ def describe_pair(
         "generator": {"folder": "generator"} | ({"fingerprint": generator} if generator else {}),
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
         "index": {"folder": "index"},
-        "prompt": {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
+        "prompt": {"question_cue": QUESTION_CUE} | ({"chat_template": True} if chat else {"answer_cue": ANSWER_CUE}),
         "retrieval": retrieval,
         "contexts": contexts,
     }

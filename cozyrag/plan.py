@@ -259,7 +259,7 @@ def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     new pair beside the old one, which takes no more unless the index is large.
     """
     rounds, limit = settings.training.rounds, settings.output.save_total_limit
-    pair = sizes.generator + sizes.retriever + sizes.tokenizer
+    pair = sizes.generator_trained + sizes.retriever + sizes.tokenizer  # all of the generator, or its adapter
     index = 2 * _vectors(sizes) + sizes.text
     index += _sentences(sizes, costs) if settings.contexts.keep_sentence_vectors else 0
     phases = [(costs.generator, sizes.generator_trained), (costs.retriever, sizes.retriever_trained)]

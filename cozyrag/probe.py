@@ -49,6 +49,7 @@ from cozyrag.trainer import (
     retriever_usable,
     run_phase,
     step_passages,
+    trainable,
 )
 
 BUDGET = 18.0  # seconds of all parts together; beginnings and what is begun when they end come on top
@@ -414,9 +415,7 @@ class Probe:
         def units(rows: Sequence[int]) -> float:
             return self._padded([examples[row] for row in rows])
 
-        phase = self._phase(
-            "generator", list(module.parameters()), steps, take_rows, units, training.generator_learning_rate
-        )
+        phase = self._phase("generator", trainable(module), steps, take_rows, units, training.generator_learning_rate)
         self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         return replace(phase, rows=len(usable))
 
@@ -452,7 +451,7 @@ class Probe:
 
         self.retriever.model.eval()
         steps = [[usable[row] for row in step] for step in steps]
-        parameters = [parameter for parameter in self.retriever.model.parameters() if parameter.requires_grad]
+        parameters = trainable(self.retriever.model)
         phase = self._phase("retriever", parameters, steps, take_rows, units, training.retriever_learning_rate)
         return replace(phase, rows=len(usable))
 

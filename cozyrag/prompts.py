@@ -1,8 +1,9 @@
 """Text in, tokens out: the one place that knows what a prompt looks like.
 
-A prompt is the context, then the question, then the cue for the answer; the answer and an end-of-text token follow in
-training. Only the context is ever shortened: a question or an answer that lost its tail would teach the wrong thing.
-Left out: which passages and sentences make the context (contexts.py), padding and tensors (batches.py).
+A prompt is the context, then the question, then the cue for the answer; the answer and an end token follow in training.
+With a chat template, context and question are the user's message and the answer is the assistant's. Only the context is
+ever shortened: a question or an answer that lost its tail would teach the wrong thing. Left out: which passages and
+sentences make the context (contexts.py), padding and tensors (batches.py).
 """
 
 import re
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cozyrag.errors import InputError
@@ -20,10 +22,73 @@ WORD = re.compile(r"\w+")
 COMMON = 50  # a word that stands in more than one in so many questions ("what", "the", "of") is no keyword ...
 RARE = 5  # ... unless the questions are few and it stands in no more than this
 
+MARKS = "QUESTIONPLACE", "ANSWERPLACE"  # what a chat template is filled with to see what it puts around
+TODAY = "26 Jul 2024"  # for templates that tell the model the day: a prompt must be the same tomorrow
+CLOCK = f"{{% macro strftime_now(format) %}}{TODAY}{{% endmacro %}}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands around context, question and answer; without arguments, the plain layout.
+
+    Args:
+        head, tail: token ids before the context and behind the question. cue: text behind the question; lead: text before
+            an answer that is not empty. end: the token that ends an answer; None: the tokenizer's EOS.
+    """
+
+    head: tuple[int, ...] = ()
+    cue: str = ANSWER_CUE
+    tail: tuple[int, ...] = ()
+    lead: str = " "
+    end: int | None = None
+
+
+PLAIN = Layout()
+
+
+def chat_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The layout that a tokenizer's chat template makes of one user's message and the assistant's answer.
+
+    The template is rendered once around marks and cut at them, so that which tokens are whose is known for certain whatever
+    the template does, and no text can be mistaken for a part of it.
+
+    Raises:
+        InputError: the template fails, or does not show both messages once.
+    """
+    messages = [{"role": "user", "content": MARKS[0]}, {"role": "assistant", "content": MARKS[1]}]
+    try:
+        asked, answered = _render(tokenizer, messages[:1], True), _render(tokenizer, messages, False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise InputError(
+            f"Expected the generator's chat template to take a user's message and an answer, it says: {error}. "
+            "Use --chat_template off."
+        ) from error
+    if asked.count(MARKS[0]) != 1 or answered.count(MARKS[1]) != 1:
+        raise InputError(
+            "Expected the generator's chat template to show a user's message and an answer once each, as they are; it does "
+            "something else with them. Use --chat_template off."
+        )
+    head, tail, closing = _tokenize(tokenizer, [*asked.split(MARKS[0]), answered.split(MARKS[1])[1]])
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = closing[0] if closing and closing[0] in special else tokenizer.eos_token_id
+    return Layout(tuple(head), "", tuple(tail), lead="", end=end)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], cue: bool) -> str:
+    """What the template makes of messages: on a fixed day, and without room for thoughts that an answer has none of."""
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=cue,
+        enable_thinking=False,
+        date_string=TODAY,
+        chat_template=CLOCK + tokenizer.get_chat_template(),
+    )
+
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized training example: `input_ids[prompt_length:]` are the answer tokens, the last of them EOS.
+    """One tokenized training example: `input_ids[prompt_length:]` are the answer tokens, the last of them the end token.
 
     `keywords`: first tokens of the question's rare words that the answer does not use.
     """
@@ -41,6 +106,7 @@ def encode_prompts(
     context_tokens: int,
     max_length: int,
     reserve: Sequence[int] | int,
+    layout: Layout = PLAIN,
 ) -> list[list[int]]:
     """Token ids of the prompts, the context cut to `context_tokens` and to what `max_length` leaves.
 
@@ -48,23 +114,26 @@ def encode_prompts(
         context_tokens: most tokens a context may take.
         max_length: most tokens the model can see, prompt and answer together.
         reserve: tokens to leave free behind each prompt for its answer (one number, or one for each prompt).
+        layout: what stands around context and question.
 
     Raises:
         InputError: a question and its reserve alone are longer than `max_length`; they are never cut.
     """
     reserve = [reserve] * len(questions) if isinstance(reserve, int) else reserve
-    questions_ids = _tokenize(tokenizer, [f"{QUESTION_CUE}{question}{ANSWER_CUE}" for question in questions])
-    contexts_ids = _tokenize(tokenizer, contexts)
+    texts_only = layout is not PLAIN  # in a chat, no text may pass itself off as the template's
+    asked = [f"{QUESTION_CUE}{question}{layout.cue}" for question in questions]
+    questions_ids = [[*ids, *layout.tail] for ids in _tokenize(tokenizer, asked, texts_only)]
+    contexts_ids = _tokenize(tokenizer, contexts, texts_only)
     prompts = []
     for question, question_ids, context_ids, kept in zip(questions, questions_ids, contexts_ids, reserve, strict=True):
-        room = max_length - len(question_ids) - kept
+        room = max_length - len(layout.head) - len(question_ids) - kept
         if room < 0:
             raise InputError(
                 f"A question and its answer must fit into the generator's {max_length} tokens together; "
-                f"{question[:80]!r} takes {len(question_ids)} and its answer {kept}. "
+                f"{question[:80]!r} takes {len(layout.head) + len(question_ids)} and its answer {kept}. "
                 "Shorten it, remove the row, or choose a generator with a longer input."
             )
-        prompts.append(context_ids[: min(context_tokens, room)] + question_ids)
+        prompts.append([*layout.head, *context_ids[: min(context_tokens, room)], *question_ids])
     return prompts
 
 
@@ -76,10 +145,12 @@ def encode_examples(
     answers: Sequence[str],
     context_tokens: int,
     max_length: int,
+    layout: Layout = PLAIN,
 ) -> list[Example]:
-    """Training examples: prompt, answer, EOS. Raises InputError as `encode_prompts` does."""
-    answers = [f" {answer}" if answer else "" for answer in answers]  # an empty answer is EOS alone, as it is written
-    answers_ids = [ids + [tokenizer.eos_token_id] for ids in _tokenize(tokenizer, answers)]
+    """Training examples: prompt, answer, end token. Raises InputError as `encode_prompts` does."""
+    end = tokenizer.eos_token_id if layout.end is None else layout.end
+    answers = [layout.lead + answer if answer else "" for answer in answers]  # an empty answer is the end token alone
+    answers_ids = [[*ids, end] for ids in _tokenize(tokenizer, answers, layout is not PLAIN)]
     prompts = encode_prompts(
         tokenizer,
         questions=questions,
@@ -87,6 +158,7 @@ def encode_examples(
         context_tokens=context_tokens,
         max_length=max_length,
         reserve=[len(ids) for ids in answers_ids],
+        layout=layout,
     )
     return [Example(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers_ids, strict=True)]
 
@@ -111,8 +183,12 @@ def with_keywords(
     return found
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids without special tokens: the pieces of a prompt are joined by us, so none may carry its own BOS or EOS."""
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], texts_only: bool = False) -> list[list[int]]:
+    """Ids without special tokens: the pieces of a prompt are joined by us, so none may carry its own BOS or EOS.
+
+    `texts_only`: what looks like a special token in a text is read as the characters it is written with.
+    """
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(list(texts), **how, **({"split_special_tokens": True} if texts_only else {}))["input_ids"]

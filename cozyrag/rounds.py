@@ -290,6 +290,7 @@ class Rounds:
             describe_pair(
                 fingerprint=self.retrieval.index.fingerprint,
                 generator=weights_fingerprint(self.generator.model),
+                chat=bool(self.generator.tokenizer.chat_template),
                 retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
                 context_tokens=contexts.context_tokens,
@@ -309,6 +310,7 @@ class Rounds:
             rows=self.log.rows,
             times=self.log.times(),
             leaks=self.leaks,
+            prompt=self.generator.prompt("Some context.", "Your question?"),
         )
 
     def _push_round(self, number: int) -> None:

@@ -18,13 +18,13 @@ import faiss
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from tqdm.auto import tqdm
 
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.background import BackgroundPush
 from cozyrag.checkpoint import Checkpoints, Progress
-from cozyrag.config import EMBEDDED, QUICKSTART, Settings, parse_settings
+from cozyrag.config import EMBEDDED, QUICKSTART, SCRATCH, Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.embedded import GENERATOR_FOLDER
@@ -33,7 +33,7 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
 from cozyrag.files import switch, write_json, writing
 from cozyrag.fingerprints import tables_fingerprint
-from cozyrag.generator import SCRATCH, Generator
+from cozyrag.generator import Generator
 from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
@@ -52,6 +52,7 @@ LOST = (
     "NCCL communicator was aborted",
     "Timed out waiting",
 )
+SPLITTING = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 PATIENCE = timedelta(minutes=30)  # for a process that others wait for: more than the longest act that one does alone
 
 
@@ -186,6 +187,11 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"Expected {os.environ['WORLD_SIZE']} processes that train together, but each believes it is alone, so they would overwrite each "
             "other. Launch with accelerate_configs/cpu_ddp.yaml or multi_gpu.yaml."
         )
+    if accelerator.distributed_type in SPLITTING:
+        raise InputError(
+            f"Expected a launch that keeps a whole model in each process, found {accelerator.distributed_type.value}, which splits it: models are examined "
+            "and saved whole between phases. Use accelerate_configs/multi_gpu.yaml or multi_node.yaml; for a large generator add --lora_rank 16."
+        )
     _set_threads(training.threads)
     transformers.utils.logging.disable_progress_bar()  # "Loading weights" and the like: ours say more
     datasets.disable_progress_bars()
@@ -291,9 +297,20 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     models = settings.models
     if models.generator == SCRATCH:
         return Generator.from_scratch(corpus.passages[:]["text"])
-    if models.generator == EMBEDDED:
-        return Generator.load(str(GENERATOR_FOLDER), dropout=models.dropout)
-    return Generator.load(models.generator, revision=models.generator_revision, dropout=models.dropout)
+    name = str(GENERATOR_FOLDER) if models.generator == EMBEDDED else models.generator
+    chat = models.chat_template == "auto"
+    generator = Generator.load(name, revision=models.generator_revision, dropout=models.dropout, chat_template=chat)
+    if models.lora_rank and not generator.is_adapter:  # one that was trained before is trained on
+        generator.add_adapter(
+            name,
+            rank=models.lora_rank,
+            alpha=models.lora_alpha or 2 * models.lora_rank,
+            dropout=models.lora_dropout,
+            targets=models.lora_targets,
+            revision=models.generator_revision,
+            seed=settings.training.seed,
+        )
+    return generator
 
 
 def announce(rounds: Rounds, going_on: bool) -> None:

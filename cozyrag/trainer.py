@@ -92,13 +92,18 @@ def train_generator(
         return [{"text": generator.tokenizer.decode(examples[row].input_ids)} for row in steps[number]]
 
     run_phase(
-        accelerator, "generator", list(module.parameters()), steps, take_step,
+        accelerator, "generator", trainable(module), steps, take_step,
         settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher, show=show,
     )  # fmt: skip
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     generator.model.eval()
     accelerator.free_memory()
     return len(steps)
+
+
+def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights of a module that may be trained."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def generator_examples(
@@ -117,6 +122,7 @@ def generator_examples(
         answers=[wanted[row] for row in usable],
         context_tokens=context_tokens,
         max_length=generator.max_length,
+        layout=generator.layout,
     )
     return with_keywords(generator.tokenizer, examples, questions) if generator_penalties(settings).names else examples
 
@@ -171,7 +177,7 @@ def generator_penalties(settings: TrainingSettings) -> Penalties:
 def generator_losses(generator: Generator, penalties: Penalties) -> TokenLosses:
     """The module that gives the terms of the generator: the cross-entropy, and the penalties that are on."""
     if penalties.names:
-        return PenalizedLosses(generator.model, penalties=penalties, eos=generator.tokenizer.eos_token_id)
+        return PenalizedLosses(generator.model, penalties=penalties, eos=generator.end)
     return TokenLosses(generator.model)
 
 
@@ -265,9 +271,8 @@ def train_retriever(
     def show(number: int) -> list[dict]:
         return [_pair(columns, texts, usable[row]) for row in steps[number]]
 
-    parameters = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
     run_phase(
-        accelerator, "retriever", parameters, steps, take_step,
+        accelerator, "retriever", trainable(retriever.model), steps, take_step,
         settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher, begin_step=begin_step, show=show,
     )  # fmt: skip
     accelerator.free_memory()
@@ -455,7 +460,7 @@ def _sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """Add up the gradients of all processes. DDP would do it, but hangs or lies when a weight takes no part in the loss."""
     if accelerator.num_processes == 1:
         return
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = trainable(model)
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     flat = accelerator.reduce(flat, reduction="sum")
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -321,7 +321,8 @@ def test_the_code_of_the_cards_runs_on_an_output_folder(
         [passage_text(row["title"], row["text"]) for row in passages], kind="document", batch_size=10
     )
     PassageIndex(passages, vectors, fingerprint=retriever.fingerprint()).save(tmp_path / "index")
-    how = {"retrieval": "dense", "weight": 15.0, "top_k": 2, "context_tokens": 40, "answer_tokens": 4}
+    search = {"mode": "dense", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}}
+    how = {"retrieval": search, "top_k": 2, "context_tokens": 40, "answer_tokens": 4}
     (tmp_path / "cozyrag.json").write_text(json.dumps(describe_pair(fingerprint=retriever.fingerprint(), **how)))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     for block in blocks:

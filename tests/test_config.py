@@ -20,6 +20,9 @@ DEFAULTS = {
 RANGES = {  # setting: (values that must be refused, values at the edge that must be accepted)
     "eval_share": ([-0.01, 0.51], [0, 0.5]),
     "dropout": ([-0.1, 1.0], [0, 0.99]),
+    "lora_rank": ([-1], [0, 8]),
+    "lora_alpha": ([0, -1.0], [0.5, 32]),
+    "lora_dropout": ([-0.1, 1.0], [0, 0.99]),
     "warmup_ratio": ([-0.1, 1.1], [0, 1]),
     "rounds": ([-1], [0]),
     "save_minutes": ([-1], [0, 0.5]),

@@ -43,6 +43,7 @@ TIERS = (
         "markup",
     ),
     ("passages", "batches", "search", "documents", "cards"),
+    ("adapters",),
     ("questions", "generator", "contexts", "cutting"),
     ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
     ("config", "hub", "comparison", "gathering", "audit", "output"),
@@ -53,7 +54,7 @@ TIERS = (
     ("rounds",),
     ("probe",),
     ("plan", "app"),
-    ("run", "space"),
+    ("run", "space", "merging"),
     ("indexing", "auditing"),
     ("cli",),
 )
