@@ -436,8 +436,9 @@ def test_a_run_tests_itself_in_one_line_and_takes_the_same_course(arguments, tmp
         ("cross-entropy", "ok", 28),
         ("contrastive loss", "ok", 21),
     ]
-    first = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0]
-    assert json.loads(first)["kind"] == "self-test"  # before anything else
+    first, second = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[:2]
+    assert json.loads(first)["kind"] == "run"  # what it works on; then the test, before anything else
+    assert json.loads(second)["kind"] == "self-test"
     monkeypatch.setattr(run, "self_test", lambda rounds: None)
     run.train([*arguments[:-1], str(tmp_path / "bare")])
     for name in ("generator", "retriever"):
@@ -627,6 +628,11 @@ def test_a_vector_that_is_not_of_length_1_is_caught(output, factor):
 
 def test_rows_that_are_missing_are_caught(call, output):
     edit_vectors(output, lambda vectors: vectors[:-1].copy())
+    code, _, err = call(output)
+    assert code == 2 and "vectors.safetensors" in err and "cut short or replaced" in err
+    facts = json.loads((output / "index" / "index.json").read_text())
+    del facts["bytes"]  # as `cozyrag index` writes it
+    (output / "index" / "index.json").write_text(json.dumps(facts))
     code, _, err = call(output)
     assert code == 2 and "40 passages" in err and "found 39" in err
 
