@@ -475,7 +475,7 @@ def _parquet_batches(file: Reading) -> Iterator[pa.RecordBatch]:
             table = pq.ParquetFile(whole)
             _refuse_repeats(source, table.schema_arrow.names)
             yield from table.iter_batches(batch_size=4096)
-        except (pa.ArrowException, OSError) as problem:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as problem:  # the second: broken column names
             words = " ".join(str(problem).split())  # Arrow's come on several lines
             raise InputError(
                 f"{source}: expected a Parquet file, found a broken one ({words}). Copy or write it again."
