@@ -115,7 +115,12 @@ class Generator:
             config = AutoConfig.from_pretrained(name, revision=revision, token=token)
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token)
             model = AutoModelForCausalLM.from_pretrained(
-                name, config=_training_config(config, dropout), revision=revision, token=token, dtype=torch.float32
+                name,
+                config=_training_config(config, dropout),
+                revision=revision,
+                token=token,
+                dtype=torch.float32,
+                use_safetensors=True,  # a pytorch_model.bin is a pickle
             )
         except (OSError, ValueError, SafetensorError) as error:  # the last of them: a file cut short
             raise InputError(
