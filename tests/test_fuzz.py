@@ -82,7 +82,7 @@ def test_a_long_line_that_nearly_opens_an_article_takes_no_time(tmp_path):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("report_to: " + "[" * 2000, "not valid YAML"),
+        ("report_to: " + "[" * 600, "not valid YAML"),
         ("? [rounds]\n: 1\n", "line 1: expected the name of a setting, found a sequence"),
         ("save_minutes: inf\n", "save_minutes: expected a finite number, found inf"),
     ],
