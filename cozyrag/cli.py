@@ -16,7 +16,9 @@ from cozyrag.interrupts import Interrupted
 DOCTOR = """\
 Check before or after training that things are as they should be. Nothing is trained and nothing is written.
 
-  cozyrag doctor [SETTINGS]   Before training. Takes the settings of `cozyrag train` (--config FILE.yaml too), loads the tables
+  cozyrag doctor [--machine]  Before anything. Is this machine fit: Python, torch, FAISS and OpenMP, threads, memory, disk, optional
+                              packages, the Hub, and a tiny model that must learn within seconds; each finding with its remedy.
+  cozyrag doctor SETTINGS     Before training. Takes the settings of `cozyrag train` (--config FILE.yaml too), loads the tables
                               and the models as a run would, and takes the gradient of each active loss term on one small
                               batch: it must move weights of its own model, no others, and consist of numbers.
                               Every run does so by itself before its first round.
@@ -25,6 +27,7 @@ Check before or after training that things are as they should be. Nothing is tra
 """
 DOCTOR_EXAMPLES = """\
 examples:
+  cozyrag doctor
   cozyrag doctor --questions qa.tsv --passages wiki.jsonl --repeat_penalty 0.1
   cozyrag doctor --config examples/distilgpt2.yaml
   cozyrag doctor my-rag
@@ -202,8 +205,8 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     """Its arguments are read by `_doctor`: argparse would take the value of a setting it does not know for OUTPUT."""
     commands.add_parser(
         "doctor",
-        help="check settings before training, or what a run left",
-        usage="cozyrag doctor [SETTINGS | OUTPUT]",
+        help="check this machine, settings before training, or what a run left",
+        usage="cozyrag doctor [--machine | SETTINGS | OUTPUT]",
         description=DOCTOR,
         epilog=DOCTOR_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -325,8 +328,10 @@ def _prepare(command: str, rest: list[str]) -> None:
 
 
 def _doctor(rest: list[str]) -> None:
-    """Check a folder if one is named, else the settings."""
-    if not rest or rest[0].startswith("-"):
+    """Check this machine if nothing else is named, a folder if one is, or the settings."""
+    if not rest or "--machine" in rest:
+        return _machine([word for word in rest if word != "--machine"])
+    if rest[0].startswith("-"):
         from cozyrag.run import doctor
 
         return doctor(rest)
@@ -344,6 +349,19 @@ def _doctor(rest: list[str]) -> None:
     for told in check_pair(Path(rest[0])):
         print(f"ok: {told}")
     print(f"Nothing wrong with {rest[0]}.")
+
+
+def _machine(rest: list[str]) -> None:
+    """Look at the machine and print each finding."""
+    if rest:
+        raise InputError(f"cozyrag doctor --machine: expected nothing else, found {rest[0]!r} after --machine. Give one at a time.")  # fmt: skip
+    from transformers.utils import logging
+
+    from cozyrag.environment import examine_machine
+
+    logging.disable_progress_bar()
+    for told in examine_machine():
+        print(told, flush=True)
 
 
 def _audit(rest: list[str]) -> None:

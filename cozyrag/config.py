@@ -7,6 +7,7 @@ the settings do; only the modules that run things (run, rounds, trainer, checkpo
 
 import dataclasses
 import difflib
+import math
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
@@ -348,9 +349,8 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise InputError(
-            f"Command line: unknown setting {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-').split('=')[0])}. See --help."
-        )
+        name = unknown[0].split("=")[0]  # what follows may be a secret
+        raise InputError(f"Command line: unknown setting {name!r}{_did_you_mean(name.lstrip('-'))}. See --help.")
     del leftovers  # only --config, already used
     settings = Settings(*groups)
     check_settings(settings)
@@ -365,7 +365,7 @@ def _read_yaml(path: Path) -> dict:
         raise InputError(
             f"--config: expected a YAML file, {path.absolute()} cannot be read ({error.strerror}). Check the path."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(
             f"--config: {path} is not valid YAML in UTF-8 ({' '.join(str(error).split())}). Correct it and run again."
         ) from error
@@ -376,6 +376,8 @@ def _read_yaml(path: Path) -> dict:
     found: dict[str, object] = {}
     for key, value in node.value:
         where = f"{path}, line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise InputError(f"{where}: expected the name of a setting, found a {key.id}. See --help.")
         if key.value not in NAMES:
             raise InputError(f"{where}: unknown setting {key.value!r}{_did_you_mean(key.value)}. See --help.")
         if key.value in found:
@@ -438,6 +440,9 @@ def check_settings(settings: Settings) -> None:
             "--lora_rank: expected a generator that has learned something, found scratch, which is not saved with an adapter. "
             "Give another --generator, or leave --lora_rank out."
         )
+    endless = [name for name, value in values.items() if isinstance(value, float) and math.isinf(value)]
+    if endless:
+        raise InputError(f"--{endless[0]}: expected a finite number, found {values[endless[0]]}.")
     if values["stemmer"] not in STEMMERS:
         raise InputError(f"--stemmer: expected one of {', '.join(STEMMERS)}, found {values['stemmer']!r}.")
     strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]

@@ -10,8 +10,11 @@ class InputError(ValueError):
     """Something the user gave cannot be used.
 
     The message is one or two sentences: what was expected, what was found (file, line, value), what follows from it,
-    and what to do about it.
+    and what to do about it. Half a surrogate pair, which a JSON file may hold and no terminal can print, becomes `\\ud800`.
     """
+
+    def __init__(self, message: str):
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 class PushError(InputError):

@@ -154,7 +154,12 @@ class Generator:
             config = AutoConfig.from_pretrained(name, revision=revision, token=token)
             tokenizer = _load_tokenizer(name, revision, token, chat_template)
             model = AutoModelForCausalLM.from_pretrained(
-                name, config=_training_config(config, dropout), revision=revision, token=token, dtype=torch.float32
+                name,
+                config=_training_config(config, dropout),
+                revision=revision,
+                token=token,
+                dtype=torch.float32,
+                use_safetensors=True,  # a pytorch_model.bin is a pickle
             )
         except (OSError, ValueError, SafetensorError) as error:  # the last of them: a file cut short
             raise InputError(_not_to_be_had("generator", name, error, OTHER)) from error

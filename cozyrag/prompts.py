@@ -133,7 +133,7 @@ def encode_prompts(
                 f"{question[:80]!r} takes {len(layout.head) + len(question_ids)} and its answer {kept}. "
                 "Shorten it, remove the row, or choose a generator with a longer input."
             )
-        prompts.append([*layout.head, *context_ids[: min(context_tokens, room)], *question_ids])
+        prompts.append([*layout.head, *context_ids[: max(min(context_tokens, room), 0)], *question_ids])
     return prompts
 
 

@@ -199,7 +199,11 @@ def _answers(values: Mapping[str, Any], column: str) -> list[str]:
     """The answers of a row, stripped, without empty ones and repeats, in order."""
     if column not in values:
         column = _OTHER_NUMBER.get(column, column)
-    stripped = (text_of(text, column).strip() for text in _flat(values.get(column)))
+    try:
+        flat = _flat(values.get(column))
+    except RecursionError as problem:
+        raise BadValue(f"{column} is nested too deeply") from problem
+    stripped = (text_of(text, column).strip() for text in flat)
     return list(dict.fromkeys(text for text in stripped if text))
 
 

@@ -77,8 +77,13 @@ class Retriever:
             InputError: nothing can be had under that name; the message names the ways out.
         """
         try:
+            _refuse_pickles(Path(name))
             model = SentenceTransformer(
-                name, revision=revision, device=device, token=token, model_kwargs={"dtype": torch.float32}
+                name,
+                revision=revision,
+                device=device,
+                token=token,
+                model_kwargs={"dtype": torch.float32, "use_safetensors": True},  # a pytorch_model.bin is a pickle
             )
         except (OSError, ValueError, SafetensorError) as error:  # the last of them: a file cut short
             cause = " ".join(str(error).split())[:200]
@@ -225,3 +230,13 @@ def _check_finite(vectors: np.ndarray) -> None:
             "Expected vectors of numbers from the retriever, found NaN or infinity: its training has diverged. "
             "Lower --retriever_learning_rate, or go on from an earlier checkpoint."
         )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Raise ValueError for a module of a model folder, such as 2_Dense, with no weights but pickled ones.
+
+    `use_safetensors` reaches the encoder alone; the others would be read by torch.load with weights_only.
+    """
+    for pickled in folder.rglob("pytorch_model.bin") if folder.is_dir() else ():
+        if not any(pickled.parent.glob("*.safetensors")):
+            raise ValueError(f"{pickled.relative_to(folder)} is a pickle, expected safetensors")

@@ -31,6 +31,9 @@ SHOWN = 10  # bad rows named in a message
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 # The module's own limit of 131,072 characters is shorter than a long article.
 _LONGEST_CELL = 2**31 - 1
+# What Arrow raises for a cell that Python has no value for: a time beyond the year 9999, an unknown time zone, bytes that
+# are no UTF-8.
+_NO_VALUE = (pa.ArrowException, ValueError, OverflowError, LookupError)
 
 
 class BadValue(ValueError):
@@ -59,7 +62,8 @@ class BadRows:
         """Note that the row at `where` cannot be used because of `why`."""
         self.count += 1
         if len(self.first) < SHOWN:
-            self.first.append(f"{where}: {why}")
+            words = f"{where}: {why}"
+            self.first.append(words.encode("utf-8", "backslashreplace").decode("utf-8"))  # else it could not be printed
 
     def finish(self, what: str, skip: bool, log: Callable[[str], None] | None = None) -> str | None:
         """End the reading of `what`: None without bad rows, else a report (also given to `log`) if `skip` is true.
@@ -205,7 +209,7 @@ def _file_rows(
     file: "Reading", kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
 ) -> Iterator[Row]:
     if kind == ".parquet":
-        yield from _parquet_rows(file)
+        yield from _parquet_rows(file, bad)
     elif kind == ".json":
         yield from _json_rows(file, bad)
     elif kind in (".jsonl", ".ndjson"):
@@ -350,13 +354,17 @@ def _is_header(cells: list[str], known: Collection[str]) -> bool:
 def _header(where: str, cells: list[str], known: Collection[str]) -> list[str]:
     spelling = {name.lower(): name for name in known}
     header = [spelling.get(cell.strip().lower(), cell.strip()) for cell in cells]
+    _refuse_repeats(where, header)
+    return header
+
+
+def _refuse_repeats(where: str, header: list[str]) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(
             f"{where}: expected every column once, found {_listed(twice)} more than once, so it is open which to "
             "read. Rename or drop the repeated columns."
         )
-    return header
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON
@@ -442,12 +450,20 @@ def _part(where: str, value: object, key: str, kind: type) -> Any:
 # ------------------------------------------------------------------------------------------------- Parquet and Hub
 
 
-def _parquet_rows(file: Reading) -> Iterator[Row]:
+def _parquet_rows(file: Reading, bad: BadRows) -> Iterator[Row]:
     number = 0
     for batch in _parquet_batches(file):
-        for values in batch.to_pylist():
+        try:
+            whole = batch.to_pylist()
+        except _NO_VALUE:
+            whole = None  # one cell spoils a batch: its rows are taken one at a time
+        for place in range(batch.num_rows):
             number += 1
-            yield Row(f"{file.source}, row {number}", values)
+            where = f"{file.source}, row {number}"
+            try:
+                yield Row(where, batch.slice(place, 1).to_pylist()[0] if whole is None else whole[place])
+            except _NO_VALUE as problem:
+                bad.add(where, f"cannot be read ({' '.join(str(problem).split())})")
 
 
 def _parquet_batches(file: Reading) -> Iterator[pa.RecordBatch]:
@@ -456,8 +472,10 @@ def _parquet_batches(file: Reading) -> Iterator[pa.RecordBatch]:
         # Parquet is read from its end, which gzip can only reach by unpacking everything.
         whole = io.BytesIO(opened.read()) if file.path.lower().endswith(PACKED) else opened
         try:
-            yield from pq.ParquetFile(whole).iter_batches(batch_size=4096)
-        except (pa.ArrowException, OSError) as problem:
+            table = pq.ParquetFile(whole)
+            _refuse_repeats(source, table.schema_arrow.names)
+            yield from table.iter_batches(batch_size=4096)
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as problem:  # the second: broken column names
             words = " ".join(str(problem).split())  # Arrow's come on several lines
             raise InputError(
                 f"{source}: expected a Parquet file, found a broken one ({words}). Copy or write it again."

@@ -48,7 +48,7 @@ TIERS = (
     ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
     ("config", "hub", "comparison", "gathering", "audit", "output"),
     ("trainer", "checkpoint", "html_report", "background"),
-    ("report", "doctor"),
+    ("report", "doctor", "environment"),
     ("watcher", "retrieval"),
     ("caches",),
     ("rounds",),
@@ -174,8 +174,8 @@ def test_only_the_trainer_calls_backward():
     assert calling(lambda call: call[-1] == "backward") == {"trainer"}
 
 
-def test_only_the_self_test_takes_gradients_aside():
-    assert calling(lambda call: call[-1] == "grad") == {"doctor"}
+def test_only_the_self_tests_take_gradients_aside():
+    assert calling(lambda call: call[-1] == "grad") == {"doctor", "environment"}
 
 
 def test_only_the_trainer_steps_an_optimizer_or_makes_one():

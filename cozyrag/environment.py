@@ -1,0 +1,278 @@
+"""Is this machine fit for training? What is installed, what is free, what can be reached, and whether a few steps learn.
+
+Most runs that fail in their first minute fail for one of these reasons, and the message of the library that stumbles
+over it rarely says what to do. `probe` looks, `judge` decides, so that tests can put in any machine. Left out: what a
+certain run needs (`cozyrag plan` measures it) and whether its settings and data are right (`cozyrag doctor SETTINGS`).
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
+from transformers import GPT2Config
+
+from cozyrag.errors import InputError
+from cozyrag.generator import Generator
+from cozyrag.index import search_shards
+
+OLDEST_PYTHON = (3, 11)
+NEEDED_MEMORY = (
+    4e9  # weights, gradients and AdamW's moments of both default models are 1.7 GB; libraries, data, a batch
+)
+NEEDED_DISK = 4e9  # two checkpoints with moments, the finished pair, and the models in the Hub's cache
+EXTRAS = {  # of setup.cfg, with the module that tells whether one is there
+    "demo": "gradio",
+    "plots": "matplotlib",
+    "pdf": "pypdf",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "benchmarks": "evaluate",
+}
+HUB_SECONDS = 4.0
+STEPS = 20
+SHARE_LEFT = 0.9  # the loss of the self-test falls to about half
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `probe` saw. memory, disk: free bytes. openmp: names of the OpenMP runtimes that torch and FAISS loaded.
+
+    hub: why it cannot be asked, "" where it answered. losses: before and after the steps of the self-test. faiss_agrees:
+    whether FAISS finds what NumPy finds.
+    """
+
+    system: str
+    python: tuple[int, ...]
+    torch: str
+    torch_cuda: bool
+    nvidia: bool
+    openmp: tuple[str, ...]
+    duplicates_allowed: bool
+    cores: int
+    threads_asked: str
+    memory: float
+    disk: float
+    missing: tuple[str, ...]
+    hub: str
+    losses: tuple[float, float]
+    faiss_agrees: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `found` in words, `remedy` if there is something to do, `stops` if no run can do without it."""
+
+    what: str
+    found: str
+    remedy: str = ""
+    stops: bool = False
+
+    def __str__(self) -> str:
+        mark = "FAULT" if self.stops else "note" if self.remedy else "ok"
+        return f"{mark:5}  {self.what}: {self.found}{f'. {self.remedy}' if self.remedy else ''}"
+
+
+def examine_machine(folder: str = ".", *, endpoint: str | None = None) -> Iterator[str]:
+    """Look at the machine and tell each finding; `folder`: where the output would go. Raises InputError for a fault."""
+    started = time.perf_counter()
+    findings = judge(probe(folder, endpoint=endpoint or constants.ENDPOINT))
+    yield from map(str, findings)
+    faults = [finding for finding in findings if finding.stops]
+    if faults:
+        raise InputError(f"This machine cannot train as it is: {'; '.join(f'{f.what}: {f.found}' for f in faults)}. {faults[0].remedy}.")  # fmt: skip
+    yield f"Examined in {time.perf_counter() - started:.1f} s. Nothing stands in the way of training."
+
+
+# ---- looking
+
+
+def probe(folder: str, *, endpoint: str) -> Machine:
+    """The machine as it is. FAISS is used before the runtimes are counted, so that its own is loaded."""
+    faiss_agrees, losses = try_faiss(), try_training()
+    return Machine(
+        system=platform.system(),
+        python=tuple(sys.version_info[:3]),
+        torch=torch.__version__,
+        torch_cuda=torch.cuda.is_available(),
+        nvidia=Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None,
+        openmp=openmp_runtimes(Path("/proc/self/maps")),
+        duplicates_allowed=os.environ.get("KMP_DUPLICATE_LIB_OK", "").upper() in ("TRUE", "1"),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        threads_asked=os.environ.get("OMP_NUM_THREADS", ""),
+        memory=free_memory(Path("/sys/fs/cgroup")),
+        disk=shutil.disk_usage(folder).free,
+        missing=tuple(extra for extra, module in EXTRAS.items() if importlib.util.find_spec(module) is None),
+        hub=ask_hub(endpoint),
+        losses=losses,
+        faiss_agrees=faiss_agrees,
+    )
+
+
+def openmp_runtimes(maps: Path) -> tuple[str, ...]:
+    """Files of OpenMP runtimes in the memory of this process, by name; none where the system does not tell (macOS)."""
+    if not maps.exists():
+        return ()
+    found = re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*)$", maps.read_text(encoding="utf-8"), re.MULTILINE)
+    return tuple(sorted({Path(path).name for path in found}))
+
+
+def free_memory(cgroup: Path) -> float:
+    """Bytes that this process may still take: those of the machine, or those of its container where they are fewer."""
+    free = psutil.virtual_memory().available
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()))
+    return max(free, 0)
+
+
+def ask_hub(endpoint: str) -> str:
+    """Why the Hub does not answer within seconds, "" if it does; any answer will do."""
+    try:
+        get_session().head(endpoint, timeout=HUB_SECONDS)
+    except OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE is set"
+    except (HTTPError, OSError) as error:
+        return f"{endpoint} does not answer ({type(error).__name__})"
+    return ""
+
+
+def try_faiss() -> bool:
+    """Whether FAISS finds the nearest vectors that NumPy finds."""
+    vectors = np.random.default_rng(0).standard_normal((200, 32), dtype=np.float32)
+    rows = search_shards([vectors], vectors[:20], 1)[1][:, 0]
+    return bool(np.array_equal(rows, (vectors[:20] @ vectors.T).argmax(1)))
+
+
+def try_training() -> tuple[float, float]:
+    """Loss of a tiny GPT-2 on one batch before and after a few plain gradient steps, on the device that a run would take."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    text = "Which river flows through Vienna? The Danube flows through Vienna."
+    generator = Generator.from_scratch([text], config=GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64), vocab_size=300)  # fmt: skip
+    model = generator.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    ids = torch.tensor([generator.tokenizer(text)["input_ids"][:64]], device=model.device)
+    weights, losses = list(model.parameters()), []
+    for _ in range(STEPS + 1):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        gradients = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight -= 0.1 * gradient
+    torch.set_rng_state(state)
+    return losses[0], losses[-1]
+
+
+# ---- deciding
+
+
+def judge(machine: Machine) -> list[Finding]:
+    """What the facts mean, worst or not, in the order in which a person would put them right."""
+    return [
+        _python(machine),
+        _torch(machine),
+        _openmp(machine),
+        _threads(machine),
+        _memory(machine),
+        _disk(machine),
+        _extras(machine),
+        _hub(machine),
+        _faiss(machine),
+        _training(machine),
+    ]
+
+
+def _python(machine: Machine) -> Finding:
+    found = ".".join(map(str, machine.python))
+    if machine.python[:2] < OLDEST_PYTHON:
+        return Finding("Python", found, "Make the environment anew with Python 3.11 or later", stops=True)
+    return Finding("Python", found)
+
+
+def _torch(machine: Machine) -> Finding:
+    place = "trains on the GPU" if machine.torch_cuda else "trains on the CPU"
+    if machine.nvidia and not machine.torch_cuda:
+        remedy = "There is an NVIDIA GPU: install the CUDA build of torch (https://pytorch.org/get-started/locally) or a newer driver"
+        return Finding("torch", f"{machine.torch}, {place}", remedy)
+    return Finding("torch", f"{machine.torch}, {place}")
+
+
+def _openmp(machine: Machine) -> Finding:
+    """Two runtimes abort the process on macOS; elsewhere they only fight for cores, and those of two makers may crash."""
+    found = ", ".join(machine.openmp) or "not told by this system"
+    if machine.system == "Darwin" and not machine.duplicates_allowed:
+        remedy = "Set KMP_DUPLICATE_LIB_OK=TRUE, or import cozyrag before torch and faiss, which sets it"
+        return Finding("OpenMP", "torch and FAISS each bring a runtime and macOS allows one", remedy, stops=True)
+    kinds = {re.match(r"lib(gomp|omp|iomp5)", name)[1] for name in machine.openmp}
+    if len(kinds) > 1:
+        remedy = "Runtimes of several makers can crash together: install torch and faiss-cpu both from PyPI, or both from conda-forge"
+        return Finding("OpenMP", found, remedy)
+    return Finding("OpenMP", found)
+
+
+def _threads(machine: Machine) -> Finding:
+    asked = machine.threads_asked.split(",")[0].strip()
+    found = f"{machine.cores} cores" + (f", OMP_NUM_THREADS={machine.threads_asked}" if asked else "")
+    if asked and (not asked.isdigit() or not 1 <= int(asked) <= machine.cores):
+        return Finding("threads", found, f"Unset OMP_NUM_THREADS, or set it to at most {machine.cores}: more threads than cores are slower")  # fmt: skip
+    return Finding("threads", found)
+
+
+def _memory(machine: Machine) -> Finding:
+    found = f"{machine.memory / 1e9:.1f} GB free"
+    if machine.memory < NEEDED_MEMORY:
+        remedy = f"A run with the default models takes about {NEEDED_MEMORY / 1e9:.0f} GB: close programs, give --gradient_accumulation_steps 4 or --generator embedded, and see what `cozyrag plan` says"
+        return Finding("memory", found, remedy)
+    return Finding("memory", found)
+
+
+def _disk(machine: Machine) -> Finding:
+    found = f"{machine.disk / 1e9:.1f} GB free here"
+    if machine.disk < NEEDED_DISK:
+        remedy = f"A run with the default models takes up to {NEEDED_DISK / 1e9:.0f} GB: make room, give --output_dir on another disk, or set HF_HOME"
+        return Finding("disk", found, remedy)
+    return Finding("disk", found)
+
+
+def _extras(machine: Machine) -> Finding:
+    if machine.missing:
+        remedy = f'If they are wanted: pip install "cozyrag[{",".join(machine.missing)}]"'
+        return Finding("extras", f"not installed: {', '.join(machine.missing)}", remedy)
+    return Finding("extras", "all installed")
+
+
+def _hub(machine: Machine) -> Finding:
+    if machine.hub:
+        remedy = "Check the network, HTTPS_PROXY and HF_HUB_OFFLINE, or train without it: --retriever embedded --generator embedded"
+        return Finding("Hugging Face Hub", machine.hub, remedy)
+    return Finding("Hugging Face Hub", "answers")
+
+
+def _faiss(machine: Machine) -> Finding:
+    if not machine.faiss_agrees:
+        remedy = "Reinstall it: pip install --force-reinstall --no-deps faiss-cpu"
+        return Finding("FAISS", "does not find the nearest vectors", remedy, stops=True)
+    return Finding("FAISS", "finds what NumPy finds")
+
+
+def _training(machine: Machine) -> Finding:
+    before, after = machine.losses
+    found = f"the loss of a tiny model goes from {before:.2f} to {after:.2f} in {STEPS} steps"
+    if not after <= SHARE_LEFT * before:  # so put, NaN is a fault too
+        remedy = "Arithmetic is not right here: reinstall torch, try --use_cpu, and without a GPU set ATEN_CPU_CAPABILITY=default"
+        return Finding("training", found, remedy, stops=True)
+    return Finding("training", found)

@@ -1,0 +1,459 @@
+"""Give every reader, the prompts and the settings file thousands of broken inputs, and see that none is taken badly.
+
+    python tests/fuzz_run.py --inputs 10000
+    python tests/fuzz_run.py --inputs 2000 --only parquet yaml
+
+An input is either read or refused with an InputError: any other exception, more than LONGEST seconds, or a row that is
+neither kept nor reported is a failure. Rows in are counted here, from what was written, not by the code under test.
+Inputs are drawn by Hypothesis: arbitrary bytes, damaged files, and rows of the right shape with the wrong contents.
+test_fuzz.py draws a few in every test run. Left out: the Hub, and what is done with the rows later.
+"""
+
+import argparse
+import bz2
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
+    os.environ.setdefault(name, value)
+for folder in (Path(__file__).parents[1], Path(__file__).parent):
+    sys.path.insert(0, str(folder))
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import tiny  # noqa: E402
+import yaml  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from hypothesis.strategies import SearchStrategy  # noqa: E402
+
+from cozyrag.config import KINDS, parse_settings  # noqa: E402
+from cozyrag.documents import Source, read_container  # noqa: E402
+from cozyrag.errors import InputError  # noqa: E402
+from cozyrag.generator import Generator  # noqa: E402
+from cozyrag.passages import read_passages  # noqa: E402
+from cozyrag.prompts import encode_examples, with_keywords  # noqa: E402
+from cozyrag.questions import read_questions  # noqa: E402
+from cozyrag.tables import BadRows, read_rows  # noqa: E402
+
+LONGEST = 20  # seconds for one input of a few kilobytes
+COLUMNS = ("question", "answers", "context", "title", "id", "passage_id", "text")
+HEADERLESS = ("question", "answers")
+
+
+# ---- what every reader must do
+
+
+class TooLong(Exception):
+    """An input that is not done with after LONGEST seconds."""
+
+
+def _too_long(number, frame) -> None:
+    raise TooLong(f"more than {LONGEST} s")
+
+
+def in_time(act: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The act with an alarm clock beside it."""
+
+    def timed(drawn) -> None:
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(LONGEST)
+        try:
+            act(drawn)
+        finally:
+            signal.alarm(0)
+
+    return timed
+
+
+def taken(read: Callable[[], Any]) -> Any:
+    """What was read, or None where it was refused as it should be: in words that can be printed and are not endless."""
+    try:
+        return read()
+    except InputError as error:
+        printable(str(error))
+        return None
+
+
+def printable(words: str) -> None:
+    """A message must survive a terminal that takes UTF-8 and nothing else, and still be a message."""
+    words.encode("utf-8")
+    assert len(words) < 20_000, f"a message of {len(words)} characters"
+
+
+def reported(report: str | None) -> int:
+    """The rows that a report says were skipped."""
+    if report is None:
+        return 0
+    printable(report)
+    return int(re.search(r": (\d+) rows? skipped: ", report).group(1))
+
+
+def check_tables(path: Path, rows: set[int] | None) -> None:
+    """Read a file in every way there is; `rows`: what may be in it, None where nobody can tell."""
+    bad = BadRows()
+    read = taken(lambda: list(read_rows(str(path), known=COLUMNS, headerless=HEADERLESS, bad=bad)))
+    if read is not None:
+        for words in bad.first:
+            printable(words)
+        total = len(read) + bad.count
+        assert rows is None or total in rows, f"{rows} rows in the file, {len(read)} read and {bad.count} reported"
+        rows = {total}
+    # The first line of a TSV is a header or a row, and which it is depends on the columns that are looked for.
+    unnamed = int(".tsv" in path.name)
+    asked = taken(lambda: read_questions(str(path), needs_answer=False, skip_bad_rows=True))
+    if asked is not None:
+        kept = len(asked.table) + reported(asked.report)
+        assert rows is None or {kept, kept - unnamed} & rows, (
+            f"{rows} rows in the file, {len(asked.table)} questions and {asked.report}"
+        )
+    found = taken(lambda: read_passages(str(path), skip_bad_rows=True))
+    if found is not None:
+        kept = len(found[0]) + reported(found[1])
+        assert rows is None or {kept, kept + unnamed} & rows, (
+            f"{rows} rows in the file, {len(found[0])} passages and {found[1]}"
+        )
+        strict = taken(lambda: read_passages(str(path)))
+        assert (strict is None) == (found[1] is not None)
+
+
+def written(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+# ---- inputs
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)  # half surrogate pairs too
+PLAIN = st.text(max_size=12)
+NESTED = st.integers(1, 3000).map(lambda depth: "[" * depth + "]" * depth)
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(10**30, 10**40), st.floats(), ANY_TEXT, st.just("Who?")
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(PLAIN, inner, max_size=2), st.fixed_dictionaries({"text": inner})),
+    max_leaves=6,
+)  # fmt: skip
+NAMES = st.one_of(st.sampled_from(COLUMNS), ANY_TEXT)
+OBJECTS = st.one_of(
+    st.dictionaries(NAMES, VALUES, max_size=5),
+    st.fixed_dictionaries({"question": ANY_TEXT, "answers": VALUES, "text": ANY_TEXT}),
+    st.fixed_dictionaries({"question": PLAIN, "answers": st.lists(PLAIN), "text": PLAIN, "context": PLAIN}),
+)
+BYTES = st.one_of(
+    st.binary(max_size=300),
+    st.text(max_size=200).map(lambda text: text.encode("utf-8")),
+    st.lists(st.sampled_from([b"question", b"answers", b"text", b"\t", b",", b'"', b"\n", b"\r", b"\r\n", b"\0", b"{", b"}", b"[", b"]", b":", b"\xef\xbb\xbf", b"\xff", b"1", b"NaN", b" ", b"\\", b"\xe2\x80\xa8"]), max_size=40).map(b"".join),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file's name and bytes, and how many rows it may hold (None: nobody knows)."""
+
+    name: str
+    content: bytes
+    rows: set[int] | None = None
+
+
+def bare(name: str) -> SearchStrategy[Case]:
+    """Arbitrary bytes under that name, also packed, also packed and cut short."""
+    packed = st.tuples(BYTES, st.integers(0, 40), st.sampled_from([(".gz", gzip.compress), (".bz2", bz2.compress)]))
+    return st.one_of(
+        BYTES.map(lambda content: Case(name, content)),
+        packed.map(lambda drawn: Case(name + drawn[2][0], drawn[2][1](drawn[0])[: -drawn[1] or None])),
+    )
+
+
+def damaged(case: Case, places: list[tuple[float, int]], kept: float) -> Case:
+    """Some bytes of a file replaced, and its end cut off."""
+    content = bytearray(case.content)
+    for place, byte in places if content else ():
+        content[int(place * (len(content) - 1))] = byte
+    return Case(case.name, bytes(content[: int(kept * len(content))]))
+
+
+def with_damage(cases: SearchStrategy[Case]) -> SearchStrategy[Case]:
+    place = st.tuples(st.floats(0, 1), st.integers(0, 255))
+    kept = st.one_of(st.just(1.0), st.floats(0, 1))
+    return st.builds(damaged, cases, st.lists(place, min_size=1, max_size=4), kept)
+
+
+CELL = st.one_of(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=10), st.sampled_from(["", " ", "Who?", "1815", '"', "a\nb"]))  # fmt: skip
+ROWS = st.lists(st.lists(CELL, min_size=1, max_size=4), max_size=6)
+HEADERS = st.lists(st.sampled_from([*COLUMNS, "Question", " TEXT "]), min_size=1, max_size=4, unique=True)
+
+
+def as_csv(header: list[str], rows: list[list[str]]) -> Case:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    return Case("table.csv", text.getvalue().encode("utf-8"), {len(rows)})
+
+
+def as_tsv(header: list[str] | None, rows: list[list[str]]) -> Case:
+    """Cells of one line each; a line without a character in it is no row."""
+    clean = [[re.sub(r"[\t\n\r]", " ", cell) for cell in row] for row in rows]
+    lines = ["\t".join(row) for row in ([header] if header else []) + clean]
+    rows_in = sum(bool(line) for line in lines)
+    return Case("table.tsv", "\n".join(lines).encode("utf-8"), {rows_in - 1, rows_in} if header else {rows_in})
+
+
+def lines_of(content: bytes) -> int:
+    """Lines with something in them."""
+    return sum(bool(line.decode("utf-8", "replace").removeprefix("\ufeff").strip()) for line in content.split(b"\n"))
+
+
+def as_jsonl(lines: list[str]) -> Case:
+    content = "\n".join(lines).encode("utf-8")
+    return Case("table.jsonl", content, {lines_of(content)})
+
+
+def as_json(rows: list[Any]) -> Case:
+    return Case("table.json", json.dumps(rows).encode("utf-8"), {len(rows)})
+
+
+def as_squad(articles: list[Any]) -> Case:
+    """Every question counts, whatever it looks like; where the layout is broken the whole file must be refused."""
+    rows = sum(
+        len(paragraph["qas"])
+        for article in articles
+        if isinstance(article, dict) and isinstance(article.get("paragraphs"), list)
+        for paragraph in article["paragraphs"]
+        if isinstance(paragraph, dict) and isinstance(paragraph.get("qas"), list)
+    )
+    return Case("table.json", json.dumps({"version": "v2.0", "data": articles}).encode("utf-8"), {rows})
+
+
+QAS = st.lists(st.one_of(OBJECTS, VALUES, st.fixed_dictionaries({"id": PLAIN, "question": PLAIN, "answers": VALUES})), max_size=3)  # fmt: skip
+PARAGRAPHS = st.lists(st.one_of(st.fixed_dictionaries({"context": ANY_TEXT, "qas": QAS}), VALUES), max_size=2)
+ARTICLES = st.lists(st.one_of(st.fixed_dictionaries({"title": SCALARS, "paragraphs": PARAGRAPHS}), VALUES), max_size=2)
+
+
+TYPES = st.sampled_from([pa.string(), pa.large_string(), pa.string_view(), pa.int64(), pa.float64(), pa.bool_(), pa.binary(), pa.list_(pa.string()), pa.timestamp("us"), pa.timestamp("ns"), pa.timestamp("us", "Mars/Olympus"), pa.date64(), pa.duration("s"), pa.dictionary(pa.int32(), pa.string()), pa.map_(pa.string(), pa.string()), pa.struct([("text", pa.list_(pa.string()))]), pa.decimal128(20, 3), pa.null()])  # fmt: skip
+
+
+@st.composite
+def parquet_files(draw) -> Case:
+    """Columns of any type: the buffers of integers serve for times too, so that some are of no year that Python knows."""
+    count = draw(st.integers(0, 4))
+    names = draw(st.lists(st.one_of(st.sampled_from(COLUMNS), PLAIN), min_size=1, max_size=3))
+    columns = [_column(draw, draw(TYPES), count) for _ in names]
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(columns, names=names), file, store_schema=draw(st.booleans()))
+    return Case("table.parquet", file.getvalue(), {count})
+
+
+def _column(draw, kind: pa.DataType, count: int) -> pa.Array:
+    if pa.types.is_timestamp(kind) or pa.types.is_duration(kind) or pa.types.is_date64(kind):
+        wide = st.integers(-(2**62), 2**62)
+        days = 86_400_000 if pa.types.is_date64(kind) else 1
+        return pa.array([draw(wide) // days * days for _ in range(count)], pa.int64()).view(kind)
+    if pa.types.is_string(kind) and draw(st.booleans()):
+        raw = pa.array([draw(st.binary(max_size=6)) for _ in range(count)], pa.binary())
+        return pa.Array.from_buffers(pa.string(), count, raw.buffers())  # text that may be no UTF-8
+    fitting = {pa.int64(): st.integers(-(2**63), 2**63 - 1), pa.float64(): st.floats(), pa.bool_(): st.booleans(), pa.binary(): st.binary(max_size=6), pa.list_(pa.string()): st.lists(PLAIN, max_size=2), pa.map_(pa.string(), pa.string()): st.lists(st.tuples(PLAIN, PLAIN), max_size=2), pa.struct([("text", pa.list_(pa.string()))]): st.fixed_dictionaries({"text": st.lists(PLAIN, max_size=2)}), pa.decimal128(20, 3): st.decimals(-1000, 1000, places=3), pa.null(): st.none()}  # fmt: skip
+    return pa.array([draw(st.none() | fitting.get(kind, PLAIN)) for _ in range(count)], kind)
+
+
+OPEN = st.one_of(
+    st.builds('<doc id="{}" url="u" title="{}">'.format, st.integers(0, 9), st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=8)),
+    st.sampled_from(['<doc title="A">', '<doc id="1" title="">', '<doc id="1" url="x">', "<doc ", "<doc >", '<doc title=">', '<doc title="a" x="b">']),
+    st.integers(1, 3000).map(lambda times: "<doc " + 'title="' * times),
+)  # fmt: skip
+WIKI_LINE = st.one_of(OPEN, st.just("</doc>"), st.just("text </doc>"), st.just(""), st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20))  # fmt: skip
+WIKI = st.one_of(
+    st.lists(WIKI_LINE, max_size=10).map(lambda lines: Case("wiki_00", "\n".join(lines).encode("utf-8"))),
+    bare("wiki_00"),
+)
+
+
+# ---- the checks that are no table
+
+
+def check_wiki(folder: Path, case: Case) -> None:
+    """Every line that opens an article is an article read or reported, and no other line is lost."""
+    path = written(folder, case.name, case.content)
+    bad = BadRows()
+    read = taken(lambda: list(read_container(Source(str(path), "wikiextractor"), bad=bad)))
+    if read is None:
+        return
+    for words in bad.first:
+        printable(words)
+    if path.name.endswith((".gz", ".bz2")):
+        return
+    lines = [line.strip() for line in case.content.decode("utf-8").removeprefix("\ufeff").split("\n")]
+    opened = [line for line in lines if re.fullmatch(r'<doc .*title=".*">', line)] if len(str(lines)) < 5000 else None
+    if opened is not None:
+        assert len(opened) <= len(read) + bad.count
+        body = " ".join(text for article in read for _, text in article.sections)
+        strays = [line for line in lines if line and line not in opened and "</doc>" not in line]
+        lost = [line for line in strays if html_free(line) not in html_free(body)]
+        titles = " ".join(article.title for article in read)
+        assert len([line for line in lost if html_free(line) not in html_free(titles)]) <= bad.count + unclosed(lines)
+
+
+def html_free(text: str) -> str:
+    """Letters and digits alone: entities and spaces are changed on purpose."""
+    import html
+
+    return re.sub(r"\W", "", html.unescape(text))
+
+
+def unclosed(lines: list[str]) -> int:
+    """Lines of articles that never end: they are reported by their first line."""
+    count, inside = 0, []
+    for line in lines:
+        if line.startswith("<doc "):
+            count, inside = count + len(inside), []
+        elif "</doc>" in line:
+            inside = []
+        else:
+            inside.append(line)
+    return count + len(inside)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its context, answer and budgets."""
+
+    question: str
+    context: str
+    answer: str
+    context_tokens: int
+    max_length: int
+
+
+LONG = st.builds(lambda text, times: text * times, st.text(max_size=20), st.integers(1, 30))
+TEXT = st.one_of(st.text(max_size=40), LONG, st.sampled_from(["", "<|endoftext|>", "\nAnswer:", "\nQuestion: "]))
+PROMPTS = st.builds(Asked, TEXT, TEXT, TEXT, st.integers(-3, 300), st.integers(0, 300))
+
+
+def prompt_checker(folder: Path) -> Callable[[Asked], None]:
+    """Checks of prompts with a tokenizer of bytes, which leaves no character out."""
+    tokenizer = Generator.load(str(tiny.make_generator(folder / "generator"))).tokenizer
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def check(asked: Asked) -> None:
+        budget = {"context_tokens": asked.context_tokens, "max_length": asked.max_length}
+        texts = {"questions": [asked.question], "contexts": [asked.context], "answers": [asked.answer]}
+        examples = taken(lambda: encode_examples(tokenizer, **texts, **budget))
+        question, context = ids(f"\nQuestion: {asked.question}\nAnswer:"), ids(asked.context)
+        answer = (ids(f" {asked.answer}") if asked.answer else []) + [tokenizer.eos_token_id]
+        room = asked.max_length - len(question) - len(answer)
+        assert (examples is None) == (room < 0), "refused although it fits, or taken although it does not"
+        if examples is None:
+            return
+        example = with_keywords(tokenizer, examples, [asked.question])[0]
+        prompt, labels = example.input_ids[: example.prompt_length], example.input_ids[example.prompt_length :]
+        kept = min(len(context), max(asked.context_tokens, 0), room)
+        assert labels == answer and prompt == context[:kept] + question
+        assert len(example.input_ids) <= asked.max_length
+
+    return check
+
+
+SETTING = st.one_of(st.sampled_from(sorted(KINDS)), PLAIN)
+YAML_VALUE = st.one_of(SCALARS, st.sampled_from(["inf", "nan", "1e-3", "yes", "on", "~", "0x10", "1_000", "2026-01-01", "!!python/object:os.system", "&a [*a]", "<<"]), st.lists(PLAIN, max_size=2))  # fmt: skip
+YAML = st.one_of(
+    BYTES,
+    st.dictionaries(SETTING, YAML_VALUE, max_size=4).map(lambda found: yaml.dump(found, allow_unicode=True).encode("utf-8", "replace")),
+    st.lists(st.tuples(SETTING, YAML_VALUE), max_size=4).map(lambda found: "".join(f"{name}: {value}\n" for name, value in found).encode("utf-8", "replace")),
+    NESTED.map(str.encode),
+    NESTED.map(lambda nested: f"report_to: {nested}\n".encode()),
+    NESTED.map(lambda nested: f"? {nested}\n: 1\n".encode()),
+)  # fmt: skip
+
+
+def check_yaml(folder: Path, content: bytes) -> None:
+    """Settings that come out are numbers that can be worked with, and of the kind that the setting has."""
+    path = written(folder, "settings.yaml", content)
+    settings_read = taken(lambda: parse_settings(["--config", str(path)]))
+    if settings_read is not None:
+        numbers = [value for value in settings_read.to_dict().values() if isinstance(value, float)]
+        assert all(abs(number) < float("inf") for number in numbers)
+
+
+# ---- the run
+
+
+def target(name: str, folder: Path) -> tuple[SearchStrategy, Callable[[Any], None]]:
+    """What is drawn for a target, and how it is checked; files go to `folder`."""
+    if name == "prompts":
+        return PROMPTS, prompt_checker(folder)
+    if name == "yaml":
+        return YAML, lambda content: check_yaml(folder, content)
+    if name == "wikiextractor":
+        return WIKI, lambda case: check_wiki(folder, case)
+    cases = TABLES[name]
+    files = bare(f"table.{'json' if name == 'squad' else name}")
+    strategy = st.one_of(cases, with_damage(cases), files)
+    return strategy, lambda case: check_tables(written(folder, case.name, case.content), case.rows)
+
+
+LINES = st.lists(
+    st.one_of(OBJECTS.map(json.dumps), VALUES.map(json.dumps), PLAIN, NESTED, NESTED.map('{{"question": "Who?", "answers": {}}}'.format)),
+    max_size=5,
+)  # fmt: skip
+TABLES = {
+    "tsv": st.builds(as_tsv, st.none() | HEADERS, ROWS),
+    "csv": st.builds(as_csv, HEADERS, ROWS),
+    "jsonl": LINES.map(as_jsonl),
+    "json": st.lists(st.one_of(OBJECTS, VALUES), max_size=5).map(as_json),
+    "squad": ARTICLES.map(as_squad),
+    "parquet": parquet_files(),
+}
+READERS = (*TABLES, "wikiextractor", "prompts", "yaml")
+
+
+def fuzz(name: str, inputs: int, folder: Path, *, shrink: bool = False) -> int:
+    """Draw and check that many inputs of one target; gives back how many were. Raises at the first that fails.
+
+    shrink: look for the smallest input that fails, for minutes if need be.
+    """
+    strategy, check = target(name, folder)
+    drawn = 0
+
+    def counted(value) -> None:
+        nonlocal drawn
+        drawn += 1
+        in_time(check)(value)
+
+    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
+    lenient = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    limits = settings(max_examples=inputs, phases=phases, report_multiple_bugs=False, **lenient)
+    limits(given(strategy)(counted))()
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1000, help="inputs for each target (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=READERS, default=READERS, help="targets (default: all)")
+    parser.add_argument("--shrink", action="store_true", help="look for the smallest input that fails")
+    arguments = parser.parse_args()
+    for name in arguments.only:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = fuzz(name, arguments.inputs, Path(folder), shrink=arguments.shrink)
+        print(f"{name}: {drawn} inputs, none taken badly ({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

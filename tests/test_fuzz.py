@@ -1,0 +1,100 @@
+"""Broken inputs are refused with a sentence, never with a traceback, and no row is lost without a word (see fuzz_run.py)."""
+
+import time
+
+import fuzz_run
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cozyrag.config import parse_settings
+from cozyrag.documents import Source, read_container, read_document
+from cozyrag.errors import InputError
+from cozyrag.generator import Generator
+from cozyrag.passages import read_passages
+from cozyrag.prompts import encode_prompts
+from cozyrag.questions import read_questions
+from cozyrag.tables import BadRows
+
+
+@pytest.mark.parametrize("name", fuzz_run.READERS)
+def test_drawn_inputs_are_read_or_refused(name, tmp_path):
+    fuzz_run.fuzz(name, 15 if name == "yaml" else 60, tmp_path)  # the parser of settings is slow
+
+
+# ---- what it found
+
+
+def test_answers_nested_too_deeply_are_a_bad_row(tmp_path):
+    rows = ['{"question": "Who?", "answers": ["Ada"]}', f'{{"question": "Who?", "answers": {"[" * 700}{"]" * 700}}}']
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    read = read_questions(str(tmp_path / "q.jsonl"), skip_bad_rows=True)
+    assert len(read.table) == 1 and "line 2: answers is nested too deeply" in read.report
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([0, 2**62], pa.int64()).view(pa.timestamp("us")),  # no year that Python knows
+        pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"], pa.binary()).buffers()),
+    ],
+    ids=["time", "bytes"],
+)
+def test_a_parquet_cell_that_python_cannot_hold_is_a_bad_row(tmp_path, column):
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["A.", "B."]), column], names=["text", "more"]), tmp_path / "p.parquet"
+    )
+    table, report = read_passages(str(tmp_path / "p.parquet"), skip_bad_rows=True)
+    assert table["text"][:] == ["A."] and "p.parquet, row 2: cannot be read (" in report
+
+
+def test_a_parquet_column_that_stands_there_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["A."]), pa.array(["B."])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(InputError, match='found "text" more than once'):
+        read_passages(str(tmp_path / "p.parquet"))
+
+
+def test_a_message_about_half_a_surrogate_pair_can_be_printed(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"\\ud800": "A."}')
+    with pytest.raises(InputError, match=r'found "\\ud800"') as refused:
+        read_passages(str(tmp_path / "p.jsonl"))
+    str(refused.value).encode("utf-8")
+    bad = BadRows()
+    bad.add("p.jsonl, line 1", "found \ud800")
+    bad.first[0].encode("utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["undefined", "unicode_escape"])
+def test_a_web_page_in_an_encoding_that_gives_no_text_is_refused(tmp_path, encoding):
+    (tmp_path / "page.html").write_text(f'<meta charset="{encoding}"><p>\\ud800</p>')
+    with pytest.raises(InputError, match=f"expected a page in {encoding}"):
+        read_document(Source(str(tmp_path / "page.html"), "html"))
+
+
+def test_a_long_line_that_nearly_opens_an_article_takes_no_time(tmp_path):
+    (tmp_path / "wiki_00").write_text("<doc " + 'title="' * 40_000)
+    started, bad = time.process_time(), BadRows()
+    assert list(read_container(Source(str(tmp_path / "wiki_00"), "wikiextractor"), bad=bad)) == [] and bad.count == 1
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("report_to: " + "[" * 600, "not valid YAML"),
+        ("? [rounds]\n: 1\n", "line 1: expected the name of a setting, found a sequence"),
+        ("save_minutes: inf\n", "save_minutes: expected a finite number, found inf"),
+    ],
+    ids=["nested", "key", "infinite"],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, text, found):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(InputError, match=found):
+        parse_settings(["--config", str(tmp_path / "s.yaml")])
+
+
+def test_a_context_without_a_budget_is_left_out(generator_path):
+    tokenizer = Generator.load(str(generator_path)).tokenizer
+    given = {"questions": ["Who?"], "contexts": ["The fox is red."], "max_length": 100, "reserve": 1}
+    assert encode_prompts(tokenizer, context_tokens=-1, **given) == encode_prompts(tokenizer, context_tokens=0, **given)
