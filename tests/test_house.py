@@ -30,7 +30,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes"),
+    ("files", "processes", "quantised"),
     (
         "tables",
         "prompts",
