@@ -26,7 +26,10 @@ from cozyrag.indexing import _bytes as bytes_of
 from cozyrag.quantised import ADDED, memory_of, search_shards, stretches
 from cozyrag.vectors import Known, store_passages, write_vectors
 
-MOVED, ASKED = 0.4, (0.4, 0.7)  # how far passages and questions lie from the real vectors, in differences of two of those
+MOVED, ASKED = (
+    0.4,
+    (0.4, 0.7),
+)  # how far passages and questions lie from the real vectors, in differences of two of those
 NAME = "0" * 16
 
 
@@ -42,8 +45,17 @@ def main() -> None:
         faiss.omp_set_num_threads(options.threads)
         started = time.perf_counter()
         factory, share = write_index(place, NAME, vectors, options.memory)
-        facts = {"vectors": len(vectors), "dimensions": vectors.shape[1], "index": factory, "build_seconds": time.perf_counter() - started}
-        facts |= {"planned_MB": memory_of(factory, *vectors.shape) / 1e6, "recall_when_tuned": share, "threads": options.threads}
+        facts = {
+            "vectors": len(vectors),
+            "dimensions": vectors.shape[1],
+            "index": factory,
+            "build_seconds": time.perf_counter() - started,
+        }
+        facts |= {
+            "planned_MB": memory_of(factory, *vectors.shape) / 1e6,
+            "recall_when_tuned": share,
+            "threads": options.threads,
+        }
         facts["search"] = json.loads((place / "index.json").read_text(encoding="utf-8")).get("search")
         everything = search_shards(stretches(vectors), np.concatenate(list(questions.values())), 10)[1]
         exact = np.split(everything, np.cumsum([len(each) for each in questions.values()])[:-1])
@@ -62,7 +74,11 @@ def _arguments() -> argparse.Namespace:
     add("--questions", help="vectors of real questions, .npy (n, dim), beside those made up")
     add("--asked", type=int, default=200, help="questions, at most (default: 200)")
     add("--threads", type=int, default=2, help="threads of FAISS (default: 2)")
-    add("--folder", default=tempfile.gettempdir(), help="where the index may lie meanwhile: 2 GB for a million of 384 dimensions")
+    add(
+        "--folder",
+        default=tempfile.gettempdir(),
+        help="where the index may lie meanwhile: 2 GB for a million of 384 dimensions",
+    )
     return parser.parse_args()
 
 

@@ -29,7 +29,7 @@ PER_LIST = 64  # vectors that each centroid is trained on
 TARGET = 0.97  # of the 10 nearest
 MOVED = np.float32(0.6)  # how far from a passage a question is imitated, in differences of two passages
 FACTORS = (5, 10, 20)  # candidates for each passage wanted
-TYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
+TYPES = {"F32": np.float32, "U8": np.uint8, "I32": np.int32}
 _LISTED = re.compile(r"IVF(\d+),PQ(\d+)x4fs")
 
 
@@ -49,7 +49,7 @@ def memory_of(factory: str, count: int, dimensions: int) -> int:
     if shape := listed(factory):
         lists, parts = shape
         # Codes lie in blocks of 32, half filled at the end of a list; then row numbers, centroids and codebooks.
-        return (count + 16 * lists) * (parts + 1) // 2 + count * 8 + (lists + 16) * dimensions * 4
+        return (count + 16 * lists) * ((parts + 1) // 2) + count * 8 + (lists + 16) * dimensions * 4
     return {"Flat": 4 * count, "SQ8": count, "Mapped": 4 * min(count, STRETCH)}[factory] * dimensions
 
 
@@ -287,8 +287,3 @@ def _found(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, tuned: 
 
 def _share(exact: np.ndarray, found: np.ndarray) -> float:
     return float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)])) if exact.size else 1.0
-
-
-def share_found(index: faiss.Index, vectors: np.ndarray) -> float:
-    """Recall of an index that is searched as `tune` finds best: the share of the 10 exact nearest."""
-    return tune(index, vectors)[1]
