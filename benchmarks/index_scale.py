@@ -22,14 +22,12 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from cozyrag.index import PassageIndex, write_index
-from cozyrag.indexing import _bytes as bytes_of
+from cozyrag.indexing import bytes_of
 from cozyrag.quantised import ADDED, memory_of, search_shards, stretches
 from cozyrag.vectors import Known, store_passages, write_vectors
 
-MOVED, ASKED = (
-    0.4,
-    (0.4, 0.7),
-)  # how far passages and questions lie from the real vectors, in differences of two of those
+# How far passages and questions lie from real vectors, in differences of two of those.
+MOVED, ASKED = 0.4, (0.4, 0.7)
 NAME = "0" * 16
 
 

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder for the index; an index in it is brought up to date")
     add("--retriever", default=EMBEDDED, help="folder or Hub id of a SentenceTransformer (default: embedded)")
     add("--retriever_revision", help="Hub revision of --retriever")
-    add("--index_memory", type=_bytes, metavar="SIZE", help="memory for the index, such as 400MB or 8GB: Flat (exact) if it fits, else SQ8 (a quarter of it), from 100,000 passages on lists of short codes (about a 25th; also faster), else the vectors stay on the disk (exact and slow); default: no limit")  # fmt: skip
+    add("--index_memory", type=bytes_of, metavar="SIZE", help="memory for the index, such as 400MB or 8GB: Flat (exact) if it fits, else SQ8 (a quarter of it), from 100,000 passages on lists of short codes (about a 25th; also faster), else the vectors stay on the disk (exact and slow); default: no limit")  # fmt: skip
     add("--passage_tokens", type=int, default=contexts.passage_tokens, help=f"what the retriever reads of a passage, as in train.py (default: {contexts.passage_tokens})")  # fmt: skip
     add("--encode_batch_size", type=int, default=contexts.encode_batch_size, help=f"passages encoded at once (default: {contexts.encode_batch_size})")  # fmt: skip
     add("--shard_size", type=int, default=4096, help="passages after which what is encoded is kept (default: 4096)")
@@ -156,7 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bytes(text: str) -> int:
+def bytes_of(text: str) -> int:
+    """The bytes of a size such as 400MB. Raises argparse.ArgumentTypeError for what is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not found or not float(found[1]):
         raise argparse.ArgumentTypeError(f"expected a size such as 400MB or 8GB, found {text!r}")
