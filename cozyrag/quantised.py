@@ -28,7 +28,7 @@ FEWEST = 4096  # vectors for lists: below, there is nothing to gain
 PER_LIST = 64  # vectors that each centroid is trained on
 TARGET = 0.98  # of the 10 nearest
 MOVED = np.float32(1)  # how far from a passage a question is imitated, in differences of two passages
-FACTORS = (5, 10, 20)  # candidates for each passage wanted
+FACTORS = (10, 20, 40)  # candidates for each passage wanted
 TYPES = {"F32": np.float32, "U8": np.uint8, "I32": np.int32}
 _LISTED = re.compile(r"IVF(\d+),PQ(\d+)x4fs")
 
