@@ -7,7 +7,7 @@ with the passages found (contexts.py).
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
+from cozyrag.quantised import (
+    COLUMN,
+    STRETCH,
+    Lists,
+    Tuned,
+    best,
+    build_faiss,
+    choose_index,
+    is_known,
+    listed,
+    open_vectors,
+    rescored,
+    search_shards,
+    stretches,
+    tune,
+)
 from cozyrag.sentences import SentenceVectors, sentence_spans, split_sentences
 
-COLUMN = "vectors"
-SPARE = 16
 _COPY_AGAIN = "Copy the whole folder again, or run train.py again."
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
-BYTES = {"Flat": 4, "SQ8": 1}  # of memory for each dimension of a vector, by FAISS index; the first one is exact
-TRAINED_ON = 100_000  # vectors, evenly spread, that a quantised index learns its ranges from
-ADDED = 65_536  # vectors handed to FAISS at once
+LISTS = "lists.safetensors"  # beside the others where the index has lists
+EXACT = ("Flat", "Mapped")
 NEEDED = tuple(
     name for name in FILES if name != "index.faiss"
 )  # which is written for other programs and never read here
@@ -57,87 +70,36 @@ def _facts(folder: Path) -> dict | None:
 
 
 def write_facts(
-    path: Path, fingerprint: str, shape: tuple[int, int], factory: str, *, sizes: dict[str, int] | None = None
-) -> None:
-    """Write index.json: whose vectors, how many (`shape`: (n, dim)), which FAISS index, and the `sizes` of the other files."""
+    path: Path, fingerprint: str, shape: tuple[int, int], factory: str, *, tuned: Tuned | None = None, sizes: dict[str, int] | None = None
+) -> None:  # fmt: skip
+    """Write index.json: whose vectors, how many (`shape`: (n, dim)), which FAISS index, how it is searched, the `sizes` of the other files."""
     facts = {
         "retriever_fingerprint": fingerprint,
         "passages": shape[0],
         "dimensions": shape[1],
         "metric": "inner product",
         "factory": factory,
-    } | ({"bytes": sizes} if sizes else {})
+    }
+    facts |= ({"search": vars(tuned)} if listed(factory) else {}) | ({"bytes": sizes} if sizes else {})
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def choose_index(count: int, dimensions: int, memory: int | None) -> str:
-    """The FAISS index, a key of BYTES, for `count` vectors within `memory` bytes: the most exact one that fits; None: no limit.
+def write_index(place: Path, fingerprint: str, vectors: np.ndarray, memory: int | None) -> tuple[str, float | None]:
+    """Choose, make, tune and write the index of vectors (n, dim) that lie in `place` already, memory-mapped.
 
-    Raises InputError if none fits.
+    Returns the kind, and the share of the 10 exact nearest that it finds, None where it finds them all. Raises InputError if
+    none fits into `memory` bytes.
     """
-    for factory, size in BYTES.items():
-        if memory is None or count * dimensions * size <= memory:
-            return factory
-    raise InputError(
-        f"--index_memory: {count} vectors of {dimensions} dimensions need at least {count * dimensions * size / 1e6:,.2f} MB ({factory}), "
-        f"found {memory / 1e6:,.2f} MB. Give more, or index fewer passages."
-    )
-
-
-def build_faiss(vectors: np.ndarray, factory: str) -> faiss.Index:
-    """A FAISS index of vectors (n, dim), which may be memory-mapped; the same vectors give the same index."""
-    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    if not index.is_trained:
-        sample = np.unique(np.linspace(0, len(vectors) - 1, min(TRAINED_ON, len(vectors))).astype(np.int64))
-        index.train(np.ascontiguousarray(vectors[sample], dtype=np.float32))
-    for start in range(0, len(vectors), ADDED):
-        index.add(np.ascontiguousarray(vectors[start : start + ADDED], dtype=np.float32))
-    return index
-
-
-def open_vectors(path: str | Path) -> np.ndarray:
-    """The vectors (n, dim) float32 of a vectors.safetensors, memory-mapped: only what is touched is read."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        facts = json.loads(file.read(length))[COLUMN]
-    return np.memmap(path, np.float32, "r", offset=8 + length + facts["data_offsets"][0], shape=tuple(facts["shape"]))
-
-
-def search_shards(shards: Iterable[np.ndarray], queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search over vectors that lie in several arrays, as `PassageIndex.search` over one that holds them all in order.
-
-    Args:
-        shards: each (n, dim) float32, may be memory-mapped; one at a time is held in memory.
-
-    Returns:
-        scores (n, k) descending and rows (n, k), counted over all shards; equal scores stand in the order of the rows.
-    """
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
-    scores, rows = np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
-    before = 0
-    for shard in filter(len, shards):
-        found, places = build_faiss(shard, "Flat").search(queries, min(k + SPARE, len(shard)))
-        scores, rows = np.hstack([scores, found]), np.hstack([rows, places + before])
-        scores, rows = _best(scores, rows, k + SPARE)
-        before += len(shard)
-    return scores[:, :k], rows[:, :k]
-
-
-def share_found(index: faiss.Index, vectors: np.ndarray, *, asked: int = 100, k: int = 10) -> float:
-    """Recall of a quantised index: the share of the `k` exact nearest that it finds for `asked` of the vectors, evenly spread."""
-    queries = vectors[np.unique(np.linspace(0, len(vectors) - 1, asked).astype(np.int64))]
-    shards = (vectors[start : start + ADDED] for start in range(0, len(vectors), ADDED))
-    exact = search_shards(shards, queries, k)[1]
-    found = index.search(np.ascontiguousarray(queries), min(k + SPARE, len(vectors)))[1]
-    scores = np.einsum("nkd,nd->nk", vectors[found], queries)
-    rows = _best(scores, found, k)[1]
-    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact, rows, strict=True)]))
-
-
-def _best(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each line, equal scores in the order of the rows."""
-    order = np.lexsort((rows, -scores), axis=-1)[:, :k]
-    return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
+    factory, tuned, share = choose_index(*vectors.shape, memory), None, None
+    lists = Lists.of(vectors, factory) if listed(factory) else None
+    built = lists.faiss() if lists else build_faiss(vectors, factory)
+    if lists:
+        lists.save(place / LISTS)
+    if factory not in EXACT:
+        tuned, share = tune(built, vectors)
+    faiss.write_index(built, str(place / "index.faiss"))
+    write_facts(place / "index.json", fingerprint, vectors.shape, factory, tuned=tuned)
+    return factory, share
 
 
 @contextmanager
@@ -150,16 +112,43 @@ def _no_bars() -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
+class TextColumn(Sequence):
+    """A column of texts that Arrow reads from a memory-mapped file; equal to any sequence of the same texts."""
+
+    def __init__(self, column: pyarrow.ChunkedArray):
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        return self._column[at].to_pylist() if isinstance(at, slice) else self._column[int(at)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._column.chunks:
+            yield from chunk.to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(str.__eq__, self, other))
+
+
 @dataclass(frozen=True)
 class Passages:
-    """The columns of the passages table as plain lists, for reading rows fast; row i is row i of the vectors."""
+    """The columns of the passages table for reading rows fast; row i is row i of the vectors.
 
-    ids: list[str]
-    titles: list[str]
-    texts: list[str]
+    Plain lists, or, beside an index that is to need little memory, columns that stay on the disk.
+    """
+
+    ids: Sequence[str]
+    titles: Sequence[str]
+    texts: Sequence[str]
 
     @classmethod
-    def of(cls, table: Dataset) -> "Passages":
+    def of(cls, table: Dataset, *, mapped: bool = False) -> "Passages":
+        if mapped:
+            return cls(*(TextColumn(table.data.column(name)) for name in ("id", "title", "text")))
         columns = table[:]
         return cls(columns["id"], columns["title"], columns["text"])
 
@@ -192,7 +181,8 @@ class PassageIndex:
         vectors: (n_passages, dim) float32, row i = passage i.
         fingerprint: that of the retriever that made the vectors.
         sentences: vectors of the passages' sentences, for the context filter; None where they are made on the fly.
-        factory: a key of BYTES. A quantised index finds candidates, which are then scored by the vectors themselves.
+        factory: one of the kinds of quantised.py. A quantised index finds candidates, which are then scored by the vectors themselves.
+        lists: what an index with lists holds, if it was made before; tuned: how that is searched. Both are found if not given.
     """
 
     def __init__(
@@ -203,15 +193,19 @@ class PassageIndex:
         fingerprint: str,
         sentences: SentenceVectors | None = None,
         factory: str = "Flat",
+        lists: Lists | None = None,
+        tuned: Tuned | None = None,
     ):
         if len(table) != len(vectors):  # datasets would attach a wrong number of vectors without a word
             raise ValueError(f"expected one vector for each of {len(table)} passages, found {len(vectors)}")
-        self.passages = Passages.of(table)
+        self.passages = Passages.of(table, mapped=factory != "Flat")
         self.vectors = vectors
         self.sentences = sentences
         self.fingerprint = fingerprint
         self.factory = factory
-        self._index = build_faiss(vectors, factory)
+        self.lists = (lists or Lists.of(vectors, factory)) if listed(factory) else None
+        self._index = self.lists.faiss() if self.lists else build_faiss(vectors, factory)
+        self.tuned = tuned or (tune(self._index, vectors)[0] if self.lists else Tuned())
         self._table = table.select_columns(
             ["id"]
         )  # a Dataset of our own: the caller's stays free of the index, which goes by name
@@ -233,18 +227,28 @@ class PassageIndex:
             first of them are in (of up to `SPARE` that the cut would leave out).
         """
         k = min(k, len(self))
-        # FAISS keeps any of those that tie for the last place, so a few more are asked for and cut off after sorting.
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        scores, rows = self._table.search_batch(COLUMN, queries, min(k + SPARE, len(self)))
-        if self.factory != "Flat":
-            scores = np.einsum("nkd,nd->nk", self.vectors[rows], queries)
-        return _best(scores, rows, k)
+        if self.factory == "Mapped":
+            return search_shards(stretches(self.vectors, STRETCH), queries, k)
+        # FAISS keeps any of those that tie for the last place, so a few more are asked for and cut off after sorting.
+        more = self.tuned.parameters() if self.lists else {}
+        scores, rows = self._table.search_batch(COLUMN, queries, self.tuned.candidates(k, len(self)), **more)
+        if self.factory == "Flat":
+            return best(scores, rows, k)
+        scores, rows = rescored(self.vectors, queries, rows, k)
+        few = np.flatnonzero((rows < 0).any(axis=1))  # the lists that were read hold less than k
+        if len(few):
+            more = Tuned(len(self.lists.centroids)).parameters()
+            found = self._table.search_batch(COLUMN, queries[few], self.tuned.candidates(k, len(self)), **more)[1]
+            scores[few], rows[few] = rescored(self.vectors, queries[few], found, k)
+        return scores, rows
 
     def save(self, folder: str | Path) -> None:
         """Write passages, vectors, FAISS file and index.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        table = Dataset.from_dict({"id": self.passages.ids, "title": self.passages.titles, "text": self.passages.texts})
+        columns = ("id", self.passages.ids), ("title", self.passages.titles), ("text", self.passages.texts)
+        table = Dataset.from_dict({name: list(column) for name, column in columns})
         table.to_parquet(str(folder / "passages.parquet"))
         tensors = {COLUMN: np.ascontiguousarray(self.vectors)}
         if self.sentences is not None:
@@ -252,15 +256,19 @@ class PassageIndex:
         # Beside its place first: the vectors that are written may be read from the very file that is there.
         save_file(tensors, folder / "vectors.safetensors.new")
         os.replace(folder / "vectors.safetensors.new", folder / "vectors.safetensors")
+        (folder / LISTS).unlink(missing_ok=True)  # what is mapped from it stays readable
+        if self.lists:
+            self.lists.save(folder / LISTS)
         faiss.write_index(self._index, str(folder / "index.faiss"))
-        sizes = {name: (folder / name).stat().st_size for name in FILES[:-1]}
-        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory, sizes=sizes)
+        sizes = {name: (folder / name).stat().st_size for name in (*FILES[:-1], *([LISTS] if self.lists else []))}
+        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory, tuned=self.tuned, sizes=sizes)  # fmt: skip
 
     @classmethod
     def load(cls, folder: str | Path, *, fingerprint: str, expected: Passages | None = None) -> "PassageIndex":
-        """Read what `save` or `cozyrag index` wrote; the FAISS index is rebuilt from the vectors (flat: milliseconds).
+        """Read what `save` or `cozyrag index` wrote; the FAISS index is rebuilt from the vectors (flat: milliseconds) or from its lists.
 
-        Beside a quantised index the vectors stay on the disk, memory-mapped.
+        Beside an index that is not flat the vectors stay on the disk, memory-mapped, and so do the texts, in an Arrow file that
+        `datasets` makes in its cache.
 
         Raises:
             InputError: a file is missing, the vectors were made by another retriever than `fingerprint`'s, they are not as
@@ -286,12 +294,14 @@ class PassageIndex:
                 f"The index in {folder} was made by retriever {found}, but the retriever in use is {fingerprint}: their vectors do not "
                 "compare. Use the retriever that was saved with the index, or index the passages again."
             )
-        factory = _factory(folder)
+        factory, mapped = _factory(folder), _factory(folder) != "Flat"
         try:
             with _no_bars():
-                table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=True)
-            tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
-        except (SafetensorError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, OSError) as error:
+                table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=not mapped)
+            tensors = _tensors(folder / "vectors.safetensors", mapped=mapped)
+            lists = Lists.load(folder / LISTS, factory, tensors[COLUMN].shape) if listed(factory) else None
+            tuned = Tuned(**facts["search"]) if lists else None
+        except (SafetensorError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:  # fmt: skip
             raise InputError(
                 f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). {_COPY_AGAIN}"
             ) from error
@@ -307,15 +317,17 @@ class PassageIndex:
             )
         kept = "sentence_vectors" in tensors
         sentences = SentenceVectors(tensors["sentence_vectors"], tensors["sentence_ends"]) if kept else None
-        return cls(table, tensors[COLUMN], fingerprint=found, sentences=sentences, factory=factory)
+        return cls(
+            table, tensors[COLUMN], fingerprint=found, sentences=sentences, factory=factory, lists=lists, tuned=tuned
+        )
 
 
 def _factory(folder: Path) -> str:
     facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     factory = facts.get("factory", "Flat")
-    if factory not in BYTES:
+    if not is_known(factory):
         raise InputError(
-            f"{folder / 'index.json'}: expected a FAISS index among {', '.join(BYTES)}, found {factory!r}. Update cozyrag, or make the index again."
+            f"{folder / 'index.json'}: expected a FAISS index such as Flat, SQ8, IVF1024,PQ96x4fs or Mapped, found {factory!r}. Update cozyrag, or make the index again."
         )
     return factory
 

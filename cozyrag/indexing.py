@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -29,8 +28,9 @@ from cozyrag.config import (
     TrainingSettings,
 )
 from cozyrag.errors import InputError
-from cozyrag.index import BYTES, FILES, build_faiss, choose_index, made_by, share_found, write_facts
+from cozyrag.index import FILES, LISTS, made_by, write_index
 from cozyrag.passages import stream_passages
+from cozyrag.quantised import memory_of
 from cozyrag.retriever import Retriever
 from cozyrag.run import make_accelerator
 from cozyrag.tables import SHOWN, BadRows, no_rows
@@ -111,7 +111,7 @@ class _Work:
     def open(self) -> None:
         """Make the folders; leave alone a folder that holds other things."""
         if self.folder.exists() and not self.place.exists():
-            strangers = sorted({path.name for path in self.folder.iterdir()} - set(FILES))
+            strangers = sorted({path.name for path in self.folder.iterdir()} - {*FILES, LISTS})
             if strangers:
                 raise InputError(
                     f"--output {self.folder}: expected a new folder or one with an index, found {strangers[0]} in it. Name another folder."
@@ -121,7 +121,8 @@ class _Work:
     def publish(self) -> None:
         """Move the finished files into their folder; index.json goes first and comes last, so that no half index passes for whole."""
         (self.folder / "index.json").unlink(missing_ok=True)
-        for name in FILES:
+        (self.folder / LISTS).unlink(missing_ok=True)
+        for name in (*([LISTS] if (self.place / LISTS).exists() else []), *FILES):
             os.replace(self.place / name, self.folder / name)
         shutil.rmtree(self.place)
 
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder for the index; an index in it is brought up to date")
     add("--retriever", default=EMBEDDED, help="folder or Hub id of a SentenceTransformer (default: embedded)")
     add("--retriever_revision", help="Hub revision of --retriever")
-    add("--index_memory", type=_bytes, metavar="SIZE", help="memory for the index, such as 400MB or 8GB: the most exact one that fits is made, Flat (exact) or SQ8 (a quarter of it); default: no limit")  # fmt: skip
+    add("--index_memory", type=bytes_of, metavar="SIZE", help="memory for the index, such as 400MB or 8GB: Flat (exact) if it fits, else SQ8 (a quarter of it), from 100,000 passages on lists of short codes (about a 25th; also faster), else the vectors stay on the disk (exact and slow); default: no limit")  # fmt: skip
     add("--passage_tokens", type=int, default=contexts.passage_tokens, help=f"what the retriever reads of a passage, as in train.py (default: {contexts.passage_tokens})")  # fmt: skip
     add("--encode_batch_size", type=int, default=contexts.encode_batch_size, help=f"passages encoded at once (default: {contexts.encode_batch_size})")  # fmt: skip
     add("--shard_size", type=int, default=4096, help="passages after which what is encoded is kept (default: 4096)")
@@ -155,7 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bytes(text: str) -> int:
+def bytes_of(text: str) -> int:
+    """The bytes of a size such as 400MB. Raises argparse.ArgumentTypeError for what is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not found or not float(found[1]):
         raise argparse.ArgumentTypeError(f"expected a size such as 400MB or 8GB, found {text!r}")
@@ -250,14 +252,11 @@ def _finish(work: _Work, hashes: np.ndarray, memory: int | None) -> str:
     """Put vectors and index together and in their place; returns what to tell."""
     known = known_vectors(work.folder, work.shards, work.fingerprint)
     vectors = write_vectors(work.place / "vectors.safetensors", hashes, known)
-    factory = choose_index(*vectors.shape, memory)
-    built = build_faiss(vectors, factory)
-    faiss.write_index(built, str(work.place / "index.faiss"))
-    write_facts(work.place / "index.json", work.fingerprint, vectors.shape, factory)
-    size = len(vectors) * vectors.shape[1] * BYTES[factory] / 1e6
+    factory, share = write_index(work.place, work.fingerprint, vectors, memory)
+    size = memory_of(factory, *vectors.shape) / 1e6
     told = f"{work.folder}: {len(vectors):,} passages, index {factory}, {size:.0f} MB in memory"
-    if factory != "Flat":
-        told += f"; it finds {share_found(built, vectors):.1%} of the 10 nearest that exact search finds"
+    if share is not None:
+        told += f"; it finds {share:.1%} of the 10 nearest that exact search finds"
     replaced = made_by(work.folder)
     if replaced not in (None, work.fingerprint):
         told += f"; the index of another retriever ({replaced}) that was there is replaced"

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from cozyrag.duplicates import repeats, text_hash
 from cozyrag.errors import InputError
-from cozyrag.index import COLUMN, made_by, open_vectors, passage_text
+from cozyrag.index import made_by, passage_text
+from cozyrag.quantised import COLUMN, open_vectors
 
 ROWS = 4096  # passages of a row group, which are read together
 COPIED = 65_536  # vectors copied at once

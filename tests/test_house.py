@@ -29,7 +29,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes", "lexical"),
+    ("files", "processes", "lexical", "quantised"),
     (
         "tables",
         "prompts",
@@ -189,12 +189,14 @@ def test_only_run_constructs_an_accelerator():
     assert calling(lambda call: call[-1] == "Accelerator") == {"run"}
 
 
-def test_only_the_index_attaches_and_searches_faiss():
-    assert calling(
-        lambda call: (
-            call[-1] in ("IndexFlatIP", "search_batch", "add_faiss_index_from_external_arrays", "add_faiss_index")
-        )
-    ) == {"index"}
+def test_only_the_index_attaches_faiss():
+    attaching = ("search_batch", "add_faiss_index_from_external_arrays", "add_faiss_index")
+    assert calling(lambda call: call[-1] in attaching) == {"index"}
+
+
+def test_kinds_of_faiss_indexes_are_made_in_one_place_and_never_read_from_files():
+    assert calling(lambda call: call[-1] in ("IndexFlatIP", "IndexIVFPQ", "index_factory")) == {"quantised"}
+    assert calling(lambda call: call[-1] == "read_index") == set()
 
 
 def test_only_the_uploader_talks_to_the_hub_to_write():

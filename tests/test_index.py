@@ -14,14 +14,10 @@ from cozyrag.index import (
     NEEDED,
     PassageIndex,
     Passages,
-    build_faiss,
-    choose_index,
     made_by,
-    open_vectors,
     passage_text,
-    search_shards,
-    share_found,
 )
+from cozyrag.quantised import open_vectors
 
 EAST, NORTH, WEST = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
 
@@ -194,54 +190,7 @@ def test_saving_over_an_index_leaves_the_new_one(tmp_path):
     assert index.search(np.array([EAST]), 9)[1].tolist() == [[1, 0]]
 
 
-# ---- several shards, quantised indexes ----
-
-
-@pytest.mark.parametrize("queries", [1, 40])
-@pytest.mark.parametrize("cuts", [[], [1], [100, 101, 350], [0, 499]])
-def test_search_over_shards_is_search_over_one(queries, cuts):
-    vectors, asked = drawn(500), drawn(queries, seed=1)
-    scores, rows = search_shards(np.split(vectors, cuts), asked, 20)
-    expected_scores, expected_rows = make(vectors).search(asked, 20)
-    np.testing.assert_array_equal(rows, expected_rows)
-    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
-
-
-@pytest.mark.parametrize("queries", [1, 40])
-def test_ties_across_shards_stand_in_the_order_of_the_rows(queries):
-    vectors = np.array([NORTH, EAST, WEST, NORTH, EAST, EAST, NORTH, NORTH] * 2, dtype=np.float32)
-    for k in range(1, 17):
-        for cuts in ([3], [1, 2, 8], list(range(1, 16))):
-            rows = search_shards(np.split(vectors, cuts), np.array([EAST] * queries), k)[1]
-            np.testing.assert_array_equal(rows, make(vectors).search(np.array([EAST] * queries), k)[1])
-
-
-def test_no_shard_no_rows():
-    assert search_shards([], np.array([EAST]), 3)[1].shape == (1, 0)
-
-
-def test_the_most_exact_index_that_fits_is_chosen():
-    assert [choose_index(1000, 32, memory) for memory in (None, 128_000, 127_999, 32_000)] == [
-        "Flat",
-        "Flat",
-        "SQ8",
-        "SQ8",
-    ]
-    with pytest.raises(InputError, match="1000 vectors of 32 dimensions need at least 0.03 MB"):
-        choose_index(1000, 32, 31_999)
-
-
-def test_a_quantised_index_comes_back_and_scores_by_the_vectors(tmp_path):
-    vectors, asked = drawn(400, 32), drawn(5, 32, seed=1)
-    built = PassageIndex(table(400), vectors, fingerprint="f", factory="SQ8")
-    built.save(tmp_path)
-    loaded = PassageIndex.load(tmp_path, fingerprint="f")
-    assert loaded.factory == "SQ8" and isinstance(loaded.vectors, np.memmap)
-    (scores, rows), also = built.search(asked, 10), loaded.search(asked, 10)[1]
-    np.testing.assert_array_equal(rows, also)
-    np.testing.assert_allclose(scores, np.take_along_axis(asked @ vectors.T, rows, axis=1), atol=1e-6)
-    assert share_found(build_faiss(vectors, "SQ8"), vectors) > 0.95
-    assert share_found(build_faiss(vectors, "Flat"), vectors) == 1
+# ---- files that are not as they should be, or large ----
 
 
 def test_an_index_of_unknown_kind_is_refused(tmp_path):
