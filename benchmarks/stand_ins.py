@@ -28,7 +28,7 @@ def _import_trainer() -> None:
     modules = {
         "datasets": _empty("datasets", Dataset=object),
         "datasets.utils": _empty("datasets.utils", are_progress_bars_disabled=lambda: True),
-        "faiss": _empty("faiss"),
+        "faiss": _empty("faiss", Index=object),
     }
     placed = {name: module for name, module in modules.items() if name.partition(".")[0] in MISSING}
     sys.modules.update(placed)

@@ -36,7 +36,12 @@ from cozyrag.retriever import Retriever  # noqa: E402
 
 REPO = "me/rag"
 FAULTS = ("500", "503", "429", "cut", "lost", "half", "slow", "401", "403")
-HOW = {"retrieval": "dense", "weight": 15.0, "top_k": 2, "context_tokens": 40, "answer_tokens": 4}
+HOW = {
+    "retrieval": {"mode": "dense", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
+    "top_k": 2,
+    "context_tokens": 40,
+    "answer_tokens": 4,
+}
 
 
 class Killed(BaseException):

@@ -62,7 +62,12 @@ def make_pair(folder: Path, layers: int) -> None:
     passages = Passages.of(table)
     vectors, sentences = retriever.encode_passages(passages.to_read(), passages.spans(range(len(table))), batch_size=16)
     PassageIndex(table, vectors, fingerprint=retriever.fingerprint(), sentences=sentences).save(folder / "index")
-    how = {"retrieval": "hybrid", "weight": 15.0, "top_k": 4, "context_tokens": 96, "answer_tokens": 16}
+    how = {
+        "retrieval": {"mode": "hybrid", "stemmer": "english", "weights": {"vectors": 45.0, "sentence_words": 1.0}},
+        "top_k": 4,
+        "context_tokens": 96,
+        "answer_tokens": 16,
+    }
     (folder / "cozyrag.json").write_text(json.dumps(describe_pair(fingerprint=retriever.fingerprint(), **how)))
 
 

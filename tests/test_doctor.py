@@ -528,7 +528,7 @@ def test_the_command_ends_with_2_at_a_fault_after_the_whole_table(call, argument
 def test_help_teaches_both_uses(call):
     code, out, _ = call("--help")
     assert code == 0
-    for text in ("cozyrag doctor [SETTINGS]", "cozyrag doctor OUTPUT", "--config", "Exit code", "no occasion"):
+    for text in ("--machine | SETTINGS | OUTPUT", "cozyrag doctor OUTPUT", "--config", "Exit code", "no occasion"):
         assert text in out
 
 
