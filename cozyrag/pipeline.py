@@ -234,7 +234,13 @@ class CozyRAG:
 def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path:
     """The folder of one piece of the pair: beside cozyrag.json, or a Hub repository at the revision it names."""
     if "folder" in piece:
-        return folder / piece["folder"]
+        place = folder / piece["folder"]
+        if not place.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{folder / PAIR_FILE}: expected a piece of the pair in the folder that holds it, found {piece['folder']!r}, which lies outside. "
+                "Nothing is read from there; put the piece beside it, or get the pair anew."
+            )
+        return place
     return _download(piece["repo"], revision=piece["revision"], token=token, repo_type=repo_type)
 
 

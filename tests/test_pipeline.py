@@ -520,3 +520,13 @@ def test_asking_for_the_version_does_not_load_torch():
         "import cozyrag, sys; assert cozyrag.__version__ and not {'torch', 'transformers', 'faiss'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(cozyrag.__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize("place", ["../elsewhere", "/etc", "generator/../../elsewhere"])
+@pytest.mark.parametrize("piece", ["generator", "retriever", "index"])
+def test_a_pair_that_names_a_place_outside_its_folder_is_refused(copy, piece, place):
+    pair = json.loads((copy / "cozyrag.json").read_text())
+    pair[piece]["folder"] = place
+    (copy / "cozyrag.json").write_text(json.dumps(pair))
+    with pytest.raises(InputError, match="outside"):
+        CozyRAG.from_pretrained(copy)
