@@ -1,5 +1,6 @@
 """Writes that are whole or not there: what a fault in the middle leaves, and what a folder says of its own damage."""
 
+import contextlib
 import json
 import resource
 from pathlib import Path
@@ -16,13 +17,18 @@ from cozyrag.errors import InputError
 from cozyrag.files import NEXT, check_room, damage, replacing, seal, switch, write_json, write_jsonl, writing
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow beyond 20,000 bytes: real write errors, without a disk of our own to fill."""
+    """No file may grow beyond 20,000 bytes: real write errors, without a disk of our own to fill.
+
+    Not a fixture: pytest reports before fixtures end, and its own output may be a larger file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def sealed(folder):
@@ -89,16 +95,16 @@ def filled_index():
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_told_in_one_sentence_whatever_library_meets_it(name, small_files, tmp_path):
+def test_a_full_disk_is_told_in_one_sentence_whatever_library_meets_it(name, tmp_path):
     with pytest.raises(InputError, match="disk is full.*needs about [12] MB.*goes on from there"):
-        with replacing(tmp_path / "kept", needed=2_000_000) as coming:
+        with small_files(), replacing(tmp_path / "kept", needed=2_000_000) as coming:
             WRITERS[name](coming / "file")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_the_earlier_file(small_files, tmp_path):
+def test_a_full_disk_leaves_the_earlier_file(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
-    with pytest.raises(InputError, match="disk is full"):
+    with small_files(), pytest.raises(InputError, match="disk is full"):
         write_jsonl(tmp_path / "rows.jsonl", [{"a": "x" * 50_000}])
     assert (tmp_path / "rows.jsonl").read_text() == '{"a": 1}\n'
 
