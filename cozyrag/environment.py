@@ -37,6 +37,7 @@ EXTRAS = {  # of setup.cfg, with the module that tells whether one is there
     "demo": "gradio",
     "plots": "matplotlib",
     "pdf": "pypdf",
+    "lora": "peft",
     "mlflow": "mlflow",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
