@@ -96,7 +96,7 @@ class SentenceWords:
     A word is worth its rarity, log(1 + passages / passages with it); a sentence the sum over the words shared.
 
     Args:
-        titles, texts: of the passages; words of a title count where rarity is counted and belong to no sentence.
+        titles: of the passages; their words count where rarity is counted and belong to no sentence.
         sentences: of each passage, as its sentence vectors have them.
         stemmer: as for LexicalIndex.
     """
