@@ -149,6 +149,7 @@ class Bench:
                 answer_tokens=self.reading.answer_tokens,
                 min_answer_tokens=self.reading.min_answer_tokens,
                 no_repeat_ngram_size=self.reading.no_repeat_ngram_size,
+                extractive=self.reading.extractive,
                 no_answer_threshold=threshold,
                 batch_size=self.options.batch_size,
                 desc=f"answering: {name}",

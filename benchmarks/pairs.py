@@ -28,6 +28,7 @@ class Reading:
     answer_tokens: int
     min_answer_tokens: int
     no_repeat_ngram_size: int
+    extractive: bool
     context_filter: str
     stemmer: str
 
@@ -52,7 +53,15 @@ def load_pair(model: str, device: torch.device) -> tuple[Pair, Reading]:
     """The pair asked for. Raises InputError where nothing usable has that name."""
     if model == EMBEDDED:
         chosen = parse_settings([]).contexts
-        names = ("top_k", "context_tokens", "answer_tokens", "min_answer_tokens", "no_repeat_ngram_size", "stemmer")
+        names = (
+            "top_k",
+            "context_tokens",
+            "answer_tokens",
+            "min_answer_tokens",
+            "no_repeat_ngram_size",
+            "extractive",
+            "stemmer",
+        )
         reading = Reading(**{name: vars(chosen)[name] for name in names}, context_filter=chosen.context_filter)
         retriever = load_retriever(EMBEDDED, chosen.passage_tokens, device)
         return Pair(EMBEDDED, load_generator(EMBEDDED, device), retriever, chosen.retrieval, None, None, None), reading
@@ -63,6 +72,7 @@ def load_pair(model: str, device: torch.device) -> tuple[Pair, Reading]:
         made.answer_tokens,
         made.min_answer_tokens,
         made.no_repeat_ngram_size,
+        made.extractive,
         made.context_filter,
         made.stemmer,
     )

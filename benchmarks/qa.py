@@ -126,6 +126,7 @@ def one_by_one(bench: Bench, pair: Pair, index: PassageIndex, searcher: Searcher
         "max_new_tokens": bench.reading.answer_tokens,
         "min_new_tokens": bench.reading.min_answer_tokens,
         "no_repeat_ngram_size": bench.reading.no_repeat_ngram_size,
+        "extractive": bench.reading.extractive,
         "no_answer_threshold": pair.threshold,
     }
 

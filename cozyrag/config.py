@@ -141,6 +141,11 @@ class ContextSettings:
     answer_tokens: int = setting(24, "Longest answer that is written, in tokens of the generator.")
     min_answer_tokens: int = setting(0, "Fewest tokens that are written before an answer may end. 0: no limit.")
     no_repeat_ngram_size: int = setting(0, "No n-gram of this length is written twice in an answer. 0: no limit.")
+    extractive: bool = setting(
+        False,
+        "Write only word sequences that stand in the context, as extractive question answering does; a small generator gets its "
+        "answers to the end that way. Not for answers in other words than the text's.",
+    )
     passage_tokens: int = setting(160, "What the retriever reads of a passage, in its tokens.")
     encode_batch_size: int = setting(64, "Texts that the retriever encodes at once when it does not train.")
     answer_batch_size: int = setting(64, "Questions that the generator answers at once.")
@@ -455,6 +460,11 @@ def check_settings(settings: Settings) -> None:
     if values["query_side_only"] and values["index_refresh"] != "phase":
         raise InputError(
             f"--index_refresh {values['index_refresh']}: with --query_side_only the vectors of passages never change. Leave one of the two out."
+        )
+    if values["extractive"] and values["no_repeat_ngram_size"]:
+        raise InputError(
+            "--extractive: expected --no_repeat_ngram_size 0, because a text may repeat itself; found "
+            f"{values['no_repeat_ngram_size']}. Leave one of the two out."
         )
     if values["min_answer_tokens"] > values["answer_tokens"]:
         raise InputError(

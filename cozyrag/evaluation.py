@@ -48,6 +48,7 @@ def examine(
     batch_size: int,
     min_answer_tokens: int = 0,
     no_repeat_ngram_size: int = 0,
+    extractive: bool = False,
     no_answer_threshold: float | None = None,
     desc: str | None = None,
 ) -> tuple[dict, list[dict]]:
@@ -63,6 +64,7 @@ def examine(
         "max_new_tokens": answer_tokens,
         "min_new_tokens": min_answer_tokens,
         "no_repeat_ngram_size": no_repeat_ngram_size,
+        "extractive": extractive,
         "no_answer_threshold": no_answer_threshold,
         "batch_size": batch_size,
     }

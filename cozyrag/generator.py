@@ -26,8 +26,9 @@ from transformers import (
 from cozyrag import adapters
 from cozyrag.batches import collate
 from cozyrag.errors import InputError
+from cozyrag.extractive import Spans, allowed_tokens
 from cozyrag.penalties import Penalties
-from cozyrag.prompts import PLAIN, chat_layout, encode_examples, encode_prompts
+from cozyrag.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
 
 OTHER = "--generator scratch trains a small GPT-2 from nothing"
 ENDLESS = 2048  # tokens for a model that could read any number
@@ -188,13 +189,15 @@ class Generator:
         batch_size: int = 32,
         min_new_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
+        extractive: bool = False,
         no_answer_threshold: float | None = None,
         progress=iter,
     ) -> list[str]:
         """Greedy answers, in the order of the questions; batches are made of prompts of like length.
 
-        `min_new_tokens` and `no_repeat_ngram_size` are transformers' controls of decoding, 0 = off. With a
-        `no_answer_threshold` an answer is "" where writing nothing is more probable than that, and never empty elsewhere.
+        `min_new_tokens` and `no_repeat_ngram_size` are transformers' controls of decoding, 0 = off. An `extractive` answer is a
+        word sequence of the context, "" where there is no context. With a `no_answer_threshold` an answer is "" where writing
+        nothing is more probable than that, and never empty elsewhere.
         """
         if no_answer_threshold is not None:
             min_new_tokens = max(1, min_new_tokens)
@@ -223,7 +226,11 @@ class Generator:
         self.model.eval()
         for start in progress(range(0, len(order), batch_size)):
             rows = order[start : start + batch_size]
-            for row, text in zip(rows, self._complete([prompts[row] for row in rows], limits), strict=True):
+            if extractive:
+                spans = {row: self._spans(prompts[row], questions[row], limits) for row in rows}
+                rows = [row for row in rows if spans[row]]
+            allowed = [spans[row] for row in rows] if extractive else None
+            for row, text in zip(rows, self._complete([prompts[row] for row in rows], limits, allowed), strict=True):
                 answers[row] = text
         self.model.train(was_training)
         if no_answer_threshold is not None:
@@ -239,10 +246,25 @@ class Generator:
             self.log_likelihoods(questions, contexts, nothing, context_tokens=context_tokens, batch_size=batch_size)
         )
 
-    def _complete(self, prompts: list[list[int]], limits: dict) -> list[str]:
+    def _spans(self, prompt: list[int], question: str, limits: dict) -> Spans:
+        """The spans of the context that a prompt holds."""
+        context = context_tokens_of(self.tokenizer, prompt, question, self.layout)
+        return Spans(
+            self.tokenizer,
+            self.tokenizer.decode(context, clean_up_tokenization_spaces=False),
+            lead=self.layout.lead,
+            end=self.end,
+            longest=limits["max_new_tokens"],
+            shortest=limits["min_new_tokens"] or 0,
+        )
+
+    def _complete(self, prompts: list[list[int]], limits: dict, spans: list[Spans] | None = None) -> list[str]:
         """What the model writes behind each prompt. Prompts are padded on the left, so all answers start together."""
+        if not prompts:
+            return []
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
-        output = self.model.generate(**batch, **limits, do_sample=False)
+        allowed = spans and allowed_tokens(spans, batch["input_ids"].shape[1])
+        output = self.model.generate(**batch, **limits, do_sample=False, prefix_allowed_tokens_fn=allowed)
         texts = self.tokenizer.decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 

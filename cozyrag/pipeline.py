@@ -120,6 +120,7 @@ class CozyRAG:
         answer_tokens: int,
         min_answer_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
+        extractive: bool = False,
         context_filter: str = "overlap",
         no_answer_threshold: float | None = None,
     ):
@@ -142,6 +143,7 @@ class CozyRAG:
         self.answer_tokens = answer_tokens
         self.min_answer_tokens = min_answer_tokens
         self.no_repeat_ngram_size = no_repeat_ngram_size
+        self.extractive = extractive
         self.no_answer_threshold = no_answer_threshold
         self.context_filter = context_filter
         self._maker = ContextMaker(
@@ -211,6 +213,7 @@ class CozyRAG:
             max_new_tokens=self.answer_tokens,
             min_new_tokens=self.min_answer_tokens,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
+            extractive=self.extractive,
             no_answer_threshold=self.no_answer_threshold,
         )
         sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)

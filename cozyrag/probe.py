@@ -532,6 +532,7 @@ class Probe:
                     max_new_tokens=chosen.answer_tokens,
                     min_new_tokens=max(chosen.min_answer_tokens, int(self.settings.training.no_answer)),
                     no_repeat_ngram_size=chosen.no_repeat_ngram_size,
+                    extractive=chosen.extractive,
                     batch_size=count,
                 )
             )[0]

@@ -137,6 +137,14 @@ def encode_prompts(
     return prompts
 
 
+def context_tokens_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], question: str, layout: Layout = PLAIN
+) -> list[int]:
+    """The context's part of a prompt that `encode_prompts` made."""
+    (asked,) = _tokenize(tokenizer, [f"{QUESTION_CUE}{question}{layout.cue}"], layout is not PLAIN)
+    return list(prompt[len(layout.head) : len(prompt) - len(asked) - len(layout.tail)])
+
+
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -53,6 +53,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     began = time.perf_counter()
     predictions = generator.answer(
         questions["question"], contexts, context_tokens=options.context_tokens, max_new_tokens=24, batch_size=options.batch_size,
+        extractive=options.extractive,
         progress=lambda batches: tqdm(batches, desc="answering", unit="batch"),
     )  # fmt: skip
     seconds = time.perf_counter() - began
@@ -67,6 +68,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     report = {
         "questions": len(predictions),
         "context_tokens": options.context_tokens,
+        "extractive": options.extractive,
         "questions_per_second": round(len(predictions) / seconds, 1),
     }
     for name, values in scores.items():
@@ -87,6 +89,9 @@ def main() -> None:
     )
     parser.add_argument("--max_questions", type=int, help="a sample of so many questions (default: all)")
     parser.add_argument("--batch_size", type=int, default=64, help="questions answered at once (default: 64)")
+    parser.add_argument(
+        "--extractive", action="store_true", help="write only word sequences of the context (constrained decoding)"
+    )
     options = parser.parse_args()
     door(lambda: print(json.dumps(evaluate(options), indent=2)))
 

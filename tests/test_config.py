@@ -400,3 +400,8 @@ def test_an_answer_cannot_have_to_be_longer_than_it_may_be():
         "--answer_tokens=5", "--min_answer_tokens=6"
     )
     assert values("--answer_tokens=6", "--min_answer_tokens=6")["min_answer_tokens"] == 6
+
+
+def test_an_extractive_answer_may_repeat_what_the_text_repeats():
+    assert "--extractive: expected --no_repeat_ngram_size 0" in refusal("--extractive", "--no_repeat_ngram_size=3")
+    assert values("--extractive")["extractive"] is True

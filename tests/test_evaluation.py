@@ -137,6 +137,7 @@ def test_generator_is_asked_with_the_contexts_and_budgets():
         "max_new_tokens": 7,
         "min_new_tokens": 0,
         "no_repeat_ngram_size": 0,
+        "extractive": False,
         "no_answer_threshold": None,
         "batch_size": 3,
     }

@@ -427,3 +427,38 @@ def test_the_limits_of_decoding_reach_the_model(generator_path, monkeypatch):
     assert (seen[1]["min_new_tokens"], seen[1]["no_repeat_ngram_size"], seen[1]["max_new_tokens"]) == (3, 1, 8)
     words = limited[0].split()
     assert len(words) == len(set(words)) and plain != limited
+
+
+def test_extractive_answers_are_spans_of_the_context(generator):
+    texts = [
+        f"Fox {number} (born 1{number}90, in São-Paulo) isn't red; it costs £{number}." for number in range(len(ASKED))
+    ]
+    free = generator.answer(ASKED, texts, **BUDGETS)
+    bound = generator.answer(ASKED, texts, **BUDGETS, extractive=True, batch_size=5)
+    assert all(bound)
+    assert all(answer in text for answer, text in zip(bound, texts, strict=True))
+    assert not all(answer in text for answer, text in zip(free, texts, strict=True))
+    alone = [generator.answer([q], [c], **BUDGETS, extractive=True)[0] for q, c in zip(ASKED, texts, strict=True)]
+    assert alone == bound
+
+
+def test_extractive_answers_end_with_a_word_and_have_the_length_asked_for(generator):
+    text = "Unquestionably extraordinary circumstances"
+    for longest, shortest in ((40, 0), (40, 9)):
+        made = {"context_tokens": 60, "max_new_tokens": longest, "min_new_tokens": shortest}
+        (answer,) = generator.answer(["What?"], [text], **made, extractive=True)
+        assert set(answer.split()) <= set(text.split())
+        assert len(generator.tokenizer.encode(f" {answer}", add_special_tokens=False)) >= shortest
+
+
+def test_extractive_answers_to_nothing_are_empty(generator):
+    assert generator.answer(["What?", "Who?"], ["", "  "], **BUDGETS, extractive=True) == ["", ""]
+    answers = generator.answer(["What?", "Who?"], ["", "A fox."], **BUDGETS, extractive=True, no_answer_threshold=1.0)
+    assert answers[0] == "" and answers[1] in "A fox."
+
+
+def test_extractive_answers_read_only_what_the_budget_leaves(generator):
+    text = "one two three four five six seven eight nine ten"
+    kept = generator.tokenizer.decode(generator.tokenizer.encode(text, add_special_tokens=False)[:4])
+    answers = generator.answer(ASKED, [text] * len(ASKED), context_tokens=4, max_new_tokens=9, extractive=True)
+    assert all(answer in kept for answer in answers)

@@ -22,6 +22,7 @@ TIERS = (
         "fingerprints",
         "sentences",
         "penalties",
+        "extractive",
         "refresh",
         "duplicates",
         "network",
