@@ -30,6 +30,10 @@ TARGET = 0.99  # of the 10 nearest
 MOVED = np.float32(1)  # how far from a passage a question is imitated, in differences of two passages
 FACTORS = (10, 20, 40)  # candidates for each passage wanted
 TYPES = {"F32": np.float32, "U8": np.uint8, "I32": np.int32}
+# From how many numbers in a batch of questions on FAISS multiplies matrices. Newer versions wait for 128,000, 333 questions of 384
+# dimensions, and take ten times as long for 256; older ones count questions, and their 20 is right.
+if faiss.cvar.distance_compute_blas_threshold > 20:
+    faiss.cvar.distance_compute_blas_threshold = 3 * 384
 _LISTED = re.compile(r"IVF(\d+),PQ(\d+)x4fs")
 
 

@@ -135,7 +135,7 @@ class Searcher:
         if self.words is not None:
             kept = self.index.sentences
             places, counts = places_of(kept.ends, rows)
-            cosines = best_of(kept.vectors[places].astype(np.float32) @ vector, counts, cosines)
+            cosines = best_of(kept.products(places, vector), counts, cosines)
             shared = best_of(*self.words.shared(words, rows), shared)
         return np.stack([self.lexical.scores_at(words, rows), cosines, shared], axis=1)
 

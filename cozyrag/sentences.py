@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 _STOP, _CLOSING = "[.!?。！？؟۔।॥]", "[\"')\\]”’」』）]"
 _WIDE, _GOES_ON = "[。！？]", "[^\\s。！？\"')\\]”’」』）]"  # Chinese and Japanese put no space after a sentence
@@ -46,6 +47,11 @@ class SentenceVectors:
         """From one array (n_sentences of that passage, dim) for each passage."""
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         return cls(np.concatenate([np.zeros((0, dimensions)), *parts]).astype(np.float16), ends)
+
+    def products(self, places: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """(n_places,) float32 products of the sentences at these places with a vector (dim,)."""
+        some = torch.from_numpy(self.vectors[places]).float()  # NumPy takes four times as long to widen half precision
+        return (some @ torch.from_numpy(vector)).numpy()
 
     def of(self, rows: Sequence[int]) -> list[np.ndarray]:
         """For each of these passages the vectors of its sentences."""
