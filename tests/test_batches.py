@@ -253,3 +253,20 @@ def test_who_sees_whom_in_a_row_of_readings():
     mask = reading_mask(torch.tensor([[1, 1, 1, 1, 2, 0]]), torch.tensor([[0, 1, 1, 2, 0, 0]]))[0, 0]
     seen = [[key for key in range(6) if mask[query, key]] for query in range(6)]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 3], [4], [5]]
+
+
+def test_readings_that_fill_their_rows_to_the_last_token_are_all_there():
+    readings = [
+        Reading(list(range(10 * n, 10 * n + 5)), [([90, 91], [92, 93]), ([94], [95])], plain=True) for n in (1, 2, 3)
+    ]
+    batch, used = collate_readings(readings, row_tokens=len(readings[0]), rows=3, pad_id=0)
+    assert used == 3 and not (batch["input_ids"] == 0).any()
+    assert batch["input_ids"][:, :5].tolist() == [reading.context for reading in readings]
+    assert batch["branches"].unique().tolist() == [0, 1, 2] and batch["documents"].unique().tolist() == [1, 2, 3]
+    flat = batch["input_ids"].flatten()
+    own = batch["plain"]  # the context's own targets stand right behind their positions
+    assert flat[batch["positions"][own] + 1].tolist() == batch["targets"][own].tolist()
+    assert batch["targets"][~own].tolist() == [92, 93, 95] * 3
+    assert flat[batch["positions"][~own]].tolist() == [91, 92, 94] * 3
+    half, count = collate_readings(readings, row_tokens=2 * len(readings[0]), rows=1, pad_id=0)
+    assert count == 2 and half["positions"].min() == 0 and half["position_ids"][0, 0] == 0

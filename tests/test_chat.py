@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cozyrag.batches import collate
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator, TokenLosses
-from cozyrag.prompts import PLAIN, chat_layout, encode_examples, encode_prompts
+from cozyrag.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -157,3 +157,37 @@ def test_a_template_that_ends_messages_with_text_ends_answers_with_eos(generator
 def test_templates_that_cannot_serve_are_refused_with_the_way_out(generator, template):
     with pytest.raises(InputError, match="--chat_template off"):
         chat_layout(with_template(generator, template))
+
+
+def test_a_layout_is_what_the_template_puts_around_both_messages(generator):
+    strict = (
+        "{% for message in messages %}{% if message['role'] not in ('user', 'assistant') %}{{ raise_exception('who?') }}{% endif %}"
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = with_template(generator, strict)
+    layout, end = chat_layout(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode(layout.head) == "<|im_start|>user\n"
+    assert tokenizer.decode(layout.tail) == "<|im_end|><|im_start|>assistant\n"
+    assert (layout.cue, layout.lead, layout.end) == ("", "", end)
+    once = strict.replace(
+        "{{ message['content'] }}", "{{ message['content'] * (2 if message['role'] == 'user' else 1) }}"
+    )
+    with pytest.raises(InputError, match=r"once each.*Use --chat_template off\.$"):
+        chat_layout(with_template(generator, once))
+
+
+def test_the_context_part_of_a_prompt(generator):
+    tokenizer = generator.tokenizer
+    for layout in (PLAIN, generator.layout):
+        for context in ("", "The fox is red.", "A longer story about a fox. " * 9):
+            asked = {
+                "questions": ["Who?"],
+                "contexts": [context],
+                "context_tokens": 20,
+                "max_length": 150,
+                "reserve": 5,
+            }
+            (prompt,) = encode_prompts(tokenizer, layout=layout, **asked)
+            ids = tokenizer.encode(context, add_special_tokens=False)[:20]
+            assert context_tokens_of(tokenizer, prompt, "Who?", layout) == ids

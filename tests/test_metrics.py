@@ -139,6 +139,8 @@ def test_ranks():
 
 
 def test_rank_metrics_by_hand():
+    assert (recall_at([2], 5), ndcg_at([1], 5)) == (1.0, 1.0)  # one relevant item unless told otherwise
+    assert (reciprocal_rank([10]), reciprocal_rank([11])) == (0.1, 0.0)
     ranks = ranks_of(list("abcdef"), {"b", "e", "z"})  # 2 and 5, one of three relevant never found
     assert [recall_at(ranks, k, 3) for k in (1, 2, 5, 100)] == [0, 1 / 3, 2 / 3, 2 / 3]
     assert [hit_at(ranks, k) for k in (1, 2, 100)] == [0.0, 1.0, 1.0]
@@ -226,6 +228,18 @@ def test_bleu_from_statistics_is_sacrebleus_corpus_bleu():
     assert bleu_interval(statistics[:1]) == (pytest.approx(bleu(statistics[0])),) * 2
 
 
+def test_the_interval_of_bleu_is_that_of_resampled_corpora():
+    rows = [
+        ("the red fox lives here", ["the red fox lives there"]),
+        ("a blue river", ["the blue river"]),
+        ("no", ["yes"]),
+    ]
+    statistics = np.stack([bleu_statistics(*row) for row in rows])
+    draws = np.random.default_rng(0).integers(3, size=(1000, 3), dtype=np.int32)
+    scores = [bleu(statistics[drawn].sum(axis=0)) for drawn in draws]
+    assert bleu_interval(statistics) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+
+
 def test_interval_of_a_coin_is_the_binomial_one():
     values = np.repeat([0.0, 1.0], 200)
     low, high = bootstrap_interval(values, resamples=20_000)
@@ -235,7 +249,7 @@ def test_interval_of_a_coin_is_the_binomial_one():
     assert (low, high) == bootstrap_interval(values, resamples=20_000)
     assert (low, high) != bootstrap_interval(values, resamples=300, seed=1)
     narrow = bootstrap_interval(values, level=0.5, resamples=20_000)
-    assert low < narrow[0] < narrow[1] < high
+    assert narrow == pytest.approx((193 / 400, 207 / 400), abs=0.0026)  # 0.67 standard deviations of 10 tosses
     assert bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
 
 
@@ -269,6 +283,17 @@ def test_paired_bootstrap():
     assert paired_bootstrap(before, before) == (0.0, 0.0, 0.0, 1.0)
 
 
+def test_resamples_are_as_many_as_asked_for_and_always_the_same():
+    values = np.arange(50.0)
+    ours = np.array([bootstrap_interval(values, resamples=count)[0] for count in (1, 2, 1000)])
+    draws = np.random.default_rng(0).integers(50, size=(1000, 50), dtype=np.int32)
+    theirs = [np.quantile(values[draws[:count]].mean(axis=1), 0.025) for count in (1, 2, 1000)]
+    assert ours == pytest.approx(theirs)
+    assert bootstrap_interval(values) == bootstrap_interval(values, resamples=1000, seed=0)
+    assert paired_bootstrap(values, values[::-1]) == paired_bootstrap(values, values[::-1], resamples=2000, seed=0)
+    assert paired_bootstrap(values, values[::-1]) != paired_bootstrap(values, values[::-1], seed=1)
+
+
 def test_paired_p_of_a_balanced_difference():
     # 100 rows up, 100 down: the resampled sum is Binomial(200, 1/2), and P(sum <= 100) = 1/2 + P(sum = 100)/2 = 0.528.
     after = np.repeat([1.0, -1.0], 100)
@@ -286,7 +311,8 @@ def test_bootstrap_refuses(values):
 def test_bootstrap_refuses_other_arguments():
     with pytest.raises(ValueError, match="pairs"):
         paired_bootstrap(np.zeros(2), np.zeros(3))
-    with pytest.raises(ValueError, match="level"):
-        bootstrap_interval(np.zeros(2), level=95)
+    for level in (0, 1, 1.5, 95):
+        with pytest.raises(ValueError, match="level"):
+            bootstrap_interval(np.zeros(2), level=level)
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_interval(np.zeros(2), resamples=0)

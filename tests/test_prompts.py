@@ -187,3 +187,13 @@ def test_keywords_are_the_first_tokens_of_rare_question_words_that_the_answer_do
     assert set(found[-1].keywords) == {first[word] for word in ("Which", "falcon", "keeps", "a")} - {first["lamp"]}
     assert found[7].keywords == (first["7"],)  # what, colour, is, the and fox stand in nearly every question
     assert [example.input_ids for example in found] == [example.input_ids for example in examples]
+
+
+@pytest.mark.parametrize(("questions", "others"), [(10, 5), (400, 8)])
+def test_a_keyword_may_stand_in_a_fiftieth_of_the_questions_or_in_five(generator_path, questions, others):
+    """`others`: how many questions a rare word may stand in."""
+    tokenizer = Generator.load(str(generator_path)).tokenizer
+    for count, rare in ((others, True), (others + 1, False)):
+        asked = ["falcon"] * count + ["lamp"] * (questions - count)
+        found = with_keywords(tokenizer, [Example([tokenizer.eos_token_id], 0)] * questions, asked)
+        assert bool(found[0].keywords) is rare
