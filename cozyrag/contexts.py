@@ -130,9 +130,10 @@ class ContextMaker:
             found: for each question the rows of the passages found, best first.
             vectors: (n_questions, dim) of the questions; not needed for "overlap".
         """
+        competing = sorted({row for rows in found for row in rows[: self.top_k]})
+        self._read(competing)
         if self.score_by == "overlap":
             return [self._choose(question, rows) for question, rows in zip(questions, found, strict=True)]
-        competing = sorted({row for rows in found for row in rows[: self.top_k]})
         sentences = dict(zip(competing, self.sentence_vectors(competing) if competing else [], strict=True))
         return [
             self._choose(question, rows, [_cosines(sentences[row], vector) for row in rows[: self.top_k]])
@@ -182,10 +183,16 @@ class ContextMaker:
         return "\n".join(parts)
 
     def _sentences_of(self, row: int) -> tuple[list[str], list[int]]:
-        if row not in self._sentences:
-            sentences = split_sentences(self.passages.texts[row])
-            self._sentences[row] = (sentences, self.count_tokens([f" {sentence}" for sentence in sentences]))
+        self._read([row])
         return self._sentences[row]
+
+    def _read(self, rows: Sequence[int]) -> None:
+        """Split passages into sentences and count their tokens, all at once: a tokenizer takes longer to call than to count."""
+        new = [row for row in rows if row not in self._sentences]
+        split = [split_sentences(self.passages.texts[row]) for row in new]
+        counts = iter(self.count_tokens([f" {sentence}" for sentences in split for sentence in sentences]))
+        for row, sentences in zip(new, split, strict=True):
+            self._sentences[row] = (sentences, list(islice(counts, len(sentences))))
 
     def _title_tokens(self, row: int) -> int:
         title = self.passages.titles[row]

@@ -21,8 +21,8 @@ SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: wha
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Start and end, in characters, of each sentence: closing punctuation before a new start, or a line break, ends one."""
-    starts = [0, *(match.end() for match in SENTENCE_END.finditer(text))]
-    ends = [*(match.start() for match in SENTENCE_END.finditer(text)), len(text)]
+    breaks = [match.span() for match in SENTENCE_END.finditer(text)]
+    starts, ends = [0, *(end for _, end in breaks)], [*(start for start, _ in breaks), len(text)]
     return [(start, end) for start, end in zip(starts, ends, strict=True) if text[start:end].strip()]
 
 
