@@ -22,6 +22,9 @@ SPARE = 16
 COLUMN = "vectors"
 TRAINED_ON = 100_000  # vectors, evenly spread, that a quantised index learns its ranges from
 ADDED = 65_536  # vectors handed to FAISS at once
+# From how many numbers in a batch of questions on FAISS multiplies matrices. Newer versions wait for 128,000, 333 questions of 384
+# dimensions, and take ten times as long for 256 of them; older ones count questions, and their 20 is right.
+MULTIPLIED = 3 * 384
 STRETCH = 4096  # vectors read at once from the disk by "Mapped"
 MANY = 100_000  # vectors from which reading all codes for a question takes too long (SQ8: some 10 ms)
 FEWEST = 4096  # vectors for lists: below, there is nothing to gain
@@ -30,10 +33,6 @@ TARGET = 0.99  # of the 10 nearest
 MOVED = np.float32(1)  # how far from a passage a question is imitated, in differences of two passages
 FACTORS = (10, 20, 40)  # candidates for each passage wanted
 TYPES = {"F32": np.float32, "U8": np.uint8, "I32": np.int32}
-# From how many numbers in a batch of questions on FAISS multiplies matrices. Newer versions wait for 128,000, 333 questions of 384
-# dimensions, and take ten times as long for 256; older ones count questions, and their 20 is right.
-if faiss.cvar.distance_compute_blas_threshold > 20:
-    faiss.cvar.distance_compute_blas_threshold = 3 * 384
 _LISTED = re.compile(r"IVF(\d+),PQ(\d+)x4fs")
 
 
@@ -99,6 +98,8 @@ def build_faiss(vectors: np.ndarray, factory: str) -> faiss.Index:
     """A FAISS index of vectors (n, dim), which may be memory-mapped; the same vectors give the same index. "Mapped": an empty one."""
     if listed(factory):
         return Lists.of(vectors, factory).faiss()
+    if faiss.cvar.distance_compute_blas_threshold > 20:
+        faiss.cvar.distance_compute_blas_threshold = MULTIPLIED
     index = faiss.index_factory(vectors.shape[1], "Flat" if factory == "Mapped" else factory, faiss.METRIC_INNER_PRODUCT)  # fmt: skip
     if not index.is_trained:
         index.train(_plain(vectors[evenly(vectors, TRAINED_ON)]))
