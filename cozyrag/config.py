@@ -121,7 +121,7 @@ class ContextSettings:
 
     retrieval: Literal["dense", "bm25", "hybrid"] = setting(
         "hybrid",
-        "How passages are found: by vectors, by words (BM25), or by both, their scores added up, of the best sentence where it is known, with weights fitted on training questions.",
+        "How passages are found: by vectors, by words (BM25), or by both, their scores added up, of the best sentence where it is known, with weights fitted on a tenth of the training questions, from which the retriever does not learn.",
     )
     stemmer: str = setting(
         "english",

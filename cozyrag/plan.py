@@ -18,7 +18,7 @@ from cozyrag.contexts import SEARCH_DEPTH
 from cozyrag.corpus import Corpus
 from cozyrag.generator import Generator
 from cozyrag.probe import Costs, Phase, Probe, memory_now
-from cozyrag.retrieval import WEIGHT_QUESTIONS
+from cozyrag.retrieval import weighing_limit
 from cozyrag.retriever import Retriever
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states
@@ -159,7 +159,7 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
     looks = 2 if training.gate == "on" else 1  # examinations of a round
     parts = [_index(settings, sizes, costs, indexed)]
     if costs.weigh:
-        known = min(sizes.known, WEIGHT_QUESTIONS, sizes.questions)
+        known = min(sizes.known, weighing_limit(sizes.questions, settings))
         weighed = costs.weigh * known
         parts.append(Part("weigh searches", f"{known} questions", (weighed, *[weighed * made] * rounds)))
     parts += [_retrieve(settings, sizes, costs, again, looks), _generator_phase(settings, sizes, costs)]

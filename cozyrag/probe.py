@@ -34,7 +34,7 @@ from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.prompts import Example
 from cozyrag.questions import take
 from cozyrag.report import peak_memory
-from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker
+from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker, weighing_questions
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
 from cozyrag.sentences import SentenceVectors
@@ -380,7 +380,7 @@ class Probe:
             kind = kinds.get((self.gold[number] >= 0, bool(self.questions["answers"][number])), everyone)
             places.append(place.get(name, kind[number % len(kind)]))
         asked = {name: [columns[name][row] for row in places] for name in ("negatives", "rows", "context", "noised")}
-        asked |= {"question": self.questions["question"], "answers": self.questions["answers"]}
+        asked |= {name: self.questions[name] for name in ("id", "question", "answers")}
         asked["positive"] = [
             gold if gold >= 0 else columns["positive"][row] for gold, row in zip(self.gold, places, strict=True)
         ]
@@ -433,7 +433,8 @@ class Probe:
             judged = min([training.feedback_passages, *map(len, asked["rows"])])
             likelihoods = np.zeros((len(places), judged), dtype=np.float32)
             likelihoods[[not answers for answers in asked["answers"]]] = np.nan
-        usable = retriever_usable(asked["positive"], training, likelihoods)
+        left_out = weighing_questions(self.corpus.questions, self.settings)["id"][:]
+        usable = retriever_usable(asked, training, likelihoods, left_out)
         at = [asked["positive"][row] if asked["positive"][row] >= 0 else asked["rows"][row][0] for row in usable]
         lengths = [len(text) for text in self.passages.select(at)]
         steps = retriever_steps(lengths, training, 1) if training.rounds else []

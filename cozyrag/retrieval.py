@@ -31,6 +31,24 @@ WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weig
 RETRIEVE_TOGETHER = 256  # questions that are searched for at once
 
 
+def weighing_questions(questions: Dataset, settings: Settings) -> Dataset:
+    """The training questions on which a hybrid search is weighed: a tenth of them, of which the retriever learns nothing.
+
+    On questions that it has learned, its vectors look better than they are for any other question, and would count too much.
+    """
+    limit = weighing_limit(len(questions), settings)
+    return take(questions, limit, settings.training.seed) if limit else questions.select([])
+
+
+def weighing_limit(questions: int, settings: Settings) -> int:
+    """How many of so many training questions those are; as many as are of use, where the retriever learns nothing anyway."""
+    if settings.contexts.retrieval != "hybrid":
+        return 0
+    training = settings.training
+    learns = training.rounds and training.retriever_steps != 0 and training.retriever_epochs > 0
+    return min(WEIGHT_QUESTIONS, questions // 10 if learns else questions)
+
+
 def context_maker(passages: Passages, settings: Settings, generator: Generator, retriever: Retriever) -> ContextMaker:
     """What makes the contexts of a run; its sentence vectors come with the index."""
     return ContextMaker(
@@ -134,14 +152,16 @@ class Retrieval:
 
     def _choose_weights(self, searcher: Searcher) -> None:
         """What vectors and words count, by training questions whose gold passage is known."""
-        columns = take(self.corpus.questions, WEIGHT_QUESTIONS, self.settings.training.seed)[:]
+        columns = weighing_questions(self.corpus.questions, self.settings)[:]
         known = [
             (question, self.maker.row_of[gold])
             for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
             if gold is not None
         ]
         if not known:
-            self.log.say("No gold passage is known, so vectors and words are weighed against each other as usual.")
+            self.log.say(
+                "No gold passage is known of the questions kept for it, so vectors and words are weighed against each other as usual."
+            )
             return
         with self.log.timed("weigh searches", self.round):
             facts = searcher.choose_weights(*(list(column) for column in zip(*known, strict=True)))

@@ -28,7 +28,7 @@ from cozyrag.interrupts import Interrupts
 from cozyrag.pipeline import describe_pair
 from cozyrag.processes import main_decides
 from cozyrag.report import RunLog
-from cozyrag.retrieval import Retrieval
+from cozyrag.retrieval import Retrieval, weighing_questions
 from cozyrag.retriever import Retriever
 from cozyrag.tracking import log_numbers
 from cozyrag.trainer import train_generator, train_retriever
@@ -148,6 +148,7 @@ class Rounds:
                 round_number=self.progress.round,
                 watcher=self._watcher("pairs/s"),
                 likelihoods=likelihoods,
+                left_out=weighing_questions(self.corpus.questions, self.settings)["id"][:],
                 refreshed=self._refreshed,
             )
         self._go_on(self.progress.following(self.progress.round, "examine"))

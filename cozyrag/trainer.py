@@ -7,7 +7,7 @@ how many pieces they work. Left out: where rows come from (contexts.py), saving 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -235,6 +235,7 @@ def train_retriever(
     round_number: int,
     watcher: Watcher,
     likelihoods: np.ndarray | None = None,
+    left_out: Collection[str] = (),
     refreshed: Callable[[int, int], Dataset | None] = lambda done, total: None,
 ) -> int:
     """Teach the retriever to put each question next to its positive passage; returns the number of steps.
@@ -243,11 +244,12 @@ def train_retriever(
 
     Args:
         likelihoods: (n_rows, k), the generator's feedback on the k best passages of each row (feedback.py), if wanted.
+        left_out: ids of questions that are not to be learned from.
         refreshed: asked before each step with the steps done and their total; a table of the same questions that it gives
             takes the place of `contexts` as the source of negatives.
     """
-    columns = contexts.select_columns(["question", "positive", "negatives", "rows"])[:]
-    usable = retriever_usable(columns["positive"], settings, likelihoods)
+    columns = contexts.select_columns(["id", "question", "positive", "negatives", "rows"])[:]
+    usable = retriever_usable(columns, settings, likelihoods, left_out)
     texts = passages.to_read()
     steps = retriever_steps(
         [
@@ -290,12 +292,20 @@ def _pair(columns: dict[str, list], texts: Sequence[str], row: int) -> dict:
 
 
 def retriever_usable(
-    positives: Sequence[int], settings: TrainingSettings, likelihoods: np.ndarray | None = None
+    columns: dict[str, list],
+    settings: TrainingSettings,
+    likelihoods: np.ndarray | None = None,
+    left_out: Collection[str] = (),
 ) -> list[int]:
-    """Rows that an active loss can use: with a positive passage (-1: none), or with the generator's feedback."""
+    """Rows that an active loss can use: with a positive passage (-1: none), or with the generator's feedback.
+
+    Of the columns, positive and id are read; rows with an id in `left_out` are not used.
+    """
+    positives, unwanted = np.array(columns["positive"]), set(left_out)
     judged = np.zeros(len(positives), dtype=bool) if likelihoods is None else ~np.isnan(likelihoods).any(axis=1)
-    contrasted = np.array(positives) >= 0 if settings.contrastive_weight else np.zeros_like(judged)
-    return np.flatnonzero(judged | contrasted).tolist()
+    contrasted = positives >= 0 if settings.contrastive_weight else np.zeros_like(judged)
+    wanted = np.array([row_id not in unwanted for row_id in columns["id"]], dtype=bool)
+    return np.flatnonzero((judged | contrasted) & wanted).tolist()
 
 
 def retriever_steps(lengths: Sequence[int], settings: TrainingSettings, round_number: int) -> list[np.ndarray]:

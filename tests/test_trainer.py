@@ -160,6 +160,22 @@ def test_rows_without_answer_or_positive_are_left_out(accelerator, generator, re
     )
 
 
+def test_the_retriever_does_not_learn_from_questions_left_out(accelerator, retriever, tables, monkeypatch):
+    contexts, passages = tables
+    asked = []
+    embed = retriever.embed
+    monkeypatch.setattr(
+        retriever,
+        "embed",
+        lambda texts, *, kind: asked.extend(texts if kind == "query" else []) or embed(texts, kind=kind),
+    )
+    left_out = contexts["id"][:5]
+    given = {"settings": settings(retriever_batch_size=8), "round_number": 1, "watcher": Notes()}
+    train_retriever(accelerator, retriever, contexts, passages, left_out=left_out, **given)
+    wanted = [row["question"] for row in contexts if row["id"] not in left_out and row["positive"] >= 0]
+    assert set(asked) == set(wanted) and not set(asked) & set(contexts["question"][:5])
+
+
 def test_where_there_is_no_answer_the_generator_learns_to_write_nothing(accelerator, generator, tables):
     """Half of the rows are spoiled or have no answer: they become likelier to be met with silence, the others less."""
     rows = tables[0].to_list()
