@@ -205,6 +205,7 @@ def our_retriever(
         table = Table(
             question=asked.questions[:rows],
             positive=asked.gold[:rows],
+            id=[str(row) for row in range(rows)],
             negatives=[[row] for row in negatives[:rows]],
             rows=[[row] for row in asked.gold[:rows]],
         )

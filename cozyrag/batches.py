@@ -68,7 +68,7 @@ def share_out(rows: Sequence[int], *, parts: int) -> list[list[int]]:
 
     Neighbours go to the same part: rows come sorted by length, so every part pads little.
     """
-    return [[int(row) for row in part] for part in np.array_split(np.asarray(rows), parts)]
+    return [[int(rows[at]) for at in part] for part in np.array_split(np.arange(len(rows)), parts)]
 
 
 def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tensor]:

@@ -190,7 +190,8 @@ class ContextMaker:
         """Split passages into sentences and count their tokens, all at once: a tokenizer takes longer to call than to count."""
         new = [row for row in rows if row not in self._sentences]
         split = [split_sentences(self.passages.texts[row]) for row in new]
-        counts = iter(self.count_tokens([f" {sentence}" for sentences in split for sentence in sentences]))
+        texts = [f" {sentence}" for sentences in split for sentence in sentences]
+        counts = iter(self.count_tokens(texts) if texts else [])
         for row, sentences in zip(new, split, strict=True):
             self._sentences[row] = (sentences, list(islice(counts, len(sentences))))
 

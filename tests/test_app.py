@@ -206,7 +206,9 @@ def test_a_question_is_typed_and_its_answer_read(served, browser, scheme, width)
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     page.get_by_text("blue", exact=True).first.wait_for()
-    assert page.locator("ol.cozy-sources li").count() == 5
+    page.wait_for_function(
+        "document.querySelectorAll('ol.cozy-sources li').length == 5"
+    )  # each step is answered by itself
     page.get_by_text("Is this an example?").click()
     page.wait_for_function("document.querySelector('label textarea, label input').value == 'Is this an example?'")
     question.fill("evil")
