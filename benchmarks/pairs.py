@@ -5,7 +5,7 @@ out: passages and questions (searching.py, suites.py).
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -49,38 +49,23 @@ class Pair:
     index: PassageIndex | None
 
 
+def reading_of(source: ContextSettings | CozyRAG) -> Reading:
+    """How settings, or a pair that was loaded, make contexts and answers."""
+    return Reading(**{each.name: getattr(source, each.name) for each in fields(Reading)})
+
+
 def load_pair(model: str, device: torch.device) -> tuple[Pair, Reading]:
     """The pair asked for. Raises InputError where nothing usable has that name."""
     if model == EMBEDDED:
         chosen = parse_settings([]).contexts
-        names = (
-            "top_k",
-            "context_tokens",
-            "answer_tokens",
-            "min_answer_tokens",
-            "no_repeat_ngram_size",
-            "extractive",
-            "stemmer",
-        )
-        reading = Reading(**{name: vars(chosen)[name] for name in names}, context_filter=chosen.context_filter)
         retriever = load_retriever(EMBEDDED, chosen.passage_tokens, device)
-        return Pair(EMBEDDED, load_generator(EMBEDDED, device), retriever, chosen.retrieval, None, None, None), reading
+        return Pair(EMBEDDED, load_generator(EMBEDDED, device), retriever, chosen.retrieval, None, None, None), reading_of(chosen)  # fmt: skip
     made = CozyRAG.from_pretrained(model, device=str(device))
-    reading = Reading(
-        made.top_k,
-        made.context_tokens,
-        made.answer_tokens,
-        made.min_answer_tokens,
-        made.no_repeat_ngram_size,
-        made.extractive,
-        made.context_filter,
-        made.stemmer,
-    )
     pair = Pair(
         Path(model).name, made.generator, made.retriever, made.searcher.mode, made.searcher.weights,
         made.no_answer_threshold, made.index,
     )  # fmt: skip
-    return pair, reading
+    return pair, reading_of(made)
 
 
 def load_retriever(name: str, max_tokens: int | None, device: torch.device) -> Retriever:

@@ -198,7 +198,14 @@ class Generator:
         `min_new_tokens` and `no_repeat_ngram_size` are transformers' controls of decoding, 0 = off. An `extractive` answer is a
         word sequence of the context, "" where there is no context. With a `no_answer_threshold` an answer is "" where writing
         nothing is more probable than that, and never empty elsewhere.
+
+        Raises InputError for a question that does not fit, and for `extractive` with a slow tokenizer.
         """
+        if extractive and not self.tokenizer.is_fast:
+            raise InputError(
+                f"--extractive: expected a generator whose tokenizer tells where its tokens stand in a text (a fast one), found "
+                f"{type(self.tokenizer).__name__}. Leave --extractive out, or choose another --generator."
+            )
         if no_answer_threshold is not None:
             min_new_tokens = max(1, min_new_tokens)
             nothing = self.no_answer_probabilities(

@@ -462,3 +462,9 @@ def test_extractive_answers_read_only_what_the_budget_leaves(generator):
     kept = generator.tokenizer.decode(generator.tokenizer.encode(text, add_special_tokens=False)[:4])
     answers = generator.answer(ASKED, [text] * len(ASKED), context_tokens=4, max_new_tokens=9, extractive=True)
     assert all(answer in kept for answer in answers)
+
+
+def test_extractive_answers_need_a_tokenizer_that_knows_places(generator, monkeypatch):
+    monkeypatch.setattr(type(generator.tokenizer), "is_fast", False)
+    with pytest.raises(InputError, match="--extractive: expected.*found GPT2Tokenizer"):
+        generator.answer(["What?"], ["A fox."], **BUDGETS, extractive=True)
