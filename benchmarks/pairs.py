@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cozyrag.config import EMBEDDED, SCRATCH, parse_settings
+from cozyrag.config import EMBEDDED, SCRATCH, ContextSettings, parse_settings
 from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex
