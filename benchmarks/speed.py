@@ -119,7 +119,7 @@ class Benchmark:
         found = measure(part, sides, repeats=self.options.repeats, device=self.place.device)
         self.measured[part] = {each.name: each for each in found}
 
-    def _prompts(self, asked: Asked) -> Prompts:
+    def prompts(self, asked: Asked) -> Prompts:
         return make_prompts(
             asked,
             self.passages,
@@ -130,7 +130,7 @@ class Benchmark:
 
     def _generator(self) -> None:
         options, device = self.options, self.place.device
-        prompts = self._prompts(self.asked.first(max(options.pairs, options.reference_pairs)))
+        prompts = self.prompts(self.asked.first(max(options.pairs, options.reference_pairs)))
         size = options.product_size or (8192 if device.type == "cuda" else 2048)
         sides = generator_sides(self.models, prompts, self.place, options)
         self._measure("generator", [*sides, matrix_products(size, options.products, device)])
@@ -156,7 +156,7 @@ class Benchmark:
     def _learn(self) -> None:
         """Loss on held-out questions before, and after each loop has trained on the same others once."""
         options = self.options
-        train, held_out = (self._prompts(part) for part in self.asked.split(options.learn_pairs, options.held_out))
+        train, held_out = (self.prompts(part) for part in self.asked.split(options.learn_pairs, options.held_out))
         before = Generator.load(self.models.generator_folder)
         before.model.to(self.place.device)
         loss = answer_loss(before, held_out, options.generator_batch)

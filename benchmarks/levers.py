@@ -1,0 +1,233 @@
+#!/usr/bin/env python
+"""What each lever of the generator phase is worth: the phase as it is, and the phase with one thing taken out of it.
+
+    python benchmarks/levers.py --json levers.json
+
+The sides take turns in one process, on the same questions and weights (data and sizes: the options of speed.py). Next to
+what was measured stands what arithmetic predicts, where it does: more tokens, or more multiplications, than without the
+lever. Left out: what is compared with other programs (speed.py), and the encoder's precision (int8.py).
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from contenders import our_generator
+from measuring import Side, measure, ratios
+from speed import Benchmark, parse, spread
+from torch.nn import functional as F
+
+from cozyrag import batches
+from cozyrag import generator as generator_module
+from cozyrag.batches import plan_steps
+from cozyrag.cli import door
+
+AS_IT_IS = "as it is"
+
+
+@dataclass(frozen=True)
+class Lever:
+    """`name`: what is taken out; `without`: a context in which it is; `predicted`: how many times as long, None: unknown.
+
+    `changes`: training settings that take it out; `context_tokens`: a budget of contexts that takes it out.
+    """
+
+    name: str
+    predicted: float | None = None
+    without: Callable[[], object] | None = None
+    changes: tuple[tuple[str, object], ...] = ()
+    context_tokens: int | None = None
+
+
+# ---- the phase without one thing
+
+
+def head_everywhere():
+    """Logits of every position, of which the loss takes those of answers."""
+
+    def forward(self, input_ids, positions, targets, attention_mask=None, position_ids=None, **unused):
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets, reduction="none")
+
+    return patch.object(generator_module.TokenLosses, "forward", forward)
+
+
+def shuffled(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
+    """Batches of rows as they come, long beside short."""
+    order = random.permutation(len(lengths))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def unsorted():
+    """Rows are not sorted by length."""
+    return patch.object(batches, "_one_epoch", shuffled)
+
+
+def loaded_with(change: Callable):
+    """Models whose config is changed after the package has set it."""
+    original = generator_module._training_config
+
+    def changed(config, dropout):
+        config = original(config, dropout)
+        change(config)
+        return config
+
+    return patch.object(generator_module, "_training_config", changed)
+
+
+def composed_activation(config) -> None:
+    """GPT-2's activation as it is written in its first code, eight kernels instead of one."""
+    config.activation_function = "gelu_new"
+
+
+def with_dropout(config) -> None:
+    """Dropout as distilgpt2's config has it."""
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.1
+
+
+def eager_attention(config) -> None:
+    """Attention written out as products and a softmax."""
+    config._attn_implementation = "eager"
+
+
+def plain_optimizer():
+    """AdamW that goes through the weights one tensor and one operation at a time."""
+    adamw = torch.optim.AdamW
+    return patch.object(
+        torch.optim, "AdamW", lambda *args, **named: adamw(*args, **named | {"fused": False, "foreach": False})
+    )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One core instead of all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- what arithmetic predicts
+
+
+def multiplications(benchmark: Benchmark, lengths: Sequence[int], targets: Sequence[int]) -> float:
+    """Of the matrices of a step, for these lengths in tokens (padding included) and places where the head is computed."""
+    shape = benchmark.models.shape
+    layers = 12 * shape.n_layer * shape.n_embd**2 * sum(lengths)
+    attention = shape.n_layer * shape.n_embd * sum(length**2 for length in lengths)
+    return layers + attention + shape.n_embd * shape.vocab_size * sum(targets)
+
+
+def padded(lengths: Sequence[int], steps: Sequence[np.ndarray]) -> list[int]:
+    """The length that each row has in its batch."""
+    return [max(lengths[row] for row in step) for step in steps for _ in step]
+
+
+def predictions(benchmark: Benchmark, examples: Sequence, longer: Sequence) -> dict[str, float]:
+    """How many times as many multiplications without the lever: head, sorting, and a longer context."""
+    lengths = [len(example.input_ids) for example in examples]
+    targets = [len(example.input_ids) - example.prompt_length for example in examples]
+    batch = benchmark.options.generator_batch
+
+    def steps(of: Sequence[int]) -> list[np.ndarray]:
+        return plan_steps(of, batch_size=batch, epochs=1, max_steps=None, seed=benchmark.options.seed)
+
+    rows = padded(lengths, steps(lengths))
+    base = multiplications(benchmark, rows, targets)
+    more = [len(example.input_ids) for example in longer]
+    with unsorted():
+        loose = padded(lengths, steps(lengths))
+    return {
+        "head": multiplications(benchmark, rows, rows) / base,
+        "sorting": multiplications(benchmark, loose, targets) / base,
+        "context": multiplications(benchmark, padded(more, steps(more)), targets) / base,
+    }
+
+
+def levers(benchmark: Benchmark, predicted: dict[str, float]) -> list[Lever]:
+    """All of them."""
+    double = 2 * benchmark.options.context_tokens
+    threads = torch.get_num_threads()
+    found = [
+        Lever("the head at every position, not at answers only", predicted["head"], head_everywhere),
+        Lever(
+            f"contexts of {double} tokens, not filtered to {double // 2}", predicted["context"], context_tokens=double
+        ),
+        Lever("batches in random order, not sorted by length", predicted["sorting"], unsorted),
+        Lever("activation of eight kernels, not one", None, lambda: loaded_with(composed_activation)),
+        Lever("dropout of 0.1, not none", None, lambda: loaded_with(with_dropout)),
+        Lever("attention written out, not one kernel", None, lambda: loaded_with(eager_attention)),
+        Lever("AdamW tensor by tensor, not fused", None, plain_optimizer),
+        Lever("batches of 4, not 32", None, changes=(("generator_batch_size", 4),)),
+    ]
+    return found + [Lever(f"one thread, not {threads}", float(threads), one_thread)] * (threads > 1)
+
+
+def side(benchmark: Benchmark, prompts, lever: Lever) -> Side:
+    """The phase without that lever."""
+    options = argparse.Namespace(**vars(benchmark.options))
+    options.context_tokens = lever.context_tokens or options.context_tokens
+    build = our_generator(benchmark.models, prompts, benchmark.place, options, **dict(lever.changes))
+    without = lever.without or (lambda: patch.dict({}))
+
+    def prepare(rows: int) -> Callable[[], object]:
+        with without():
+            act = build(rows)
+
+        def run() -> object:
+            with without():
+                return act()
+
+        return run
+
+    return Side(lever.name, options.pairs, options.generator_batch, prepare)
+
+
+# ---- the table
+
+
+def table(found: list[tuple[Lever, list[float]]], rate: float, pairs: int) -> str:
+    """How many times as long the phase takes without each lever."""
+    lines = [
+        f"The generator phase as it is: {rate:.2f} QA pairs a second ({pairs} pairs).",
+        "",
+        "| without the lever | predicted | measured (median) | lowest to highest |",
+        "|---|---:|---:|---:|",
+    ]
+    for lever, times in found:
+        predicted = f"{lever.predicted:.2f}x" if lever.predicted else "-"
+        lines.append(f"| {lever.name} | {predicted} | {median(times):.2f}x | {spread(times, '.2f')} |")
+    return "\n".join(lines)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure and tell."""
+    benchmark = Benchmark(options)
+    asked = benchmark.asked.first(options.pairs)
+    prompts = benchmark.prompts(asked)
+    options.context_tokens *= 2
+    longer = benchmark.prompts(asked)
+    options.context_tokens //= 2
+    chosen = levers(benchmark, predictions(benchmark, prompts.examples, longer.examples))
+    sides = [side(benchmark, prompts, Lever(AS_IT_IS))]
+    sides += [side(benchmark, longer if lever.context_tokens else prompts, lever) for lever in chosen]
+    first, *others = measure("levers", sides, repeats=options.repeats, device=benchmark.place.device)
+    found = [(lever, ratios(first, other)) for lever, other in zip(chosen, others, strict=True)]
+    print(table(found, first.rate, options.pairs))
+    if options.json:
+        told = {lever.name: {"predicted": lever.predicted, "measured": times} for lever, times in found}
+        Path(options.json).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    chosen_options = parse()
+    door(lambda: compare(chosen_options))

@@ -1,0 +1,100 @@
+"""The benchmark of levers: each one taken out is really out, changes no result where it must not, and has its line."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import corpus, write_jsonl
+
+from cozyrag import batches
+from cozyrag import generator as generator_module
+from cozyrag.batches import collate, plan_steps
+from cozyrag.generator import Generator, TokenLosses
+from cozyrag.prompts import encode_examples
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 1000, "pairs": 8, "generator_batch": 4, "context_tokens": 24, "repeats": 1}  # fmt: skip
+
+
+@pytest.fixture
+def levers(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("levers")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """A small run on made-up texts."""
+    passages, questions = corpus(40)
+    files = (
+        "--questions",
+        write_jsonl(tmp_path / "q.jsonl", questions),
+        "--passages",
+        write_jsonl(tmp_path / "p.jsonl", passages),
+    )
+    return [str(each) for each in (*files, "--device", "cpu", *[part for name, value in SMALL.items() for part in (f"--{name}", value)])]  # fmt: skip
+
+
+def test_every_lever_has_its_line(levers, arguments, tmp_path, capsys):
+    told = tmp_path / "levers.json"
+    options = levers.parse([*arguments, "--json", str(told)])
+    levers.compare(options)
+    out, numbers = capsys.readouterr().out, json.loads(told.read_text())
+    assert all(f"| {name} |" in out for name in numbers) and len(numbers) >= 8
+    assert all(len(each["measured"]) == 1 and each["measured"][0] > 0 for each in numbers.values())
+    assert options.context_tokens == SMALL["context_tokens"]
+
+
+def test_predictions_count_tokens(levers, arguments):
+    benchmark = levers.Benchmark(levers.parse(arguments))
+    asked = benchmark.asked.first(8)
+    prompts = benchmark.prompts(asked)
+    benchmark.options.context_tokens *= 2
+    found = levers.predictions(benchmark, prompts.examples, benchmark.prompts(asked).examples)
+    assert found["head"] > 2 and 1 < found["context"] < 2.2 and 1 <= found["sorting"] < 2
+    assert levers.padded([3, 5, 1, 2], [torch.tensor([0, 1]).numpy(), torch.tensor([2, 3]).numpy()]) == [5, 5, 2, 2]
+
+
+def test_the_head_everywhere_gives_the_same_losses(levers, generator_path):
+    generator = Generator.load(str(generator_path))
+    examples = encode_examples(
+        generator.tokenizer, questions=["a b?", "c?"], contexts=["a b c", "d"], answers=["c", "d"], context_tokens=8, max_length=64
+    )  # fmt: skip
+    batch = collate(examples, pad_id=generator.tokenizer.pad_token_id)
+    expected = TokenLosses(generator.model)(**batch)
+    head, seen = generator.model.get_output_embeddings(), []
+    head.register_forward_hook(lambda module, given, made: seen.append(made.numel()))
+    TokenLosses(generator.model)(**batch)
+    with levers.head_everywhere():
+        torch.testing.assert_close(TokenLosses(generator.model)(**batch), expected)
+    assert seen[1] > seen[0]
+
+
+def test_what_is_out_is_out(levers, generator_path, monkeypatch):
+    lengths = list(range(40))
+    steps = lambda: plan_steps(lengths, batch_size=4, epochs=1, max_steps=None, seed=1)  # noqa: E731
+    spread = lambda made: sum(step.max() - step.min() for step in made)  # noqa: E731
+    with levers.unsorted():
+        loose = steps()
+    assert sorted(row for step in loose for row in step) == lengths and spread(loose) > 2 * spread(steps())
+    configs = {}
+    for name in ("composed_activation", "with_dropout", "eager_attention"):
+        with levers.loaded_with(getattr(levers, name)):
+            configs[name] = Generator.load(str(generator_path)).model.config
+    plain = Generator.load(str(generator_path)).model.config
+    assert configs["composed_activation"].activation_function == "gelu_new" != plain.activation_function
+    assert configs["with_dropout"].attn_pdrop == 0.1 and plain.attn_pdrop == 0
+    assert configs["eager_attention"]._attn_implementation == "eager" != plain._attn_implementation
+    weight = torch.nn.Parameter(torch.ones(2))
+    with levers.plain_optimizer():
+        assert torch.optim.AdamW([weight], fused=True).defaults["fused"] is False
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    with levers.one_thread():
+        assert asked == [1]
+    assert asked == [1, 2] and batches._one_epoch is not levers.shuffled
+    assert generator_module.TokenLosses is TokenLosses
