@@ -20,7 +20,7 @@ from suites import Task, load_task
 
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.evaluation import examine
-from cozyrag.generator import Generator
+from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
@@ -145,11 +145,7 @@ class Bench:
                 generator,
                 contexts,
                 top_k=self.reading.top_k,
-                context_tokens=self.reading.context_tokens,
-                answer_tokens=self.reading.answer_tokens,
-                min_answer_tokens=self.reading.min_answer_tokens,
-                no_repeat_ngram_size=self.reading.no_repeat_ngram_size,
-                extractive=self.reading.extractive,
+                decoding=Decoding.of(self.reading),
                 no_answer_threshold=threshold,
                 batch_size=self.options.batch_size,
                 desc=f"answering: {name}",

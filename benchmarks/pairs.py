@@ -5,30 +5,25 @@ out: passages and questions (searching.py, suites.py).
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cozyrag.config import EMBEDDED, SCRATCH, ContextSettings, parse_settings
+from cozyrag.config import EMBEDDED, SCRATCH, parse_settings
 from cozyrag.embedded import GENERATOR_FOLDER
-from cozyrag.generator import Generator
+from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retriever import Retriever
 from cozyrag.search import Weights
 
 
-@dataclass(frozen=True)
-class Reading:
+@dataclass(frozen=True, kw_only=True)
+class Reading(Decoding):
     """How questions become contexts and answers; the same for all rows of a table, so that they compare."""
 
     top_k: int
-    context_tokens: int
-    answer_tokens: int
-    min_answer_tokens: int
-    no_repeat_ngram_size: int
-    extractive: bool
     context_filter: str
     stemmer: str
 
@@ -49,23 +44,18 @@ class Pair:
     index: PassageIndex | None
 
 
-def reading_of(source: ContextSettings | CozyRAG) -> Reading:
-    """How settings, or a pair that was loaded, make contexts and answers."""
-    return Reading(**{each.name: getattr(source, each.name) for each in fields(Reading)})
-
-
 def load_pair(model: str, device: torch.device) -> tuple[Pair, Reading]:
     """The pair asked for. Raises InputError where nothing usable has that name."""
     if model == EMBEDDED:
         chosen = parse_settings([]).contexts
         retriever = load_retriever(EMBEDDED, chosen.passage_tokens, device)
-        return Pair(EMBEDDED, load_generator(EMBEDDED, device), retriever, chosen.retrieval, None, None, None), reading_of(chosen)  # fmt: skip
+        return Pair(EMBEDDED, load_generator(EMBEDDED, device), retriever, chosen.retrieval, None, None, None), Reading.of(chosen)  # fmt: skip
     made = CozyRAG.from_pretrained(model, device=str(device))
     pair = Pair(
         Path(model).name, made.generator, made.retriever, made.searcher.mode, made.searcher.weights,
         made.no_answer_threshold, made.index,
     )  # fmt: skip
-    return pair, reading_of(made)
+    return pair, Reading.of(made)
 
 
 def load_retriever(name: str, max_tokens: int | None, device: torch.device) -> Retriever:

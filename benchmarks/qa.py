@@ -31,6 +31,7 @@ from suites import add_task_arguments
 from telling import BM25, CLOSED, GOLD, MODEL, UNTUNED, outcome, tables_of, write_questions
 
 from cozyrag.cli import door
+from cozyrag.generator import Decoding
 from cozyrag.index import PassageIndex
 from cozyrag.search import Searcher
 
@@ -121,14 +122,7 @@ def answer_all(
 def one_by_one(bench: Bench, pair: Pair, index: PassageIndex, searcher: Searcher) -> Callable[[list[str]], list[str]]:
     """What answers questions as a user would have them answered: search, choose sentences, write. One process can do it alone."""
     bench.read_with(pair, index, bench.reading.context_filter)
-    limits = {
-        "context_tokens": bench.reading.context_tokens,
-        "max_new_tokens": bench.reading.answer_tokens,
-        "min_new_tokens": bench.reading.min_answer_tokens,
-        "no_repeat_ngram_size": bench.reading.no_repeat_ngram_size,
-        "extractive": bench.reading.extractive,
-        "no_answer_threshold": pair.threshold,
-    }
+    limits = Decoding.of(bench.reading).limits() | {"no_answer_threshold": pair.threshold}
 
     def answer(questions: list[str]) -> list[str]:
         found = searcher.search(questions, bench.reading.top_k)

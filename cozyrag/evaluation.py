@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
-from cozyrag.generator import Generator
+from cozyrag.generator import Decoding, Generator
 from cozyrag.metrics import (
     bootstrap_interval,
     exact_match,
@@ -43,12 +43,8 @@ def examine(
     contexts: Dataset,
     *,
     top_k: int,
-    context_tokens: int,
-    answer_tokens: int,
+    decoding: Decoding,
     batch_size: int,
-    min_answer_tokens: int = 0,
-    no_repeat_ngram_size: int = 0,
-    extractive: bool = False,
     no_answer_threshold: float | None = None,
     desc: str | None = None,
 ) -> tuple[dict, list[dict]]:
@@ -59,21 +55,16 @@ def examine(
         prediction, scores and verdict. Every process answers its share and all get the same result.
     """
     columns = contexts[:]
-    limits = {
-        "context_tokens": context_tokens,
-        "max_new_tokens": answer_tokens,
-        "min_new_tokens": min_answer_tokens,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "extractive": extractive,
-        "no_answer_threshold": no_answer_threshold,
-        "batch_size": batch_size,
-    }
     batches = _batches(columns["question"], columns["context"], batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     answers = []
     for batch in tqdm(mine, desc=desc, unit="batch"):
         texts = generator.answer(
-            [columns["question"][row] for row in batch], [columns["context"][row] for row in batch], **limits
+            [columns["question"][row] for row in batch],
+            [columns["context"][row] for row in batch],
+            **decoding.limits(),
+            no_answer_threshold=no_answer_threshold,
+            batch_size=batch_size,
         )
         answers += zip(batch, texts, strict=True)
     predictions = dict(gather_object(answers))

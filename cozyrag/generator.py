@@ -5,6 +5,7 @@ Left out: optimizers, processes, devices beyond "where the model already is".
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,32 @@ class PenalizedLosses(TokenLosses):
         padded = logits.new_zeros(len(input_ids), int(columns.max()) + 1, logits.shape[-1])
         padded = padded.index_put((rows, columns), torch.softmax(logits, dim=-1))
         return losses, self.penalties.values(padded, lengths, keywords, eos=self.eos)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are read for and written, under the names that settings, pairs and `cozyrag.json` use."""
+
+    context_tokens: int
+    answer_tokens: int
+    min_answer_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    extractive: bool = False
+
+    @classmethod
+    def of(cls, source: object) -> "Decoding":
+        """That of settings, or of a pair, which have these names among their own."""
+        return cls(**{each.name: getattr(source, each.name) for each in fields(cls)})
+
+    def limits(self) -> dict[str, int | bool]:
+        """The same as `Generator.answer` calls it."""
+        return {
+            "context_tokens": self.context_tokens,
+            "max_new_tokens": self.answer_tokens,
+            "min_new_tokens": self.min_answer_tokens,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size,
+            "extractive": self.extractive,
+        }
 
 
 class Generator:

@@ -16,7 +16,7 @@ from cozyrag.contexts import Chosen, ContextMaker, sentence_source
 from cozyrag.errors import InputError
 from cozyrag.files import NEXT
 from cozyrag.fingerprints import weights_fingerprint
-from cozyrag.generator import Generator
+from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.network import HUB_FAULTS, explain, patiently
@@ -209,11 +209,7 @@ class CozyRAG:
         texts = self.generator.answer(
             questions,
             contexts,
-            context_tokens=self.context_tokens,
-            max_new_tokens=self.answer_tokens,
-            min_new_tokens=self.min_answer_tokens,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-            extractive=self.extractive,
+            **Decoding.of(self).limits(),
             no_answer_threshold=self.no_answer_threshold,
         )
         sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)

@@ -28,7 +28,7 @@ from cozyrag.config import Settings
 from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.corpus import Corpus
 from cozyrag.doctor import left_as_found
-from cozyrag.generator import Generator
+from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.prompts import Example
@@ -519,6 +519,8 @@ class Probe:
     def _answering(self, columns: dict[str, list]) -> tuple[Line, float, int]:
         """A batch of answers by its questions, the likelihood of one, and the bytes that writing takes."""
         chosen, share = self.settings.contexts, self.share["answer"]
+        limits = Decoding.of(chosen).limits()
+        limits["min_new_tokens"] = max(chosen.min_answer_tokens, int(self.settings.training.no_answer))
         self._grown(reset=True)
         rows = sorted(range(len(columns["id"])), key=lambda row: len(columns["context"][row]))
         rows = [rows[place] for place in spread(len(rows))]
@@ -529,11 +531,7 @@ class Probe:
                 lambda: self.generator.answer(
                     [columns["question"][row] for row in mine],
                     [columns["context"][row] for row in mine],
-                    context_tokens=chosen.context_tokens,
-                    max_new_tokens=chosen.answer_tokens,
-                    min_new_tokens=max(chosen.min_answer_tokens, int(self.settings.training.no_answer)),
-                    no_repeat_ngram_size=chosen.no_repeat_ngram_size,
-                    extractive=chosen.extractive,
+                    **limits,
                     batch_size=count,
                 )
             )[0]

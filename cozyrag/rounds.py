@@ -23,7 +23,7 @@ from cozyrag.evaluation import choose_threshold, examine
 from cozyrag.files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.gate import judge
-from cozyrag.generator import Generator
+from cozyrag.generator import Decoding, Generator
 from cozyrag.interrupts import Interrupts
 from cozyrag.pipeline import describe_pair
 from cozyrag.processes import main_decides
@@ -237,11 +237,7 @@ class Rounds:
             self.generator,
             contexts,
             top_k=chosen.top_k,
-            context_tokens=chosen.context_tokens,
-            answer_tokens=chosen.answer_tokens,
-            min_answer_tokens=chosen.min_answer_tokens,
-            no_repeat_ngram_size=chosen.no_repeat_ngram_size,
-            extractive=chosen.extractive,
+            decoding=Decoding.of(chosen),
             no_answer_threshold=threshold,
             batch_size=chosen.answer_batch_size,
             desc=desc,
@@ -295,11 +291,7 @@ class Rounds:
                 chat=bool(self.generator.tokenizer.chat_template),
                 retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
-                context_tokens=contexts.context_tokens,
-                answer_tokens=contexts.answer_tokens,
-                min_answer_tokens=contexts.min_answer_tokens,
-                no_repeat_ngram_size=contexts.no_repeat_ngram_size,
-                extractive=contexts.extractive,
+                **asdict(Decoding.of(contexts)),
                 context_filter=self.retrieval.maker.score_by,
                 no_answer_threshold=self.threshold,
             ),

@@ -16,6 +16,7 @@ import cozyrag.evaluation
 from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.evaluation import VERDICTS as VERDICTS_KNOWN
 from cozyrag.evaluation import choose_threshold, examine, summarize, table
+from cozyrag.generator import Decoding
 from cozyrag.metrics import bootstrap_interval
 
 # (answers, prediction, rank of the positive or None, answer in context), top_k is 4
@@ -45,7 +46,7 @@ SUMMARY = {
     # one relevant passage: 1 / log2(rank + 1) for the ranks 1, 3, 6 and 4
     "ndcg@10": 100 * (1 + 1 / math.log2(4) + 1 / math.log2(7) + 1 / math.log2(5)) / 8,
 }
-OPTIONS = {"top_k": 4, "context_tokens": 50, "answer_tokens": 7, "batch_size": 3}
+OPTIONS = {"top_k": 4, "decoding": Decoding(context_tokens=50, answer_tokens=7), "batch_size": 3}
 
 
 def contexts_of(cases):

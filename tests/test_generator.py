@@ -5,6 +5,7 @@ that has no padding, no batch and no cache; confidence with products of probabil
 """
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -22,8 +23,9 @@ from transformers import (
 
 import cozyrag.generator
 from cozyrag.batches import collate
+from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.generator import DROPOUT_FIELDS, Generator, TokenLosses
+from cozyrag.generator import DROPOUT_FIELDS, Decoding, Generator, TokenLosses
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE, Example, encode_examples
 
 PASSAGES, QUESTIONS = tiny.corpus(12)
@@ -468,3 +470,14 @@ def test_extractive_answers_need_a_tokenizer_that_knows_places(generator, monkey
     monkeypatch.setattr(type(generator.tokenizer), "is_fast", False)
     with pytest.raises(InputError, match="--extractive: expected.*found GPT2Tokenizer"):
         generator.answer(["What?"], ["A fox."], **BUDGETS, extractive=True)
+
+
+def test_decoding_is_taken_from_settings_and_told_as_answer_calls_it():
+    chosen = parse_settings(["--answer_tokens=9", "--min_answer_tokens=2", "--extractive"]).contexts
+    made = Decoding.of(chosen)
+    assert made == Decoding(context_tokens=chosen.context_tokens, answer_tokens=9, min_answer_tokens=2, extractive=True)
+    told = made.limits()
+    assert told == {
+        "context_tokens": chosen.context_tokens, "max_new_tokens": 9, "min_new_tokens": 2, "no_repeat_ngram_size": 0, "extractive": True,
+    }  # fmt: skip
+    assert set(told) < set(inspect.signature(Generator.answer).parameters)
