@@ -4,8 +4,8 @@
     python benchmarks/levers.py --json levers.json
 
 The sides take turns in one process, on the same questions and weights (data and sizes: the options of speed.py). Next to
-what was measured stands what arithmetic predicts, where it does: more tokens, or more multiplications, than without the
-lever. Left out: what is compared with other programs (speed.py), and the encoder's precision (int8.py).
+what was measured stands what arithmetic predicts, where it does: more FLOPs than with the lever. Left out: what is compared
+with other programs (speed.py).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from contenders import our_generator
-from measuring import Side, measure, ratios
+from measuring import Side, measure, ratios, training_flops
 from speed import Benchmark, parse, spread
 from torch.nn import functional as F
 
@@ -57,6 +57,17 @@ def head_everywhere():
         return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets, reduction="none")
 
     return patch.object(generator_module.TokenLosses, "forward", forward)
+
+
+@contextmanager
+def nothing_changed(*_) -> Iterator[None]:
+    """Takes the place of what saves most of the last block."""
+    yield
+
+
+def last_block_everywhere():
+    """The whole last block at every position."""
+    return patch.object(generator_module, "read_only_at", nothing_changed)
 
 
 def shuffled(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
@@ -119,12 +130,13 @@ def one_thread() -> Iterator[None]:
 # ---- what arithmetic predicts
 
 
-def multiplications(benchmark: Benchmark, lengths: Sequence[int], targets: Sequence[int]) -> float:
-    """Of the matrices of a step, for these lengths in tokens (padding included) and places where the head is computed."""
+def flops(benchmark: Benchmark, lengths: Sequence[int], last: Sequence[int], head: Sequence[int]) -> int:
+    """Of a pass over examples of these lengths (padding included), with so many places in the last block and in the head."""
     shape = benchmark.models.shape
-    layers = 12 * shape.n_layer * shape.n_embd**2 * sum(lengths)
-    attention = shape.n_layer * shape.n_embd * sum(length**2 for length in lengths)
-    return layers + attention + shape.n_embd * shape.vocab_size * sum(targets)
+    layers = training_flops(
+        layers=shape.n_layer, width=shape.n_embd, inner=4 * shape.n_embd, vocabulary=0, lengths=lengths, targets=last
+    )
+    return layers + 6 * shape.n_embd * shape.vocab_size * sum(head)
 
 
 def padded(lengths: Sequence[int], steps: Sequence[np.ndarray]) -> list[int]:
@@ -142,14 +154,15 @@ def predictions(benchmark: Benchmark, examples: Sequence, longer: Sequence) -> d
         return plan_steps(of, batch_size=batch, epochs=1, max_steps=None, seed=benchmark.options.seed)
 
     rows = padded(lengths, steps(lengths))
-    base = multiplications(benchmark, rows, targets)
+    base = flops(benchmark, rows, targets, targets)
     more = [len(example.input_ids) for example in longer]
     with unsorted():
         loose = padded(lengths, steps(lengths))
     return {
-        "head": multiplications(benchmark, rows, rows) / base,
-        "sorting": multiplications(benchmark, loose, targets) / base,
-        "context": multiplications(benchmark, padded(more, steps(more)), targets) / base,
+        "head": flops(benchmark, rows, rows, rows) / base,
+        "last block": flops(benchmark, rows, rows, targets) / base,
+        "sorting": flops(benchmark, loose, targets, targets) / base,
+        "context": flops(benchmark, padded(more, steps(more)), targets, targets) / base,
     }
 
 
@@ -158,7 +171,8 @@ def levers(benchmark: Benchmark, predicted: dict[str, float]) -> list[Lever]:
     double = 2 * benchmark.options.context_tokens
     threads = torch.get_num_threads()
     found = [
-        Lever("the head at every position, not at answers only", predicted["head"], head_everywhere),
+        Lever("head and last block at every position, not at answers only", predicted["head"], head_everywhere),
+        Lever("all of the last block at every position", predicted["last block"], last_block_everywhere),
         Lever(
             f"contexts of {double} tokens, not filtered to {double // 2}", predicted["context"], context_tokens=double
         ),

@@ -139,17 +139,20 @@ def training_flops(
     """Model FLOPs of training a GPT-2 once on examples: what the mathematics needs, whatever a program computes besides.
 
     A parameter of a matrix costs a token 2 FLOPs forward and 4 backward. With d the width and m the inner width:
-    layers, 6 * n_layer * (4 d^2 + 2 d m) for each token; attention, 6 * n_layer * d * length^2 for each example (12 for
-    two products of all pairs of tokens, half of it as a token sees no later one); head, 6 * d * vocabulary for each
-    answer token. Padding, recomputation, biases, norms and the optimizer do not count.
+    layers but the last, 6 * (4 d^2 + 2 d m) for each token; attention, 6 * d * length^2 for each example (12 for two
+    products of all pairs of tokens, half of it as a token sees no later one); the last layer, 6 * 3 d^2 for each token
+    (its keys and values are read of all; queries are one product with them) and 6 * (d^2 + 2 d m) + 12 * d * length for each
+    answer token; head, 6 * d * vocabulary for each answer token. Padding, recomputation, biases, norms and the optimizer do not count.
 
     Args:
         lengths: tokens of each example; targets: answer tokens (EOS too) of each.
     """
-    matrices = 6 * layers * (4 * width**2 + 2 * width * inner) * sum(lengths)
-    attention = 6 * layers * width * sum(length**2 for length in lengths)
+    matrices = 6 * (layers - 1) * (4 * width**2 + 2 * width * inner) * sum(lengths)
+    attention = 6 * (layers - 1) * width * sum(length**2 for length in lengths)
+    last = 6 * 3 * width**2 * sum(lengths) + 6 * (width**2 + 2 * width * inner) * sum(targets)
+    last += 12 * width * sum(length * count for length, count in zip(lengths, targets, strict=True))
     head = 6 * width * vocabulary * sum(targets)
-    return matrices + attention + head
+    return matrices + attention + last + head
 
 
 def matrix_products(size: int, count: int, device: torch.device) -> Side:

@@ -25,7 +25,7 @@ from cozyrag.passages import merge_passages
 from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
 from cozyrag.run import make_accelerator
-from cozyrag.sentences import SentenceVectors
+from cozyrag.sentences import RULES, SentenceVectors
 
 PART = 1024  # passages whose vectors are written together: half a minute of work on a slow machine
 TOGETHER = 64  # passages encoded at once
@@ -111,7 +111,7 @@ def stored_index(accelerator: Accelerator, folder: Path, passages: Dataset, retr
     Vectors are mapped into memory, not read: those of the sentences are looked up for few passages at a time.
     """
     columns, fingerprint = Passages.of(passages), retriever.fingerprint()
-    home = folder / f"{fingerprint}-{_digest(columns)}"
+    home = folder / f"{fingerprint}-{_digest(columns)}-{RULES}"
     if not (home / "facts.json").exists():
         _encode_parts(accelerator, home / "parts", columns, retriever)
         accelerator.wait_for_everyone()

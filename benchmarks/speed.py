@@ -72,9 +72,9 @@ ROUNDS = {
     },
 }
 FORMULA = (
-    "Model FLOPs: 6 * n_layer * (4 d^2 + 2 d m) for each token (the matrices of the layers, forward and backward), plus "
-    "6 * n_layer * d * length^2 for each example (causal attention), plus 6 * d * vocabulary for each answer token (head); "
-    "padding does not count."
+    "Model FLOPs: 6 * (4 d^2 + 2 d m) for each token and layer but the last (matrices, forward and backward) and 6 * d * length^2 for "
+    "each example and such layer (causal attention); the last layer, 6 * 3 d^2 for each token, and 6 * (d^2 + 2 d m) + 12 * d * length "
+    "for each answer token; head, 6 * d * vocabulary for each answer token. Padding does not count."
 )
 
 

@@ -54,7 +54,7 @@ class DataSettings:
     index: str | None = setting(
         None,
         "Folder that `cozyrag index` made of --passages: its vectors are taken while the retriever is the one that made them, instead of "
-        "encoding all passages at the start. Vectors of sentences are then made on the fly.",
+        "encoding all passages at the start.",
     )
     questions_split: str = setting("train", "Split to read when --questions is a Hub dataset.")
     eval_split: str = setting("validation", "Split to read when --eval_questions is a Hub dataset.")

@@ -28,6 +28,7 @@ from cozyrag import adapters
 from cozyrag.batches import collate
 from cozyrag.errors import InputError
 from cozyrag.extractive import Spans, allowed_tokens
+from cozyrag.last_block import read_only_at
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
 
@@ -40,7 +41,8 @@ class TokenLosses(nn.Module):
     """Cross-entropy of each target token, with the LM head computed only where there is a target.
 
     On GPT-2's vocabulary the head costs more than a transformer layer for every position, and only the few answer
-    positions carry loss. Hidden states are picked before the head, a form that every transformers version accepts.
+    positions carry loss. Hidden states are picked before the head, a form that every transformers version accepts. Most of
+    GPT-2's last block is computed there only, too (last_block.py).
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -54,9 +56,11 @@ class TokenLosses(nn.Module):
 
     def logits(self, input_ids, positions, attention_mask, position_ids=None) -> torch.Tensor:
         """Logits (n_positions, vocabulary) in float32 at the positions asked for."""
-        hidden = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        model = self.model.base_model
+        with read_only_at(model, positions, input_ids.numel()):
+            hidden = model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
         return self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions]).float()
 
 

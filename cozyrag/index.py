@@ -7,6 +7,7 @@ with the passages found (contexts.py).
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from safetensors.numpy import load_file, save_file
 from cozyrag.errors import InputError
 from cozyrag.quantised import (
     COLUMN,
+    SENTENCE_ENDS,
+    SENTENCE_VECTORS,
     STRETCH,
     Lists,
     Tuned,
@@ -38,7 +41,7 @@ from cozyrag.quantised import (
     stretches,
     tune,
 )
-from cozyrag.sentences import SentenceVectors, sentence_spans, split_sentences
+from cozyrag.sentences import RULES, SentenceVectors, sentence_spans, split_sentences
 
 _COPY_AGAIN = "Copy the whole folder again, or run train.py again."
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
@@ -60,6 +63,11 @@ def made_by(folder: str | Path) -> str | None:
     return facts and facts["retriever_fingerprint"]
 
 
+def keeps_sentences(folder: Path) -> bool:
+    """Whether vectors of sentences lie in a folder, and pair up with sentences as they are told apart now."""
+    return (_facts(folder) or {}).get("sentence_rules") == RULES
+
+
 def _facts(folder: Path) -> dict | None:
     """What index.json says; None when it is missing or no longer readable."""
     try:
@@ -70,9 +78,13 @@ def _facts(folder: Path) -> dict | None:
 
 
 def write_facts(
-    path: Path, fingerprint: str, shape: tuple[int, int], factory: str, *, tuned: Tuned | None = None, sizes: dict[str, int] | None = None
+    path: Path, fingerprint: str, shape: tuple[int, int], factory: str, *, tuned: Tuned | None = None, sizes: dict[str, int] | None = None,
+    sentences: bool = False,
 ) -> None:  # fmt: skip
-    """Write index.json: whose vectors, how many (`shape`: (n, dim)), which FAISS index, how it is searched, the `sizes` of the other files."""
+    """Write index.json: whose vectors, how many (`shape`: (n, dim)), which FAISS index, how it is searched, the `sizes` of the other files.
+
+    `sentences`: whether vectors of sentences lie there too; then also by which rules those were told apart.
+    """
     facts = {
         "retriever_fingerprint": fingerprint,
         "passages": shape[0],
@@ -81,16 +93,21 @@ def write_facts(
         "factory": factory,
     }
     facts |= ({"search": vars(tuned)} if listed(factory) else {}) | ({"bytes": sizes} if sizes else {})
+    facts |= {"sentence_rules": RULES} if sentences else {}
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def write_index(place: Path, fingerprint: str, vectors: np.ndarray, memory: int | None) -> tuple[str, float | None]:
+def write_index(
+    place: Path, fingerprint: str, vectors: np.ndarray, memory: int | None, *, beside: int = 0
+) -> tuple[str, float | None]:
     """Choose, make, tune and write the index of vectors (n, dim) that lie in `place` already, memory-mapped.
+
+    `beside`: bytes of the vectors of sentences there.
 
     Returns the kind, and the share of the 10 exact nearest that it finds, None where it finds them all. Raises InputError if
     none fits into `memory` bytes.
     """
-    factory, tuned, share = choose_index(*vectors.shape, memory), None, None
+    factory, tuned, share = choose_index(*vectors.shape, memory, beside=beside), None, None
     lists = Lists.of(vectors, factory) if listed(factory) else None
     built = lists.faiss() if lists else build_faiss(vectors, factory)
     if lists:
@@ -98,7 +115,7 @@ def write_index(place: Path, fingerprint: str, vectors: np.ndarray, memory: int 
     if factory not in EXACT:
         tuned, share = tune(built, vectors)
     faiss.write_index(built, str(place / "index.faiss"))
-    write_facts(place / "index.json", fingerprint, vectors.shape, factory, tuned=tuned)
+    write_facts(place / "index.json", fingerprint, vectors.shape, factory, tuned=tuned, sentences=bool(beside))
     return factory, share
 
 
@@ -252,7 +269,7 @@ class PassageIndex:
         table.to_parquet(str(folder / "passages.parquet"))
         tensors = {COLUMN: np.ascontiguousarray(self.vectors)}
         if self.sentences is not None:
-            tensors |= {"sentence_vectors": self.sentences.vectors, "sentence_ends": self.sentences.ends}
+            tensors |= {SENTENCE_VECTORS: self.sentences.vectors, SENTENCE_ENDS: self.sentences.ends}
         # Beside its place first: the vectors that are written may be read from the very file that is there.
         save_file(tensors, folder / "vectors.safetensors.new")
         os.replace(folder / "vectors.safetensors.new", folder / "vectors.safetensors")
@@ -261,7 +278,7 @@ class PassageIndex:
             self.lists.save(folder / LISTS)
         faiss.write_index(self._index, str(folder / "index.faiss"))
         sizes = {name: (folder / name).stat().st_size for name in (*FILES[:-1], *([LISTS] if self.lists else []))}
-        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory, tuned=self.tuned, sizes=sizes)  # fmt: skip
+        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory, tuned=self.tuned, sizes=sizes, sentences=self.sentences is not None)  # fmt: skip
 
     @classmethod
     def load(cls, folder: str | Path, *, fingerprint: str, expected: Passages | None = None) -> "PassageIndex":
@@ -315,8 +332,14 @@ class PassageIndex:
                 f"Expected the index in {folder} to be of the {len(expected.ids)} passages that are searched, found {len(table)} passages that are not "
                 "the same. Run `cozyrag index` again with that passage file: only what has changed is encoded."
             )
-        kept = "sentence_vectors" in tensors
-        sentences = SentenceVectors(tensors["sentence_vectors"], tensors["sentence_ends"]) if kept else None
+        kept = SENTENCE_VECTORS in tensors and keeps_sentences(folder)
+        if SENTENCE_VECTORS in tensors and not kept:
+            warnings.warn(
+                f"The vectors of sentences in {folder} are of another version of cozyrag, which told sentences apart differently. They are not used: "
+                "whole passages are compared, and less is found. Make the index again with `cozyrag index`.",
+                stacklevel=2,
+            )
+        sentences = SentenceVectors(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS]) if kept else None
         return cls(
             table, tensors[COLUMN], fingerprint=found, sentences=sentences, factory=factory, lists=lists, tuned=tuned
         )
@@ -333,9 +356,8 @@ def _factory(folder: Path) -> str:
 
 
 def _tensors(path: Path, *, mapped: bool) -> dict[str, np.ndarray]:
-    """The tensors of a file; `mapped`: the vectors stay in it until they are touched."""
+    """The tensors of a file; `mapped`: they stay in it until they are touched."""
     if not mapped:
         return load_file(path)
     with safe_open(path, framework="numpy") as file:
-        others = {name: file.get_tensor(name) for name in file.keys() if name != COLUMN}
-    return {COLUMN: open_vectors(path), **others}
+        return {name: open_vectors(path, name) for name in file.keys()}

@@ -2,7 +2,7 @@
 
 Each process encodes its share into shards on the disk, which the first one puts together without ever holding them all.
 What an older index in that folder, or a run that was stopped, has encoded already is taken over. Left out: how vectors are
-stored and found again (vectors.py), vectors of sentences, which are made on the fly where they are wanted.
+stored and found again (vectors.py).
 """
 
 import argparse
@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +28,14 @@ from cozyrag.config import (
     TrainingSettings,
 )
 from cozyrag.errors import InputError
-from cozyrag.index import FILES, LISTS, made_by, write_index
+from cozyrag.index import FILES, LISTS, Passages, made_by, write_index
 from cozyrag.passages import stream_passages
-from cozyrag.quantised import memory_of
+from cozyrag.quantised import SENTENCE_VECTORS, memory_of, open_vectors
 from cozyrag.retriever import Retriever
 from cozyrag.run import make_accelerator
+from cozyrag.sentences import SentenceVectors
 from cozyrag.tables import SHOWN, BadRows, no_rows
-from cozyrag.vectors import encode_shards, known_vectors, store_passages, write_vectors
+from cozyrag.vectors import Known, encode_shards, known_vectors, store_passages, write_vectors
 
 DESCRIPTION = """\
 Encode passages with a retriever and make their index: DIR gets passages.parquet, vectors.safetensors, index.faiss and
@@ -73,7 +74,8 @@ def index(arguments: Sequence[str]) -> None:
         np.save(work.hashes, _stage(options, work.passages))
     accelerator.wait_for_everyone()
     hashes = np.load(work.hashes)
-    rows = known_vectors(work.folder, work.shards, work.fingerprint).missing(hashes)
+    work = replace(work, sentences=not options.no_sentence_vectors and retriever.reads_sentences)
+    rows = work.known().missing(hashes)
     accelerator.wait_for_everyone()  # from here on shards are written, and each process must have seen the same ones
     accelerator.print(f"{len(hashes):,} passages, {len(rows):,} to encode.")
     seconds = _encode(accelerator, retriever, work, rows, hashes, options)
@@ -91,6 +93,11 @@ class _Work:
 
     folder: Path
     fingerprint: str
+    sentences: bool = False  # whether those of sentences are made too
+
+    def known(self) -> Known:
+        """What need not be encoded any more."""
+        return known_vectors(self.folder, self.shards, self.fingerprint, sentences=self.sentences)
 
     @property
     def place(self) -> Path:
@@ -147,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--passage_tokens", type=int, default=contexts.passage_tokens, help=f"what the retriever reads of a passage, as in train.py (default: {contexts.passage_tokens})")  # fmt: skip
     add("--encode_batch_size", type=int, default=contexts.encode_batch_size, help=f"passages encoded at once (default: {contexts.encode_batch_size})")  # fmt: skip
     add("--shard_size", type=int, default=4096, help="passages after which what is encoded is kept (default: 4096)")
+    add("--no_sentence_vectors", action="store_true", help="leave out the vectors of sentences (half precision, some 4 KB a passage): a search by vectors and words then looks at whole passages, and contexts are filtered with vectors made on the fly")  # fmt: skip
     add("--passages_split", default=data.passages_split, help="split, if PASSAGES is a Hub dataset")
     for name in ("id_column", "title_column", "text_column"):
         add(f"--{name}", default=vars(data)[name], help=f"default: {vars(data)[name]}")
@@ -238,8 +246,11 @@ def _encode(
     desc = "encoding" if world == 1 else "encoding (share of the first process)"
     with tqdm(total=mine, desc=desc, unit="passage", disable=not accelerator.is_main_process) as bar:
 
-        def encode(texts: Sequence[str]) -> np.ndarray:
-            return retriever.encode(texts, kind="document", batch_size=options.encode_batch_size)
+        def encode(passages: Passages) -> tuple[np.ndarray, SentenceVectors | None]:
+            read, size = passages.to_read(), options.encode_batch_size
+            if work.sentences:
+                return retriever.encode_passages(read, passages.spans(range(len(read))), batch_size=size)
+            return retriever.encode(read, kind="document", batch_size=size), None
 
         encode_shards(
             work.passages, rows, hashes, encode, work.shards, size=size, share=(rank, world), fingerprint=work.fingerprint, done=bar.update
@@ -250,11 +261,14 @@ def _encode(
 
 def _finish(work: _Work, hashes: np.ndarray, memory: int | None) -> str:
     """Put vectors and index together and in their place; returns what to tell."""
-    known = known_vectors(work.folder, work.shards, work.fingerprint)
-    vectors = write_vectors(work.place / "vectors.safetensors", hashes, known)
-    factory, share = write_index(work.place, work.fingerprint, vectors, memory)
-    size = memory_of(factory, *vectors.shape) / 1e6
+    path = work.place / "vectors.safetensors"
+    vectors = write_vectors(path, hashes, work.known())
+    beside = open_vectors(path, SENTENCE_VECTORS).nbytes if work.sentences else 0
+    factory, share = write_index(work.place, work.fingerprint, vectors, memory, beside=beside)
+    size = (memory_of(factory, *vectors.shape) + (beside if factory == "Flat" else 0)) / 1e6
     told = f"{work.folder}: {len(vectors):,} passages, index {factory}, {size:.0f} MB in memory"
+    if work.sentences:
+        told += f" ({beside / 1e6:.0f} MB of sentence vectors{'' if factory == 'Flat' else ' stay on the disk'})"
     if share is not None:
         told += f"; it finds {share:.1%} of the 10 nearest that exact search finds"
     replaced = made_by(work.folder)

@@ -20,6 +20,7 @@ from cozyrag.errors import InputError
 
 SPARE = 16
 COLUMN = "vectors"
+SENTENCE_VECTORS, SENTENCE_ENDS = "sentence_vectors", "sentence_ends"  # the other tensors beside it
 TRAINED_ON = 100_000  # vectors, evenly spread, that a quantised index learns its ranges from
 ADDED = 65_536  # vectors handed to FAISS at once
 # From how many numbers in a batch of questions on FAISS multiplies matrices. Newer versions wait for 128,000, 333 questions of 384
@@ -32,7 +33,7 @@ PER_LIST = 64  # vectors that each centroid is trained on
 TARGET = 0.99  # of the 10 nearest
 MOVED = np.float32(1)  # how far from a passage a question is imitated, in differences of two passages
 FACTORS = (10, 20, 40)  # candidates for each passage wanted
-TYPES = {"F32": np.float32, "U8": np.uint8, "I32": np.int32}
+TYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 _LISTED = re.compile(r"IVF(\d+),PQ(\d+)x4fs")
 
 
@@ -56,17 +57,17 @@ def memory_of(factory: str, count: int, dimensions: int) -> int:
     return {"Flat": 4 * count, "SQ8": count, "Mapped": 4 * min(count, STRETCH)}[factory] * dimensions
 
 
-def choose_index(count: int, dimensions: int, memory: int | None) -> str:
+def choose_index(count: int, dimensions: int, memory: int | None, *, beside: int = 0) -> str:
     """The kind of index for `count` vectors within `memory` bytes; None: no limit, "Flat".
 
-    Flat, which is exact, wherever it fits. Else SQ8 up to `MANY` vectors, then lists, then the vectors on the disk.
+    `beside`: bytes of vectors of sentences, which are in memory too beside Flat, and on the disk beside the others. Flat, which is exact, wherever it fits. Else SQ8 up to `MANY` vectors, then lists, then the vectors on the disk.
 
     Raises InputError if none fits.
     """
     parts = next(parts for parts in range(max(1, dimensions // 4), 0, -1) if dimensions % parts == 0)
     lists = f"IVF{2 ** round(np.log2(max(count, 1)) / 2)},PQ{parts}x4fs"
     kinds = ["Flat", *(["SQ8"] if count < MANY else []), *([lists] if count >= FEWEST else []), "Mapped"]
-    sizes = {kind: memory_of(kind, count, dimensions) for kind in kinds}
+    sizes = {kind: memory_of(kind, count, dimensions) + (beside if kind == "Flat" else 0) for kind in kinds}
     for kind, size in sizes.items():
         if memory is None or size <= memory:
             return kind
@@ -185,13 +186,15 @@ class Lists:
         return made
 
 
-def open_vectors(path: str | Path, name: str = COLUMN) -> np.ndarray:
+def open_vectors(path: str | Path, name: str = COLUMN, *, mode: str = "r") -> np.ndarray:
     """A tensor of a safetensors file, the vectors (n, dim) float32 unless named, memory-mapped: only what is touched is read."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         facts = json.loads(file.read(length))[name]
     kind, start = TYPES[facts["dtype"]], 8 + length + facts["data_offsets"][0]
-    return np.memmap(path, kind, "r", offset=start, shape=tuple(facts["shape"]))
+    if not np.prod(facts["shape"]):  # nothing to map
+        return np.zeros(facts["shape"], kind)
+    return np.memmap(path, kind, mode, offset=start, shape=tuple(facts["shape"]))
 
 
 # ---------------------------------------------------------------------------------------------------------- searched

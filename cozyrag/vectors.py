@@ -6,6 +6,7 @@ encoded again. Left out: the retriever and the processes (indexing.py), and sear
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,20 +20,25 @@ from safetensors.numpy import save_file
 
 from cozyrag.duplicates import repeats, text_hash
 from cozyrag.errors import InputError
-from cozyrag.index import made_by, passage_text
-from cozyrag.quantised import COLUMN, open_vectors
+from cozyrag.index import Passages, keeps_sentences, made_by, passage_text
+from cozyrag.quantised import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
+from cozyrag.sentences import RULES, SentenceVectors, places_of
 
 ROWS = 4096  # passages of a row group, which are read together
-COPIED = 65_536  # vectors copied at once
+COPIED = 8192  # passages whose vectors are copied at once, with those of their sentences some 50 MB
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
 
 
 @dataclass(frozen=True)
 class Known:
-    """Vectors that lie somewhere already: `hashes` (n,) uint64 of their texts, and the memory-mapped arrays of each file."""
+    """Vectors that lie somewhere already: `hashes` (n,) uint64 of their texts, and the memory-mapped arrays of each file.
+
+    `sentences`: of each file those of the sentences too, or empty where they are not wanted.
+    """
 
     hashes: np.ndarray
     arrays: tuple[np.ndarray, ...]
+    sentences: tuple[SentenceVectors, ...] = ()
 
     def missing(self, hashes: np.ndarray) -> np.ndarray:
         """Rows of those texts, each once, that have no vector yet."""
@@ -40,6 +46,25 @@ class Known:
 
     def copy_to(self, out: np.ndarray, hashes: np.ndarray) -> None:
         """Put the vector of each of these texts into its row of `out`. All must be known."""
+        for rows, file, places in self._found(hashes):
+            out[rows] = self.arrays[file][places]
+
+    def sentence_ends(self, hashes: np.ndarray) -> np.ndarray:
+        """(n,) int64 where the sentences of each of these texts end when they stand one text after another."""
+        counts = np.zeros(len(hashes), dtype=np.int64)
+        for rows, file, places in self._found(hashes):
+            counts[rows] = places_of(self.sentences[file].ends, places)[1]
+        return np.cumsum(counts)
+
+    def copy_sentences_to(self, out: np.ndarray, ends: np.ndarray, hashes: np.ndarray) -> None:
+        """Put the vectors of the sentences of these texts, which end at `ends`, into `out`."""
+        for rows, file, places in self._found(hashes):
+            out[places_of(ends, rows)[0]] = self.sentences[file].vectors[
+                places_of(self.sentences[file].ends, places)[0]
+            ]
+
+    def _found(self, hashes: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """Which of these texts lie in which file, and at which places there; a stretch of texts at a time."""
         order = np.argsort(self.hashes, kind="stable")
         ends = np.cumsum([len(array) for array in self.arrays])
         for start in range(0, len(hashes), COPIED):
@@ -47,8 +72,7 @@ class Known:
             files = np.searchsorted(ends, places, side="right")
             for file in np.unique(files):
                 mine = np.flatnonzero(files == file)
-                array = self.arrays[file]
-                out[start + mine] = array[places[mine] - (ends[file] - len(array))]
+                yield start + mine, file, places[mine] - (ends[file] - len(self.arrays[file]))
 
 
 def store_passages(rows: Iterable[tuple[str, str, str]], path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -79,33 +103,43 @@ def stored_hashes(path: Path) -> np.ndarray:
 
 
 def _hashes(titles: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-    read = map(passage_text, titles, texts)
+    # where the title ends counts: it has no sentences of its own
+    read = (f"{len(title)}|{passage_text(title, text)}" for title, text in zip(titles, texts, strict=True))
     return np.array([text_hash(text) for text in read], dtype=np.uint64)
 
 
-def known_vectors(folder: Path, shards: Path, fingerprint: str) -> Known:
-    """The vectors of this retriever in an older index (`folder`) and in the shards of a run that was stopped."""
+def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bool) -> Known:
+    """The vectors of this retriever in an older index (`folder`) and in the shards of a run that was stopped.
+
+    `sentences`: those of the sentences are wanted too, so that files without them are of no use.
+    """
     found = []
-    if made_by(folder) == fingerprint:
-        found.append((stored_hashes(folder / "passages.parquet"), open_vectors(folder / "vectors.safetensors")))
-        if len(found[0][0]) != len(found[0][1]):
+    if made_by(folder) == fingerprint and (not sentences or keeps_sentences(folder)):
+        found.append((stored_hashes(folder / "passages.parquet"), folder / "vectors.safetensors"))
+        if len(found[0][0]) != len(open_vectors(found[0][1])):
             raise InputError(
-                f"Expected one vector for each of the {len(found[0][0])} passages in {folder}, found {len(found[0][1])}: its files are not of "
-                "one index. Delete that folder to make the index from the beginning."
+                f"Expected one vector for each of the {len(found[0][0])} passages in {folder}, found {len(open_vectors(found[0][1]))}: its files "
+                "are not of one index. Delete that folder to make the index from the beginning."
             )
     for path in sorted(shards.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            if file.metadata()["retriever_fingerprint"] == fingerprint:
-                found.append((file.get_tensor("hashes"), open_vectors(path)))
+            facts, rules = file.metadata(), str(RULES)
+            if facts["retriever_fingerprint"] == fingerprint and (
+                not sentences or facts.get("sentence_rules") == rules
+            ):
+                found.append((file.get_tensor("hashes"), path))
     hashes = np.concatenate([np.zeros(0, np.uint64), *(each for each, _ in found)])
-    return Known(hashes, tuple(array for _, array in found))
+    own = (
+        SentenceVectors(open_vectors(path, SENTENCE_VECTORS), open_vectors(path, SENTENCE_ENDS)) for _, path in found
+    )
+    return Known(hashes, tuple(open_vectors(path) for _, path in found), tuple(own) if sentences else ())
 
 
 def encode_shards(
     passages: Path,
     rows: np.ndarray,
     hashes: np.ndarray,
-    encode: Callable[[Sequence[str]], np.ndarray],
+    encode: Callable[[Passages], tuple[np.ndarray, SentenceVectors | None]],
     shards: Path,
     *,
     size: int,
@@ -117,38 +151,65 @@ def encode_shards(
 
     Args:
         passages: Parquet file of `store_passages`. rows: which of them, ascending. hashes: (n,) of all of them.
-        encode: (texts) to vectors (n, dim) float32. done: receives the number of passages of each shard that was written.
+        encode: passages, without ids, to their vectors (n, dim) float32 and, if wanted, those of their sentences. done: receives the number of passages of each shard that was written.
     """
     file = pq.ParquetFile(passages, memory_map=True)
     for start in range(share[0] * size, len(rows), share[1] * size):
         mine = rows[start : start + size]
-        vectors = encode(list(_read(file, mine)))
+        vectors, sentences = encode(_read(file, mine))
+        tensors, facts = {COLUMN: vectors, "hashes": hashes[mine]}, {"retriever_fingerprint": fingerprint}
+        if sentences is not None:
+            tensors |= {SENTENCE_VECTORS: sentences.vectors, SENTENCE_ENDS: sentences.ends}
+            facts["sentence_rules"] = str(RULES)
         name = hashlib.sha256(fingerprint.encode() + hashes[mine].tobytes()).hexdigest()[:20]
         beside = shards / f"{name}.{os.getpid()}"
-        save_file({COLUMN: vectors, "hashes": hashes[mine]}, beside, metadata={"retriever_fingerprint": fingerprint})
+        save_file(tensors, beside, metadata=facts)
         os.replace(beside, shards / f"{name}.safetensors")
         done(len(mine))
 
 
-def _read(file: pq.ParquetFile, rows: np.ndarray) -> Iterator[str]:
-    """What the retriever reads of some passages; rows ascending."""
+def _read(file: pq.ParquetFile, rows: np.ndarray) -> Passages:
+    """Some passages, without their ids; rows ascending."""
+    titles, texts = [], []
     for group in np.unique(rows // ROWS):
         table = file.read_row_group(int(group), columns=["title", "text"])
         chosen = table.take(rows[rows // ROWS == group] - group * ROWS)
-        yield from map(passage_text, chosen["title"].to_pylist(), chosen["text"].to_pylist())
+        titles += chosen["title"].to_pylist()
+        texts += chosen["text"].to_pylist()
+    return Passages([""] * len(texts), titles, texts)
 
 
 def write_vectors(path: Path, hashes: np.ndarray, known: Known) -> np.ndarray:
-    """Write a vectors.safetensors (one tensor, see `open_vectors`) from known vectors, a stretch at a time; returns it mapped."""
-    shape = (len(hashes), known.arrays[0].shape[1])
-    # The format by hand (github.com/huggingface/safetensors): its writer wants the whole tensor in memory.
-    head = (
-        f'{{"{COLUMN}":{{"dtype":"F32","shape":[{shape[0]},{shape[1]}],"data_offsets":[0,{shape[0] * shape[1] * 4}]}}}}'
-    )
-    head = head.ljust(-(-len(head) // 8) * 8).encode("ascii")
+    """Write a vectors.safetensors (see `open_vectors`) from known vectors, a stretch at a time; returns those of passages mapped."""
+    dimensions = known.arrays[0].shape[1]
+    ends = known.sentence_ends(hashes) if known.sentences else None
+    wanted = {COLUMN: ("F32", (len(hashes), dimensions))}
+    if ends is not None:
+        count = int(ends[-1]) if len(ends) else 0
+        wanted |= {SENTENCE_ENDS: ("I64", ends.shape), SENTENCE_VECTORS: ("F16", (count, dimensions))}
+    out = create_tensors(path, wanted)
+    known.copy_to(out[COLUMN], hashes)
+    if ends is not None:
+        out[SENTENCE_ENDS][:] = ends
+        known.copy_sentences_to(out[SENTENCE_VECTORS], ends, hashes)
+    for tensor in out.values():
+        tensor.flush()
+    return out[COLUMN]
+
+
+def create_tensors(path: Path, wanted: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    """A safetensors file of these tensors, by name (dtype, shape), all zero; returns them mapped, to be written into.
+
+    The format by hand (github.com/huggingface/safetensors): its writer wants whole tensors in memory.
+    """
+    head, offset = {}, 0
+    for name, (dtype, shape) in wanted.items():
+        end = offset + int(np.prod(shape)) * np.dtype(TYPES[dtype]).itemsize
+        head[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(head)
+    text = text.ljust(-(-len(text) // 8) * 8).encode("ascii")
     with open(path, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-    out = np.memmap(path, np.float32, "r+", offset=8 + len(head), shape=shape)
-    known.copy_to(out, hashes)
-    out.flush()
-    return out
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return {name: open_vectors(path, name, mode="r+") for name in wanted}

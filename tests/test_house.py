@@ -23,6 +23,7 @@ TIERS = (
         "sentences",
         "penalties",
         "extractive",
+        "last_block",
         "refresh",
         "duplicates",
         "network",

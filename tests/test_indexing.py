@@ -34,13 +34,13 @@ def rows(count, start=0):
 @pytest.fixture
 def encoded(monkeypatch):
     """The texts that were encoded."""
-    seen, real = [], Retriever.encode
+    seen, real = [], Retriever.encode_passages
 
-    def encode(self, texts, **options):
+    def encode(self, texts, spans, **options):
         seen.extend(texts)
-        return real(self, texts, **options)
+        return real(self, texts, spans, **options)
 
-    monkeypatch.setattr(Retriever, "encode", encode)
+    monkeypatch.setattr(Retriever, "encode_passages", encode)
     return seen
 
 
@@ -68,6 +68,45 @@ def test_the_folder_is_what_the_rest_of_the_package_reads(tmp_path, retriever_pa
     assert "50 passages, index Flat" in capsys.readouterr().out
 
 
+def same_sentences(one, other):
+    """Both keep the same vectors of sentences."""
+    assert one.sentences.ends.tolist() == other.sentences.ends.tolist()
+    np.testing.assert_allclose(one.sentences.vectors.astype(float), other.sentences.vectors.astype(float), atol=2e-3)
+
+
+def test_sentences_have_vectors_as_in_a_run(tmp_path, retriever_path, capsys):
+    some = rows(30)
+    some[3]["text"] = "It is red. It is old! Is it new?"
+    some[7] = {
+        "id": "untitled",
+        "title": "",
+        "text": f"{some[3]['title']}\n{some[3]['text']}",
+    }  # reads the same, one more sentence
+    run(tiny.write_jsonl(tmp_path / "p.jsonl", some), tmp_path / "index", retriever_path, "--shard_size", "7")
+    made, model = loaded(tmp_path / "index", retriever_path), Retriever.load(str(retriever_path), max_tokens=160)
+    columns = made.passages
+    assert columns.to_read()[3] == columns.to_read()[7]
+    _, expected = model.encode_passages(columns.to_read(), columns.spans(range(30)), batch_size=64)
+    assert made.sentences.ends.tolist() == expected.ends.tolist()
+    np.testing.assert_allclose(made.sentences.vectors.astype(float), expected.vectors.astype(float), atol=2e-3)
+    assert [len(each) for each in made.sentences.of([3, 7])] == [
+        len(split) for split in map(columns.sentences().__getitem__, (3, 7))
+    ]
+    assert "of sentence vectors)" in capsys.readouterr().out
+
+
+def test_sentences_can_be_left_out_and_made_later(tmp_path, retriever_path, encoded):
+    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(20))
+    run(passages, tmp_path / "index", retriever_path, "--no_sentence_vectors")
+    assert not encoded and loaded(tmp_path / "index", retriever_path).sentences is None
+    run(passages, tmp_path / "index", retriever_path)
+    assert len(encoded) == 20
+    made = loaded(tmp_path / "index", retriever_path)
+    run(passages, tmp_path / "index", retriever_path, "--no_sentence_vectors")  # nothing to encode, but they go
+    assert len(encoded) == 20 and loaded(tmp_path / "index", retriever_path).sentences is None
+    assert len(made.sentences.ends) == 20
+
+
 def test_only_new_and_changed_passages_are_encoded(tmp_path, retriever_path, encoded):
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(40))
     run(passages, tmp_path / "index", retriever_path)
@@ -83,6 +122,7 @@ def test_only_new_and_changed_passages_are_encoded(tmp_path, retriever_path, enc
     updated, fresh = loaded(tmp_path / "index", retriever_path), loaded(anew, retriever_path)
     assert updated.passages == fresh.passages
     np.testing.assert_allclose(updated.vectors, fresh.vectors, atol=1e-5)
+    same_sentences(updated, fresh)
 
 
 def test_another_retriever_takes_nothing_over(tmp_path, retriever_path, encoded, capsys):
@@ -107,19 +147,19 @@ def test_goes_on_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retr
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(10))
     run(passages, tmp_path / "index", retriever_path)
     tiny.write_jsonl(passages, rows(60))
-    counted, calls = Retriever.encode, []
+    counted, calls = Retriever.encode_passages, []
 
-    def fails(self, texts, **options):
+    def fails(self, texts, spans, **options):
         calls.append(len(texts))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return counted(self, texts, **options)
+        return counted(self, texts, spans, **options)
 
-    monkeypatch.setattr(Retriever, "encode", fails)
+    monkeypatch.setattr(Retriever, "encode_passages", fails)
     with pytest.raises(KeyboardInterrupt):
         run(passages, tmp_path / "index", retriever_path, "--shard_size", "8")
     assert len(loaded(tmp_path / "index", retriever_path)) == 10
-    monkeypatch.setattr(Retriever, "encode", counted)
+    monkeypatch.setattr(Retriever, "encode_passages", counted)
     encoded.clear()
     run(passages, tmp_path / "index", retriever_path, "--shard_size", "16")
     assert len(encoded) == 50 - 3 * 8
@@ -156,10 +196,10 @@ def test_a_run_takes_the_vectors_while_the_retriever_is_the_same(
         "index": tmp_path / "index",
         "output_dir": tmp_path / "out",
     }
-    words |= {"questions": corpus_files["questions"], "passages": corpus_files["passages"], "rounds": 0, "threads": 1, "context_filter": "overlap"}  # fmt: skip
+    words |= {"questions": corpus_files["questions"], "passages": corpus_files["passages"], "rounds": 0, "threads": 1}  # fmt: skip
     train([word for name, value in words.items() for word in (f"--{name}", str(value))])
-    texts = set(loaded(tmp_path / "out" / "index", retriever_path).passages.to_read())
-    assert encoded and not texts & set(encoded)
+    assert not encoded  # neither passages nor, for the context filter, their sentences
+    same_sentences(*(loaded(folder, retriever_path) for folder in (tmp_path / "index", tmp_path / "out" / "index")))
     words |= {
         "passages": tiny.write_jsonl(tmp_path / "other.jsonl", tiny.corpus(41)[0]),
         "output_dir": tmp_path / "other",
@@ -243,6 +283,7 @@ def test_two_processes_give_what_one_gives_and_go_on_where_they_were_killed(tmp_
     assert f"3,000 passages, {3000 - kept * 16:,} to encode." in told
     a, b = (loaded(folder, retriever_path) for folder in (tmp_path / "one", two))
     np.testing.assert_allclose(a.vectors, b.vectors, atol=1e-5)
+    same_sentences(a, b)
     questions = Retriever.load(str(retriever_path)).encode(a.passages.texts[::97], kind="query", batch_size=64)
     (scores, found), (others, also) = (each.search(questions, 10) for each in (a, b))
     np.testing.assert_allclose(scores, others, atol=1e-5)

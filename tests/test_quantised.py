@@ -79,6 +79,12 @@ def test_what_fits_is_chosen(count, memory, expected):
     assert memory is None or memory_of(expected, count, 32) <= memory
 
 
+def test_vectors_of_sentences_count_where_they_are_in_memory():
+    assert choose_index(1000, 32, 128_000, beside=1) == "SQ8"
+    assert choose_index(1000, 32, 128_001, beside=1) == "Flat"
+    assert choose_index(1000, 32, 32_000, beside=10**9) == "SQ8"  # there they stay on the disk
+
+
 def test_nothing_fits():
     with pytest.raises(InputError, match="1000 vectors of 32 dimensions need at least 0.03 MB .SQ8."):
         choose_index(1000, 32, 31_999)

@@ -1,0 +1,125 @@
+"""The ablation benchmark: its rates by hand, what shares a training, and both kinds of study with tiny models."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import corpus, write_jsonl
+
+from cozyrag.errors import InputError
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("ablation")
+
+
+@pytest.fixture
+def arguments(tmp_path, generator_path, retriever_path):
+    """Twenty questions to learn from and ten others, 15 passages."""
+    passages, questions = corpus(15)
+    texts = {each["id"]: each["text"] for each in passages}
+    full = [{**each, "context": texts[each.pop("passage_id")]} for each in map(dict, questions)]
+    files = {"--train": full[:20], "--questions": full[20:]}
+    named = [part for name, rows in files.items() for part in (name, write_jsonl(tmp_path / f"{name[2:]}.jsonl", rows))]
+    more = (
+        "--index",
+        tmp_path / "vectors",
+        "--generator",
+        generator_path,
+        "--retriever",
+        retriever_path,
+        "--threads",
+        1,
+    )
+    return [str(each) for each in (*named, *more)]
+
+
+def test_rates_by_hand(ablation):
+    assert ablation.repetition([1, 2, 3, 1, 2, 3]) == pytest.approx(1 - 3 / 4)
+    assert ablation.repetition([1, 2]) == ablation.repetition([1, 2, 3]) == 0
+    assert ablation.repetition([7] * 5) == pytest.approx(2 / 3)
+    assert ablation.parrots("the red fox", "Is the fox red?", ["blue"]) == 1
+    assert ablation.parrots("a red owl", "Is the fox red?", ["blue"]) == 0
+    assert ablation.parrots("the fox", "Is the fox red?", ["fox"]) == 0  # there it is right
+    assert ablation.parrots("", "Is the fox red?", ["blue"]) == ablation.parrots("the", "the?", ["x"]) == 0
+    assert [ablation.too_short(length, [5, 4]) for length in (0, 2, 3)] == [1, 1, 0]
+    assert [ablation.too_short(length, [5, 1]) for length in (0, 1)] == [1, 0]
+
+
+def test_lines_that_train_alike_share_a_training(ablation):
+    assert (
+        ablation.without_decoding("--extractive --repeat_penalty 0.1 --no_repeat_ngram_size 3")
+        == "--repeat_penalty 0.1"
+    )
+    seen = []
+
+    class Study:
+        names = ("F1",)
+
+        def scores(self, flags, seed):
+            seen.append((seed, flags))
+            return {"F1": [float(seed), 0.0]}
+
+    variants = {"a": "", "b": "--repeat_penalty 0.1", "c": "--min_answer_tokens 2"}
+    found = ablation.run(Study(), variants, [1, 2])
+    assert [flags for seed, flags in seen if seed == 1] == ["", "--min_answer_tokens 2", "--repeat_penalty 0.1"]
+    assert list(found) == ["a", "b", "c"] and found["b"]["F1"].tolist() == [[1, 0], [2, 0]]
+
+
+def test_the_table_compares_with_the_first_line(ablation):
+    first, other = np.array([[0, 0, 1, 1.0]] * 2), np.array([[1, 1, 1, 1.0], [1, 0, 1, 1.0]])
+    text = ablation.table({"plain": {"F1": first}, "more": {"F1": other}})
+    assert "| plain | 50.0 (0.0 to 100.0) |" in text and "| more | 87.5, +37.5 (" in text
+    told = ablation.spread_of_seeds({"plain": {"F1": first}, "more": {"F1": other}}, "F1")
+    assert "by up to 25.0 points" in told and "more 0." in told
+
+
+def test_the_study_of_penalties(ablation, arguments, tmp_path, capsys):
+    told = tmp_path / "told.json"
+    own = [
+        "--variant",
+        "short too: --short_penalty 0.5 --min_answer_tokens 2",
+        "--base",
+        "--answer_tokens 4",
+        "--json",
+        str(told),
+    ]
+    ablation.compare(ablation.parse(["penalties", *arguments, "--seeds", "1", *own]))
+    out, numbers = capsys.readouterr().out, json.loads(told.read_text())
+    assert all(f"| {name} |" in out for name in numbers["variants"]) and "short too" in numbers["variants"]
+    assert "20 questions to learn from, 10 asked, 15 passages" in out
+    assert set(numbers["means"]["short too"]) == {"EM", "F1", "seq-rep-3", "parroting", "too short"}
+    assert numbers["means"]["at least 3 tokens, decoding"]["too short"] == [0.0]
+    assert numbers["variants"]["no penalty"] == "--answer_tokens 4"
+
+
+def test_the_study_of_feedback(ablation, arguments, tmp_path, capsys):
+    told = tmp_path / "told.json"
+    more = [
+        "--max_passages",
+        "30",
+        "--base",
+        "--retriever_learning_rate 1e-2 --retriever_batch_size 4",
+        "--json",
+        str(told),
+    ]
+    ablation.compare(ablation.parse(["feedback", *arguments, "--seeds", "1", *more]))
+    means = json.loads(told.read_text())["means"]
+    assert means["contrastive"] != means["contrastive + feedback"]
+    assert set(means["contrastive"]) == set(ablation.RetrieverStudy.names)
+    assert "| contrastive + feedback |" in capsys.readouterr().out
+
+
+def test_wrong_variants_are_told_before_anything_is_read(ablation):
+    asked = ["own", "--questions", "no.jsonl", "--train", "no.jsonl", "--index", "no"]
+    with pytest.raises(InputError, match='expected "NAME:--setting value", found'):
+        ablation.compare(ablation.parse([*asked, "--variant", "--repeat_penalty 1"]))
+    with pytest.raises(InputError, match="repeat_penalti"):
+        ablation.compare(ablation.parse([*asked, "--variant", "x: --repeat_penalti 1"]))

@@ -1,0 +1,174 @@
+"""The last block at few positions gives the losses and gradients of the whole one, and lets what it does not know alone."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from cozyrag.generator import TokenLosses
+from cozyrag.last_block import read_only_at
+
+SIZES = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 50, "n_positions": 32}
+LENGTHS = (9, 5, 12)
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    made = GPT2LMHeadModel(GPT2Config(**SIZES, **quiet | changes))
+    for parameter in made.parameters():  # away from zero, so that every term counts
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def batch(*, answers=(2, 1, 3)):
+    """Right-padded rows; the last tokens of each are answers."""
+    torch.manual_seed(1)
+    length = max(LENGTHS)
+    ids = torch.randint(1, 50, (len(LENGTHS), length))
+    mask = (torch.arange(length) < torch.tensor(LENGTHS)[:, None]).long()
+    positions = [row * length + place for row, (end, count) in enumerate(zip(LENGTHS, answers, strict=True)) for place in range(end - count - 1, end - 1)]  # fmt: skip
+    positions = torch.tensor(positions)
+    return {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "positions": positions,
+        "targets": ids.flatten()[positions + 1],
+    }
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes that the MLP of a last block works on."""
+    seen = []
+
+    def watch(made):
+        made.base_model.h[-1].mlp.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
+        return made
+
+    return seen, watch
+
+
+def losses_and_gradients(made, given):
+    made.zero_grad()
+    losses = TokenLosses(made)(**given)
+    losses.sum().backward()
+    return losses, {
+        name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None
+    }
+
+
+def whole(monkeypatch):
+    """The block as transformers has it."""
+    monkeypatch.setattr("cozyrag.last_block.FEW", -1.0)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attn_implementation": "eager"}, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 24}]
+)
+def test_losses_and_gradients_are_those_of_the_whole_block(monkeypatch, calls, changes, padded):
+    seen, watch = calls
+    made, given = watch(model(**changes)), batch()
+    if not padded:
+        given["attention_mask"] = None
+    found, gradients = losses_and_gradients(made, given)
+    whole(monkeypatch)
+    expected, others = losses_and_gradients(made, given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert seen == [(6, 16), (3, 12, 16)]
+
+
+def test_rows_without_an_answer_and_any_order_of_lengths(monkeypatch):
+    made, given = model(), batch(answers=(0, 4, 0))
+    found, gradients = losses_and_gradients(made, given)
+    whole(monkeypatch)
+    expected, others = losses_and_gradients(made, given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradients["transformer.h.2.attn.c_attn.weight"], others["transformer.h.2.attn.c_attn.weight"]
+    )
+
+
+def test_masks_of_packed_rows_are_kept(monkeypatch):
+    """A mask of four dimensions, as packed texts have it: the second half of a row does not see the first."""
+    made, given = model(), batch()
+    seen = torch.ones(3, 1, 12, 12).tril().bool()
+    seen[:, :, 3:, :2] = False
+    given["attention_mask"] = seen
+    found, _ = losses_and_gradients(made, given)
+    plain, _ = losses_and_gradients(made, batch())
+    whole(monkeypatch)
+    expected, _ = losses_and_gradients(made, given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
+def test_dropout_is_dropout(calls):
+    seen, watch = calls
+    made, given = watch(model(resid_pdrop=0.5, attn_pdrop=0.5)).train(), batch()
+    assert not torch.equal(TokenLosses(made)(**given), TokenLosses(made)(**given))
+    made.eval()
+    assert torch.equal(TokenLosses(made)(**given), TokenLosses(made)(**given))
+    assert set(seen) == {(6, 16)}
+
+
+def test_bfloat16_and_autocast():
+    made, given = model(), batch()
+    expected = TokenLosses(made)(**given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(TokenLosses(made)(**given), expected, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(TokenLosses(made.bfloat16())(**given), expected, rtol=0.1, atol=0.1)
+
+
+def test_the_block_is_itself_again_afterwards_also_after_an_error():
+    made, given = model(), batch()
+    before = made(given["input_ids"]).logits
+    TokenLosses(made)(**given)
+    assert torch.equal(made(given["input_ids"]).logits, before)
+    with pytest.raises(ValueError), read_only_at(made.base_model, given["positions"], 36):
+        raise ValueError
+    assert "forward" not in vars(made.base_model.h[-1])
+
+
+def test_it_is_left_alone_where_it_is_another_or_nothing_is_saved(calls):
+    seen, watch = calls
+
+    class Other(GPT2Block):
+        def forward(self, *given, **named):
+            return super().forward(*given, **named)
+
+    made = watch(model())
+    made.base_model.h[-1].__class__ = Other
+    TokenLosses(made)(**batch())
+    many = batch()
+    many["positions"] = torch.arange(20)
+    many["targets"] = torch.zeros(20, dtype=torch.long)
+    plain = watch(model())
+    TokenLosses(plain)(**many)
+    assert set(seen) == {(3, 12, 16)}
+    llama = LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=50)
+    )  # fmt: skip
+    assert TokenLosses(llama)(**batch()).shape == (6,)
+
+
+def test_adapters_inside_the_block_count(monkeypatch):
+    peft = pytest.importorskip("peft")
+    made = model()
+    made.add_adapter(peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in made.named_parameters():
+        if "lora" in name:
+            parameter.data = torch.randn_like(parameter)
+    given = batch()
+    found, gradients = losses_and_gradients(made, given)
+    whole(monkeypatch)
+    expected, others = losses_and_gradients(made, given)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert any("lora" in name for name in gradients) and gradients.keys() == others.keys()
+    assert not torch.allclose(expected, TokenLosses(copy.deepcopy(model()))(**given), atol=1e-3)

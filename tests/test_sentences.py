@@ -1,0 +1,46 @@
+"""What a sentence is does not change unnoticed: kept vectors pair up with sentences by number alone."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import tiny
+from datasets import Dataset
+
+from cozyrag.index import PassageIndex
+from cozyrag.sentences import RULES, SentenceVectors, split_sentences
+
+TEXTS = (
+    "One. Two! Is it three? Yes.",
+    'He said "No." Then he left. (It was late.) Nobody knew.',
+    "Dr. Smith met J. R. R. Tolkien at 5 p.m. on Jan. 3. They spoke.",
+    "A line\nanother line\n\n  a third  \n",
+    "これは文です。これも文です。「はい。」と言った。",
+    "यह एक वाक्य है। यह दूसरा है।",
+    "No end",
+    "  \n ",
+    "It cost $3.50. 1999 was a year... and so on. i began low.",
+)
+
+
+def test_changed_rules_have_a_new_number():
+    """Change what a sentence is, and RULES must be counted up; then the digest here is the new one's."""
+    made = hashlib.sha256(repr([split_sentences(text) for text in TEXTS]).encode()).hexdigest()[:16]
+    assert (RULES, made) == (1, "af9c9d6070f81c09"), "count up cozyrag.sentences.RULES"
+
+
+def kept(folder, monkeypatch, *, rules):
+    """An index with vectors of sentences, written by a version with these rules, and read by this one."""
+    passages, _ = tiny.corpus(3)
+    table = Dataset.from_list(passages).select_columns(["id", "title", "text"])
+    sentences = SentenceVectors(np.ones((9, 4), np.float16), np.array([3, 6, 9]))
+    monkeypatch.setattr("cozyrag.index.RULES", rules)
+    PassageIndex(table, np.eye(3, 4, dtype=np.float32), fingerprint="f", sentences=sentences).save(folder)
+    monkeypatch.setattr("cozyrag.index.RULES", RULES)
+    return PassageIndex.load(folder, fingerprint="f").sentences
+
+
+def test_vectors_of_other_rules_are_not_used_and_that_is_said(tmp_path, monkeypatch):
+    assert kept(tmp_path / "same", monkeypatch, rules=RULES).ends.tolist() == [3, 6, 9]
+    with pytest.warns(UserWarning, match="told sentences apart differently.*Make the index again"):
+        assert kept(tmp_path / "other", monkeypatch, rules=RULES + 1) is None
