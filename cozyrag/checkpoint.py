@@ -111,6 +111,7 @@ class Checkpoints:
         final = self.folder / "checkpoints" / progress.name
         partial = final.with_name(final.name + PARTIAL)
         needed = SPARE + checkpoint_bytes(generator, retriever, inside=progress.step > 0)
+        generator.gather()
 
         def models() -> None:
             with writing(final, needed=needed):
@@ -143,7 +144,7 @@ class Checkpoints:
 
     def restore_optimizer(self, checkpoint: Path) -> None:
         """Load optimizer, schedule and scaler of an interrupted phase into what is prepared now."""
-        self.accelerator.load_state(str(checkpoint / "state"))
+        self.accelerator.load_state(str(checkpoint / "state"), map_location="cpu")
 
 
 def checkpoint_bytes(generator: Generator, retriever: Retriever, *, inside: bool) -> int:

@@ -8,6 +8,7 @@ the settings do; only the modules that run things (run, rounds, trainer, checkpo
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser
 from cozyrag.embedded import QUICKSTART_SETTINGS
 from cozyrag.errors import InputError
 from cozyrag.lexical import STEMMERS
+from cozyrag.sharding import launched
 
 EMBEDDED = "embedded"
 SCRATCH = "scratch"
@@ -223,6 +225,12 @@ class TrainingSettings:
         1,
         "Pieces in which each process works through its share of a step: more pieces need less memory and give the same result.",
     )
+    generator_sharding: Literal["none", "shard_grad_op", "full_shard"] | None = setting(
+        None,
+        "How several processes share the generator while it learns: none: each holds all of it; shard_grad_op: each holds a part of gradients and "
+        "optimizer state (ZeRO-2), and the weights whole during a step; full_shard: a part of the weights, too (ZeRO-3), for most room. None: "
+        "what an FSDP config of accelerate launch says, else none.",
+    )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
     weight_decay: float = setting(0.01, "Weight decay of AdamW; none on biases and norms.")
     warmup_ratio: float = setting(0.1, "Share of a phase's steps in which the learning rate climbs to its peak.")
@@ -358,6 +366,7 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
         raise InputError(f"Command line: unknown setting {name!r}{_did_you_mean(name.lstrip('-'))}. See --help.")
     del leftovers  # only --config, already used
     settings = Settings(*groups)
+    settings.training.generator_sharding = settings.training.generator_sharding or launched(os.environ)
     check_settings(settings)
     return settings
 

@@ -263,11 +263,22 @@ def _such_as(names: Sequence[str]) -> str:
     return f" ({names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
 
 
-def check_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Finding]:
-    """What one small batch tells about every active term; the models are left as they were, bit for bit."""
+def check_terms(
+    generator: Generator,
+    retriever: Retriever,
+    corpus: Corpus,
+    settings: Settings,
+    *,
+    moving: Collection[str] = ("generator", "retriever"),
+) -> list[Finding]:
+    """What one small batch tells about every active term; the models are left as they were, bit for bit.
+
+    Terms that are meant for other models than those in `moving` are left out.
+    """
     models = {"generator": generator.model, "retriever": retriever.model}
     with left_as_found(models.values()):
-        return [_check_term(term, models) for term in active_terms(generator, retriever, corpus, settings)]
+        terms = active_terms(generator, retriever, corpus, settings)
+        return [_check_term(term, models) for term in terms if term.model in moving]
 
 
 def refuse(faults: Iterable[str | None]) -> None:

@@ -31,6 +31,7 @@ from cozyrag.extractive import Spans, allowed_tokens
 from cozyrag.last_block import read_only_at
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
+from cozyrag.sharding import Sharded
 
 OTHER = "--generator scratch trains a small GPT-2 from nothing"
 ENDLESS = 2048  # tokens for a model that could read any number
@@ -119,6 +120,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.layout = chat_layout(tokenizer) if tokenizer.chat_template else PLAIN
+        self.parts: Sharded | None = None  # of a phase that trains it split over the processes
 
     @property
     def max_length(self) -> int:
@@ -372,6 +374,11 @@ class Generator:
         adapters.add_adapter(
             self.model, base, rank=rank, alpha=alpha, dropout=dropout, targets=targets, revision=revision, seed=seed
         )
+
+    def gather(self) -> None:
+        """Bring the weights up to date if a phase trains them in parts; then all processes must call it."""
+        if self.parts is not None:
+            self.parts.gather()
 
     def saved_bytes(self) -> int:
         """About how many bytes `save` writes: of a model with an adapter, those of the adapter."""

@@ -49,7 +49,7 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 # Settings that change the rounding of sums and nothing else: with --resume_anyway, and the end is no longer bit-equal.
 SAFE_TO_CHANGE = {
-    "threads", "encode_batch_size", "answer_batch_size", "gradient_accumulation_steps", "use_cpu", "processes",
+    "threads", "encode_batch_size", "answer_batch_size", "gradient_accumulation_steps", "generator_sharding", "use_cpu", "processes",
 }  # fmt: skip
 
 

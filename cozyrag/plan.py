@@ -20,6 +20,7 @@ from cozyrag.generator import Generator
 from cozyrag.probe import Costs, Phase, Probe, memory_now
 from cozyrag.retrieval import weighing_limit
 from cozyrag.retriever import Retriever
+from cozyrag.sharding import is_split
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states
 PYTHON = 72  # bytes of a row number and its score, once they stand in Python lists
@@ -222,7 +223,9 @@ def _generator_phase(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     phase, rounds = costs.generator, settings.training.rounds
     seconds = phase.cost.seconds(phase.steps, phase.steps * phase.units)
     work = f"{phase.steps} steps a round, {phase.rows} questions"
-    return Part("generator phase", work, (0.0, *[seconds] * rounds), _trained(phase, sizes.generator_trained))
+    shared = sizes.processes if is_split(settings.training.generator_sharding) else 1
+    trained = sizes.generator_trained // shared
+    return Part("generator phase", work, (0.0, *[seconds] * rounds), _trained(phase, trained))
 
 
 def _retriever_phase(settings: Settings, sizes: Sizes, costs: Costs) -> Part:

@@ -38,9 +38,11 @@ from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker, weighing_questio
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher
 from cozyrag.sentences import SentenceVectors
+from cozyrag.sharding import held_bytes
 from cozyrag.trainer import (
     StepReport,
     Watcher,
+    end_lesson,
     generator_examples,
     generator_lesson,
     generator_steps,
@@ -416,7 +418,7 @@ class Probe:
             return self._padded([examples[row] for row in rows])
 
         phase = self._phase("generator", trainable(module), steps, take_rows, units, training.generator_learning_rate)
-        self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+        end_lesson(self.accelerator, self.generator, module)
         return replace(phase, rows=len(usable))
 
     def _padded(self, examples: Sequence[Example]) -> int:
@@ -497,7 +499,7 @@ class Probe:
         measured = timed([tried[0], *tried])
         measured = measured[1:] or measured  # the first step sets memory up
         peak = peak_at(sizes[0], (small[0][0], held), (max(size for size, _ in measured), self._grown(reset=False)))
-        states = 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        states = 3 * held_bytes(parameters)
         return Phase(len(steps), float(np.mean(sizes)), sizes[0], fit(measured), 0, max(0, peak - states))
 
     def _grown(self, *, reset: bool) -> int:

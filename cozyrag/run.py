@@ -43,6 +43,7 @@ from cozyrag.plan import make_plan, plan_table, verdict
 from cozyrag.processes import main_decides
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
+from cozyrag.sharding import CONFIGS, LAUNCHED, check_sharding, is_split
 from cozyrag.tracking import start_trackers, wanted_trackers
 
 LOST = (
@@ -52,7 +53,7 @@ LOST = (
     "NCCL communicator was aborted",
     "Timed out waiting",
 )
-SPLITTING = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+SPLITTING = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}  # every model of a run
 PATIENCE = timedelta(minutes=30)  # for a process that others wait for: more than the longest act that one does alone
 
 
@@ -64,7 +65,7 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
         return show_plan(settings)
     folder = Path(settings.output.output_dir)
     check_output(folder, settings.to_dict())
-    accelerator, interrupts = make_accelerator(settings), Interrupts()
+    accelerator, interrupts = _training_accelerator(settings), Interrupts()
     try:
         with locked(accelerator, folder), interrupts.watched(), _peers_lost():
             finish(train_rounds(accelerator, settings, interrupts), started)
@@ -150,11 +151,18 @@ def plan(arguments: list[str] | None = None, *, description: str | None = None) 
 
 def show_plan(settings: Settings) -> None:
     """Load what a run would load, probe it, and print seconds, memory and disk of each part."""
-    accelerator = make_accelerator(settings)
+    accelerator = _training_accelerator(settings)
     corpus = load_tables(accelerator, settings)
     generator, retriever = load_models(accelerator, settings, corpus, None)
     made = make_plan(accelerator, settings, corpus, generator, retriever)
     accelerator.print(f"{plan_table(made)}\n\n{verdict(made)}\nProbed in {made.costs.spent:.0f} s; nothing is trained.")
+
+
+def _training_accelerator(settings: Settings) -> Accelerator:
+    accelerator = make_accelerator(settings)
+    sharding, precision = settings.training.generator_sharding, accelerator.mixed_precision
+    check_sharding(sharding, processes=accelerator.num_processes, precision=precision)
+    return accelerator
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -164,6 +172,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
         InputError: several processes were asked for but would not work together, or the precision cannot be had here.
     """
     training = settings.training
+    os.environ.pop(LAUNCHED, None)  # the settings have it: Accelerate itself would split the retriever, too
     cpu = training.use_cpu or not torch.accelerator.is_available()
     if "MASTER_PORT" in os.environ and "RANK" not in os.environ:
         raise InputError(
@@ -189,8 +198,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
         )
     if accelerator.distributed_type in SPLITTING:
         raise InputError(
-            f"Expected a launch that keeps a whole model in each process, found {accelerator.distributed_type.value}, which splits it: models are examined "
-            "and saved whole between phases. Use accelerate_configs/multi_gpu.yaml or multi_node.yaml; for a large generator add --lora_rank 16."
+            f"Expected a launch that leaves splitting to --generator_sharding, found {accelerator.distributed_type.value}, which would split models that are "
+            f"examined and saved whole between phases. Use {CONFIGS}, which splits what ZeRO-2 does; for a large generator --lora_rank 16 helps, too."
         )
     _set_threads(training.threads)
     transformers.utils.logging.disable_progress_bar()  # "Loading weights" and the like: ours say more
@@ -319,10 +328,12 @@ def announce(rounds: Rounds, going_on: bool) -> None:
     sizes = [
         sum(p.numel() for p in model.parameters()) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)
     ]
+    sharding = settings.training.generator_sharding
+    split = f", the generator's training split between them ({sharding})" if is_split(sharding) else ""
     rounds.log.say(
         f"CoZyRAG: {len(corpus.questions)} questions to train on, {len(corpus.eval_questions)} to examine with, {len(corpus.passages)} passages.\n"
         f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters); "
-        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}, {torch.get_num_threads()} threads each, "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each, "
         f"precision {accelerator.mixed_precision}; {settings.training.rounds} rounds into {settings.output.output_dir}."
     )
     record_facts(rounds)
@@ -367,13 +378,23 @@ def record_facts(rounds: Rounds) -> None:
 
 
 def self_test(rounds: Rounds) -> None:
-    """See on one batch that every active loss term moves what it should; says so in a line. Raises InputError if not."""
+    """See on one batch that every active loss term moves what it should; says so in a line. Raises InputError if not.
+
+    A generator that is trained in parts, for want of room, is left out: its gradients would be whole here.
+    """
     started = time.perf_counter()
-    findings = check_terms(rounds.generator, rounds.retriever, rounds.corpus, rounds.settings)
+    parts = is_split(rounds.settings.training.generator_sharding) and not rounds.generator.is_adapter
+    moving = ("retriever",) if parts else ("generator", "retriever")
+    findings = check_terms(rounds.generator, rounds.retriever, rounds.corpus, rounds.settings, moving=moving)
     seconds = round(time.perf_counter() - started, 2)
     rounds.log.record({"kind": "self-test", "seconds": seconds, "terms": [finding.row() for finding in findings]})
     refuse(gather_object([finding.fault for finding in findings]))  # a fault of one process stops them all
     rounds.log.say(one_line(findings, seconds))
+    if parts:
+        rounds.log.say(
+            "self-test: without the terms of the generator, whose gradients would be whole in each process; where there is room, "
+            "`cozyrag doctor` with the same settings tests them."
+        )
 
 
 def finish(rounds: Rounds, started: float) -> None:

@@ -27,6 +27,7 @@ from cozyrag.losses import contrastive_loss, feedback_loss
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import Example, encode_examples, with_keywords
 from cozyrag.retriever import Retriever
+from cozyrag.sharding import Sharded, is_split, joined, keep_state_whole
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,8 @@ def train_generator(
         accelerator, "generator", trainable(module), steps, take_step,
         settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher, show=show,
     )  # fmt: skip
-    accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+    end_lesson(accelerator, generator, module)
     generator.model.eval()
-    accelerator.free_memory()
     return len(steps)
 
 
@@ -143,11 +143,12 @@ def generator_lesson(
 ) -> tuple[torch.nn.Module, Callable[..., dict[str, float]]]:
     """The module that a generator phase trains, and what leaves in it the gradients of a step on some of the examples.
 
-    That takes their rows and, if they shall be others than in the settings, the pieces to work through them in.
+    That takes their rows and, if they shall be others than in the settings, the pieces to work through them in. `end_lesson`
+    must follow.
     """
     penalties = generator_penalties(settings)
     generator.model.train()
-    module = accelerator.prepare(generator_losses(generator, penalties))
+    module = _prepared(accelerator, generator, generator_losses(generator, penalties), settings.generator_sharding)
 
     def take(rows: Sequence[int], pieces: int = settings.gradient_accumulation_steps) -> dict[str, float]:
         told = generator_step(
@@ -161,6 +162,30 @@ def generator_lesson(
         return dict(zip(["loss", *penalties.names], told, strict=True))
 
     return module, take
+
+
+def _prepared(
+    accelerator: Accelerator, generator: Generator, losses: TokenLosses, sharding: str | None
+) -> torch.nn.Module:
+    """The losses as all processes train them together: whole under DDP, or in parts."""
+    if not is_split(sharding):
+        return accelerator.prepare(losses)
+    blocks = generator.model._no_split_modules or ()  # transformers' name for its layers
+    generator.parts = Sharded(
+        losses, blocks, device=accelerator.device, sharding=sharding, precision=accelerator.mixed_precision
+    )
+    return generator.parts.module
+
+
+def end_lesson(accelerator: Accelerator, generator: Generator, module: torch.nn.Module) -> None:
+    """Give the generator back whole and plain after `generator_lesson`, and let go of what trained it."""
+    if generator.parts is None:
+        accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+    else:
+        generator.gather()
+        generator.parts = None
+    accelerator.free_memory()
+    generator.model.to(accelerator.device)
 
 
 def generator_penalties(settings: TrainingSettings) -> Penalties:
@@ -520,7 +545,7 @@ def run_phase(
             return take_step(number, pieces)
 
         told, pieces = _within_memory(accelerator, attempt, optimizer, pieces, len(steps[number]), watcher)
-        norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+        norm = float(joined(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)))
         used_rate = scheduler.get_last_lr()[0]
         bad = not (math.isfinite(told["loss"]) and (accelerator.scaler or math.isfinite(norm)))
         if not bad or accelerator.scaler:  # a scaler skips by itself, and must be told of every step
@@ -583,6 +608,7 @@ def _optimizer(
     others = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=device in ("cpu", "cuda"))
+    keep_state_whole(optimizer)
     warmup = round(settings.warmup_ratio * steps)
     return optimizer, get_scheduler(
         settings.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps

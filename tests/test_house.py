@@ -31,7 +31,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes", "lexical", "quantised"),
+    ("files", "processes", "lexical", "quantised", "sharding"),
     (
         "tables",
         "prompts",
@@ -295,15 +295,23 @@ def test_no_broad_except_no_mutable_default_no_guessing(name):
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_each_config_and_it_says_what_it_is_for(path):
     config = load_config_from_file(str(path))
-    processes = {"cpu": 1, "cpu_ddp": 2, "single_gpu": 1, "multi_gpu": 2, "multi_node": 4}
+    processes = {
+        "cpu": 1,
+        "cpu_ddp": 2,
+        "single_gpu": 1,
+        "multi_gpu": 2,
+        "multi_node": 4,
+        "fsdp": 2,
+        "zero2": 2,
+    }
     assert config.num_processes == processes[path.stem]
     assert config.use_cpu is path.stem.startswith("cpu")
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
-def test_all_five_configs_are_there():
+def test_all_seven_configs_are_there():
     names = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
-    assert names == {"cpu", "cpu_ddp", "single_gpu", "multi_gpu", "multi_node"}
+    assert names == {"cpu", "cpu_ddp", "single_gpu", "multi_gpu", "multi_node", "fsdp", "zero2"}
 
 
 def test_ci_runs_the_second_command_of_the_readme():

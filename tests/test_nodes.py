@@ -91,9 +91,9 @@ def test_a_launch_that_splits_models_is_refused(monkeypatch):
     from cozyrag.errors import InputError
 
     class Split:
-        distributed_type = DistributedType.FSDP
+        distributed_type = DistributedType.DEEPSPEED
         num_processes = 2
 
     monkeypatch.setattr(run, "Accelerator", lambda **options: Split())
-    with pytest.raises(InputError, match="--lora_rank"):
+    with pytest.raises(InputError, match=r"--generator_sharding.*DEEPSPEED.*zero2\.yaml.*--lora_rank"):
         run.make_accelerator(parse_settings([]))

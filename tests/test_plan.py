@@ -138,6 +138,8 @@ def test_memory_and_disk_by_hand():
     assert parts["index"].disk == 2 * 20_000 + 40_000 + 4_000 + 50_000
     assert parts["retrieve"].memory == 100_000 + 60 * 72 * 1000 and parts["retrieve"].disk == 200_000
     assert parts["generator phase"].memory == 3 * 4_000 + 7_000
+    several = counted("--generator_sharding", "full_shard", sizes=replace(SIZES, processes=4))
+    assert several["generator phase"].memory == 3 * 1_000 + 7_000
     assert parts["retriever phase"].memory == 3 * 1_600 + 9_000
     assert parts["feedback"].disk == 2 * 1000 * 4 * 4
     # two checkpoints, and beside the old pair the new one with its index: more than a third checkpoint and AdamW's states

@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[1]
 MACHINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(arguments, *, config=None, cwd=None, environment=None, check=True, timeout=240):
+def launch(arguments, *, config=None, cwd=None, environment=None, check=True, timeout=240, script=ROOT / "train.py"):
     """Run train.py: under `accelerate launch --config_file`, or plainly when no config is named."""
-    start = [sys.executable, str(ROOT / "train.py")]
+    start = [sys.executable, str(script)]
     if config:
         path = ROOT / "accelerate_configs" / config
-        port = ["--main_process_port", "0"] if "ddp" in config else []
+        port = [] if config == "cpu.yaml" else ["--main_process_port", "0"]
         start = [
             sys.executable,
             "-m",
@@ -37,7 +37,7 @@ def launch(arguments, *, config=None, cwd=None, environment=None, check=True, ti
             "--config_file",
             str(path),
             *port,
-            str(ROOT / "train.py"),
+            str(script),
         ]
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
     done = subprocess.run(
