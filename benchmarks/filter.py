@@ -29,13 +29,17 @@ WAYS = ("truncation", "one encode per sentence", "late chunking", "word overlap"
 
 
 def one_by_one(passages: Passages, retriever: Retriever) -> Callable[[Sequence[int]], list[np.ndarray]]:
-    """Sentence vectors as they are made plainly: every sentence a text of its own."""
+    """Sentence vectors as they are made plainly: every sentence a text of its own. Kept, since every budget asks for the same."""
+    known: dict[int, np.ndarray] = {}
 
     def encode(rows: Sequence[int]) -> list[np.ndarray]:
-        sentences = [split_sentences(passages.texts[row]) for row in rows]
+        new = [row for row in rows if row not in known]
+        sentences = [split_sentences(passages.texts[row]) for row in new]
         flat = [sentence for each in sentences for sentence in each]
-        vectors = retriever.encode(flat, kind="document", batch_size=64)
-        return np.split(vectors, np.cumsum([len(each) for each in sentences])[:-1])
+        if flat:
+            vectors = retriever.encode(flat, kind="document", batch_size=64)
+            known.update(zip(new, np.split(vectors, np.cumsum([len(each) for each in sentences])[:-1]), strict=True))
+        return [known[row] for row in rows]
 
     return encode
 
@@ -90,7 +94,8 @@ def compare(options: argparse.Namespace) -> None:
         cells, spent = [], 0.0
         for budget in options.budgets:
             maker.budget = budget
-            contexts, spent = contexts_of(way, maker, sources, questions["question"], found, generator.tokenizer)
+            contexts, seconds = contexts_of(way, maker, sources, questions["question"], found, generator.tokenizer)
+            spent = spent or seconds  # of the first budget, for which sentences were encoded
             kept = np.array(
                 [contains_answer(normalize_answer(c), a) for c, a in zip(contexts, questions["answers"], strict=True)],
                 dtype=float,

@@ -23,6 +23,7 @@ from cozyrag.corpus import Corpus
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, passage_text
+from cozyrag.int8 import FLOAT32
 from cozyrag.pipeline import CozyRAG
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import UNUSED, Retriever
@@ -35,6 +36,7 @@ NO_GRADIENT = 1e-30  # gradients no larger than this are none: no optimizer make
 NO_VALUE = 1e-12  # a term no larger than this has nothing to teach on its batch
 STEPS = (1e-2, 1e-3, 1e-4)  # how much of its value a step is to take off a term, to first order
 REENCODED = 32  # passages of an index that are encoded anew
+NEAR_INT8 = 0.97  # the same where passages were encoded with 8 bits: 0.99 at least was seen
 NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
 UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
 JUDGED = 2  # passages of each question that the generator judges for its feedback: the fewest that leave a choice
@@ -444,9 +446,10 @@ def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
     rows = np.unique(np.linspace(0, len(index) - 1, REENCODED).round().astype(int))
     texts = index.passages.to_read()
     anew = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
+    near = NEAR if index.precision == FLOAT32 else NEAR_INT8
     cosines = np.einsum("ij,ij->i", anew, index.vectors[rows])  # all are of length 1
     worst = int(np.argmin(cosines))
-    if cosines[worst] <= NEAR:
+    if cosines[worst] <= near:
         row = int(rows[worst])
         raise InputError(
             f"Expected the vectors of the index to be the retriever's, but passage {index.passages.ids[row]!r} (row {row}), encoded anew, has the "

@@ -38,6 +38,7 @@ EXTRAS = {  # of setup.cfg, with the module that tells whether one is there
     "plots": "matplotlib",
     "pdf": "pypdf",
     "lora": "peft",
+    "int8": "onnxruntime",
     "mlflow": "mlflow",
     "wandb": "wandb",
     "tensorboard": "tensorboard",

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
+from cozyrag.int8 import FLOAT32
 from cozyrag.quantised import (
     COLUMN,
     SENTENCE_ENDS,
@@ -63,6 +64,11 @@ def made_by(folder: str | Path) -> str | None:
     return facts and facts["retriever_fingerprint"]
 
 
+def precision_of(folder: Path) -> str:
+    """In which precision the vectors in a folder were made."""
+    return (_facts(folder) or {}).get("precision", FLOAT32)
+
+
 def keeps_sentences(folder: Path) -> bool:
     """Whether vectors of sentences lie in a folder, and pair up with sentences as they are told apart now."""
     return (_facts(folder) or {}).get("sentence_rules") == RULES
@@ -79,11 +85,12 @@ def _facts(folder: Path) -> dict | None:
 
 def write_facts(
     path: Path, fingerprint: str, shape: tuple[int, int], factory: str, *, tuned: Tuned | None = None, sizes: dict[str, int] | None = None,
-    sentences: bool = False,
+    sentences: bool = False, precision: str = FLOAT32,
 ) -> None:  # fmt: skip
     """Write index.json: whose vectors, how many (`shape`: (n, dim)), which FAISS index, how it is searched, the `sizes` of the other files.
 
-    `sentences`: whether vectors of sentences lie there too; then also by which rules those were told apart.
+    `sentences`: whether vectors of sentences lie there too; then also by which rules those were told apart. `precision`: in which
+    the passages were encoded.
     """
     facts = {
         "retriever_fingerprint": fingerprint,
@@ -93,16 +100,18 @@ def write_facts(
         "factory": factory,
     }
     facts |= ({"search": vars(tuned)} if listed(factory) else {}) | ({"bytes": sizes} if sizes else {})
-    facts |= {"sentence_rules": RULES} if sentences else {}
+    facts |= ({"sentence_rules": RULES} if sentences else {}) | (
+        {"precision": precision} if precision != FLOAT32 else {}
+    )
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def write_index(
-    place: Path, fingerprint: str, vectors: np.ndarray, memory: int | None, *, beside: int = 0
+    place: Path, fingerprint: str, vectors: np.ndarray, memory: int | None, *, beside: int = 0, precision: str = FLOAT32
 ) -> tuple[str, float | None]:
     """Choose, make, tune and write the index of vectors (n, dim) that lie in `place` already, memory-mapped.
 
-    `beside`: bytes of the vectors of sentences there.
+    `beside`: bytes of the vectors of sentences there; `precision`: in which all were made.
 
     Returns the kind, and the share of the 10 exact nearest that it finds, None where it finds them all. Raises InputError if
     none fits into `memory` bytes.
@@ -115,7 +124,15 @@ def write_index(
     if factory not in EXACT:
         tuned, share = tune(built, vectors)
     faiss.write_index(built, str(place / "index.faiss"))
-    write_facts(place / "index.json", fingerprint, vectors.shape, factory, tuned=tuned, sentences=bool(beside))
+    write_facts(
+        place / "index.json",
+        fingerprint,
+        vectors.shape,
+        factory,
+        tuned=tuned,
+        sentences=bool(beside),
+        precision=precision,
+    )
     return factory, share
 
 
@@ -199,6 +216,7 @@ class PassageIndex:
         fingerprint: that of the retriever that made the vectors.
         sentences: vectors of the passages' sentences, for the context filter; None where they are made on the fly.
         factory: one of the kinds of quantised.py. A quantised index finds candidates, which are then scored by the vectors themselves.
+        precision: in which the retriever encoded the passages, "float32" or "int8".
         lists: what an index with lists holds, if it was made before; tuned: how that is searched. Both are found if not given.
     """
 
@@ -210,6 +228,7 @@ class PassageIndex:
         fingerprint: str,
         sentences: SentenceVectors | None = None,
         factory: str = "Flat",
+        precision: str = FLOAT32,
         lists: Lists | None = None,
         tuned: Tuned | None = None,
     ):
@@ -220,6 +239,7 @@ class PassageIndex:
         self.sentences = sentences
         self.fingerprint = fingerprint
         self.factory = factory
+        self.precision = precision
         self.lists = (lists or Lists.of(vectors, factory)) if listed(factory) else None
         self._index = self.lists.faiss() if self.lists else build_faiss(vectors, factory)
         self.tuned = tuned or (tune(self._index, vectors)[0] if self.lists else Tuned())
@@ -278,7 +298,7 @@ class PassageIndex:
             self.lists.save(folder / LISTS)
         faiss.write_index(self._index, str(folder / "index.faiss"))
         sizes = {name: (folder / name).stat().st_size for name in (*FILES[:-1], *([LISTS] if self.lists else []))}
-        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory, tuned=self.tuned, sizes=sizes, sentences=self.sentences is not None)  # fmt: skip
+        write_facts(folder / "index.json", self.fingerprint, self.vectors.shape, self.factory, tuned=self.tuned, sizes=sizes, sentences=self.sentences is not None, precision=self.precision)  # fmt: skip
 
     @classmethod
     def load(cls, folder: str | Path, *, fingerprint: str, expected: Passages | None = None) -> "PassageIndex":
@@ -340,9 +360,8 @@ class PassageIndex:
                 stacklevel=2,
             )
         sentences = SentenceVectors(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS]) if kept else None
-        return cls(
-            table, tensors[COLUMN], fingerprint=found, sentences=sentences, factory=factory, lists=lists, tuned=tuned
-        )
+        precision = precision_of(folder)
+        return cls(table, tensors[COLUMN], fingerprint=found, sentences=sentences, factory=factory, precision=precision, lists=lists, tuned=tuned)  # fmt: skip
 
 
 def _factory(folder: Path) -> str:

@@ -272,21 +272,22 @@ class Probe:
         vectors, sentences, measured = [], [], []
         batches = [order[at : at + size] for at in range(0, len(order), size)]
         warm = batches[len(batches) // 2][:4]
-        self._encode(warm)
-        begun = time.perf_counter()
-        self._encode(warm)
-        most = bite(size, len(warm), time.perf_counter() - begun, share)
-        begun = time.perf_counter()
-        for place in spread(len(batches)):
-            rows = batches[place][:most]
-            clock = time.perf_counter()
-            made, own = self._encode(rows)
-            now = time.perf_counter()
-            measured.append((self._batch_tokens(rows, len(rows)), now - clock))
-            vectors.append(made)
-            sentences += own.of(range(len(rows)))
-            if now - begun > share or is_sure(measured):
-                break
+        with self.retriever.reading_in(self.settings.contexts.index_precision):
+            self._encode(warm)
+            begun = time.perf_counter()
+            self._encode(warm)
+            most = bite(size, len(warm), time.perf_counter() - begun, share)
+            begun = time.perf_counter()
+            for place in spread(len(batches)):
+                rows = batches[place][:most]
+                clock = time.perf_counter()
+                made, own = self._encode(rows)
+                now = time.perf_counter()
+                measured.append((self._batch_tokens(rows, len(rows)), now - clock))
+                vectors.append(made)
+                sentences += own.of(range(len(rows)))
+                if now - begun > share or is_sure(measured):
+                    break
         return fit(measured), np.concatenate(vectors), sentences, order
 
     def _encode(self, rows: Sequence[int]) -> tuple[np.ndarray, SentenceVectors]:

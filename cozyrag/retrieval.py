@@ -186,7 +186,13 @@ class Retrieval:
         if self.index is None or self.index.fingerprint != fingerprint:
             with self.log.timed("index", self.round):
                 vectors, sentences = self._encode_passages()
-                self.index = PassageIndex(self.corpus.passages, vectors, fingerprint=fingerprint, sentences=sentences)
+                self.index = PassageIndex(
+                    self.corpus.passages,
+                    vectors,
+                    fingerprint=fingerprint,
+                    sentences=sentences,
+                    precision=self.settings.contexts.index_precision,
+                )
         return self.index
 
     def _saved_index(self, fingerprint: str) -> PassageIndex | None:
@@ -207,7 +213,8 @@ class Retrieval:
         size = self.settings.contexts.encode_batch_size
         vectors: dict[int, np.ndarray] = {}
         sentences: dict[int, np.ndarray] = {}
-        with tqdm(total=len(order), desc=f"round {self.round}: indexing", unit="passage") as bar:
+        reading = self.retriever.reading_in(self.settings.contexts.index_precision)
+        with reading, tqdm(total=len(order), desc=f"round {self.round}: indexing", unit="passage") as bar:
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
                 texts = self.passages.select(rows)

@@ -7,6 +7,7 @@ It loads, embeds (with gradients) or encodes (without), fingerprints and saves. 
 import copy
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router
 
 from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.int8 import INT8, quantised
 from cozyrag.sentences import SentenceVectors
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -140,6 +142,10 @@ class Retriever:
         vectors = encode(list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=progress)
         _check_finite(vectors)
         return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def reading_in(self, precision: str) -> AbstractContextManager:
+        """Within it passages are read in that precision, "float32" or "int8" (int8.py), and nothing else is to be read."""
+        return quantised(self._documents) if precision == INT8 else nullcontext()
 
     @property
     def reads_sentences(self) -> bool:

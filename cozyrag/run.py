@@ -37,6 +37,7 @@ from cozyrag.generator import Generator
 from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
+from cozyrag.int8 import check_int8
 from cozyrag.interrupts import Interrupted, Interrupts
 from cozyrag.output import FINISHED, SETTINGS, check_output, clear_output, complete_checkpoints, locked, mark_finished
 from cozyrag.plan import make_plan, plan_table, verdict
@@ -162,6 +163,7 @@ def _training_accelerator(settings: Settings) -> Accelerator:
     accelerator = make_accelerator(settings)
     sharding, precision = settings.training.generator_sharding, accelerator.mixed_precision
     check_sharding(sharding, processes=accelerator.num_processes, precision=precision)
+    check_int8(settings.contexts.index_precision, str(accelerator.device), "--index_precision")
     return accelerator
 
 

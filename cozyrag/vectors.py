@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from cozyrag.duplicates import repeats, text_hash
 from cozyrag.errors import InputError
-from cozyrag.index import Passages, keeps_sentences, made_by, passage_text
+from cozyrag.index import Passages, keeps_sentences, made_by, passage_text, precision_of
 from cozyrag.quantised import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
 from cozyrag.sentences import RULES, SentenceVectors, places_of
 
@@ -108,13 +108,14 @@ def _hashes(titles: Sequence[str], texts: Sequence[str]) -> np.ndarray:
     return np.array([text_hash(text) for text in read], dtype=np.uint64)
 
 
-def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bool) -> Known:
-    """The vectors of this retriever in an older index (`folder`) and in the shards of a run that was stopped.
+def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bool, precision: str) -> Known:
+    """The vectors of this retriever, in this precision, in an older index (`folder`) and in the shards of a run that was stopped.
 
     `sentences`: those of the sentences are wanted too, so that files without them are of no use.
     """
     found = []
-    if made_by(folder) == fingerprint and (not sentences or keeps_sentences(folder)):
+    same = made_by(folder) == fingerprint and precision_of(folder) == precision
+    if same and (not sentences or keeps_sentences(folder)):
         found.append((stored_hashes(folder / "passages.parquet"), folder / "vectors.safetensors"))
         if len(found[0][0]) != len(open_vectors(found[0][1])):
             raise InputError(
@@ -123,16 +124,19 @@ def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bo
             )
     for path in sorted(shards.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            facts, rules = file.metadata(), str(RULES)
-            if facts["retriever_fingerprint"] == fingerprint and (
-                not sentences or facts.get("sentence_rules") == rules
-            ):
+            if _facts_of(fingerprint, precision, sentences).items() <= file.metadata().items():
                 found.append((file.get_tensor("hashes"), path))
     hashes = np.concatenate([np.zeros(0, np.uint64), *(each for each, _ in found)])
     own = (
         SentenceVectors(open_vectors(path, SENTENCE_VECTORS), open_vectors(path, SENTENCE_ENDS)) for _, path in found
     )
     return Known(hashes, tuple(open_vectors(path) for _, path in found), tuple(own) if sentences else ())
+
+
+def _facts_of(fingerprint: str, precision: str, sentences: bool) -> dict[str, str]:
+    """What a shard says of how it was made."""
+    facts = {"retriever_fingerprint": fingerprint, "precision": precision}
+    return facts | ({"sentence_rules": str(RULES)} if sentences else {})
 
 
 def encode_shards(
@@ -145,6 +149,7 @@ def encode_shards(
     size: int,
     share: tuple[int, int],
     fingerprint: str,
+    precision: str,
     done: Callable[[int], None],
 ) -> None:
     """Encode passages in shards of `size`, of which this process takes every share[1]-th, beginning with share[0].
@@ -157,13 +162,12 @@ def encode_shards(
     for start in range(share[0] * size, len(rows), share[1] * size):
         mine = rows[start : start + size]
         vectors, sentences = encode(_read(file, mine))
-        tensors, facts = {COLUMN: vectors, "hashes": hashes[mine]}, {"retriever_fingerprint": fingerprint}
+        tensors = {COLUMN: vectors, "hashes": hashes[mine]}
         if sentences is not None:
             tensors |= {SENTENCE_VECTORS: sentences.vectors, SENTENCE_ENDS: sentences.ends}
-            facts["sentence_rules"] = str(RULES)
         name = hashlib.sha256(fingerprint.encode() + hashes[mine].tobytes()).hexdigest()[:20]
         beside = shards / f"{name}.{os.getpid()}"
-        save_file(tensors, beside, metadata=facts)
+        save_file(tensors, beside, metadata=_facts_of(fingerprint, precision, sentences is not None))
         os.replace(beside, shards / f"{name}.safetensors")
         done(len(mine))
 

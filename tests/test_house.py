@@ -31,7 +31,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes", "lexical", "quantised", "sharding"),
+    ("files", "processes", "lexical", "quantised", "sharding", "int8"),
     (
         "tables",
         "prompts",
