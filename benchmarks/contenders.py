@@ -9,6 +9,8 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import reference_loop
@@ -23,9 +25,11 @@ from cozyrag.batches import answer_tokens, collate
 from cozyrag.config import TrainingSettings
 from cozyrag.generator import Generator, TokenLosses
 from cozyrag.index import Passages
+from cozyrag.int8 import FLOAT32, INT8
 from cozyrag.trainer import StepReport, Watcher, train_generator, train_retriever
 
 OURS, PENALIZED, REFERENCE = "CoZyRAG", "CoZyRAG, penalties on", "reference loop"
+OURS_INT8 = "CoZyRAG, int8"
 HF_TRAINER, ST_TRAINER, ST_LOOP = "transformers.Trainer", "SentenceTransformerTrainer", "plain loop, library's loss"
 ST_ENCODE, ST_ENCODE_EQUAL = "SentenceTransformer.encode", "SentenceTransformer.encode, our length limit"
 RETRIEVER_RATE = TrainingSettings().retriever_learning_rate  # for all sides
@@ -284,11 +288,13 @@ def retriever_sides(
 
 
 def index_sides(models: Models, passages: Passages, place: Place, options: Namespace) -> list[Side]:
-    """Ours, which gives the vectors of all sentences too, and `encode` as it comes and with our length limit."""
+    """Ours, which gives the vectors of all sentences too, also with 8 bits, and `encode` as it comes and with our length limit."""
 
-    def ours(rows: int) -> Callable[[], object]:
+    def ours(rows: int, precision: str = FLOAT32) -> Callable[[], object]:
         retriever = models.load_retriever(str(place.device), options.passage_tokens)
         some = range(rows)
+        reading = retriever.reading_in(precision)
+        reading.__enter__()  # stays so: the retriever goes after the repetition
         return lambda: retriever.encode_passages(
             passages.select(some), passages.spans(some), batch_size=options.encode_batch
         )
@@ -301,8 +307,10 @@ def index_sides(models: Models, passages: Passages, place: Place, options: Names
         return build
 
     size, warm_up = min(options.index_passages, len(passages.ids)), options.encode_batch
+    eight = place.device.type == "cpu" and find_spec("onnx") and find_spec("onnxruntime")
     return [
         Side(OURS, size, warm_up, ours),
+        *([Side(OURS_INT8, size, warm_up, partial(ours, precision=INT8))] if eight else []),
         Side(ST_ENCODE, size, warm_up, library(None)),
         Side(ST_ENCODE_EQUAL, size, warm_up, library(options.passage_tokens)),
     ]

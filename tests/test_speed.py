@@ -62,7 +62,7 @@ def test_every_row_is_there(benchmark, files, retriever_path, tmp_path, monkeypa
     assert sides == {
         "generator": [speed.OURS, speed.PENALIZED, speed.REFERENCE, speed.HF_TRAINER],
         "retriever": [speed.OURS, speed.ST_TRAINER, speed.ST_LOOP],
-        "index": [speed.OURS, speed.ST_ENCODE, "SentenceTransformer.encode, our length limit"],
+        "index": [speed.OURS, "CoZyRAG, int8", speed.ST_ENCODE, "SentenceTransformer.encode, our length limit"],
         "retrieval": [speed.OURS, speed.REFERENCE],
     }
     numbers = json.loads(told.read_text())
