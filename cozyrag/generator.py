@@ -5,6 +5,7 @@ Left out: optimizers, processes, devices beyond "where the model already is".
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -58,7 +59,9 @@ class TokenLosses(nn.Module):
     def logits(self, input_ids, positions, attention_mask, position_ids=None) -> torch.Tensor:
         """Logits (n_positions, vocabulary) in float32 at the positions asked for."""
         model = self.model.base_model
-        with read_only_at(model, positions, input_ids.numel()):
+        # torch.compile would trace the change of the block instead of making it
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else read_only_at(model, positions, input_ids.numel()):
             hidden = model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state

@@ -158,6 +158,14 @@ def test_it_is_left_alone_where_it_is_another_or_nothing_is_saved(calls):
     assert TokenLosses(llama)(**batch()).shape == (6,)
 
 
+def test_it_is_left_alone_under_torch_compile(calls):
+    seen, watch = calls
+    made = watch(model())
+    found = torch.compile(TokenLosses(made), backend="eager")(**batch())
+    torch.testing.assert_close(found, TokenLosses(made)(**batch()), rtol=1e-5, atol=1e-6)
+    assert seen == [(3, 12, 16), (6, 16)]
+
+
 def test_adapters_inside_the_block_count(monkeypatch):
     peft = pytest.importorskip("peft")
     made = model()
