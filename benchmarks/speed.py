@@ -120,6 +120,7 @@ class Benchmark:
         self.measured[part] = {each.name: each for each in found}
 
     def prompts(self, asked: Asked) -> Prompts:
+        """What the generators train on, from these questions."""
         return make_prompts(
             asked,
             self.passages,
