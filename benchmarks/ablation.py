@@ -25,7 +25,7 @@ from accelerate.utils import tqdm
 from datasets import Dataset
 from pairs import load_generator
 from scoring import told
-from searching import accelerator_of, add_arguments, fewer, open_index
+from searching import accelerator_of, add_arguments, fewer, open_index, retriever_of
 
 from cozyrag.cli import door
 from cozyrag.config import EMBEDDED, Settings, parse_settings
@@ -126,14 +126,8 @@ class Ground:
         self.lexical = LexicalIndex(self.passages.to_read(), stemmer=self.options.stemmer)
         self.words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=self.options.stemmer)
         self.generator = load_generator(self.options.generator, self.accelerator.device)
-        self.retriever = self.new_retriever()
+        self.retriever = retriever_of(self.options)
         self._contexts: dict[tuple, Dataset] = {}
-
-    def new_retriever(self) -> Retriever:
-        """The retriever as it is before training."""
-        if self.options.retriever:
-            return Retriever.load(self.options.retriever)
-        return Retriever.load_embedded(max_tokens=160)
 
     def maker(self, settings: Settings, index: PassageIndex, retriever: Retriever) -> ContextMaker:
         """What makes contexts as the settings say."""
@@ -179,8 +173,7 @@ def open_ground(options: argparse.Namespace) -> Ground:
     lessons = take(train.table, options.train_questions, 0)
     needed = {*questions["passage_id"][:], *lessons["passage_id"][:]}
     passages = fewer(passages, options.max_passages, needed)
-    retriever = Retriever.load(options.retriever) if options.retriever else Retriever.load_embedded(max_tokens=160)
-    return Ground(options, lessons, questions, passages, open_index(options, passages, retriever))
+    return Ground(options, lessons, questions, passages, open_index(options, passages, retriever_of(options)))
 
 
 # ---- the two kinds of study
@@ -239,7 +232,7 @@ class RetrieverStudy:
     def scores(self, flags: str, seed: int) -> dict[str, list[float]]:
         """Of each question, 0 to 1."""
         settings, ground = settings_of(flags, seed), self.ground
-        retriever, contexts = ground.new_retriever(), ground.contexts("train", settings)
+        retriever, contexts = retriever_of(ground.options), ground.contexts("train", settings)
         train_retriever(
             ground.accelerator,
             retriever,

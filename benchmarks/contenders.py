@@ -8,6 +8,7 @@ import itertools
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -292,12 +293,16 @@ def index_sides(models: Models, passages: Passages, place: Place, options: Names
 
     def ours(rows: int, precision: str = FLOAT32) -> Callable[[], object]:
         retriever = models.load_retriever(str(place.device), options.passage_tokens)
-        some = range(rows)
-        reading = retriever.reading_in(precision)
-        reading.__enter__()  # stays so: the retriever goes after the repetition
-        return lambda: retriever.encode_passages(
-            passages.select(some), passages.spans(some), batch_size=options.encode_batch
-        )
+        some, reading = range(rows), ExitStack()
+        reading.enter_context(retriever.reading_in(precision))  # made ready here, untimed
+
+        def act() -> object:
+            with reading:
+                return retriever.encode_passages(
+                    passages.select(some), passages.spans(some), batch_size=options.encode_batch
+                )
+
+        return act
 
     def library(limit: int | None) -> Callable[[int], Callable[[], object]]:
         def build(rows: int) -> Callable[[], object]:

@@ -140,12 +140,13 @@ def flops(benchmark: Benchmark, lengths: Sequence[int], last: Sequence[int], hea
 
 
 def padded(lengths: Sequence[int], steps: Sequence[np.ndarray]) -> list[int]:
-    """The length that each row has in its batch."""
-    return [max(lengths[row] for row in step) for step in steps for _ in step]
+    """The length that each row has in its batch, by row."""
+    longest = {int(row): max(lengths[each] for each in step) for step in steps for row in step}
+    return [longest[row] for row in range(len(lengths))]
 
 
 def predictions(benchmark: Benchmark, examples: Sequence, longer: Sequence) -> dict[str, float]:
-    """How many times as many multiplications without the lever: head, sorting, and a longer context."""
+    """How many times as many FLOPs without the lever: head, last block, sorting, and a longer context."""
     lengths = [len(example.input_ids) for example in examples]
     targets = [len(example.input_ids) - example.prompt_length for example in examples]
     batch = benchmark.options.generator_batch
@@ -181,7 +182,7 @@ def levers(benchmark: Benchmark, predicted: dict[str, float]) -> list[Lever]:
         Lever("dropout of 0.1, not none", None, lambda: loaded_with(with_dropout)),
         Lever("attention written out, not one kernel", None, lambda: loaded_with(eager_attention)),
         Lever("AdamW tensor by tensor, not fused", None, plain_optimizer),
-        Lever("batches of 4, not 32", None, changes=(("generator_batch_size", 4),)),
+        Lever(f"batches of 4, not {benchmark.options.generator_batch}", None, changes=(("generator_batch_size", 4),)),
     ]
     return found + [Lever(f"one thread, not {threads}", float(threads), one_thread)] * (threads > 1)
 

@@ -151,7 +151,7 @@ class ContextSettings:
     passage_tokens: int = setting(160, "What the retriever reads of a passage, in its tokens.")
     index_precision: Literal["float32", "int8"] = setting(
         "float32",
-        "How passages are encoded for the index. int8: half again to twice as fast on a CPU, with cosines that differ by some 0.005; needs "
+        "How passages are encoded for the index. int8: some 1.6 times as fast on a CPU, with cosines that differ by some 0.005; needs "
         "cozyrag[int8]. Questions and training stay in float32.",
     )
     encode_batch_size: int = setting(64, "Texts that the retriever encodes at once when it does not train.")

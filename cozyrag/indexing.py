@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--index_memory", type=bytes_of, metavar="SIZE", help="memory for the index, such as 400MB or 8GB: Flat (exact) if it fits, else SQ8 (a quarter of it), from 100,000 passages on lists of short codes (about a 25th; also faster), else the vectors stay on the disk (exact and slow); default: no limit")  # fmt: skip
     add("--passage_tokens", type=int, default=contexts.passage_tokens, help=f"what the retriever reads of a passage, as in train.py (default: {contexts.passage_tokens})")  # fmt: skip
     add("--encode_batch_size", type=int, default=contexts.encode_batch_size, help=f"passages encoded at once (default: {contexts.encode_batch_size})")  # fmt: skip
-    add("--index_precision", choices=(FLOAT32, INT8), default=contexts.index_precision, help=f"int8: half again to twice as fast on a CPU, cosines differ by some 0.005; needs cozyrag[int8] (default: {contexts.index_precision})")  # fmt: skip
+    add("--index_precision", choices=(FLOAT32, INT8), default=contexts.index_precision, help=f"int8: some 1.6 times as fast on a CPU, cosines differ by some 0.005; needs cozyrag[int8] (default: {contexts.index_precision})")  # fmt: skip
     add("--shard_size", type=int, default=4096, help="passages after which what is encoded is kept (default: 4096)")
     add("--no_sentence_vectors", action="store_true", help="leave out the vectors of sentences (half precision, some 4 KB a passage): a search by vectors and words then looks at whole passages, and contexts are filtered with vectors made on the fly")  # fmt: skip
     add("--passages_split", default=data.passages_split, help="split, if PASSAGES is a Hub dataset")

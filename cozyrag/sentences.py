@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-RULES = (
-    1  # to be counted up with every change of what a sentence is: vectors of sentences are kept, and pair up by number
-)
+# Count up with every change of what a sentence is: vectors of sentences are kept, and pair up by their place alone.
+RULES = 1
 _STOP, _CLOSING = "[.!?。！？؟۔।॥]", "[\"')\\]”’」』）]"
 _WIDE, _GOES_ON = "[。！？]", "[^\\s。！？\"')\\]”’」』）]"  # Chinese and Japanese put no space after a sentence
 SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: what is matched is lost

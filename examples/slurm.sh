@@ -15,7 +15,8 @@ set -euo pipefail
 
 export CONFIG=${CONFIG:-accelerate_configs/multi_node.yaml}
 export PER_NODE=${PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # processes of each machine, one for each GPU
-MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MACHINES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN=${MACHINES%%$'\n'*} # the first; a pipe into head could close before scontrol has written the others, and end the job
 export MAIN PORT=${PORT:-$((29500 + SLURM_JOB_ID % 1000))}
 
 # One task a machine: accelerate starts its processes. SLURM_NODEID is known only inside srun, hence the quotes.

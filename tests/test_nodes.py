@@ -32,7 +32,7 @@ def cluster(tmp_path):
     """Environment of a job on two machines: stand-ins first on the path, and the weights of each machine noted."""
     commands = {
         "srun": SRUN,
-        "scontrol": "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.1\n",
+        "scontrol": "#!/bin/bash\necho 127.0.0.1\nsleep 0.2\necho 127.0.0.1\n",
         "accelerate": f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n',
     }
     for name, text in commands.items():

@@ -51,7 +51,7 @@ def test_a_signal_outside_the_steps_ends_at_once(short_run, undisturbed, tmp_pat
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(cozyrag.rounds, "examine", lambda *rest, **options: send(signal.SIGTERM)())
-        with pytest.raises(Interrupted, match="") as ended:
+        with pytest.raises(Interrupted) as ended:
             train([*short_run, "--output_dir", str(out)])
     assert "nothing was saved yet" in ended.value.told
     train([*short_run, "--output_dir", str(out)])

@@ -274,3 +274,14 @@ def test_three_parts_run_without_datasets_and_faiss(bare_packages, files, retrie
     parts = {first.partition(",")[0] for first, _ in lines_of(done.stdout)}
     assert {"generator", "retriever", "index"} <= parts and "retrieval" not in parts
     assert "SentenceTransformerTrainer" not in done.stdout
+
+
+def test_the_8_bit_side_encodes_with_8_bits_while_it_is_timed(benchmark, files, retriever_path):
+    pytest.importorskip("onnxruntime")
+    speed, contenders = benchmark("speed"), benchmark("contenders")
+    made = speed.Benchmark(speed.parse(arguments(files, retriever_path, "--only", "index")))
+    plain, eight = contenders.index_sides(made.models, made.passages, made.place, made.options)[:2]
+    assert eight.name == contenders.OURS_INT8
+    (whole, _), (coarse, _) = plain.build(8)(), eight.build(8)()
+    near = (whole * coarse).sum(axis=1)
+    assert 0.97 < near.min() < near.max() < 1 - 1e-7
