@@ -417,6 +417,6 @@ def finish(rounds: Rounds, started: float) -> None:
     accelerator.end_training()
     if rounds.pusher is not None:
         rounds.log.say(f"Pushed to {rounds.pusher.finish(f'round-{settings.training.rounds}')}")
-    if accelerator.is_main_process:  # last: whatever happens to it, the run is whole and uploaded
-        mark_finished(folder, settings.training.rounds)
+    if accelerator.is_main_process:  # the report last: whatever happens to it, the run is whole and uploaded
         rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))
+        mark_finished(folder, settings.training.rounds)

@@ -121,15 +121,23 @@ def whole(arguments: list[str], processes: int, log: Path) -> float:
     return time.monotonic() - clock
 
 
+def at_work(child: int) -> bool:
+    """Whether a process has not ended yet; it can still be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def kill(children: list[int], after: float, one: int | None) -> bool:
-    """SIGKILL all processes, or that one, after so many seconds; whether they were still at work."""
-    until = time.monotonic() + after
-    while time.monotonic() < until:
-        time.sleep(min(0.01, max(0, until - time.monotonic())))
-        if os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            ended(children, SEVERAL)
-            return False
-    for child in children if one is None else [children[one]]:
+    """SIGKILL all processes, or that one, after so many seconds; whether it was still at work.
+
+    The main process makes the report alone, so another may have ended well before it is killed; afterwards none may.
+    """
+    time.sleep(after)
+    mates = [child for rank, child in enumerate(children) if one is not None and rank != one and at_work(child)]
+    victims = children if one is None else [children[one]]
+    if not at_work(victims[0]):
+        ended(children, SEVERAL)
+        return False
+    for child in victims:
         os.kill(child, signal.SIGKILL)
     clock = time.monotonic()
     codes = ended(children, SEVERAL)
@@ -137,7 +145,7 @@ def kill(children: list[int], after: float, one: int | None) -> bool:
         for child in children:
             os.kill(child, signal.SIGKILL)
         raise RuntimeError(f"the other processes were still there {SEVERAL:.0f} s after one was killed")
-    if one is not None and 0 in codes:
+    if any(code == 0 and child in mates for child, code in zip(children, codes, strict=True)):
         raise RuntimeError(
             f"a process ended with 0 although another was killed: {codes}, {time.monotonic() - clock:.1f} s"
         )

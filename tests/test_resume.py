@@ -12,6 +12,7 @@ from kill_run import differences, left
 from short_run import at_step, checkpoints, rows, send
 
 import cozyrag.rounds
+import cozyrag.run
 import cozyrag.trainer
 import cozyrag.watcher
 from cozyrag.checkpoint import Progress
@@ -56,6 +57,19 @@ def test_a_signal_outside_the_steps_ends_at_once(short_run, undisturbed, tmp_pat
     assert "nothing was saved yet" in ended.value.told
     train([*short_run, "--output_dir", str(out)])
     assert differences(undisturbed, left(out, rounds=1)) == []
+
+
+def test_a_run_ended_while_its_report_was_made_is_not_finished_yet(
+    short_run, undisturbed, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(cozyrag.run, "tell_report", lambda *rest, **options: send(signal.SIGTERM)())
+        with pytest.raises(Interrupted):
+            train([*short_run, "--output_dir", str(out)])
+    train([*short_run, "--output_dir", str(out)])
+    assert f"Going on from {checkpoints(out)[-1]}." in capsys.readouterr().out
+    assert (out / "report.html").exists() and differences(undisturbed, left(out, rounds=1)) == []
 
 
 def test_signals_that_are_held_come_at_the_end_or_when_patience_is_over(monkeypatch):
