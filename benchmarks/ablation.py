@@ -34,14 +34,16 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation import examine
 from cozyrag.feedback import answer_likelihoods
 from cozyrag.generator import Decoding, Generator
+from cozyrag.generator_phase import train_generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, normalize_answer, paired_bootstrap, ranks_of, recall_at, reciprocal_rank
 from cozyrag.passages import merge_passages
 from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
+from cozyrag.retriever_phase import train_retriever
 from cozyrag.search import Searcher
-from cozyrag.trainer import Watcher, train_generator, train_retriever
+from cozyrag.trainer import Watcher
 
 NGRAM, FEWEST = 3, 3  # tokens: of a repeated n-gram; of an answer that is long enough
 STUDIES = {

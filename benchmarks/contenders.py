@@ -25,9 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from cozyrag.batches import answer_tokens, collate
 from cozyrag.config import TrainingSettings
 from cozyrag.generator import Generator, TokenLosses
+from cozyrag.generator_phase import train_generator
 from cozyrag.index import Passages
 from cozyrag.int8 import FLOAT32, INT8
-from cozyrag.trainer import StepReport, Watcher, train_generator, train_retriever
+from cozyrag.retriever_phase import train_retriever
+from cozyrag.trainer import StepReport, Watcher
 
 OURS, PENALIZED, REFERENCE = "CoZyRAG", "CoZyRAG, penalties on", "reference loop"
 OURS_INT8 = "CoZyRAG, int8"

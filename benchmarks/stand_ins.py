@@ -1,8 +1,7 @@
-"""Lets the trainer be imported where datasets and faiss are not installed, as on many borrowed GPU machines.
+"""Lets the phases of training be imported where datasets and faiss are not installed, as on many borrowed GPU machines.
 
-The trainer names `Dataset` in annotations and `Passages` of the index module, whose head imports both libraries; its
-phases need neither. So where one is missing, an empty module stands in for it while the trainer is imported, and is
-taken away again. Left out: searching, which needs the real ones.
+They name `Dataset` in annotations and `Passages` of the index module, whose head imports both libraries, and need
+neither. So where one is missing, an empty module stands in for it while the phases are imported, and is taken away again. Left out: searching, which needs the real ones.
 """
 
 import importlib
@@ -12,8 +11,9 @@ from types import ModuleType
 
 WANTED = ("datasets", "faiss")
 MISSING = tuple(name for name in WANTED if find_spec(name) is None)
-# What the trainer needs besides, imported first so that no other library meets a stand-in.
+# What the phases need besides, imported first so that no other library meets a stand-in.
 BEFORE = ("accelerate.utils", "transformers", "sentence_transformers", "cozyrag.generator", "cozyrag.retriever")
+PHASES = ("cozyrag.generator_phase", "cozyrag.retriever_phase")
 
 
 def _empty(name: str, **content) -> ModuleType:
@@ -22,7 +22,7 @@ def _empty(name: str, **content) -> ModuleType:
     return module
 
 
-def _import_trainer() -> None:
+def _import_phases() -> None:
     for name in BEFORE:
         importlib.import_module(name)
     modules = {
@@ -33,11 +33,12 @@ def _import_trainer() -> None:
     placed = {name: module for name, module in modules.items() if name.partition(".")[0] in MISSING}
     sys.modules.update(placed)
     try:
-        importlib.import_module("cozyrag.trainer")
+        for name in PHASES:
+            importlib.import_module(name)
     finally:
         for name in placed:
             del sys.modules[name]
 
 
 if MISSING:
-    _import_trainer()
+    _import_phases()

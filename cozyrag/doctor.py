@@ -22,12 +22,13 @@ from cozyrag.config import Settings, TrainingSettings
 from cozyrag.corpus import Corpus
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
+from cozyrag.generator_phase import generator_losses, generator_penalties, generator_terms
 from cozyrag.index import PassageIndex, passage_text
 from cozyrag.int8 import FLOAT32
 from cozyrag.pipeline import CozyRAG
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import UNUSED, Retriever
-from cozyrag.trainer import generator_losses, generator_penalties, generator_terms, retriever_terms
+from cozyrag.retriever_phase import retriever_terms
 
 CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
 QUESTIONS = 4  # enough for a gradient, ...
@@ -40,7 +41,7 @@ NEAR_INT8 = 0.97  # the same where passages were encoded with 8 bits: 0.99 at le
 NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
 UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
 JUDGED = 2  # passages of each question that the generator judges for its feedback: the fewest that leave a choice
-NAMES = {  # of the terms as the trainer calls them: how they are told, and the setting that leaves them out
+NAMES = {  # of the terms as the phases call them: how they are told, and the setting that leaves them out
     "cross-entropy": ("cross-entropy", "--generator_steps 0"),
     "repeats": ("penalty on repeats", "--repeat_penalty 0"),
     "keywords": ("penalty on keywords", "--keyword_penalty 0"),
@@ -109,7 +110,7 @@ def small_batch(corpus: Corpus) -> Batch:
 
 
 def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Term]:
-    """The terms that a run with these settings trains on: all that the trainer makes, so that none can be forgotten."""
+    """The terms that a run with these settings trains on: all that the phases make, so that none can be forgotten."""
     training, terms = settings.training, []
     if not training.rounds or not len(corpus.questions):
         return terms
@@ -154,7 +155,7 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
 
 
 def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dict:
-    """The generator's feedback on JUDGED passages of each question, as the trainer takes it; NaN where there is no answer."""
+    """The generator's feedback on JUDGED passages of each question, as the retriever phase takes it; NaN where there is no answer."""
     judged = min(JUDGED, len(batch.passages))
     candidates = [[(place + shift) % len(batch.passages) for shift in range(judged)] for place in batch.positives]
     likelihoods = generator.log_likelihoods(

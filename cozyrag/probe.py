@@ -29,6 +29,7 @@ from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, senten
 from cozyrag.corpus import Corpus
 from cozyrag.doctor import left_as_found
 from cozyrag.generator import Decoding, Generator
+from cozyrag.generator_phase import end_lesson, generator_examples, generator_lesson, generator_steps
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.prompts import Example
@@ -36,23 +37,11 @@ from cozyrag.questions import take
 from cozyrag.report import peak_memory
 from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker, weighing_questions
 from cozyrag.retriever import Retriever
+from cozyrag.retriever_phase import retriever_lesson, retriever_steps, retriever_usable, step_passages
 from cozyrag.search import Searcher
 from cozyrag.sentences import SentenceVectors
 from cozyrag.sharding import held_bytes
-from cozyrag.trainer import (
-    StepReport,
-    Watcher,
-    end_lesson,
-    generator_examples,
-    generator_lesson,
-    generator_steps,
-    retriever_lesson,
-    retriever_steps,
-    retriever_usable,
-    run_phase,
-    step_passages,
-    trainable,
-)
+from cozyrag.trainer import StepReport, Watcher, run_phase, trainable
 
 BUDGET = 18.0  # seconds of all parts together; beginnings and what is begun when they end come on top
 SHARES = {"index": 4, "retrieve": 4, "generator": 6, "feedback": 2, "retriever": 5, "answer": 3}

@@ -1,7 +1,7 @@
 """The retriever: a SentenceTransformer that turns questions and passages into vectors.
 
 It loads, embeds (with gradients) or encodes (without), fingerprints and saves. Left out: searching (index.py), losses
-(losses.py), training (trainer.py).
+(losses.py), training (retriever_phase.py).
 """
 
 import copy

@@ -1,7 +1,8 @@
 """The relay: retrieve, teach the generator, teach the retriever, index again, examine, save - round after round.
 
 A run is a walk over (round, phase); each phase ends by writing down what comes next, so an interrupted run goes on
-there. Left out: how a phase trains (trainer.py), what a checkpoint holds (checkpoint.py), reading files (corpus.py), the log (report.py).
+there. Left out: how a phase trains (generator_phase.py, retriever_phase.py), what a checkpoint holds (checkpoint.py), reading
+files (corpus.py), the log (report.py).
 """
 
 import json
@@ -24,14 +25,15 @@ from cozyrag.files import NEXT, folder_bytes, replacing, switch, write_json, wri
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.gate import judge
 from cozyrag.generator import Decoding, Generator
+from cozyrag.generator_phase import train_generator
 from cozyrag.interrupts import Interrupts
 from cozyrag.pipeline import describe_pair
 from cozyrag.processes import main_decides
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval, weighing_questions
 from cozyrag.retriever import Retriever
+from cozyrag.retriever_phase import train_retriever
 from cozyrag.tracking import log_numbers
-from cozyrag.trainer import train_generator, train_retriever
 from cozyrag.watcher import PhaseWatcher
 
 

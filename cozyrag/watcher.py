@@ -1,6 +1,6 @@
 """What goes on beside the steps of a phase: lines in the log, checkpoints in time, a stop when one is asked for.
 
-Left out: the steps themselves (trainer.py), what a checkpoint holds (checkpoint.py), and the way of a run (rounds.py).
+Left out: the steps themselves (trainer.py and the phases), what a checkpoint holds (checkpoint.py), and the way of a run (rounds.py).
 """
 
 import signal

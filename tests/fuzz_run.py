@@ -289,6 +289,9 @@ WIKI = st.one_of(
 # ---- the checks that are no table
 
 
+OPENING = re.compile(r'<doc .*title=".*">')
+
+
 def check_wiki(folder: Path, case: Case) -> None:
     """Every line that opens an article is an article read or reported, and no other line is lost."""
     path = written(folder, case.name, case.content)
@@ -301,7 +304,7 @@ def check_wiki(folder: Path, case: Case) -> None:
     if path.name.endswith((".gz", ".bz2")):
         return
     lines = [line.strip() for line in case.content.decode("utf-8").removeprefix("\ufeff").split("\n")]
-    opened = [line for line in lines if re.fullmatch(r'<doc .*title=".*">', line)] if len(str(lines)) < 5000 else None
+    opened = [line for line in lines if OPENING.fullmatch(line)] if len(str(lines)) < 5000 else None
     if opened is not None:
         assert len(opened) <= len(read) + bad.count
         body = " ".join(text for article in read for _, text in article.sections)
@@ -319,16 +322,16 @@ def html_free(text: str) -> str:
 
 
 def unclosed(lines: list[str]) -> int:
-    """Lines of articles that never end: they are reported by their first line."""
-    count, inside = 0, []
+    """Lines of articles that never end: they are reported by their first line. A broken opening line is text of the article."""
+    count, inside = 0, None
     for line in lines:
-        if line.startswith("<doc "):
-            count, inside = count + len(inside), []
-        elif "</doc>" in line:
-            inside = []
-        else:
+        if OPENING.fullmatch(line):
+            count, inside = count + len(inside or ()), []
+        elif inside is not None and line.endswith("</doc>"):
+            inside = None
+        elif inside is not None and line:
             inside.append(line)
-    return count + len(inside)
+    return count + len(inside or ())
 
 
 @dataclass(frozen=True)

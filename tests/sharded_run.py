@@ -19,9 +19,10 @@ from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import TrainingSettings
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator, TokenLosses
+from cozyrag.generator_phase import train_generator
 from cozyrag.retriever import Retriever
 from cozyrag.sharding import Sharded, held_bytes, joined
-from cozyrag.trainer import Watcher, train_generator
+from cozyrag.trainer import Watcher
 
 SAVED_AT = 3
 LESSON = {

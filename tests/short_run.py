@@ -3,12 +3,14 @@
 import json
 import os
 
-import cozyrag.trainer
+from cozyrag import generator_phase, retriever_phase
+
+STEPS = {"generator_step": generator_phase, "retriever_step": retriever_phase}  # where each is looked up
 
 
 def at_step(monkeypatch, number, act, function="retriever_step"):
     """Do something within the step of that number, counted from 1 in this process."""
-    real, calls = getattr(cozyrag.trainer, function), []
+    real, calls = getattr(STEPS[function], function), []
 
     def step(*arguments, **options):
         calls.append(1)
@@ -16,7 +18,7 @@ def at_step(monkeypatch, number, act, function="retriever_step"):
             act()
         return real(*arguments, **options)
 
-    monkeypatch.setattr(cozyrag.trainer, function, step)
+    monkeypatch.setattr(STEPS[function], function, step)
 
 
 def send(number):

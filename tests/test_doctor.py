@@ -15,19 +15,20 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 from tiny import corpus, make_retriever
 
-from cozyrag import cli, doctor, penalties, run, trainer
+from cozyrag import cli, doctor, penalties, retriever_phase, run
 from cozyrag.config import parse_settings
 from cozyrag.corpus import Corpus
 from cozyrag.doctor import Term, check_pair, check_terms, findings_table, one_line, refuse, small_batch
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
+from cozyrag.generator_phase import generator_step
 from cozyrag.index import PassageIndex
 from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
 from cozyrag.prompts import encode_examples
 from cozyrag.questions import FEATURES
 from cozyrag.retriever import Retriever
-from cozyrag.trainer import generator_step, retriever_step, retriever_terms
+from cozyrag.retriever_phase import retriever_step, retriever_terms
 
 PENALTIES = ["--repeat_penalty", "0.1", "--keyword_penalty", "0.1", "--short_penalty", "0.1"]
 POOLER = "0.model.pooler.dense.weight"
@@ -66,8 +67,8 @@ def weight(model, name):
 
 def sabotage_contrastive(monkeypatch, spoil):
     """Let `spoil` change the contrastive loss."""
-    real = trainer.contrastive_loss
-    monkeypatch.setattr(trainer, "contrastive_loss", lambda *given, **options: spoil(real(*given, **options)))
+    real = retriever_phase.contrastive_loss
+    monkeypatch.setattr(retriever_phase, "contrastive_loss", lambda *given, **options: spoil(real(*given, **options)))
 
 
 # ---- a healthy pair
@@ -292,8 +293,8 @@ def test_a_number_whose_gradient_is_none_is_caught(generator, retriever, monkeyp
 
 
 def test_a_feedback_that_is_detached_or_reaches_the_generator_is_caught(generator, retriever, monkeypatch):
-    real, spoil = trainer.feedback_loss, []
-    monkeypatch.setattr(trainer, "feedback_loss", lambda *given, **options: spoil[-1](real(*given, **options)))
+    real, spoil = retriever_phase.feedback_loss, []
+    monkeypatch.setattr(retriever_phase, "feedback_loss", lambda *given, **options: spoil[-1](real(*given, **options)))
     spoil.append(lambda loss: loss.detach())
     finding = check(generator, retriever, "--feedback_weight", "1")["generator feedback"]
     assert finding.moved == 0 and finding.fault.endswith("or --feedback_weight 0.")
@@ -303,9 +304,9 @@ def test_a_feedback_that_is_detached_or_reaches_the_generator_is_caught(generato
 
 
 def test_the_feedback_is_the_generators_on_each_question_and_two_passages(generator, retriever, monkeypatch):
-    real, seen = trainer.feedback_loss, []
+    real, seen = retriever_phase.feedback_loss, []
     monkeypatch.setattr(
-        trainer, "feedback_loss", lambda *given, **options: seen.append(options) or real(*given, **options)
+        retriever_phase, "feedback_loss", lambda *given, **options: seen.append(options) or real(*given, **options)
     )
     check(generator, retriever, "--feedback_weight", "1")
     batch, options = small_batch(tables()), seen[0]
@@ -372,7 +373,7 @@ def noisy(real):
 def test_nothing_is_changed(generator, retriever, monkeypatch, ends):
     monkeypatch.setattr(TokenLosses, "forward", noisy(TokenLosses.forward))
     if ends == "badly":  # at the step, when weights are already moved
-        real, calls = trainer.contrastive_loss, []
+        real, calls = retriever_phase.contrastive_loss, []
 
         def once(*given, **options):
             calls.append(1)
@@ -380,7 +381,7 @@ def test_nothing_is_changed(generator, retriever, monkeypatch, ends):
                 raise InputError("enough")
             return real(*given, **options)
 
-        monkeypatch.setattr(trainer, "contrastive_loss", once)
+        monkeypatch.setattr(retriever_phase, "contrastive_loss", once)
     generator.model.train()
     generator.model.transformer.h[0].eval()
     mark = torch.full((32,), 7.0)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from kill_run import differences, left
-from short_run import at_step, checkpoints, rows
+from short_run import STEPS, at_step, checkpoints, rows
 
-import cozyrag.trainer
+from cozyrag import generator_phase
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.errors import InputError
 from cozyrag.files import damage
@@ -136,7 +136,7 @@ def test_a_pair_of_two_rounds_is_refused(finished):
 
 def spoil(monkeypatch, spoilt, function="generator_step"):
     """The steps of these numbers, counted from 1, have NaN for a loss and for gradients."""
-    real, calls = getattr(cozyrag.trainer, function), []
+    real, calls = getattr(STEPS[function], function), []
 
     def step(accelerator, module, *rest, **options):
         told = real(accelerator, module, *rest, **options)
@@ -148,7 +148,7 @@ def spoil(monkeypatch, spoilt, function="generator_step"):
             told[0] = float("nan")
         return told
 
-    monkeypatch.setattr(cozyrag.trainer, function, step)
+    monkeypatch.setattr(STEPS[function], function, step)
 
 
 def test_a_bad_step_is_skipped_counted_and_logged(short_run, tmp_path, monkeypatch):
@@ -276,7 +276,7 @@ def test_a_run_short_of_memory_ends_as_one_with_smaller_pieces_and_keeps_them_wh
     tmp_path,
     monkeypatch,
 ):
-    real = cozyrag.trainer.generator_step
+    real = generator_phase.generator_step
 
     def hungry(*arguments, pieces, **options):
         if pieces < 4:
@@ -286,7 +286,7 @@ def test_a_run_short_of_memory_ends_as_one_with_smaller_pieces_and_keeps_them_wh
     small = [*short_run, "--retriever_steps", "0"]
     train([*small, "--output_dir", str(tmp_path / "four"), "--gradient_accumulation_steps", "4"])
     with monkeypatch.context() as patched:
-        patched.setattr(cozyrag.trainer, "generator_step", hungry)
+        patched.setattr(generator_phase, "generator_step", hungry)
         at_step(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM), "generator_step")
         with pytest.raises(Interrupted):
             train([*small, "--output_dir", str(tmp_path / "out")])

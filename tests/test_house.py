@@ -50,6 +50,7 @@ TIERS = (
     ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
     ("config", "hub", "comparison", "gathering", "audit", "output"),
     ("trainer", "checkpoint", "html_report", "background"),
+    ("generator_phase", "retriever_phase"),
     ("report", "doctor", "environment"),
     ("watcher", "retrieval"),
     ("caches",),
@@ -64,6 +65,8 @@ TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
 MAY_KNOW_SETTINGS = {
     "run",
     "trainer",
+    "generator_phase",
+    "retriever_phase",
     "watcher",
     "doctor",
     "retrieval",
@@ -172,8 +175,8 @@ def test_the_script_is_a_door_and_nothing_more():
 # ---- who may do what
 
 
-def test_only_the_trainer_calls_backward():
-    assert calling(lambda call: call[-1] == "backward") == {"trainer"}
+def test_only_the_phases_call_backward():
+    assert calling(lambda call: call[-1] == "backward") == {"generator_phase", "retriever_phase"}
 
 
 def test_only_the_self_tests_take_gradients_aside():

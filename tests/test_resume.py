@@ -13,7 +13,6 @@ from short_run import at_step, checkpoints, rows, send
 
 import cozyrag.rounds
 import cozyrag.run
-import cozyrag.trainer
 import cozyrag.watcher
 from cozyrag.checkpoint import Progress
 from cozyrag.cli import door

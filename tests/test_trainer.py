@@ -11,12 +11,14 @@ from cozyrag.config import TrainingSettings
 from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
+from cozyrag.generator_phase import generator_step, train_generator
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss, feedback_loss
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import Retriever
-from cozyrag.trainer import Watcher, generator_step, retriever_step, retriever_terms, train_generator, train_retriever
+from cozyrag.retriever_phase import retriever_step, retriever_terms, train_retriever
+from cozyrag.trainer import Watcher
 
 
 class Notes(Watcher):

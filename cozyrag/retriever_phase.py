@@ -1,0 +1,271 @@
+"""The retriever phase: its steps over questions with a known passage, and the gradients of a step.
+
+Every question is contrasted with all passages of its step, on however many processes: vectors are gathered, gradients sent
+back in pieces. Left out: the loop over the steps (trainer.py), positives and negatives (contexts.py), the losses (losses.py).
+"""
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from cozyrag.batches import phase_seed, plan_steps, share_out
+from cozyrag.config import TrainingSettings
+from cozyrag.index import Passages
+from cozyrag.losses import contrastive_loss, feedback_loss
+from cozyrag.retriever import Retriever
+from cozyrag.trainer import Watcher, run_phase, trainable
+
+
+def train_retriever(
+    accelerator: Accelerator,
+    retriever: Retriever,
+    contexts: Dataset,
+    passages: Passages,
+    *,
+    settings: TrainingSettings,
+    round_number: int,
+    watcher: Watcher,
+    likelihoods: np.ndarray | None = None,
+    left_out: Collection[str] = (),
+    refreshed: Callable[[int, int], Dataset | None] = lambda done, total: None,
+) -> int:
+    """Teach the retriever to put each question next to its positive passage; returns the number of steps.
+
+    Rows that no active loss can use are left out. No dropout: the vectors trained are the vectors indexed.
+
+    Args:
+        likelihoods: (n_rows, k), the generator's feedback on the k best passages of each row (feedback.py), if wanted.
+        left_out: ids of questions that are not to be learned from.
+        refreshed: asked before each step with the steps done and their total; a table of the same questions that it gives
+            takes the place of `contexts` as the source of negatives.
+    """
+    columns = contexts.select_columns(["id", "question", "positive", "negatives", "rows"])[:]
+    usable = retriever_usable(columns, settings, likelihoods, left_out)
+    texts = passages.to_read()
+    steps = retriever_steps(
+        [
+            len(texts[columns["positive"][row] if columns["positive"][row] >= 0 else columns["rows"][row][0]])
+            for row in usable
+        ],
+        settings,
+        round_number,
+    )
+    retriever.model.eval()
+
+    def begin_step(number: int) -> None:
+        newer = refreshed(number, len(steps))
+        if newer is not None:
+            columns["negatives"] = newer["negatives"][:]
+
+    def take_step(number: int, pieces: int) -> dict[str, float]:
+        rows = [usable[row] for row in steps[number]]
+        return retriever_lesson(accelerator, retriever, columns, texts, rows, settings, likelihoods, pieces=pieces)
+
+    def show(number: int) -> list[dict]:
+        return [_pair(columns, texts, usable[row]) for row in steps[number]]
+
+    run_phase(
+        accelerator, "retriever", trainable(retriever.model), steps, take_step,
+        settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher, begin_step=begin_step, show=show,
+    )  # fmt: skip
+    accelerator.free_memory()
+    return len(steps)
+
+
+def _pair(columns: dict[str, list], texts: Sequence[str], row: int) -> dict:
+    """What a row of the contexts table teaches the retriever, to be read by a person."""
+    positive = columns["positive"][row]
+    return {
+        "question": columns["question"][row],
+        "positive": texts[positive] if positive >= 0 else None,
+        "negatives": [texts[each] for each in columns["negatives"][row]],
+    }
+
+
+def retriever_usable(
+    columns: dict[str, list],
+    settings: TrainingSettings,
+    likelihoods: np.ndarray | None = None,
+    left_out: Collection[str] = (),
+) -> list[int]:
+    """Rows that an active loss can use: with a positive passage (-1: none), or with the generator's feedback.
+
+    Of the columns, positive and id are read; rows with an id in `left_out` are not used.
+    """
+    positives, unwanted = np.array(columns["positive"]), set(left_out)
+    judged = np.zeros(len(positives), dtype=bool) if likelihoods is None else ~np.isnan(likelihoods).any(axis=1)
+    contrasted = positives >= 0 if settings.contrastive_weight else np.zeros_like(judged)
+    wanted = np.array([row_id not in unwanted for row_id in columns["id"]], dtype=bool)
+    return np.flatnonzero((judged | contrasted) & wanted).tolist()
+
+
+def retriever_steps(lengths: Sequence[int], settings: TrainingSettings, round_number: int) -> list[np.ndarray]:
+    """The steps of a retriever phase over pairs whose passages have these lengths, in characters; see `plan_steps`."""
+    return plan_steps(
+        lengths,
+        batch_size=settings.retriever_batch_size,
+        epochs=settings.retriever_epochs,
+        max_steps=settings.retriever_steps,
+        seed=phase_seed(settings.seed, round_number=round_number, phase="retriever"),
+    )
+
+
+def retriever_lesson(
+    accelerator: Accelerator,
+    retriever: Retriever,
+    columns: dict[str, list],
+    texts: Sequence[str],
+    rows: Sequence[int],
+    settings: TrainingSettings,
+    likelihoods: np.ndarray | None,
+    *,
+    pieces: int | None = None,
+) -> dict[str, float]:
+    """Gradients of a step on some rows of a contexts table; its columns question, positive, negatives and rows are read."""
+    at = [columns["positive"][row] for row in rows]
+    candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
+    found = step_passages(columns, rows, 0 if likelihoods is None else likelihoods.shape[1])
+    places = {row: place for place, row in enumerate(found)} | {-1: -1}
+    return retriever_step(
+        accelerator,
+        retriever,
+        [columns["question"][row] for row in rows],
+        [texts[row] for row in found],
+        retriever_terms(
+            settings,
+            positives=[places[row] for row in at],
+            candidates=[[places[row] for row in each] for each in candidates],
+            likelihoods=None if likelihoods is None else likelihoods[rows],
+        ),
+        pieces=pieces or settings.gradient_accumulation_steps,
+    )
+
+
+def step_passages(columns: dict[str, list], rows: Sequence[int], judged: int) -> list[int]:
+    """The passages of a step on these rows: positives, negatives, and the `judged` best ones of each row; each once."""
+    found = [columns["positive"][row] for row in rows if columns["positive"][row] >= 0]
+    found += [passage for row in rows for passage in columns["negatives"][row]]
+    return list(dict.fromkeys(found + [passage for row in rows for passage in columns["rows"][row][:judged]]))
+
+
+def retriever_terms(
+    settings: TrainingSettings,
+    *,
+    positives: Sequence[int],
+    candidates: Sequence[Sequence[int]] = (),
+    likelihoods: np.ndarray | None = None,
+) -> dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]]:
+    """The terms of the retriever's loss that are on, by name: the weight, and vectors (questions, passages) to a scalar.
+
+    Args:
+        positives, candidates: places among the passages of the step, as losses.py takes them.
+    """
+    terms: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {}
+    if settings.contrastive_weight:
+
+        def contrastive(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+            at = torch.tensor(positives, device=queries.device)
+            return contrastive_loss(queries, passages, positives=at, temperature=settings.temperature)
+
+        terms["contrastive"] = settings.contrastive_weight, contrastive
+    if settings.feedback_weight and likelihoods is not None:
+
+        def feedback(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+            return feedback_loss(
+                queries,
+                passages,
+                candidates=torch.tensor(candidates, device=queries.device),
+                likelihoods=torch.from_numpy(likelihoods).to(queries.device),
+                temperature=settings.feedback_temperature,
+            )
+
+        terms["feedback"] = settings.feedback_weight, feedback
+    return terms
+
+
+def retriever_step(
+    accelerator: Accelerator,
+    retriever: Retriever,
+    questions: Sequence[str],
+    passages: Sequence[str],
+    terms: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]],
+    *,
+    pieces: int,
+) -> dict[str, float]:
+    """Gradients of the weighted terms over the whole step; returns the loss and, where there are several, the terms.
+
+    The loss needs all vectors at once but few texts fit into memory at once, on one process or many. So vectors are
+    gathered without their graphs, the loss is taken once over all of them, and each process sends the gradients of
+    its own vectors back through its encoder (gradient caching, Gao et al. 2021, arXiv:2101.06983). The graph of the last
+    piece is kept, so with one piece nothing is computed twice, and with two a half.
+    """
+    sides = [
+        _Side(accelerator, retriever, questions, "query", pieces),
+        _Side(accelerator, retriever, passages, "document", pieces),
+    ]
+    leaves = [side.gathered() for side in sides]
+    values = {name: (weight, term(*leaves)) for name, (weight, term) in terms.items()}
+    loss = torch.stack([weight * value for weight, value in values.values()]).sum()
+    accelerator.backward(loss)
+    for side, leaf in zip(sides, leaves, strict=True):
+        side.backward(leaf.grad)
+    _sum_gradients(accelerator, retriever.model)
+    parts = {name: value.item() for name, (_, value) in values.items()} if len(values) > 1 else {}
+    return {"loss": loss.item()} | parts
+
+
+class _Side:
+    """The questions or the passages of a retriever step: this process embeds its share of them, in pieces."""
+
+    def __init__(self, accelerator: Accelerator, retriever: Retriever, texts: Sequence[str], kind: str, pieces: int):
+        self.accelerator, self.retriever, self.kind = accelerator, retriever, kind
+        self.shares = share_out(range(len(texts)), parts=accelerator.num_processes)
+        mine = self.shares[accelerator.process_index]
+        self.pieces = [
+            [texts[mine[at]] for at in piece] for piece in share_out(range(len(mine)), parts=pieces) if piece
+        ]
+        with torch.no_grad():
+            self.vectors = [self._embed(piece) for piece in self.pieces[:-1]]
+        self.vectors += [self._embed(piece) for piece in self.pieces[-1:]]  # its graph is kept: one piece less to redo
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.retriever.embed(texts, kind=self.kind)
+
+    def gathered(self) -> torch.Tensor:
+        """All vectors of this side (n_texts, dim), on every process, as a leaf that collects gradients."""
+        dimensions = self.retriever.model.get_embedding_dimension()
+        longest = len(self.shares[0])
+        padded = torch.zeros(longest, dimensions, device=self.accelerator.device)
+        if self.vectors:
+            mine = torch.cat([vectors.detach() for vectors in self.vectors])
+            padded[: len(mine)] = mine
+        everyone = self.accelerator.gather(padded).view(-1, longest, dimensions)
+        kept = [everyone[rank, : len(share)] for rank, share in enumerate(self.shares)]
+        return torch.cat(kept).requires_grad_()
+
+    def backward(self, gradient: torch.Tensor) -> None:
+        """Send the gradients of this process's vectors back through the encoder, piece by piece from the last."""
+        if self.vectors and not self.vectors[-1].requires_grad:
+            return  # this side of the retriever is frozen
+        mine = self.shares[self.accelerator.process_index]
+        end = sum(len(share) for share in self.shares[: self.accelerator.process_index]) + len(mine)
+        while self.pieces:
+            piece, vectors = self.pieces.pop(), self.vectors.pop()
+            vectors = vectors if vectors.requires_grad else self._embed(piece)
+            vectors.backward(gradient[end - len(piece) : end])
+            end -= len(piece)
+
+
+def _sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Add up the gradients of all processes. DDP would do it, but hangs or lies when a weight takes no part in the loss."""
+    if accelerator.num_processes == 1:
+        return
+    parameters = trainable(model)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    flat = accelerator.reduce(flat, reduction="sum")
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter).clone()
