@@ -13,8 +13,9 @@ from datasets import Dataset
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.passages import FEATURES
 from cozyrag.questions import Questions, take
+from cozyrag.rows import BadRows
 from cozyrag.sentences import split_sentences
-from cozyrag.tables import BadRows, read_rows
+from cozyrag.tables import read_rows
 
 COVERAGE = 0.5  # share of a paragraph's runs of words that must stand in the article
 RUN = 8

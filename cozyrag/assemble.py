@@ -22,7 +22,8 @@ from cozyrag.cutting import read_counts
 from cozyrag.duplicates import BINS, near_repeats, repeats
 from cozyrag.errors import InputError
 from cozyrag.passages import passage_id
-from cozyrag.tables import PACKED, kind_of
+from cozyrag.reading import PACKED
+from cozyrag.tables import kind_of
 
 OUTPUTS = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS = 4096  # rows written together

@@ -22,7 +22,8 @@ from cozyrag.errors import InputError
 from cozyrag.metrics import normalize_answer
 from cozyrag.passages import stream_passages
 from cozyrag.questions import Question, stream_questions
-from cozyrag.tables import BadRows, kind_of, no_rows
+from cozyrag.rows import BadRows, no_rows
+from cozyrag.tables import kind_of
 
 DESCRIPTION = """\
 Make a file of questions from one or several of any layout that train.py reads, and check them.

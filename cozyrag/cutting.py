@@ -19,7 +19,7 @@ from cozyrag.documents import Source, read_document
 from cozyrag.duplicates import BINS, signatures, text_hash
 from cozyrag.errors import InputError
 from cozyrag.markup import Article
-from cozyrag.tables import BadRows
+from cozyrag.rows import BadRows
 
 TOGETHER = 2000  # passages held before they are written
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from cozyrag.errors import InputError
 from cozyrag.markup import Article, html_article, markdown_article, pdf_article, plain_article
-from cozyrag.tables import PACKED, BadRows, BadValue, Reading, is_hub_id, kind_of, read_lines, read_rows, text_of
+from cozyrag.reading import PACKED, Reading, read_lines
+from cozyrag.rows import BadRows, BadValue, text_of
+from cozyrag.tables import is_hub_id, kind_of, read_rows
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
 DOCUMENTS = {"text": (".txt", ".text"), "markdown": (".md", ".markdown", ".mdx"), "html": (".html", ".htm", ".xhtml"), "pdf": (".pdf",)}  # fmt: skip

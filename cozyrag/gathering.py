@@ -25,7 +25,7 @@ from cozyrag.assemble import Summary, assemble, check_output, summary_path
 from cozyrag.cutting import Batch, Cutting, make_part, read_counts
 from cozyrag.documents import FORMATS, HUB, Source, find_sources, read_container
 from cozyrag.errors import InputError
-from cozyrag.tables import SHOWN, BadRows
+from cozyrag.rows import SHOWN, BadRows
 
 CHARACTERS = 2_000_000  # of text in one batch
 FILES = 2_000  # in one batch at most

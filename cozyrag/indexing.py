@@ -34,9 +34,9 @@ from cozyrag.int8 import FLOAT32, INT8, check_int8
 from cozyrag.passages import stream_passages
 from cozyrag.quantised import SENTENCE_VECTORS, memory_of, open_vectors
 from cozyrag.retriever import Retriever
+from cozyrag.rows import SHOWN, BadRows, no_rows
 from cozyrag.run import make_accelerator
 from cozyrag.sentences import SentenceVectors
-from cozyrag.tables import SHOWN, BadRows, no_rows
 from cozyrag.vectors import Known, encode_shards, known_vectors, store_passages, write_vectors
 
 DESCRIPTION = """\

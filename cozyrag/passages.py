@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datasets import Dataset, Features, Value
 
 from cozyrag.errors import InputError
-from cozyrag.tables import BadRows, BadValue, Row, finish_columns, no_rows, read_rows, text_of
+from cozyrag.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
+from cozyrag.tables import read_rows
 
 FEATURES = Features({"id": Value("string"), "title": Value("string"), "text": Value("string")})
 

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from cozyrag.config import Settings
 from cozyrag.contexts import SEARCH_DEPTH
 from cozyrag.corpus import Corpus
+from cozyrag.costs import Costs, Phase, memory_now
 from cozyrag.generator import Generator
-from cozyrag.probe import Costs, Phase, Probe, memory_now
+from cozyrag.probe import Probe
 from cozyrag.retrieval import weighing_limit
 from cozyrag.retriever import Retriever
 from cozyrag.sharding import is_split

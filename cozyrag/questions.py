@@ -16,7 +16,8 @@ from datasets import Dataset, Features, List, Value
 
 from cozyrag.errors import InputError
 from cozyrag.passages import passage_id, passages_from_contexts
-from cozyrag.tables import BadRows, BadValue, Row, finish_columns, no_rows, read_rows, text_of
+from cozyrag.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
+from cozyrag.tables import read_rows
 
 FEATURES = Features(
     {

@@ -1,32 +1,27 @@
 """Turn a file or a Hub dataset into rows that know where they come from.
 
 It exists so that every later complaint can name a file and a line, whatever the format. It knows formats only: what
-a question or a passage is, and which columns are needed, is decided in `questions` and `passages`. It leaves out
-writing, remote files other than Hub datasets, archives other than gzip and bzip2, and encodings other than UTF-8.
+a question or a passage is, and which columns are needed, is decided in `questions` and `passages`. Left out: bytes and
+lines (reading.py), what becomes of bad rows (rows.py), remote files other than Hub datasets.
 """
 
-import bz2
 import csv
 import difflib
-import gzip
 import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cozyrag.errors import InputError
+from cozyrag.reading import PACKED, Reading, empty_source, open_file, read_lines
+from cozyrag.rows import BadRows, Row, quoted
 
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
-PACKED = (".gz", ".bz2")
-SHOWN = 10  # bad rows named in a message
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 # The module's own limit of 131,072 characters is shorter than a long article.
@@ -34,55 +29,6 @@ _LONGEST_CELL = 2**31 - 1
 # What Arrow raises for a cell that Python has no value for: a time beyond the year 9999, an unknown time zone, bytes that
 # are no UTF-8.
 _NO_VALUE = (pa.ArrowException, ValueError, OverflowError, LookupError)
-
-
-class BadValue(ValueError):
-    """Why one row cannot be used, without its place; the readers turn it into an entry of `BadRows`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a table: `where` names its place for messages ("FILE, line 12"), `values` maps column to cell."""
-
-    where: str
-    values: dict[str, Any]
-
-
-@dataclass
-class BadRows:
-    """Collects the rows that cannot be used, so that a user sees all of a file's faults at once.
-
-    Keeps the count of all and the words for the first `SHOWN` only: a wrong file may hold millions.
-    """
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, where: str, why: str) -> None:
-        """Note that the row at `where` cannot be used because of `why`."""
-        self.count += 1
-        if len(self.first) < SHOWN:
-            words = f"{where}: {why}"
-            self.first.append(words.encode("utf-8", "backslashreplace").decode("utf-8"))  # else it could not be printed
-
-    def finish(self, what: str, skip: bool, log: Callable[[str], None] | None = None) -> str | None:
-        """End the reading of `what`: None without bad rows, else a report (also given to `log`) if `skip` is true.
-
-        Raises InputError naming the count, the first bad rows and the remedy if there are bad rows and `skip` is false.
-        """
-        if not self.count:
-            return None
-        rows = "row" if self.count == 1 else "rows"
-        listed = "; ".join(self.first) + ("; ..." if self.count > len(self.first) else "")
-        if not skip:
-            raise InputError(
-                f"{what}: {self.count} {rows} cannot be used: {listed}. "
-                "Nothing was done with this source: fix them or pass --skip_bad_rows."
-            )
-        report = f"{what}: {self.count} {rows} skipped: {listed}"
-        if log is not None:
-            log(report)
-        return report
 
 
 def read_rows(
@@ -125,42 +71,6 @@ def read_rows(
         collected.finish(source, skip=False)
 
 
-def text_of(value: object, name: str) -> str:
-    """The text of a cell: strings as they are, whole numbers in digits, None as "".
-
-    Raises BadValue naming the column `name` for any other type and for text that is not Unicode (lone surrogates).
-    """
-    if value is None:
-        return ""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise BadValue(f"{name} is a {type(value).__name__}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise BadValue(f"{name} holds half a surrogate pair at character {problem.start + 1}") from problem
-    return value
-
-
-def finish_columns(source: str, found: Collection[str], column: str, flag: str) -> None:
-    """Raise InputError naming the columns found and the flag to use if rows were found but none with `column`."""
-    if found and column not in found:
-        raise InputError(
-            f'{source}: expected a column "{column}", found {_listed(found)}; nothing was done with this source. '
-            f"Name the right column with {flag}."
-        )
-
-
-def no_rows(source: str, what: str) -> InputError:
-    """The InputError for a source that leaves no row to work with; `what` says what a usable row needs."""
-    return InputError(f"{source}: expected at least one row with {what}, found none. Check the file, or name another.")
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
-
-
 # ---------------------------------------------------------------------------------------------- which source it is
 
 
@@ -190,7 +100,7 @@ def _check_file(source: str, path: str, kind: str) -> None:
             f"Supported: {supported}; rename or convert the file."
         )
     if os.path.getsize(path) == 0:
-        raise _empty(source)
+        raise empty_source(source)
 
 
 def _near_miss(path: str) -> str:
@@ -199,10 +109,6 @@ def _near_miss(path: str) -> str:
         return f"The folder {folder} does not exist either: check the path."
     similar = difflib.get_close_matches(name, sorted(os.listdir(folder)), n=1)
     return f"Did you mean {os.path.join(folder, similar[0])}?" if similar else "Check the path and the working folder."
-
-
-def _empty(source: str) -> InputError:
-    return InputError(f"{source}: expected rows, but the file is empty. Check the step that wrote it, or name another.")
 
 
 def _file_rows(
@@ -216,84 +122,6 @@ def _file_rows(
         yield from _json_lines(file.source, read_lines(file), bad)
     else:
         yield from _delimited_rows(file, kind, known, headerless, bad)
-
-
-# ------------------------------------------------------------------------------------------------ bytes and lines
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A file that is read: `source` is its name as the user gave it, `told` receives the bytes taken from the disk."""
-
-    source: str
-    path: str
-    told: Callable[[int], None] | None = None
-
-
-class _Counted(io.FileIO):
-    """A file that tells how many bytes of it have been read, below any unpacking."""
-
-    def __init__(self, path: str, told: Callable[[int], None]):
-        super().__init__(path)
-        self._told = told
-
-    def readinto(self, buffer) -> int | None:
-        count = super().readinto(buffer)
-        self._told(count or 0)
-        return count
-
-
-@contextmanager
-def _opened(reading: Reading) -> Iterator[BinaryIO]:
-    source, packing = reading.source, os.path.splitext(reading.path.lower())[1]
-    try:
-        with (
-            io.BufferedReader(_Counted(reading.path, reading.told or (lambda count: None))) as raw,
-            gzip.open(raw) if packing == ".gz" else bz2.open(raw) if packing == ".bz2" else raw as file,
-        ):
-            yield file
-    except PermissionError as problem:
-        raise InputError(f"{source}: the file may not be read by this user. Change its permissions.") from problem
-    except (EOFError, zlib.error, OSError) as problem:  # BadGzipFile and what bz2 raises are OSErrors
-        if packing not in PACKED:
-            raise
-        name = "gzip" if packing == ".gz" else "bzip2"
-        raise InputError(
-            f"{source}: expected a complete {name} file, found a broken one ({problem}). "
-            f"Copy or download it again, or drop the {packing} if it is not compressed."
-        ) from problem
-
-
-def read_lines(file: Reading) -> Iterator[str]:
-    """The lines of a text file with their ends; only newlines part lines, so numbers agree with an editor's.
-
-    Raises InputError for a file that is blank, not UTF-8, holds NUL bytes or is broken.
-    """
-    source, blank = file.source, True
-    with _opened(file) as opened:
-        for number, raw in enumerate(opened, start=1):
-            line = _decoded(f"{source}, line {number}", raw)
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            blank = blank and not line.strip()
-            yield line
-    if blank:
-        raise _empty(source)
-
-
-def _decoded(where: str, raw: bytes) -> str:
-    found = None
-    if b"\0" in raw:
-        found = f"a NUL byte (byte {raw.index(0) + 1} of the line)"
-    else:
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError as problem:
-            found = f"byte 0x{raw[problem.start]:02x} (byte {problem.start + 1} of the line)"
-    raise InputError(
-        f"{where}: expected UTF-8 text, found {found}; the file cannot be read past it. "
-        "Save it again as UTF-8, e.g. with iconv -f LATIN1 -t UTF-8."
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ TSV and CSV
@@ -362,7 +190,7 @@ def _refuse_repeats(where: str, header: list[str]) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(
-            f"{where}: expected every column once, found {_listed(twice)} more than once, so it is open which to "
+            f"{where}: expected every column once, found {quoted(twice)} more than once, so it is open which to "
             "read. Rename or drop the repeated columns."
         )
 
@@ -468,7 +296,7 @@ def _parquet_rows(file: Reading, bad: BadRows) -> Iterator[Row]:
 
 def _parquet_batches(file: Reading) -> Iterator[pa.RecordBatch]:
     source = file.source
-    with _opened(file) as opened:
+    with open_file(file) as opened:
         # Parquet is read from its end, which gzip can only reach by unpacking everything.
         whole = io.BytesIO(opened.read()) if file.path.lower().endswith(PACKED) else opened
         try:

@@ -46,7 +46,8 @@ from cozyrag.generator import Generator  # noqa: E402
 from cozyrag.passages import read_passages  # noqa: E402
 from cozyrag.prompts import encode_examples, with_keywords  # noqa: E402
 from cozyrag.questions import read_questions  # noqa: E402
-from cozyrag.tables import BadRows, read_rows  # noqa: E402
+from cozyrag.rows import BadRows  # noqa: E402
+from cozyrag.tables import read_rows  # noqa: E402
 
 LONGEST = 20  # seconds of the processor for one input of a few kilobytes
 WAITED = 6 * LONGEST  # seconds on the clock: a machine may be busy with other things

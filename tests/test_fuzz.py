@@ -14,7 +14,7 @@ from cozyrag.generator import Generator
 from cozyrag.passages import read_passages
 from cozyrag.prompts import encode_prompts
 from cozyrag.questions import read_questions
-from cozyrag.tables import BadRows
+from cozyrag.rows import BadRows
 
 
 @pytest.mark.parametrize("name", fuzz_run.READERS)

@@ -31,7 +31,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes", "lexical", "quantised", "sharding", "int8"),
+    ("files", "processes", "rows", "reading", "lexical", "quantised", "sharding", "int8"),
     (
         "tables",
         "prompts",
@@ -52,6 +52,7 @@ TIERS = (
     ("trainer", "checkpoint", "html_report", "background"),
     ("generator_phase", "retriever_phase"),
     ("report", "doctor", "environment"),
+    ("costs",),
     ("watcher", "retrieval"),
     ("caches",),
     ("rounds",),

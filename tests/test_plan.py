@@ -14,9 +14,9 @@ from transformers import GPT2Config
 
 from cozyrag import cli, run
 from cozyrag.config import parse_settings
+from cozyrag.costs import Costs, Line, Phase, bite, fit, is_sure, peak_at, spread
 from cozyrag.generator import Generator
 from cozyrag.plan import Plan, Sizes, make_plan, plan_table, predict, refreshes, told_bytes, told_time, verdict
-from cozyrag.probe import Costs, Line, Phase, bite, fit, is_sure, peak_at, spread
 from cozyrag.run import load_models, load_tables, train
 
 PARTS = ["index", "weigh searches", "retrieve", "generator phase", "feedback", "retriever phase", "examine", "save"]

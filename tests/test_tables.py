@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cozyrag.errors import InputError
-from cozyrag.tables import SHOWN, BadRows, BadValue, is_hub_id, read_rows, text_of
+from cozyrag.rows import SHOWN, BadRows, BadValue, text_of
+from cozyrag.tables import is_hub_id, read_rows
 
 TWO = [{"question": "who?", "answer": "Ada"}, {"question": "wann?", "answer": "früh"}]
 KNOWN = ("question", "answer", "answers", "id")
