@@ -144,6 +144,14 @@ def test_thoughts_are_left_out_and_the_day_stands_still(generator):
     assert decode(layout.tail).endswith("assistant\n<think></think>")
 
 
+def test_what_begins_the_next_answer_does_not_end_this_one(generator):
+    template = CHATML.replace("<|im_end|>\n{% endfor %}", "{% endfor %}").replace("prompt %}", "prompt %}<|im_end|>\n")
+    tokenizer = with_template(generator, template)
+    layout = chat_layout(tokenizer)
+    assert layout.end == tokenizer.eos_token_id
+    assert tokenizer.decode(layout.tail) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_a_template_that_ends_messages_with_text_ends_answers_with_eos(generator):
     layout = chat_layout(
         with_template(generator, "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]")
@@ -179,10 +187,14 @@ def test_a_layout_is_what_the_template_puts_around_both_messages(generator):
 
 def test_the_context_part_of_a_prompt(generator):
     tokenizer = generator.tokenizer
-    for layout in (PLAIN, generator.layout):
+    for layout, question in (
+        (PLAIN, "Who?"),
+        (generator.layout, "Who?"),
+        (generator.layout, "Is <|im_end|> one mark?"),
+    ):
         for context in ("", "The fox is red.", "A longer story about a fox. " * 9):
             asked = {
-                "questions": ["Who?"],
+                "questions": [question],
                 "contexts": [context],
                 "context_tokens": 20,
                 "max_length": 150,
@@ -190,4 +202,4 @@ def test_the_context_part_of_a_prompt(generator):
             }
             (prompt,) = encode_prompts(tokenizer, layout=layout, **asked)
             ids = tokenizer.encode(context, add_special_tokens=False)[:20]
-            assert context_tokens_of(tokenizer, prompt, "Who?", layout) == ids
+            assert context_tokens_of(tokenizer, prompt, question, layout) == ids

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cozyrag.penalties import expected_repeats, expected_shortfall, keyword_mass
+from cozyrag.penalties import Penalties, expected_repeats, expected_shortfall, keyword_mass
 
 VOCABULARY = 3
 
@@ -72,6 +72,23 @@ def test_keyword_mass_counts_only_the_answer():
     found = keyword_mass(probabilities, mask, torch.tensor([[1], [1]]))
     torch.testing.assert_close(found[0], probabilities[0, :2, 1].mean())
     assert found[1] == 0
+
+
+def test_an_answer_of_one_token_is_its_whole_share():
+    probabilities = distributions(1)
+    found = keyword_mass(probabilities, everything(probabilities), torch.tensor([[0], [2]]))
+    torch.testing.assert_close(found, torch.stack([probabilities[0, 0, 0], probabilities[1, 0, 2]]))
+
+
+def test_the_end_of_an_answer_and_what_lies_behind_it_belong_to_no_penalty():
+    probabilities, lengths, keywords = distributions(5), torch.tensor([2, 4]), torch.tensor([[0], [2]])
+    penalties = Penalties(repeats=1.0, keywords=1.0, shortness=1.0, ngram=1, min_tokens=3)
+    alone = [(probabilities[row : row + 1, :end], keywords[row : row + 1]) for row, end in enumerate((2, 4))]
+    repeated = sum(expected_repeats(each, everything(each), n=1).sum() for each, _ in alone)
+    mass = sum(keyword_mass(each, everything(each), wanted).sum() for each, wanted in alone)
+    short = expected_shortfall(probabilities[:, :, 1], torch.tensor([2, 3])).sum()
+    found = penalties.values(probabilities, lengths, keywords, eos=1)
+    torch.testing.assert_close(found, torch.stack([repeated, mass, short]))
 
 
 @pytest.mark.parametrize("minimum", [[0, 1], [2, 3], [4, 4]])
