@@ -270,3 +270,11 @@ def test_readings_that_fill_their_rows_to_the_last_token_are_all_there():
     assert flat[batch["positions"][~own]].tolist() == [91, 92, 94] * 3
     half, count = collate_readings(readings, row_tokens=2 * len(readings[0]), rows=1, pad_id=0)
     assert count == 2 and half["positions"].min() == 0 and half["position_ids"][0, 0] == 0
+
+
+def test_rows_of_equal_length_keep_the_order_drawn():
+    steps = plan_steps([7] * 300, batch_size=300, epochs=1, max_steps=None, seed=3)
+    shortest_first = plan_steps([7] * 299 + [1], batch_size=300, epochs=1, max_steps=None, seed=3)
+    drawn = steps[0].tolist()
+    assert drawn != sorted(drawn)
+    assert shortest_first[0].tolist() == [299, *(row for row in drawn if row != 299)]
