@@ -21,6 +21,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -110,6 +111,18 @@ class Decoding:
             "no_repeat_ngram_size": self.no_repeat_ngram_size,
             "extractive": self.extractive,
         }
+
+
+class AnswerRepeats(NoRepeatNGramLogitsProcessor):
+    """No n-gram twice in an answer, which begins at `start`. transformers counts the prompt's n-grams, too, and so forbids to
+    copy from the context: that costs four points of EM (docs/results.md)."""
+
+    def __init__(self, ngram_size: int, start: int):
+        super().__init__(ngram_size)
+        self.start = start
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return super().__call__(input_ids[:, self.start :], scores)
 
 
 class Generator:
@@ -231,7 +244,7 @@ class Generator:
     ) -> list[str]:
         """Greedy answers, in the order of the questions; batches are made of prompts of like length.
 
-        `min_new_tokens` and `no_repeat_ngram_size` are transformers' controls of decoding, 0 = off. An `extractive` answer is a
+        `min_new_tokens` is transformers' control of decoding, `no_repeat_ngram_size` holds within an answer; 0 = off. An `extractive` answer is a
         word sequence of the context, "" where there is no context. With a `no_answer_threshold` an answer is "" where writing
         nothing is more probable than that, and never empty elsewhere.
 
@@ -251,7 +264,7 @@ class Generator:
         limits = {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens or None,
-            "no_repeat_ngram_size": no_repeat_ngram_size,
+            "no_repeat_ngram_size": 0,  # of prompt and answer together, should the model come with such a wish
             "eos_token_id": self.end,
         }
         prompts = encode_prompts(
@@ -273,7 +286,8 @@ class Generator:
                 spans = {row: self._spans(prompts[row], questions[row], limits) for row in rows}
                 rows = [row for row in rows if spans[row]]
             allowed = [spans[row] for row in rows] if extractive else None
-            for row, text in zip(rows, self._complete([prompts[row] for row in rows], limits, allowed), strict=True):
+            texts = self._complete([prompts[row] for row in rows], limits, no_repeat_ngram_size, allowed)
+            for row, text in zip(rows, texts, strict=True):
                 answers[row] = text
         self.model.train(was_training)
         if no_answer_threshold is not None:
@@ -301,14 +315,22 @@ class Generator:
             shortest=limits["min_new_tokens"] or 0,
         )
 
-    def _complete(self, prompts: list[list[int]], limits: dict, spans: list[Spans] | None = None) -> list[str]:
+    def _complete(
+        self, prompts: list[list[int]], limits: dict, ngram: int, spans: list[Spans] | None = None
+    ) -> list[str]:
         """What the model writes behind each prompt. Prompts are padded on the left, so all answers start together."""
         if not prompts:
             return []
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
-        allowed = spans and allowed_tokens(spans, batch["input_ids"].shape[1])
-        output = self.model.generate(**batch, **limits, do_sample=False, prefix_allowed_tokens_fn=allowed)
-        texts = self.tokenizer.decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        start = batch["input_ids"].shape[1]
+        output = self.model.generate(
+            **batch,
+            **limits,
+            do_sample=False,
+            prefix_allowed_tokens_fn=spans and allowed_tokens(spans, start),
+            logits_processor=[AnswerRepeats(ngram, start)] if ngram else [],
+        )
+        texts = self.tokenizer.decode(output[:, start:], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     @torch.inference_mode()

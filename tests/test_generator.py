@@ -25,7 +25,7 @@ import cozyrag.generator
 from cozyrag.batches import collate
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.generator import DROPOUT_FIELDS, Decoding, Generator, TokenLosses
+from cozyrag.generator import DROPOUT_FIELDS, AnswerRepeats, Decoding, Generator, TokenLosses
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE, Example, encode_examples
 
 PASSAGES, QUESTIONS = tiny.corpus(12)
@@ -425,10 +425,20 @@ def test_the_limits_of_decoding_reach_the_model(generator_path, monkeypatch):
     asked = {"context_tokens": 16, "max_new_tokens": 8}
     plain = generator.answer(["What is it?"], ["A fox."], **asked)
     limited = generator.answer(["What is it?"], ["A fox."], **asked, min_new_tokens=3, no_repeat_ngram_size=1)
-    assert (seen[0]["min_new_tokens"], seen[0]["no_repeat_ngram_size"]) == (None, 0)
-    assert (seen[1]["min_new_tokens"], seen[1]["no_repeat_ngram_size"], seen[1]["max_new_tokens"]) == (3, 1, 8)
+    assert (seen[0]["min_new_tokens"], seen[0]["logits_processor"]) == (None, [])
+    assert (seen[1]["min_new_tokens"], seen[1]["max_new_tokens"]) == (3, 8)
+    (repeats,) = seen[1]["logits_processor"]
+    assert (repeats.ngram_size, repeats.start) == (1, seen[1]["input_ids"].shape[1])
     words = limited[0].split()
     assert len(words) == len(set(words)) and plain != limited
+
+
+def test_what_the_context_says_may_be_said_once_more():
+    """transformers' own control takes the prompt for a part of the answer, and so forbids to copy from it."""
+    repeats, scores = AnswerRepeats(2, start=4), torch.zeros(1, 10)
+    for answer, forbidden in (([], []), ([1], []), ([1, 2], []), ([1, 2, 1], [2]), ([1, 2, 1, 3, 1], [2, 3])):
+        found = repeats(torch.tensor([[1, 2, 3, 9, *answer]]), scores.clone())
+        assert torch.isinf(found[0]).nonzero().flatten().tolist() == forbidden
 
 
 def test_extractive_answers_are_spans_of_the_context(generator):
