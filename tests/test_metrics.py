@@ -226,7 +226,6 @@ def test_bleu_from_statistics_is_sacrebleus_corpus_bleu():
     low, high = bleu_interval(statistics)
     assert 0 <= low < bleu(statistics.sum(axis=0)) < high <= 100
     assert bleu_interval(statistics[:1]) == (pytest.approx(bleu(statistics[0])),) * 2
-    assert (low, high) == bleu_interval(statistics, resamples=1000, seed=0)
 
 
 def test_the_interval_of_bleu_is_that_of_resampled_corpora():
