@@ -1,7 +1,8 @@
 """Lets the phases of training be imported where datasets and faiss are not installed, as on many borrowed GPU machines.
 
 They name `Dataset` in annotations and `Passages` of the index module, whose head imports both libraries, and need
-neither. So where one is missing, an empty module stands in for it while the phases are imported, and is taken away again. Left out: searching, which needs the real ones.
+neither. So where one is missing, an empty module stands in for it while the phases are imported, and is taken away
+again. Left out: searching, which needs the real ones.
 """
 
 import importlib
