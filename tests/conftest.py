@@ -11,13 +11,38 @@ import faiss  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from accelerate.utils import set_seed  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
 faiss.omp_set_num_threads(1)
 # A machine that does other work is slow at times; that is no fault of what is tested.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Two runs of one commit try the same inputs; COZYRAG_TEST_SEED, like tests/fuzz_run.py, tries new ones.
+settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="COZYRAG_TEST_SEED" not in os.environ,
+)
 settings.load_profile("patient")
+
+
+def seed_everything():
+    """A test's numbers are its own: with several workers its neighbours differ from run to run.
+
+    COZYRAG_TEST_SEED tries the suite on other numbers.
+    """
+    set_seed(int(os.environ.get("COZYRAG_TEST_SEED", "0")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seeded_module():
+    seed_everything()
+
+
+@pytest.fixture(autouse=True)
+def seeded_test(seeded_module):
+    seed_everything()
 
 
 @pytest.fixture(scope="session")

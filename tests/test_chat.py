@@ -115,11 +115,13 @@ def test_writing_stops_at_the_end_of_the_message(generator):
     end, before = generator.end, generator.model.get_output_embeddings().weight.detach().clone()
     target = generator.tokenizer("red")["input_ids"]
     examples = encode_examples(generator.tokenizer, answers=["red"], layout=generator.layout, **GIVEN)
-    optimizer = torch.optim.AdamW(generator.model.parameters(), lr=1e-2)
-    for _ in range(40):
-        TokenLosses(generator.model)(**collate(examples, pad_id=0)).mean().backward()
+    optimizer = torch.optim.AdamW(generator.model.parameters(), lr=3e-3)
+    for _ in range(120):  # with 40 larger steps one start in four had not learned both tokens yet
+        loss = TokenLosses(generator.model)(**collate(examples, pad_id=0)).mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert loss < 0.1
     assert generator.answer(["Who?"], ["The fox is red."], context_tokens=99, max_new_tokens=12) == ["red"]
     assert end not in target and not torch.equal(before, generator.model.get_output_embeddings().weight)
 
