@@ -14,7 +14,11 @@ questions on one context share its tokens, so that a step of the same arithmetic
 
 `prepare` reads text and writes token arrays (a few minutes, no GPU); `train` needs nothing but those arrays, PyTorch,
 transformers and accelerate, runs the same on a CPU and a GPU, says first what it will cost, and goes on where it was
-stopped. Prompt, packing and loss are the package's own. Left out: evaluation (scripts/evaluate_generator.py).
+stopped. Several processes share out the rows of a step: on a CPU, one process a core is faster than one process on all:
+
+    accelerate launch --config_file accelerate_configs/cpu_ddp.yaml --num_processes 2 scripts/pretrain_generator.py train ...
+
+Prompt, packing and loss are the package's own. Left out: evaluation (scripts/evaluate_generator.py).
 """
 
 import argparse
@@ -379,23 +383,27 @@ class Questions:
 
 
 class Steps(Dataset):
-    """Step number to packed batch, so that a resumed run sees the batches it would have seen."""
+    """Step number to packed batch of one process, so that a resumed run sees the batches it would have seen."""
 
-    def __init__(self, source: Cloze | Questions, *, steps: int, rows: int, row_tokens: int, seed: int, pad_id: int):
-        self.source, self.steps, self.rows, self.row_tokens, self.seed, self.pad_id = (
-            source,
-            steps,
-            rows,
-            row_tokens,
-            seed,
-            pad_id,
-        )
+    def __init__(
+        self,
+        source: Cloze | Questions,
+        *,
+        steps: int,
+        rows: int,
+        row_tokens: int,
+        seed: int,
+        pad_id: int,
+        process: int = 0,
+    ):
+        self.source, self.steps, self.rows, self.row_tokens, self.pad_id = source, steps, rows, row_tokens, pad_id
+        self.seed, self.process = seed, [process] if process else []
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        random = np.random.default_rng([self.seed, step])
+        random = np.random.default_rng([self.seed, step, *self.process])
         readings, tokens = [], 0
         while tokens < self.rows * self.row_tokens:
             reading = self.source.reading(random)
@@ -423,13 +431,21 @@ def train(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)
+    if options.rows % accelerator.num_processes:
+        raise SystemExit(
+            f"--rows {options.rows} cannot be shared out evenly to {accelerator.num_processes} processes: give a multiple."
+        )
     torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     generator = Generator(make_model(folder, tokenizer, options), tokenizer)
     state = restore(output, generator) if options.resume else {"stage": 1, "step": 0}
     generator.model.to(accelerator.device)
-    pad = tokenizer.pad_token_id
-    shape = {"rows": options.rows, "row_tokens": options.row_tokens, "pad_id": pad}
+    shape = {
+        "rows": options.rows // accelerator.num_processes,
+        "row_tokens": options.row_tokens,
+        "pad_id": tokenizer.pad_token_id,
+        "process": accelerator.process_index,
+    }
     stages = {
         1: Steps(
             Cloze(folder, tokenizer, lm_share=options.lm_share, ask_share=options.ask_share),
@@ -445,14 +461,17 @@ def train(options: argparse.Namespace) -> None:
         ),
     }
     validation = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
-    say_cost(accelerator, generator, options)
+    if accelerator.is_main_process:
+        say_cost(accelerator, generator, options)
     for stage, steps in stages.items():
         if stage >= state["stage"] and len(steps):
             run_stage(accelerator, generator, steps, stage, state, output, validation, options)
             state = {"stage": stage + 1, "step": 0}
-    generator.model.half()
-    generator.save(output / "generator")
-    print(f"saved in half precision: {output / 'generator'}")
+    if accelerator.is_main_process:
+        generator.model.half()
+        generator.save(output / "generator")
+        print(f"saved in half precision: {output / 'generator'}")
+    accelerator.end_training()
 
 
 def make_model(folder: Path, tokenizer: GPT2Tokenizer, options: argparse.Namespace) -> GPT2LMHeadModel:
@@ -477,8 +496,9 @@ def say_cost(accelerator: Accelerator, generator: Generator, options: argparse.N
     """Parameters, tokens and arithmetic of what is about to run."""
     parameters = sum(p.numel() for p in generator.model.parameters())
     tokens = (options.stage1_steps + options.stage2_steps) * options.rows * options.row_tokens
+    shared = f" of {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     print(
-        f"{parameters / 1e6:.2f} M parameters on {accelerator.device}; {tokens / 1e6:.1f} M tokens in {options.stage1_steps} + {options.stage2_steps} steps, "
+        f"{parameters / 1e6:.2f} M parameters on {accelerator.device}{shared}; {tokens / 1e6:.1f} M tokens in {options.stage1_steps} + {options.stage2_steps} steps, "
         f"about {6 * parameters * tokens / 1e15:.2f} PFLOP. The time follows after the first 20 steps.",
         flush=True,
     )
@@ -507,6 +527,8 @@ def run_stage(
     module = (
         torch.compile(module, dynamic=True) if accelerator.device.type == "cuda" and not options.no_compile else module
     )
+    if accelerator.num_processes > 1:
+        module = accelerator.prepare_model(module)
     loader = DataLoader(
         steps,
         batch_size=None,
@@ -529,24 +551,20 @@ def run_stage(
         optimizer.zero_grad()
         losses.append(loss.detach())
         done = step + 1
-        if done == first + 20:
+        if done == first + 20 and accelerator.is_main_process:
             print(
                 f"stage {stage}: about {(time.perf_counter() - began) / 20 * (len(steps) - first) / 60:.1f} minutes for {len(steps) - first} steps",
                 flush=True,
             )
         if done % options.logging_steps == 0 or done == len(steps):
             rate = options.rows * options.row_tokens * (done - first) / (time.perf_counter() - began)
-            log(
-                output,
-                {
-                    "stage": stage,
-                    "step": done,
-                    "loss": round(float(torch.stack(losses).mean()), 4),
-                    "tokens_per_second": round(rate),
-                },
-            )
+            loss = round(float(accelerator.reduce(torch.stack(losses).mean(), "mean")), 4)
+            if accelerator.is_main_process:
+                log(output, {"stage": stage, "step": done, "loss": loss, "tokens_per_second": round(rate)})
             losses.clear()
-        if time.perf_counter() - answered > 60 * options.validate_minutes or done == len(steps):
+        # The others wait for the first process in their next step.
+        due = time.perf_counter() - answered > 60 * options.validate_minutes or done == len(steps)
+        if due and accelerator.is_main_process:
             log(output, {"stage": stage, "step": done} | validate(generator, validation))
             save_state(output, generator, optimizer, stage, done)
             answered = time.perf_counter()

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -263,6 +265,79 @@ def test_both_stages_train_and_a_resumed_run_ends_bit_equal(script, prepared, tm
     )
     whole, halves = (load_file(tmp_path / name / "generator" / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_path):
+    """What is launched is compared with steps made by hand on the batches of both processes."""
+    folder, _ = prepared
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")
+    }
+    config = SCRIPT.parents[1] / "accelerate_configs" / "cpu_ddp.yaml"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--main_process_port",
+        "0",
+        SCRIPT,
+    ]
+    task = ["train", "--folder", folder, "--output_dir", tmp_path, "--stage1_steps", 3, "--stage2_steps", 2, *SMALL]
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        list(map(str, [*launch, *task])), env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of 2 processes" in done.stdout and done.stdout.count('"step": 3') == 2  # a loss and a validation, said once
+
+    options = script.argparse.Namespace(cold_start=False, width=64, layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    script.set_seed(42)
+    model = Generator(script.make_model(folder, tokenizer, options), tokenizer).model
+    losses = []
+    for source, seed, steps in (
+        (script.Cloze(folder, tokenizer, lm_share=0.3, ask_share=0.3), 42, 3),
+        (script.Questions(folder, tokenizer, mixed=True, ask_share=0.3), 43, 2),
+    ):
+        peak = 1e-3 if seed == 42 else 5e-4
+        optimizer = script.make_optimizer(model, peak, 0.4)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * group["share"] * script.shape_of_rate(step, steps)
+            mean = 0
+            for process in (0, 1):
+                batch = script.Steps(
+                    source,
+                    steps=steps,
+                    rows=1,
+                    row_tokens=384,
+                    seed=seed,
+                    pad_id=tokenizer.pad_token_id,
+                    process=process,
+                )[step]
+                weights = batch.pop("weights")
+                batch["attention_mask"] = script.reading_mask(batch.pop("documents"), batch.pop("branches"))
+                mean = mean + (script.TokenLosses(model)(**batch) * weights).sum() / 2
+            mean.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(mean))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in log if "loss" in row] == pytest.approx(losses, abs=2e-4)
+    made = load_file(tmp_path / "state" / "model.safetensors")
+    assert made.keys() == {name for name in model.state_dict() if name != "lm_head.weight"}
+    for name, weight in made.items():
+        torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(script, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.Accelerator, "num_processes", property(lambda self: 3))
+    with pytest.raises(SystemExit, match="--rows 4 cannot be shared out evenly to 3"):
+        run(script, monkeypatch, "train", "--folder", prepared[0], "--output_dir", tmp_path, *SMALL, "--rows", 4)
 
 
 def test_the_result_is_an_ordinary_checkpoint_in_half_precision(script, prepared, tmp_path, monkeypatch):
