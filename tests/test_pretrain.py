@@ -267,36 +267,43 @@ def test_both_stages_train_and_a_resumed_run_ends_bit_equal(script, prepared, tm
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-@pytest.mark.slow
-def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_path):
-    """What is launched is compared with steps made by hand on the batches of both processes."""
-    folder, _ = prepared
+def launch_two(*task) -> str:
+    """The script under accelerate launch with two processes; returns what it printed."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")
     }
     config = SCRIPT.parents[1] / "accelerate_configs" / "cpu_ddp.yaml"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--main_process_port",
-        "0",
-        SCRIPT,
-    ]
-    task = ["train", "--folder", folder, "--output_dir", tmp_path, "--stage1_steps", 3, "--stage2_steps", 2, *SMALL]
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     done = subprocess.run(
-        list(map(str, [*launch, *task])), env=environment, capture_output=True, text=True, timeout=300
+        list(map(str, [*launcher, SCRIPT, *task])),
+        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "of 2 processes" in done.stdout and done.stdout.count('"step": 3') == 2  # a loss and a validation, said once
+    return done.stdout
+
+
+def log_of(output) -> list[dict]:
+    """The rows of a run's log.jsonl."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_path):
+    """What is launched, and what two processes make of a state saved on the way, is compared with steps made by hand on
+    the batches of both."""
+    folder, _ = prepared
+    length = ["--stage1_steps", 3, "--stage2_steps", 2]
+    said = launch_two("train", "--folder", folder, "--output_dir", tmp_path / "whole", *length, *SMALL)
+    assert "of 2 processes" in said and said.count('"step": 3') == 2  # a loss and a validation, said once
 
     options = script.argparse.Namespace(cold_start=False, width=64, layers=1)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     script.set_seed(42)
-    model = Generator(script.make_model(folder, tokenizer, options), tokenizer).model
+    generator = Generator(script.make_model(folder, tokenizer, options), tokenizer)
+    model = generator.model
     losses = []
     for source, seed, steps in (
         (script.Cloze(folder, tokenizer, lm_share=0.3, ask_share=0.3), 42, 3),
@@ -326,12 +333,18 @@ def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_pa
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(mean))
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in log if "loss" in row] == pytest.approx(losses, abs=2e-4)
-    made = load_file(tmp_path / "state" / "model.safetensors")
-    assert made.keys() == {name for name in model.state_dict() if name != "lm_head.weight"}
-    for name, weight in made.items():
-        torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+            if (seed, step) == (43, 0):
+                (tmp_path / "halves").mkdir()
+                script.save_state(tmp_path / "halves", generator, optimizer, 2, 1)
+    launch_two("train", "--folder", folder, "--output_dir", tmp_path / "halves", *length, *SMALL, "--resume")
+    logged = {name: [row["loss"] for row in log_of(tmp_path / name) if "loss" in row] for name in ("whole", "halves")}
+    assert logged["whole"] == pytest.approx(losses, abs=2e-4)
+    assert logged["halves"] == pytest.approx(losses[-1:], abs=2e-4)
+    for name in ("whole", "halves"):
+        made = load_file(tmp_path / name / "state" / "model.safetensors")
+        assert made.keys() == {name for name in model.state_dict() if name != "lm_head.weight"}
+        for key, weight in made.items():
+            torch.testing.assert_close(weight, model.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_cannot_be_shared_out_are_refused(script, prepared, tmp_path, monkeypatch):
