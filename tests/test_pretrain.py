@@ -332,7 +332,7 @@ def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_pa
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(mean))
+            losses.append(float(mean.detach()))
             if (seed, step) == (43, 0):
                 (tmp_path / "halves").mkdir()
                 script.save_state(tmp_path / "halves", generator, optimizer, 2, 1)
