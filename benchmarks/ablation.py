@@ -28,7 +28,7 @@ from scoring import told
 from searching import accelerator_of, add_arguments, fewer, open_index, retriever_of
 
 from cozyrag.cli import door
-from cozyrag.config import EMBEDDED, Settings, parse_settings
+from cozyrag.config import Settings, parse_settings
 from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examine
@@ -44,6 +44,7 @@ from cozyrag.retriever import Retriever
 from cozyrag.retriever_phase import train_retriever
 from cozyrag.search import Searcher
 from cozyrag.trainer import Watcher
+from cozyrag.values import EMBEDDED
 
 NGRAM, FEWEST = 3, 3  # tokens: of a repeated n-gram; of an answer that is long enough
 STUDIES = {

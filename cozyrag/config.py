@@ -1,13 +1,12 @@
 """What the user may choose: every setting, its unit and its default, parsed and checked once.
 
 Settings come from the command line and from one YAML file (`--config FILE.yaml`); the command line wins. An unknown
-setting is an error wherever it stands. The quickstart set brings a settings file of its own, under both. Left out: what
-the settings do; only the modules that run things (run, rounds, trainer, checkpoint) know this file.
+setting is an error wherever it stands. The quickstart set brings a settings file of its own, under both. Left out: which
+values are refused (values.py), and what the settings do; only the modules that run things (run, rounds, trainer, checkpoint) know this file.
 """
 
 import dataclasses
 import difflib
-import math
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -16,18 +15,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from cozyrag.embedded import QUICKSTART_SETTINGS
 from cozyrag.errors import InputError
-from cozyrag.lexical import STEMMERS
 from cozyrag.sharding import launched
-
-EMBEDDED = "embedded"
-SCRATCH = "scratch"
-QUICKSTART = "quickstart"
+from cozyrag.values import EMBEDDED, QUICKSTART, check_values
 
 
 def setting(default, help: str, **metadata):
@@ -331,7 +324,6 @@ class Settings(NamedTuple):
 GROUPS = (DataSettings, ModelSettings, ContextSettings, TrainingSettings, OutputSettings)
 KINDS = {f.name: f.type for group in GROUPS for f in dataclasses.fields(group)}
 NAMES = list(KINDS)
-TRACKERS = ("mlflow", "wandb", "tensorboard")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -372,7 +364,7 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
     del leftovers  # only --config, already used
     settings = Settings(*groups)
     settings.training.generator_sharding = settings.training.generator_sharding or launched(os.environ)
-    check_settings(settings)
+    check_values(settings.to_dict())
     return settings
 
 
@@ -432,73 +424,3 @@ def _yaml_value(name: str, node: yaml.Node, where: str):
 def _did_you_mean(name: str) -> str:
     close = difflib.get_close_matches(name, NAMES, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def check_settings(settings: Settings) -> None:
-    """Refuse values that cannot work before anything is loaded. Raises InputError."""
-    values = settings.to_dict()
-    for name, low, high in (
-        ("eval_share", 0.0, 0.5), ("dropout", 0.0, 0.99), ("lora_rank", 0, None), ("lora_alpha", 1e-9, None), ("lora_dropout", 0.0, 0.99), ("warmup_ratio", 0.0, 1.0), ("rounds", 0, None), ("top_k", 1, None),
-        ("context_tokens", 1, None), ("answer_tokens", 1, None), ("passage_tokens", 8, None), ("encode_batch_size", 1, None),
-        ("answer_batch_size", 1, None), ("generator_batch_size", 1, None), ("retriever_batch_size", 2, None), ("hard_negatives", 0, 50),
-        ("gradient_accumulation_steps", 1, None), ("generator_epochs", 0.0, None), ("retriever_epochs", 0.0, None), ("max_grad_norm", 1e-9, None),
-        ("generator_steps", 0, None), ("retriever_steps", 0, None), ("temperature", 1e-4, None), ("weight_decay", 0.0, None), ("save_steps", 0, None),
-        ("save_total_limit", 1, None), ("save_minutes", 0.0, None), ("max_bad_steps", 1, None), ("logging_steps", 1, None), ("threads", 1, None), ("max_questions", 1, None), ("max_eval_questions", 1, None),
-        ("generator_learning_rate", 0.0, None), ("retriever_learning_rate", 0.0, None), ("seed", 0, 2**32 - 1),
-        ("refresh_steps", 1, None), ("refresh_overlap", 0.0, 1.0), ("context_noise", 0.0, 1.0), ("contrastive_weight", 0.0, None), ("feedback_weight", 0.0, None), ("feedback_passages", 2, 60),
-        ("feedback_temperature", 1e-4, None), ("repeat_penalty", 0.0, None), ("keyword_penalty", 0.0, None), ("short_penalty", 0.0, None), ("repeat_ngram", 1, None),
-        ("short_tokens", 1, None), ("min_answer_tokens", 0, None), ("no_repeat_ngram_size", 0, None),
-    ):  # fmt: skip
-        value = values[name]
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            raise InputError(
-                f"--{name}: expected a value of at least {low}{f' and at most {high}' if high is not None else ''}, found {value}."
-            )
-    if values["lora_rank"] and values["generator"] == SCRATCH:
-        raise InputError(
-            "--lora_rank: expected a generator that has learned something, found scratch, which is not saved with an adapter. "
-            "Give another --generator, or leave --lora_rank out."
-        )
-    endless = [name for name, value in values.items() if isinstance(value, float) and math.isinf(value)]
-    if endless:
-        raise InputError(f"--{endless[0]}: expected a finite number, found {values[endless[0]]}.")
-    if values["stemmer"] not in STEMMERS:
-        raise InputError(f"--stemmer: expected one of {', '.join(STEMMERS)}, found {values['stemmer']!r}.")
-    strangers = [name for name in settings.output.report_to if name not in (*TRACKERS, "none")]
-    if strangers:
-        raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")
-    if not values["contrastive_weight"] and not values["feedback_weight"]:
-        raise InputError(
-            "--contrastive_weight and --feedback_weight are both 0: the retriever would learn from nothing. Give one of them, or --retriever_steps 0."
-        )
-    if values["query_side_only"] and values["index_refresh"] != "phase":
-        raise InputError(
-            f"--index_refresh {values['index_refresh']}: with --query_side_only the vectors of passages never change. Leave one of the two out."
-        )
-    if values["extractive"] and values["no_repeat_ngram_size"]:
-        raise InputError(
-            "--extractive: expected --no_repeat_ngram_size 0, because a text may repeat itself; found "
-            f"{values['no_repeat_ngram_size']}. Leave one of the two out."
-        )
-    if values["min_answer_tokens"] > values["answer_tokens"]:
-        raise InputError(
-            f"--min_answer_tokens: expected at most --answer_tokens, {values['answer_tokens']}, found {values['min_answer_tokens']}."
-        )
-    if settings.output.push_to_hub and not settings.output.hub_model_id:
-        raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
-    if settings.output.push_to_hub and values["lora_rank"] and Path(values["generator"]).is_dir():
-        raise InputError(
-            f"--push_to_hub: the adapter of --lora_rank would name the local folder {values['generator']}, which nobody else could load. Name a model "
-            "on the Hub, or leave --push_to_hub out and push what `cozyrag merge` makes of the finished run."
-        )
-    if settings.output.hub_model_id:
-        try:
-            validate_repo_id(settings.output.hub_model_id)
-        except HFValidationError as error:
-            raise InputError(
-                f"--hub_model_id: expected user/name, found {settings.output.hub_model_id!r} ({error})."
-            ) from error
-    if settings.output.resume and settings.output.overwrite_output_dir:
-        raise InputError(
-            "--resume goes on with what --output_dir holds and --overwrite_output_dir deletes it: give one of the two."
-        )

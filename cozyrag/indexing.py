@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from cozyrag.config import (
-    EMBEDDED,
     ContextSettings,
     DataSettings,
     ModelSettings,
@@ -37,6 +36,7 @@ from cozyrag.retriever import Retriever
 from cozyrag.rows import SHOWN, BadRows, no_rows
 from cozyrag.run import make_accelerator
 from cozyrag.sentences import SentenceVectors
+from cozyrag.values import EMBEDDED
 from cozyrag.vectors import Known, encode_shards, known_vectors, store_passages, write_vectors
 
 DESCRIPTION = """\

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.background import BackgroundPush
 from cozyrag.checkpoint import Checkpoints, Progress
-from cozyrag.config import EMBEDDED, QUICKSTART, SCRATCH, Settings, parse_settings
+from cozyrag.config import Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.embedded import GENERATOR_FOLDER
@@ -46,6 +46,7 @@ from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
 from cozyrag.sharding import CONFIGS, LAUNCHED, check_sharding, is_split
 from cozyrag.tracking import start_trackers, wanted_trackers
+from cozyrag.values import EMBEDDED, QUICKSTART, SCRATCH
 
 LOST = (
     "Connection closed by peer",

@@ -43,6 +43,7 @@ TIERS = (
         "pictures",
         "chunks",
         "markup",
+        "values",
     ),
     ("passages", "batches", "search", "documents", "cards"),
     ("adapters",),

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from cozyrag.config import TRACKERS, parse_settings
+from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
 from cozyrag.tracking import log_numbers, start_trackers, wanted_trackers
+from cozyrag.values import TRACKERS
 
 SECRETS = {
     "HF_TOKEN": "hf_SECRETtoken",
