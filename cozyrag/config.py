@@ -189,6 +189,11 @@ class TrainingSettings:
         1, "Mined negatives for each question: ranks 4 to 60 of the search, never one that holds an answer."
     )
     contrastive_weight: float = setting(1.0, "Weight of the retriever's contrastive loss. 0: off.")
+    sentence_weight: float = setting(
+        0.0,
+        "Weight of the retriever's sentence loss: of the sentences of its passage, a question shall be nearest to one with the answer, which "
+        "is what the context filter asks of it. Needs a retriever with mean pooling. 0: off.",
+    )
     feedback_weight: float = setting(
         0.0,
         "Weight of the generator's feedback in the retriever's loss: passages that make the answer likelier shall be found first; "

@@ -23,12 +23,12 @@ from cozyrag.corpus import Corpus
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.generator_phase import generator_losses, generator_penalties, generator_terms
-from cozyrag.index import PassageIndex, passage_text
+from cozyrag.index import PassageIndex, Passages
 from cozyrag.int8 import FLOAT32
 from cozyrag.pipeline import CozyRAG
 from cozyrag.prompts import encode_examples, with_keywords
-from cozyrag.retriever import UNUSED, Retriever
-from cozyrag.retriever_phase import retriever_terms
+from cozyrag.retriever import UNUSED, Retriever, texts_and_sentences
+from cozyrag.retriever_phase import TermOfVectors, retriever_terms, step_sentences
 
 CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
 QUESTIONS = 4  # enough for a gradient, ...
@@ -47,6 +47,7 @@ NAMES = {  # of the terms as the phases call them: how they are told, and the se
     "keywords": ("penalty on keywords", "--keyword_penalty 0"),
     "shortness": ("penalty on shortness", "--short_penalty 0"),
     "contrastive": ("contrastive loss", "--retriever_steps 0"),
+    "sentence": ("sentence loss", "--sentence_weight 0"),
     "feedback": ("generator feedback", "--feedback_weight 0"),
 }
 
@@ -80,7 +81,7 @@ class Batch:
     questions: list[str]
     answers: list[str]
     contexts: list[str]
-    passages: list[str]
+    passages: Passages
     positives: list[int]
 
 
@@ -104,7 +105,7 @@ def small_batch(corpus: Corpus) -> Batch:
         questions=[asked["question"][row] for row in order],
         answers=[answers[row] for row in order],
         contexts=[texts[chosen.index(row)] for row in gold],
-        passages=[passage_text(title, text) for title, text in zip(found["title"], texts, strict=True)],
+        passages=Passages(found["id"], found["title"], texts),
         positives=[chosen.index(row) for row in gold],
     )
 
@@ -156,11 +157,12 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
 
 def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dict:
     """The generator's feedback on JUDGED passages of each question, as the retriever phase takes it; NaN where there is no answer."""
-    judged = min(JUDGED, len(batch.passages))
-    candidates = [[(place + shift) % len(batch.passages) for shift in range(judged)] for place in batch.positives]
+    read = batch.passages.to_read()
+    judged = min(JUDGED, len(read))
+    candidates = [[(place + shift) % len(read) for shift in range(judged)] for place in batch.positives]
     likelihoods = generator.log_likelihoods(
         [question for question in batch.questions for _ in range(judged)],
-        [batch.passages[place] for places in candidates for place in places],
+        [read[place] for places in candidates for place in places],
         [answer for answer in batch.answers for _ in range(judged)],
         context_tokens=context_tokens,
     ).reshape(-1, judged)
@@ -169,14 +171,22 @@ def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dic
 
 
 def _retriever_terms(retriever: Retriever, batch: Batch, training: TrainingSettings, feedback: dict) -> list[Term]:
-    """The contrastive loss and the feedback, as far as they are on."""
+    """The contrastive loss, the sentence loss and the feedback, as far as they are on."""
+    sentences = None
+    if training.sentence_weight and retriever.reads_sentences:
+        answers = [[answer] if answer else [] for answer in batch.answers]
+        sentences = step_sentences(batch.passages, range(len(batch.passages.ids)), batch.positives, answers)
+    spans = sentences.spans if sentences else None
 
-    def value(term: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return lambda: term(
-            retriever.embed(batch.questions, kind="query"), retriever.embed(batch.passages, kind="document")
-        )
+    def value(term: TermOfVectors) -> Callable[[], torch.Tensor]:
+        def anew() -> torch.Tensor:
+            queries = retriever.embed(batch.questions, kind="query")
+            vectors = retriever.embed(batch.passages.to_read(), kind="document", spans=spans)
+            return term(queries, *texts_and_sentences(vectors, spans))
 
-    terms = retriever_terms(training, positives=batch.positives, **feedback)
+        return anew
+
+    terms = retriever_terms(training, positives=batch.positives, sentences=sentences, **feedback)
     return [Term(*NAMES[name], "retriever", value(term)) for name, (_, term) in terms.items()]
 
 

@@ -29,6 +29,29 @@ def contrastive_loss(
     return F.cross_entropy(scores, positives[known], reduction="sum") / max(1, int(known.sum()))
 
 
+def sentence_loss(
+    queries: torch.Tensor, sentences: torch.Tensor, *, own: torch.Tensor, right: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Of the sentences of its own passage, each query must score one that holds the answer highest.
+
+    The negative log of the softmax mass on all such sentences: which of several places is meant need not be known (the
+    summed objective of Clark & Gardner 2018, arXiv:1710.10723, eq. 1, for spans there).
+
+    Args:
+        queries: (n_queries, dim), sentences: (n_sentences, dim), both L2-normalised; zero for a sentence that was not read.
+        own: (n_queries, n_sentences) bool, the sentences of the query's passage; right: those of them with the answer.
+
+    Returns:
+        scalar mean over the queries with such a sentence among those read (0 without any), in nats.
+    """
+    read = sentences.detach().any(dim=1)
+    own, right = own & read, right & read
+    known = right.any(dim=1)
+    scores = queries[known] @ sentences.T / temperature
+    every, wanted = (scores.masked_fill(~mask[known], -torch.inf).logsumexp(dim=1) for mask in (own, right))
+    return (every - wanted).sum() / max(1, int(known.sum()))
+
+
 def feedback_loss(
     queries: torch.Tensor,
     passages: torch.Tensor,

@@ -308,15 +308,14 @@ class Probe:
         steps = retriever_steps(lengths, training, 1) if training.rounds else []
         if not steps:
             return Phase(0, 0, 0, Line(0, 0), len(usable), 0)
-        texts = self.passages.to_read()
 
         def units(rows: Sequence[int]) -> float:
             found = step_passages(asked, rows, 0 if likelihoods is None else likelihoods.shape[1])
-            read = [asked["question"][row] for row in rows] + [texts[row] for row in found]
+            read = [asked["question"][row] for row in rows] + self.passages.select(found)
             return sum(map(self._tokens, read))
 
         def take_rows(rows: Sequence[int]) -> dict[str, float]:
-            return retriever_lesson(self.accelerator, self.retriever, asked, texts, rows, training, likelihoods)
+            return retriever_lesson(self.accelerator, self.retriever, asked, self.passages, rows, training, likelihoods)
 
         self.retriever.model.eval()
         steps = [[usable[row] for row in step] for step in steps]

@@ -24,6 +24,7 @@ from cozyrag.sentences import SentenceVectors
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 UNUSED = ".pooler."  # BERT's pooler takes no part in sentence vectors: it never gets a gradient, and weight decay would shrink it
+Span = tuple[int, int]  # start and end in characters
 EMBED_TOGETHER = 16  # texts of like length that are padded together: little padding, matrices still large
 
 
@@ -116,19 +117,39 @@ class Retriever:
             )
         return cls.load(str(get_model_path()), max_tokens=max_tokens, device=device)
 
-    def embed(self, texts: Sequence[str], *, kind: str) -> torch.Tensor:
-        """Vectors (n_texts, dim) with gradients; `kind` is "query" or "document", for models that prompt them differently."""
-        prompt = self.model.prompts.get(kind) or ""
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        parts = [
-            self._forward([prompt + texts[row] for row in order[at : at + EMBED_TOGETHER]], kind)
-            for at in range(0, len(order), EMBED_TOGETHER)
-        ]
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=self.device)
-        return torch.cat(parts)[back]
+    def embed(self, texts: Sequence[str], *, kind: str, spans: Sequence[Sequence[Span]] | None = None) -> torch.Tensor:
+        """Vectors with gradients; `kind` is "query" or "document", for models that prompt them differently.
 
-    def _forward(self, texts: list[str], kind: str) -> torch.Tensor:
-        return F.normalize(self._run(texts, kind)["sentence_embedding"].float(), dim=-1)
+        Args:
+            spans: where the sentences of each text stand in it, as `encode_passages` takes them.
+
+        Returns:
+            (n_texts, dim), L2-normalised; with spans (n_texts + n_sentences, dim), each text's vector followed by those of
+            its sentences, zero for a sentence that is not read.
+        """
+        blocks: list[torch.Tensor] = [torch.empty(0)] * len(texts)
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        for at in range(0, len(order), EMBED_TOGETHER):
+            rows = order[at : at + EMBED_TOGETHER]
+            made = self._blocks([texts[row] for row in rows], kind, [spans[row] for row in rows] if spans else None)
+            for row, block in zip(rows, made, strict=True):
+                blocks[row] = block
+        return torch.cat(blocks)
+
+    def _blocks(self, texts: list[str], kind: str, spans: list[Sequence[Span]] | None) -> list[torch.Tensor]:
+        """For each text its vector, a row, and below it those of its sentences."""
+        prompt = self.model.prompts.get(kind) or ""
+        read = [prompt + text for text in texts]
+        out = self._run(read, kind)
+        vectors = F.normalize(out["sentence_embedding"].float(), dim=-1).split(1)
+        if not spans:
+            return list(vectors)
+        tokens = out["token_embeddings"].float()
+        sentences = [
+            _span_means(own, places - len(prompt), each)
+            for own, places, each in zip(tokens, self._places(read), spans, strict=True)
+        ]
+        return [torch.cat(block) for block in zip(vectors, sentences, strict=True)]
 
     def _run(self, texts: list[str], kind: str) -> dict:
         features = self.model.preprocess(texts, task=kind)
@@ -155,7 +176,7 @@ class Retriever:
 
     @torch.inference_mode()
     def encode_passages(
-        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], *, batch_size: int
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], *, batch_size: int
     ) -> tuple[np.ndarray, SentenceVectors]:
         """Vectors of passages and of their sentences, from one pass over each passage.
 
@@ -169,18 +190,15 @@ class Retriever:
         Returns:
             vectors (n_texts, dim) float32, as `encode` gives them, and the vectors of the sentences.
         """
-        prompt, dimensions = self.model.prompts.get("document") or "", self.model.get_embedding_dimension()
+        dimensions = self.model.get_embedding_dimension()
         vectors = np.zeros((len(texts), dimensions), dtype=np.float32)
         sentences: list[np.ndarray] = [np.zeros((0, dimensions))] * len(texts)
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            read = [prompt + texts[row] for row in rows]
-            out = self._run(read, "document")
-            vectors[rows] = F.normalize(out["sentence_embedding"].float(), dim=-1).cpu().numpy()
-            tokens = out["token_embeddings"].float().cpu().numpy()
-            for row, own, places in zip(rows, tokens, self._places(read), strict=True):
-                sentences[row] = _span_means(own, places - len(prompt), spans[row])
+            made = self._blocks([texts[row] for row in rows], "document", [spans[row] for row in rows])
+            for row, block in zip(rows, torch.cat(made).cpu().split([len(block) for block in made]), strict=True):
+                vectors[row], sentences[row] = block[0].numpy(), block[1:].numpy()
         _check_finite(vectors)
         return vectors, SentenceVectors.join(sentences, dimensions)
 
@@ -214,20 +232,29 @@ class Retriever:
         self.model.save_pretrained(str(folder), create_model_card=False)
 
 
-def _span_means(tokens: np.ndarray, places: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """L2-normalised mean of the token vectors of each span; zero for a span without tokens.
+def texts_and_sentences(
+    vectors: torch.Tensor, spans: Sequence[Sequence[Span]] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `Retriever.embed` gave with these spans taken apart: of the texts (n_texts, dim), of the sentences (n_sentences, dim)."""
+    if not spans:
+        return vectors, vectors[:0]
+    sizes = np.array([1 + len(each) for each in spans])
+    heads = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+    heads[torch.from_numpy(sizes.cumsum() - sizes)] = True
+    return vectors[heads], vectors[~heads]
+
+
+def _span_means(tokens: torch.Tensor, places: np.ndarray, spans: Sequence[Span]) -> torch.Tensor:
+    """L2-normalised mean of the token vectors of each span, (n_spans, dim); zero for a span without tokens.
+
+    A product of matrices, not a sum by index, which on a GPU would come out differently each time.
 
     Args:
         tokens: (at least n_tokens, dim), places: (n_tokens,) where in the text each begins. spans: in order, apart.
     """
-    sums = np.zeros((len(spans), tokens.shape[1]), dtype=np.float32)
-    if not spans:
-        return sums
-    starts, ends = np.array(spans).T
-    span = np.searchsorted(starts, places, side="right") - 1
-    inside = (span >= 0) & (places < ends[span])
-    np.add.at(sums, span[inside], tokens[: len(places)][inside])
-    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    inside = (places >= starts[:, None]) & (places < ends[:, None])
+    return F.normalize(torch.from_numpy(inside).to(tokens) @ tokens[: len(places)], dim=1)
 
 
 def _check_finite(vectors: np.ndarray) -> None:

@@ -5,6 +5,7 @@ back in pieces. Left out: the loop over the steps (trainer.py), positives and ne
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +15,14 @@ from datasets import Dataset
 from cozyrag.batches import phase_seed, plan_steps, share_out
 from cozyrag.config import TrainingSettings
 from cozyrag.index import Passages
-from cozyrag.losses import contrastive_loss, feedback_loss
-from cozyrag.retriever import Retriever
+from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
+from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.retriever import Retriever, Span, texts_and_sentences
+from cozyrag.sentences import split_sentences
 from cozyrag.trainer import Watcher, run_phase, trainable
+
+# Vectors of the questions (n_questions, dim), passages (n_passages, dim) and sentences (n_sentences, dim) of a step to a scalar.
+TermOfVectors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def train_retriever(
@@ -42,17 +48,10 @@ def train_retriever(
         refreshed: asked before each step with the steps done and their total; a table of the same questions that it gives
             takes the place of `contexts` as the source of negatives.
     """
-    columns = contexts.select_columns(["id", "question", "positive", "negatives", "rows"])[:]
+    columns = contexts.select_columns(["id", "question", "answers", "positive", "negatives", "rows"])[:]
     usable = retriever_usable(columns, settings, likelihoods, left_out)
-    texts = passages.to_read()
-    steps = retriever_steps(
-        [
-            len(texts[columns["positive"][row] if columns["positive"][row] >= 0 else columns["rows"][row][0]])
-            for row in usable
-        ],
-        settings,
-        round_number,
-    )
+    at = [columns["positive"][row] if columns["positive"][row] >= 0 else columns["rows"][row][0] for row in usable]
+    steps = retriever_steps([len(text) for text in passages.select(at)], settings, round_number)
     retriever.model.eval()
 
     def begin_step(number: int) -> None:
@@ -62,10 +61,10 @@ def train_retriever(
 
     def take_step(number: int, pieces: int) -> dict[str, float]:
         rows = [usable[row] for row in steps[number]]
-        return retriever_lesson(accelerator, retriever, columns, texts, rows, settings, likelihoods, pieces=pieces)
+        return retriever_lesson(accelerator, retriever, columns, passages, rows, settings, likelihoods, pieces=pieces)
 
     def show(number: int) -> list[dict]:
-        return [_pair(columns, texts, usable[row]) for row in steps[number]]
+        return [_pair(columns, passages, usable[row]) for row in steps[number]]
 
     run_phase(
         accelerator, "retriever", trainable(retriever.model), steps, take_step,
@@ -75,13 +74,13 @@ def train_retriever(
     return len(steps)
 
 
-def _pair(columns: dict[str, list], texts: Sequence[str], row: int) -> dict:
+def _pair(columns: dict[str, list], passages: Passages, row: int) -> dict:
     """What a row of the contexts table teaches the retriever, to be read by a person."""
     positive = columns["positive"][row]
     return {
         "question": columns["question"][row],
-        "positive": texts[positive] if positive >= 0 else None,
-        "negatives": [texts[each] for each in columns["negatives"][row]],
+        "positive": passages.select([positive])[0] if positive >= 0 else None,
+        "negatives": passages.select(columns["negatives"][row]),
     }
 
 
@@ -97,7 +96,7 @@ def retriever_usable(
     """
     positives, unwanted = np.array(columns["positive"]), set(left_out)
     judged = np.zeros(len(positives), dtype=bool) if likelihoods is None else ~np.isnan(likelihoods).any(axis=1)
-    contrasted = positives >= 0 if settings.contrastive_weight else np.zeros_like(judged)
+    contrasted = positives >= 0 if settings.contrastive_weight or settings.sentence_weight else np.zeros_like(judged)
     wanted = np.array([row_id not in unwanted for row_id in columns["id"]], dtype=bool)
     return np.flatnonzero((judged | contrasted) & wanted).tolist()
 
@@ -117,30 +116,35 @@ def retriever_lesson(
     accelerator: Accelerator,
     retriever: Retriever,
     columns: dict[str, list],
-    texts: Sequence[str],
+    passages: Passages,
     rows: Sequence[int],
     settings: TrainingSettings,
     likelihoods: np.ndarray | None,
     *,
     pieces: int | None = None,
 ) -> dict[str, float]:
-    """Gradients of a step on some rows of a contexts table; its columns question, positive, negatives and rows are read."""
+    """Gradients of a step on some rows of a contexts table; its columns question, answers, positive, negatives and rows are read."""
     at = [columns["positive"][row] for row in rows]
     candidates = [columns["rows"][row][: likelihoods.shape[1]] for row in rows] if likelihoods is not None else []
     found = step_passages(columns, rows, 0 if likelihoods is None else likelihoods.shape[1])
     places = {row: place for place, row in enumerate(found)} | {-1: -1}
+    sentences = None
+    if settings.sentence_weight and retriever.reads_sentences:
+        sentences = step_sentences(passages, found, at, [columns["answers"][row] for row in rows])
     return retriever_step(
         accelerator,
         retriever,
         [columns["question"][row] for row in rows],
-        [texts[row] for row in found],
+        passages.select(found),
         retriever_terms(
             settings,
             positives=[places[row] for row in at],
             candidates=[[places[row] for row in each] for each in candidates],
             likelihoods=None if likelihoods is None else likelihoods[rows],
+            sentences=sentences,
         ),
         pieces=pieces or settings.gradient_accumulation_steps,
+        spans=sentences.spans if sentences else None,
     )
 
 
@@ -151,29 +155,70 @@ def step_passages(columns: dict[str, list], rows: Sequence[int], judged: int) ->
     return list(dict.fromkeys(found + [passage for row in rows for passage in columns["rows"][row][:judged]]))
 
 
+@dataclass(frozen=True)
+class StepSentences:
+    """The sentences of the positive passages of a step.
+
+    spans: for each passage of the step where its sentences stand in what is read of it, none where it is no positive.
+    own, right: (n_questions, n_sentences) bool: the sentences of the question's passage, and those that hold its answer.
+    """
+
+    spans: list[list[Span]]
+    own: np.ndarray
+    right: np.ndarray
+
+
+def step_sentences(
+    passages: Passages, found: Sequence[int], positives: Sequence[int], answers: Sequence[Sequence[str]]
+) -> StepSentences:
+    """The sentences of a step over the passages `found`, whose questions have these positive rows (-1: none) and answers."""
+    golds = sorted({row for row in positives if row >= 0})
+    known = dict(zip(golds, passages.spans(golds), strict=True))
+    spans = [known.get(row, []) for row in found]
+    ends = np.cumsum([0, *map(len, spans)])
+    start_of = dict(zip(found, ends[:-1].tolist(), strict=True))
+    own = np.zeros((len(positives), ends[-1]), dtype=bool)
+    right = np.zeros_like(own)
+    for question, row in enumerate(positives):
+        if row >= 0:
+            here = slice(start_of[row], start_of[row] + len(known[row]))
+            own[question, here] = True
+            sentences = map(normalize_answer, split_sentences(passages.texts[row]))
+            right[question, here] = [contains_answer(sentence, answers[question]) for sentence in sentences]
+    return StepSentences(spans, own, right)
+
+
 def retriever_terms(
     settings: TrainingSettings,
     *,
     positives: Sequence[int],
     candidates: Sequence[Sequence[int]] = (),
     likelihoods: np.ndarray | None = None,
-) -> dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]]:
-    """The terms of the retriever's loss that are on, by name: the weight, and vectors (questions, passages) to a scalar.
+    sentences: StepSentences | None = None,
+) -> dict[str, tuple[float, TermOfVectors]]:
+    """The terms of the retriever's loss that are on, by name: the weight, and the term.
 
     Args:
         positives, candidates: places among the passages of the step, as losses.py takes them.
     """
-    terms: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {}
+    terms: dict[str, tuple[float, TermOfVectors]] = {}
     if settings.contrastive_weight:
 
-        def contrastive(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+        def contrastive(queries: torch.Tensor, passages: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
             at = torch.tensor(positives, device=queries.device)
             return contrastive_loss(queries, passages, positives=at, temperature=settings.temperature)
 
         terms["contrastive"] = settings.contrastive_weight, contrastive
+    if settings.sentence_weight and sentences is not None:
+
+        def sentence(queries: torch.Tensor, _: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+            own, right = (torch.from_numpy(mask).to(queries.device) for mask in (sentences.own, sentences.right))
+            return sentence_loss(queries, vectors, own=own, right=right, temperature=settings.temperature)
+
+        terms["sentence"] = settings.sentence_weight, sentence
     if settings.feedback_weight and likelihoods is not None:
 
-        def feedback(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+        def feedback(queries: torch.Tensor, passages: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
             return feedback_loss(
                 queries,
                 passages,
@@ -191,9 +236,10 @@ def retriever_step(
     retriever: Retriever,
     questions: Sequence[str],
     passages: Sequence[str],
-    terms: dict[str, tuple[float, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]],
+    terms: dict[str, tuple[float, TermOfVectors]],
     *,
     pieces: int,
+    spans: Sequence[Sequence[Span]] | None = None,
 ) -> dict[str, float]:
     """Gradients of the weighted terms over the whole step; returns the loss and, where there are several, the terms.
 
@@ -201,13 +247,17 @@ def retriever_step(
     gathered without their graphs, the loss is taken once over all of them, and each process sends the gradients of
     its own vectors back through its encoder (gradient caching, Gao et al. 2021, arXiv:2101.06983). The graph of the last
     piece is kept, so with one piece nothing is computed twice, and with two a half.
+
+    Args:
+        spans: for each passage where the sentences stand in it whose vectors the terms look at, too.
     """
     sides = [
         _Side(accelerator, retriever, questions, "query", pieces),
-        _Side(accelerator, retriever, passages, "document", pieces),
+        _Side(accelerator, retriever, passages, "document", pieces, spans),
     ]
     leaves = [side.gathered() for side in sides]
-    values = {name: (weight, term(*leaves)) for name, (weight, term) in terms.items()}
+    vectors = leaves[0], *texts_and_sentences(leaves[1], spans)
+    values = {name: (weight, term(*vectors)) for name, (weight, term) in terms.items()}
     loss = torch.stack([weight * value for weight, value in values.values()]).sum()
     accelerator.backward(loss)
     for side, leaf in zip(sides, leaves, strict=True):
@@ -218,46 +268,59 @@ def retriever_step(
 
 
 class _Side:
-    """The questions or the passages of a retriever step: this process embeds its share of them, in pieces."""
+    """The questions or the passages of a retriever step: this process embeds its share of them, in pieces.
 
-    def __init__(self, accelerator: Accelerator, retriever: Retriever, texts: Sequence[str], kind: str, pieces: int):
+    Each text makes a row, and below it one for each of its sentences if `spans` has any.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        retriever: Retriever,
+        texts: Sequence[str],
+        kind: str,
+        pieces: int,
+        spans: Sequence[Sequence[Span]] | None = None,
+    ):
         self.accelerator, self.retriever, self.kind = accelerator, retriever, kind
+        self.texts, self.spans = texts, spans
         self.shares = share_out(range(len(texts)), parts=accelerator.num_processes)
-        mine = self.shares[accelerator.process_index]
-        self.pieces = [
-            [texts[mine[at]] for at in piece] for piece in share_out(range(len(mine)), parts=pieces) if piece
-        ]
+        self.pieces = [piece for piece in share_out(self.shares[accelerator.process_index], parts=pieces) if piece]
         with torch.no_grad():
             self.vectors = [self._embed(piece) for piece in self.pieces[:-1]]
         self.vectors += [self._embed(piece) for piece in self.pieces[-1:]]  # its graph is kept: one piece less to redo
 
-    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+    def _embed(self, piece: Sequence[int]) -> torch.Tensor:
+        spans = [self.spans[at] for at in piece] if self.spans else None
         with self.accelerator.autocast():
-            return self.retriever.embed(texts, kind=self.kind)
+            return self.retriever.embed([self.texts[at] for at in piece], kind=self.kind, spans=spans)
+
+    def _height(self, texts: Sequence[int]) -> int:
+        """How many rows these texts make."""
+        return len(texts) + (sum(len(self.spans[at]) for at in texts) if self.spans else 0)
 
     def gathered(self) -> torch.Tensor:
-        """All vectors of this side (n_texts, dim), on every process, as a leaf that collects gradients."""
+        """All vectors of this side (n_rows, dim), on every process, as a leaf that collects gradients."""
         dimensions = self.retriever.model.get_embedding_dimension()
-        longest = len(self.shares[0])
-        padded = torch.zeros(longest, dimensions, device=self.accelerator.device)
+        heights = [self._height(share) for share in self.shares]
+        padded = torch.zeros(max(heights), dimensions, device=self.accelerator.device)
         if self.vectors:
             mine = torch.cat([vectors.detach() for vectors in self.vectors])
             padded[: len(mine)] = mine
-        everyone = self.accelerator.gather(padded).view(-1, longest, dimensions)
-        kept = [everyone[rank, : len(share)] for rank, share in enumerate(self.shares)]
+        everyone = self.accelerator.gather(padded).view(-1, len(padded), dimensions)
+        kept = [everyone[rank, :height] for rank, height in enumerate(heights)]
         return torch.cat(kept).requires_grad_()
 
     def backward(self, gradient: torch.Tensor) -> None:
         """Send the gradients of this process's vectors back through the encoder, piece by piece from the last."""
         if self.vectors and not self.vectors[-1].requires_grad:
             return  # this side of the retriever is frozen
-        mine = self.shares[self.accelerator.process_index]
-        end = sum(len(share) for share in self.shares[: self.accelerator.process_index]) + len(mine)
+        end = sum(self._height(share) for share in self.shares[: self.accelerator.process_index + 1])
         while self.pieces:
             piece, vectors = self.pieces.pop(), self.vectors.pop()
             vectors = vectors if vectors.requires_grad else self._embed(piece)
-            vectors.backward(gradient[end - len(piece) : end])
-            end -= len(piece)
+            vectors.backward(gradient[end - len(vectors) : end])
+            end -= len(vectors)
 
 
 def _sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:

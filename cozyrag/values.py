@@ -25,7 +25,7 @@ RANGES = {
     "rounds": (0, None), "generator_epochs": (0.0, None), "retriever_epochs": (0.0, None), "generator_steps": (0, None), "retriever_steps": (0, None),
     "generator_learning_rate": (0.0, None), "retriever_learning_rate": (0.0, None), "warmup_ratio": (0.0, 1.0), "weight_decay": (0.0, None),
     "max_grad_norm": (1e-9, None), "gradient_accumulation_steps": (1, None), "max_bad_steps": (1, None),
-    "hard_negatives": (0, 50), "temperature": (1e-4, None), "contrastive_weight": (0.0, None), "feedback_weight": (0.0, None),
+    "hard_negatives": (0, 50), "temperature": (1e-4, None), "contrastive_weight": (0.0, None), "sentence_weight": (0.0, None), "feedback_weight": (0.0, None),
     "feedback_passages": (2, 60), "feedback_temperature": (1e-4, None), "refresh_steps": (1, None), "refresh_overlap": (0.0, 1.0),
     "repeat_penalty": (0.0, None), "keyword_penalty": (0.0, None), "short_penalty": (0.0, None), "repeat_ngram": (1, None), "short_tokens": (1, None),
     "answer_tokens": (1, None), "min_answer_tokens": (0, None), "no_repeat_ngram_size": (0, None),
@@ -79,9 +79,10 @@ def _check_training(values: dict) -> None:
             "--lora_rank: expected a generator that has learned something, found scratch, which is not saved with an adapter. "
             "Give another --generator, or leave --lora_rank out."
         )
-    if not values["contrastive_weight"] and not values["feedback_weight"]:
+    if not any(values[name] for name in ("contrastive_weight", "sentence_weight", "feedback_weight")):
         raise InputError(
-            "--contrastive_weight and --feedback_weight are both 0: the retriever would learn from nothing. Give one of them, or --retriever_steps 0."
+            "--contrastive_weight, --sentence_weight and --feedback_weight are all 0: the retriever would learn from nothing. Give one of them, or "
+            "--retriever_steps 0."
         )
     if values["query_side_only"] and values["index_refresh"] != "phase":
         raise InputError(

@@ -42,6 +42,7 @@ RANGES = {  # setting: (values that must be refused, values at the edge that mus
     "refresh_overlap": ([-0.1, 1.1], [0, 1]),
     "context_noise": ([-0.1, 1.1], [0, 1]),
     "contrastive_weight": ([-0.1], [2]),
+    "sentence_weight": ([-0.1], [0, 3]),
     "feedback_weight": ([-0.1], [0, 3]),
     "feedback_passages": ([1, 61], [2, 60]),
     "feedback_temperature": ([0], [1e-3]),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cozyrag.losses import contrastive_loss, feedback_loss
+from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
 
 SOUTHWEST = [-math.sqrt(0.5), -math.sqrt(0.5)]
 
@@ -120,6 +120,64 @@ def test_a_query_without_a_positive_adds_nothing():
     alone = loss_of([[1, 0]], vectors, [0])
     assert loss_of([[1, 0], [0, 1]], vectors, [0, -1]) == pytest.approx(alone)
     assert loss_of([[1, 0]], vectors, [-1]) == 0.0
+
+
+# ---- sentences ----
+
+
+def marks(*rows):
+    """(n_queries, n_sentences) bool from strings: "x" is marked, "." is not."""
+    return torch.tensor([[mark == "x" for mark in row] for row in rows])
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_sentence_loss_is_the_mass_on_sentences_with_the_answer(temperature):
+    """Transcribed with sums of Python floats; the last sentence was not read, the last query has no sentence with its answer."""
+    random = torch.Generator().manual_seed(1)
+    queries, sentences = (
+        torch.nn.functional.normalize(torch.randn(n, 5, generator=random, dtype=torch.float64)) for n in (4, 6)
+    )
+    sentences[5] = 0
+    own = marks("xxx...", "xxx...", "...xxx", "...xxx")
+    right = marks("x.x...", ".x....", "...x.x", ".....x")
+    expected = []
+    for query in range(3):
+        grown = [math.exp(float(queries[query] @ vector) / temperature) for vector in sentences[:5]]
+        every = sum(grown[at] for at in range(5) if own[query, at])
+        expected.append(-math.log(sum(grown[at] for at in range(5) if right[query, at]) / every))
+    found = sentence_loss(queries, sentences, own=own, right=right, temperature=temperature).item()
+    assert found == pytest.approx(sum(expected) / 3)
+
+
+def test_sentence_loss_pulls_within_the_own_passage_and_lets_others_be():
+    queries = torch.tensor([[0.6, 0.8]], dtype=torch.float64, requires_grad=True)
+    sentences = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    loss = sentence_loss(queries, sentences, own=marks("xx."), right=marks("x.."), temperature=1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(0.8 - 0.6)))
+    query, change = queries.detach()[0], -sentences.grad
+    assert change[0] @ query > 0 > change[1] @ query and (change[2] == 0).all()
+    down = -queries.grad[0]
+    assert down @ sentences.detach()[0] > 0 > down @ sentences.detach()[1]
+
+
+def test_sentence_loss_is_nothing_where_every_sentence_holds_the_answer_or_none_does():
+    sentences = torch.eye(2, requires_grad=True)
+    for right in ("xx", ".."):
+        loss = sentence_loss(torch.eye(2)[:1], sentences, own=marks("xx"), right=marks(right), temperature=0.1)
+        (gradient,) = torch.autograd.grad(loss, sentences)
+        assert loss.item() == 0 and (gradient == 0).all()
+    nothing = torch.zeros(1, 0, dtype=torch.bool)
+    assert sentence_loss(torch.eye(2)[:1], sentences[:0], own=nothing, right=nothing, temperature=0.1).item() == 0
+
+
+def test_gradient_of_the_sentence_loss_is_that_of_finite_differences():
+    random = torch.Generator().manual_seed(0)
+    queries, sentences = (torch.randn(n, 3, generator=random, dtype=torch.float64, requires_grad=True) for n in (3, 5))
+    own, right = marks("xxx..", "xxx..", "...xx"), marks("x.x..", "...x.", "....x")
+    assert torch.autograd.gradcheck(
+        lambda q, s: sentence_loss(q, s, own=own, right=right & own, temperature=0.5), (queries, sentences)
+    )
 
 
 # ---- feedback ----

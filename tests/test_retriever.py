@@ -15,7 +15,7 @@ import torch
 import cozyrag.retriever
 from cozyrag.errors import InputError
 from cozyrag.index import Passages
-from cozyrag.retriever import Retriever
+from cozyrag.retriever import Retriever, texts_and_sentences
 
 TEXTS = [passage["text"][: 9 * (i + 1)] for i, passage in enumerate(tiny.corpus(7)[0])]
 
@@ -272,6 +272,24 @@ def test_a_sentence_that_is_not_read_has_no_vector(retriever_path):
     _, sentences = retriever.encode_passages(PASSAGES.to_read()[:1], PASSAGES.spans([0]), batch_size=1)
     lengths = np.linalg.norm(sentences.of([0])[0].astype(np.float32), axis=1)
     assert lengths[0] == pytest.approx(1, abs=1e-3) and lengths[-1] == 0
+
+
+@pytest.mark.parametrize("prompt", ["", "passage: "])
+def test_what_is_trained_on_sentences_is_what_is_stored_of_them(retriever, prompt):
+    """Twenty texts, so that they are read in more than one piece, with each text's sentences right below it."""
+    retriever.model.prompts["document"] = prompt
+    retriever.model.eval()
+    rows = [0, 1, 2, 3] * 5
+    texts, spans = PASSAGES.select(rows), PASSAGES.spans(rows)
+    vectors, stored = retriever.encode_passages(texts, spans, batch_size=4)
+    trained = retriever.embed(texts, kind="document", spans=spans)
+    heads, sentences = texts_and_sentences(trained, spans)
+    assert trained.requires_grad and len(trained) == 20 + 5 * 6
+    np.testing.assert_allclose(heads.detach().numpy(), vectors, atol=1e-5)
+    np.testing.assert_allclose(sentences.detach().numpy(), stored.vectors.astype(np.float32), atol=1e-3)
+    plain, none = texts_and_sentences(retriever.embed(texts, kind="document"), None)
+    torch.testing.assert_close(plain, heads)
+    assert none.shape == (0, 32)
 
 
 def test_only_mean_pooling_gives_vectors_of_sentences(retriever):

@@ -86,6 +86,8 @@ def settings(corpus_files, generator_path, retriever_path):
         3,
         "--feedback_weight",
         0.5,
+        "--sentence_weight",
+        0.5,
         "--index_refresh",
         "steps",
         "--refresh_steps",

@@ -13,11 +13,11 @@ from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.generator_phase import generator_step, train_generator
 from cozyrag.index import Passages
-from cozyrag.losses import contrastive_loss, feedback_loss
+from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, with_keywords
-from cozyrag.retriever import Retriever
-from cozyrag.retriever_phase import retriever_step, retriever_terms, train_retriever
+from cozyrag.retriever import Retriever, texts_and_sentences
+from cozyrag.retriever_phase import retriever_step, retriever_terms, step_sentences, train_retriever
 from cozyrag.trainer import Watcher
 
 
@@ -169,7 +169,9 @@ def test_the_retriever_does_not_learn_from_questions_left_out(accelerator, retri
     monkeypatch.setattr(
         retriever,
         "embed",
-        lambda texts, *, kind: asked.extend(texts if kind == "query" else []) or embed(texts, kind=kind),
+        lambda texts, *, kind, **others: (
+            asked.extend(texts if kind == "query" else []) or embed(texts, kind=kind, **others)
+        ),
     )
     left_out = contexts["id"][:5]
     given = {"settings": settings(retriever_batch_size=8), "round_number": 1, "watcher": Notes()}
@@ -265,18 +267,29 @@ def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, g
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 20])
 def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_pieces(accelerator, retriever_path, pieces):
-    passages, questions = corpus(6)
-    texts, asked, positives = (
-        [row["text"] for row in passages],
-        [row["question"] for row in questions],
-        [row // 2 for row in range(len(questions))],
-    )
+    rows, questions = corpus(6)
+    passages = Passages.of(Dataset.from_list(rows))
+    texts, asked = passages.to_read(), [row["question"] for row in questions]
+    positives = [min(row // 2, 4) for row in range(len(questions))]  # the last passage is only a negative
+    sentences = step_sentences(passages, range(6), positives, [row["answers"] for row in questions])
     plain = Retriever.load(str(retriever_path), max_tokens=64)
     plain.model.eval()
-    chosen = settings(contrastive_weight=0.7, feedback_weight=1.3, feedback_temperature=0.2)
+    chosen = settings(contrastive_weight=0.7, sentence_weight=0.4, feedback_weight=1.3, feedback_temperature=0.2)
     candidates = [[row // 2, (row + 3) % 6, (row + 1) % 6] for row in range(len(questions))]
     likelihoods = np.random.default_rng(0).normal(-2, 1, (len(questions), 3)).astype(np.float32)
-    queries, vectors = plain.embed(asked, kind="query"), plain.embed(texts, kind="document")
+    queries, both = (
+        plain.embed(asked, kind="query"),
+        plain.embed(texts, kind="document", spans=passages.spans(range(6))),
+    )
+    vectors, parts = texts_and_sentences(both, passages.spans(range(6)))
+    own, right = (
+        torch.tensor([[mark(at, place // 3, place % 3) for place in range(18)] for at in range(12)])
+        for mark in (
+            lambda at, passage, _: passage == positives[at],
+            lambda at, passage, sentence: passage == positives[at] and at < 10 and sentence == at % 2,
+        )
+    )
+    sentence = sentence_loss(queries, parts, own=own, right=right, temperature=0.05)
     contrastive = contrastive_loss(queries, vectors, positives=torch.tensor(positives), temperature=0.05)
     feedback = feedback_loss(
         queries,
@@ -285,25 +298,74 @@ def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_piece
         likelihoods=torch.from_numpy(likelihoods),
         temperature=0.2,
     )
-    loss = 0.7 * contrastive + 1.3 * feedback
+    loss = 0.7 * contrastive + 0.4 * sentence + 1.3 * feedback
     loss.backward()
     ours = Retriever.load(str(retriever_path), max_tokens=64)
     ours.model.eval()
-    terms = retriever_terms(chosen, positives=positives, candidates=candidates, likelihoods=likelihoods)
-    found = retriever_step(accelerator, ours, asked, texts, terms, pieces=pieces)
-    assert found == pytest.approx(
-        {"loss": loss.item(), "contrastive": contrastive.item(), "feedback": feedback.item()}, abs=1e-5
+    terms = retriever_terms(
+        chosen, positives=positives, candidates=candidates, likelihoods=likelihoods, sentences=sentences
     )
+    found = retriever_step(accelerator, ours, asked, texts, terms, pieces=pieces, spans=sentences.spans)
+    told = {"contrastive": contrastive.item(), "sentence": sentence.item(), "feedback": feedback.item()}
+    assert found == pytest.approx({"loss": loss.item()} | told, abs=1e-5)
     expected, got = gradients(plain.model), gradients(ours.model)
     assert set(expected) == set(got)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradient, got[name], atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("term", ["contrastive", "feedback"])
+def test_sentences_of_a_step_are_those_of_its_positives():
+    """Passage 7 is a negative; two questions share passage 5; one question knows no passage, one no sentence with its answer."""
+    texts = ["Ann is red. Bob is blue.", "One. Two. The one is Ann."]
+    passages = Passages([f"p{i}" for i in range(9)], [""] * 5 + ["Title", "", "", ""], [texts[i % 2] for i in range(9)])
+    found = step_sentences(passages, [7, 4, 5], [5, 5, -1, 4, 4], [["one"], ["Ann!"], ["Ann"], ["Bob", "Ann"], ["x"]])
+    assert found.spans == [[], [(0, 11), (12, 24)], [(6, 10), (11, 15), (16, 31)]]
+    shown = [["".join("x" if mark else "." for mark in row) for row in each] for each in (found.own, found.right)]
+    assert shown[0] == ["..xxx", "..xxx", ".....", "xx...", "xx..."]
+    assert shown[1] == ["..x.x", "....x", ".....", "xx...", "....."]
+
+
+def test_the_sentence_with_the_answer_comes_to_be_preferred(accelerator, retriever, tables):
+    """The sentence loss alone, on questions that are to be answered from the last sentence, which none of them is nearest to."""
+    contexts, passages = tables
+    few = Dataset.from_list(
+        [{**row, "answers": ["house of stone"]} for row in contexts.select(range(8))], features=CONTEXT_FEATURES
+    )
+
+    def preferred():
+        spans = passages.spans(few["gold_row"])
+        with torch.no_grad():
+            vectors = retriever.embed(passages.select(few["gold_row"]), kind="document", spans=spans)
+            queries = retriever.embed(list(few["question"]), kind="query")
+        parts = texts_and_sentences(vectors, spans)[1].view(8, 3, -1)
+        cosines = torch.einsum("qd,qsd->qs", queries, parts)
+        return int((cosines.argmax(dim=1) == 2).sum())
+
+    chosen = settings(
+        contrastive_weight=0.0,
+        sentence_weight=1.0,
+        retriever_batch_size=8,
+        retriever_epochs=15,
+        retriever_learning_rate=3e-3,
+    )
+    retriever.model.eval()
+    before = preferred()
+    train_retriever(accelerator, retriever, few, passages, settings=chosen, round_number=1, watcher=Notes())
+    assert before == 0 and preferred() == 8
+
+
+def test_a_retriever_without_vectors_of_sentences_leaves_the_sentence_loss_out(accelerator, retriever, tables):
+    retriever.model[1].pooling_mode = "cls"
+    notes = Notes()
+    chosen = settings(sentence_weight=1.0, retriever_steps=1)
+    train_retriever(accelerator, retriever, *tables, settings=chosen, round_number=1, watcher=notes)
+    assert len(notes.reports) == 1 and "sentence" not in notes.reports[0].terms
+
+
+@pytest.mark.parametrize("term", ["contrastive", "sentence", "feedback"])
 def test_a_retriever_step_lowers_its_term_on_its_own_batch(accelerator, retriever, tables, term):
     contexts, passages = tables
-    weights = {"contrastive_weight": float(term == "contrastive"), "feedback_weight": float(term == "feedback")}
+    weights = {f"{name}_weight": float(term == name) for name in ("contrastive", "sentence", "feedback")}
     rows = [{**row, "rows": [row["gold_row"], (row["gold_row"] + 7) % 24]} for row in contexts.select(range(8))]
     few = Dataset.from_list(rows, features=CONTEXT_FEATURES)
     likelihoods = np.tile(np.array([[-3.0, -0.5]], dtype=np.float32), (8, 1)) if term == "feedback" else None
