@@ -354,6 +354,17 @@ def test_the_sentence_with_the_answer_comes_to_be_preferred(accelerator, retriev
     assert before == 0 and preferred() == 8
 
 
+def test_the_sentence_loss_moves_the_side_that_reads_questions_where_passages_are_frozen(
+    accelerator, retriever, tables
+):
+    retriever.freeze_documents()
+    before, indexed = weights(retriever.model), retriever.fingerprint()
+    chosen = settings(contrastive_weight=0.0, sentence_weight=1.0, retriever_steps=2, query_side_only=True)
+    train_retriever(accelerator, retriever, *tables, settings=chosen, round_number=1, watcher=Notes())
+    changed = moved(retriever.model, before)
+    assert changed and all(".query." in name for name in changed) and retriever.fingerprint() == indexed
+
+
 def test_a_retriever_without_vectors_of_sentences_leaves_the_sentence_loss_out(accelerator, retriever, tables):
     retriever.model[1].pooling_mode = "cls"
     notes = Notes()
