@@ -211,6 +211,7 @@ def our_retriever(
         retriever = models.load_retriever(str(place.device), options.passage_tokens)
         table = Table(
             question=asked.questions[:rows],
+            answers=[[answer] for answer in asked.answers[:rows]],
             positive=asked.gold[:rows],
             id=[str(row) for row in range(rows)],
             negatives=[[row] for row in negatives[:rows]],
