@@ -90,7 +90,7 @@ def compare(options: argparse.Namespace) -> None:
     print("| way | " + " | ".join(f"{budget} tokens" for budget in options.budgets) + " | ms per question |")
     print("|---|" + "---:|" * (len(options.budgets) + 1))
     answered = {}
-    for way in WAYS:
+    for way in options.ways:
         cells, spent = [], 0.0
         for budget in options.budgets:
             maker.budget = budget
@@ -131,6 +131,9 @@ def main() -> None:
     parser.add_argument("--generator", required=True, help="generator whose tokens the budgets count: folder or Hub id")
     parser.add_argument("--top_k", type=int, default=4, help="passages whose sentences compete (default: 4)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 96, 128, 192], help="tokens of a context")
+    parser.add_argument(
+        "--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help="only these (default: all)"
+    )
     parser.add_argument("--answer_at", type=int, help="one of the budgets at which the generator answers too")
     options = parser.parse_args()
     door(lambda: compare(options))
