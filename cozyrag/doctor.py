@@ -173,7 +173,7 @@ def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dic
 def _retriever_terms(retriever: Retriever, batch: Batch, training: TrainingSettings, feedback: dict) -> list[Term]:
     """The contrastive loss, the sentence loss and the feedback, as far as they are on."""
     sentences = None
-    if training.sentence_weight and retriever.reads_sentences:
+    if training.sentence_weight:
         answers = [[answer] if answer else [] for answer in batch.answers]
         sentences = step_sentences(batch.passages, range(len(batch.passages.ids)), batch.positives, answers)
     spans = sentences.spans if sentences else None

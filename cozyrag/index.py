@@ -42,7 +42,7 @@ from cozyrag.quantised import (
     stretches,
     tune,
 )
-from cozyrag.sentences import RULES, SentenceVectors, sentence_spans, split_sentences
+from cozyrag.sentences import RULES, SentenceVectors, Span, sentence_spans, split_sentences
 
 _COPY_AGAIN = "Copy the whole folder again, or run train.py again."
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
@@ -198,7 +198,7 @@ class Passages:
         """The sentences of every passage."""
         return [split_sentences(text) for text in self.texts]
 
-    def spans(self, rows: Sequence[int]) -> list[list[tuple[int, int]]]:
+    def spans(self, rows: Sequence[int]) -> list[list[Span]]:
         """Where the sentences of these passages stand in what the retriever reads, in characters."""
         shifts = [len(read) - len(self.texts[row]) for read, row in zip(self.select(rows), rows, strict=True)]
         return [

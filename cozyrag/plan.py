@@ -158,7 +158,7 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
     again = refreshes(settings, costs.retriever.steps)
     made = 1 + again if moves else 0  # searches made anew in a round
     indexed = 0 if training.query_side_only else made
-    looks = 2 if training.gate == "on" else 1  # examinations of a round
+    looks = 2 if training.gate == "on" and costs.generator.steps else 1  # examinations of a round
     parts = [_index(settings, sizes, costs, indexed)]
     if costs.weigh:
         known = min(sizes.known, weighing_limit(sizes.questions, settings))

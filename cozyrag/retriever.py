@@ -20,11 +20,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router
 from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.int8 import INT8, quantised
-from cozyrag.sentences import SentenceVectors
+from cozyrag.sentences import SentenceVectors, Span
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 UNUSED = ".pooler."  # BERT's pooler takes no part in sentence vectors: it never gets a gradient, and weight decay would shrink it
-Span = tuple[int, int]  # start and end in characters
 EMBED_TOGETHER = 16  # texts of like length that are padded together: little padding, matrices still large
 
 
@@ -247,14 +246,16 @@ def texts_and_sentences(
 def _span_means(tokens: torch.Tensor, places: np.ndarray, spans: Sequence[Span]) -> torch.Tensor:
     """L2-normalised mean of the token vectors of each span, (n_spans, dim); zero for a span without tokens.
 
-    A product of matrices, not a sum by index, which on a GPU would come out differently each time.
+    A product of matrices, not a sum by index, which on a GPU would come out differently each time; in the precision of the
+    tokens, though autocast would take half of it.
 
     Args:
         tokens: (at least n_tokens, dim), places: (n_tokens,) where in the text each begins. spans: in order, apart.
     """
     starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
     inside = (places >= starts[:, None]) & (places < ends[:, None])
-    return F.normalize(torch.from_numpy(inside).to(tokens) @ tokens[: len(places)], dim=1)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return F.normalize(torch.from_numpy(inside).to(tokens) @ tokens[: len(places)], dim=1)
 
 
 def _check_finite(vectors: np.ndarray) -> None:

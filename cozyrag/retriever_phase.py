@@ -17,8 +17,8 @@ from cozyrag.config import TrainingSettings
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.metrics import contains_answer, normalize_answer
-from cozyrag.retriever import Retriever, Span, texts_and_sentences
-from cozyrag.sentences import split_sentences
+from cozyrag.retriever import Retriever, texts_and_sentences
+from cozyrag.sentences import Span, split_sentences
 from cozyrag.trainer import Watcher, run_phase, trainable
 
 # Vectors of the questions (n_questions, dim), passages (n_passages, dim) and sentences (n_sentences, dim) of a step to a scalar.
@@ -129,7 +129,7 @@ def retriever_lesson(
     found = step_passages(columns, rows, 0 if likelihoods is None else likelihoods.shape[1])
     places = {row: place for place, row in enumerate(found)} | {-1: -1}
     sentences = None
-    if settings.sentence_weight and retriever.reads_sentences:
+    if settings.sentence_weight:
         sentences = step_sentences(passages, found, at, [columns["answers"][row] for row in rows])
     return retriever_step(
         accelerator,

@@ -121,7 +121,7 @@ class Rounds:
         """Generator phase: the retriever is frozen, its contexts are made once."""
         contexts = self.caches.training_contexts()
         with self.interrupts.held(), self.log.timed("generator phase", self.progress.round):
-            train_generator(
+            steps = train_generator(
                 self.accelerator,
                 self.generator,
                 contexts,
@@ -130,7 +130,7 @@ class Rounds:
                 round_number=self.progress.round,
                 watcher=self._watcher("QA pairs/s"),
             )
-        if self.settings.training.gate == "on":
+        if steps and self.settings.training.gate == "on":  # one that took no step is what it was
             self._gate_generator()
         self._go_on(self.progress.following(self.progress.round, "retriever"))
 

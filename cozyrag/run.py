@@ -299,6 +299,11 @@ def load_models(
             retriever = Retriever.load(
                 models.retriever, revision=models.retriever_revision, max_tokens=reads, device=str(device)
             )
+    if settings.training.sentence_weight and not retriever.reads_sentences:
+        raise InputError(
+            "--sentence_weight: expected a retriever that takes the mean over its tokens, since a sentence's vector is the mean over its own; "
+            f"{models.retriever} pools otherwise, so there would be nothing to learn. Give another --retriever, or leave --sentence_weight out."
+        )
     if settings.training.query_side_only:
         retriever.freeze_documents()
     generator.model.to(device)

@@ -13,6 +13,7 @@ import torch
 
 # Count up with every change of what a sentence is: vectors of sentences are kept, and pair up by their place alone.
 RULES = 1
+Span = tuple[int, int]  # start and end in characters
 _STOP, _CLOSING = "[.!?。！？؟۔।॥]", "[\"')\\]”’」』）]"
 _WIDE, _GOES_ON = "[。！？]", "[^\\s。！？\"')\\]”’」』）]"  # Chinese and Japanese put no space after a sentence
 SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: what is matched is lost
@@ -21,7 +22,7 @@ SENTENCE_END = re.compile(  # closing marks are looked back at, not matched: wha
 )
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
+def sentence_spans(text: str) -> list[Span]:
     """Start and end, in characters, of each sentence: closing punctuation before a new start, or a line break, ends one."""
     breaks = [match.span() for match in SENTENCE_END.finditer(text)]
     starts, ends = [0, *(end for _, end in breaks)], [*(start for start, _ in breaks), len(text)]

@@ -57,9 +57,11 @@ def test_the_verdict_tells_numbers_in_percent_and_the_sentence_says_them():
 
 
 def spoil(model):
+    """Stands in for a phase of one step."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    return 1
 
 
 def nothing(*arguments, **options):
@@ -117,6 +119,15 @@ def test_without_the_gate_it_stays(run, monkeypatch, retriever_path):
     assert rows == []
     saved = Retriever.load(str(folder / "retriever"))
     assert weights_fingerprint(saved.model) != weights_fingerprint(Retriever.load(str(retriever_path)).model)
+
+
+def test_a_generator_that_took_no_step_is_not_examined_again(run, monkeypatch):
+    looked, real = [], cozyrag.rounds.examine
+    monkeypatch.setattr(
+        cozyrag.rounds, "examine", lambda *given, **options: looked.append(1) or real(*given, **options)
+    )
+    _, rows = run("on", "--generator_steps", "0", "--retriever_steps", "1")
+    assert len(looked) == 2 and [row["model"] for row in rows] == ["retriever"]  # before the round and after it
 
 
 def test_a_spoiled_generator_is_taken_back(run, monkeypatch, generator_path):

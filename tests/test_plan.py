@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from sentence_transformers import SentenceTransformer
 from tiny import corpus
 from transformers import GPT2Config
 
 from cozyrag import cli, run
 from cozyrag.config import parse_settings
 from cozyrag.costs import Costs, Line, Phase, bite, fit, is_sure, peak_at, spread
+from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.plan import Plan, Sizes, make_plan, plan_table, predict, refreshes, told_bytes, told_time, verdict
 from cozyrag.run import load_models, load_tables, train
@@ -50,6 +52,19 @@ def times(folder):
     """Rows of metrics.jsonl by kind."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "time"], [row for row in rows if row["kind"] == "step"]
+
+
+def test_the_sentence_loss_is_refused_for_a_retriever_that_has_no_vectors_of_sentences(
+    arguments, retriever_path, tmp_path
+):
+    """By all that load models: a run, a plan, the self-test."""
+    model = SentenceTransformer(str(retriever_path))
+    model[1].pooling_mode = "cls"
+    model.save_pretrained(str(tmp_path / "cls"))
+    with pytest.raises(
+        InputError, match="--sentence_weight: expected a retriever that takes the mean.*cls pools otherwise"
+    ):
+        planned([*arguments, "--retriever", str(tmp_path / "cls"), "--sentence_weight", "1"])
 
 
 # ---- measuring
@@ -153,6 +168,8 @@ def test_memory_and_disk_by_hand():
 
 def test_settings_change_the_counts():
     assert counted("--gate", "off")["examine"].seconds == pytest.approx((4, 4, 4))
+    still = replace(COSTS, generator=replace(COSTS.generator, steps=0))
+    assert counted(costs=still)["examine"].seconds == pytest.approx((4, 4, 4))
     assert counted("--query_side_only", "True")["index"].seconds == pytest.approx((18.5, 0, 0))
     assert counted("--rounds", "0")["retrieve"].seconds == pytest.approx((0.2,))
     silent = counted("--no_answer", "True")

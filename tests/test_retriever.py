@@ -292,6 +292,14 @@ def test_what_is_trained_on_sentences_is_what_is_stored_of_them(retriever, promp
     assert none.shape == (0, 32)
 
 
+def test_sentences_are_averaged_in_full_precision_under_autocast(retriever):
+    texts, spans = PASSAGES.select([0]), PASSAGES.spans([0])
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = retriever.embed(texts, kind="document", spans=spans)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4), atol=1e-6, rtol=0)
+
+
 def test_only_mean_pooling_gives_vectors_of_sentences(retriever):
     assert retriever.reads_sentences
     retriever.model[1].pooling_mode = "cls"

@@ -365,14 +365,6 @@ def test_the_sentence_loss_moves_the_side_that_reads_questions_where_passages_ar
     assert changed and all(".query." in name for name in changed) and retriever.fingerprint() == indexed
 
 
-def test_a_retriever_without_vectors_of_sentences_leaves_the_sentence_loss_out(accelerator, retriever, tables):
-    retriever.model[1].pooling_mode = "cls"
-    notes = Notes()
-    chosen = settings(sentence_weight=1.0, retriever_steps=1)
-    train_retriever(accelerator, retriever, *tables, settings=chosen, round_number=1, watcher=notes)
-    assert len(notes.reports) == 1 and "sentence" not in notes.reports[0].terms
-
-
 @pytest.mark.parametrize("term", ["contrastive", "sentence", "feedback"])
 def test_a_retriever_step_lowers_its_term_on_its_own_batch(accelerator, retriever, tables, term):
     contexts, passages = tables
