@@ -35,7 +35,7 @@ class Phase:
     """A phase of training: its number of steps, the mean and the most units (tokens) of a step, and what they cost.
 
     rows: that can teach it. activations: bytes at the peak of its largest step, beyond weights, gradients and AdamW's
-    states.
+    states. ending: seconds in which Python looks through all its objects for what the phase no longer needs.
     """
 
     steps: int
@@ -44,6 +44,12 @@ class Phase:
     cost: Line
     rows: int
     activations: int
+    ending: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of all its steps and its end."""
+        return self.cost.seconds(self.steps, self.steps * self.units) + self.ending
 
 
 @dataclass(frozen=True)

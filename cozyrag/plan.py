@@ -222,18 +222,16 @@ def _trained(phase: Phase, trained: int) -> int:
 
 def _generator_phase(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     phase, rounds = costs.generator, settings.training.rounds
-    seconds = phase.cost.seconds(phase.steps, phase.steps * phase.units)
     work = f"{phase.steps} steps a round, {phase.rows} questions"
     shared = sizes.processes if is_split(settings.training.generator_sharding) else 1
     trained = sizes.generator_trained // shared
-    return Part("generator phase", work, (0.0, *[seconds] * rounds), _trained(phase, trained))
+    return Part("generator phase", work, (0.0, *[phase.seconds] * rounds), _trained(phase, trained))
 
 
 def _retriever_phase(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     phase, rounds = costs.retriever, settings.training.rounds
-    seconds = phase.cost.seconds(phase.steps, phase.steps * phase.units)
     work = f"{'' if costs.exact else 'about '}{phase.steps} steps a round, {phase.rows} pairs"
-    return Part("retriever phase", work, (0.0, *[seconds] * rounds), _trained(phase, sizes.retriever_trained))
+    return Part("retriever phase", work, (0.0, *[phase.seconds] * rounds), _trained(phase, sizes.retriever_trained))
 
 
 def _examine(settings: Settings, sizes: Sizes, costs: Costs, looks: int) -> Part:
@@ -252,8 +250,7 @@ def checkpoints(settings: Settings, phase: Phase) -> int:
     if not phase.steps:
         return 0
     by_steps = (phase.steps - 1) // every if every else 0
-    seconds = phase.cost.seconds(phase.steps, phase.steps * phase.units)
-    return max(by_steps, int(seconds // (60 * minutes)) if minutes else 0)
+    return max(by_steps, int(phase.seconds // (60 * minutes)) if minutes else 0)
 
 
 def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:

@@ -342,18 +342,17 @@ class Probe:
         ends = time.perf_counter() + self.share[name]
         self._grown(reset=True)
 
-        def timed(tried: list[list[int]]) -> list[tuple[float, float]]:
+        def timed(tried: list[list[int]]) -> tuple[list[tuple[float, float]], float]:
             watch = _Stopwatch([(len(rows), units(rows)) for rows in tried], ends)
             run_phase(
                 self.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number, pieces: take_rows(tried[number]),
                 settings=self.settings.training, learning_rate=rate, round_number=1, watcher=watch, quiet=True,
             )  # fmt: skip
-            self.accelerator.free_memory()
-            return watch.measured
+            return watch.measured, _timed(self.accelerator.free_memory)[0]
 
         whole, few = max(map(len, looked)), min(len(looked[0]), max(4, self.accelerator.num_processes))
         middle = looked[len(looked) // 2][:few]
-        small, held = timed([middle, middle]), self._grown(reset=True)
+        small, held = timed([middle, middle])[0], self._grown(reset=True)
         most = broadcast_object_list([bite(whole, few, small[-1][1], max(1.0, ends - time.perf_counter()))])[0]
         tried = [
             looked[place][: most if turn % 3 or most == whole else max(1, most // 2)]
@@ -361,11 +360,11 @@ class Probe:
         ]
         if most < whole:
             tried.insert(0, looked[0][:most])
-        measured = timed([tried[0], *tried])
+        measured, ending = timed([tried[0], *tried])
         measured = measured[1:] or measured  # the first step sets memory up
         peak = peak_at(sizes[0], (small[0][0], held), (max(size for size, _ in measured), self._grown(reset=False)))
         states = 3 * held_bytes(parameters)
-        return Phase(len(steps), float(np.mean(sizes)), sizes[0], fit(measured), 0, max(0, peak - states))
+        return Phase(len(steps), float(np.mean(sizes)), sizes[0], fit(measured), 0, max(0, peak - states), ending)
 
     def _grown(self, *, reset: bool) -> int:
         """Bytes that the peak on the device lies above what was held when the probe began; `reset` counts anew from here."""

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -110,7 +111,7 @@ SIZES = Sizes(
 )  # fmt: skip
 COSTS = Costs(
     encode=Line(1, 0.01), batches=8, tokens=1000, lexical=0.5, search=0.002, first=0.0, reach=3.0, weigh=0.01,
-    generator=Phase(30, 100, 120, Line(0.5, 0.001), 900, 7_000), retriever=Phase(25, 50, 60, Line(0, 0.02), 800, 9_000),
+    generator=Phase(30, 100, 120, Line(0.5, 0.001), 900, 7_000), retriever=Phase(25, 50, 60, Line(0, 0.02), 800, 9_000, ending=2),
     feedback=0.1, likelihood=0.01, answer=Line(1, 0.02), write=1e-5, row_bytes=100, sentences=2000, lexical_bytes=5_000,
     writing=3_000, exact=True, peak=0, spent=1,
 )  # fmt: skip
@@ -131,7 +132,7 @@ def test_seconds_by_hand():
         "retrieve": (0.2, 2.2, 2.2),
         "generator phase": (0, 18, 18),  # 30 * 0.5 + 3000 * 0.001
         "feedback": (0, 90, 90),
-        "retriever phase": (0, 25, 25),
+        "retriever phase": (0, 27, 27),  # 25 * 50 * 0.02 and 2 at its end
         "examine": (4, 8, 8),  # two batches of up to 64, and again for the gate
     }.items():
         assert parts[name].seconds == pytest.approx(expected), name
@@ -224,6 +225,20 @@ def test_steps_and_parts_are_those_of_the_run(arguments, changes, brief, tmp_pat
     spent = {part.name for part in plan.parts if part.name != "save" and (sum(part.seconds) or "phase" in part.name)}
     assert {row["part"] for row in timed} == spent
     assert all(math.isfinite(part.seconds[-1]) and part.seconds[-1] >= 0 for part in plan.parts)
+
+
+def test_the_end_of_a_phase_is_counted(arguments, brief, monkeypatch):
+    """Letting go of what trained looks through all of Python's objects, however few steps a phase has."""
+    free = Accelerator.free_memory
+
+    def slowly(self, *objects):
+        time.sleep(0.4)
+        return free(self, *objects)
+
+    monkeypatch.setattr(Accelerator, "free_memory", slowly)
+    costs = planned([*arguments, "--generator_steps", "1", "--retriever_steps", "1"])[0].costs
+    for phase in (costs.generator, costs.retriever):
+        assert 0.4 <= phase.ending < phase.seconds
 
 
 def test_the_prediction_comes_true_within_a_quarter(arguments, tmp_path, monkeypatch):
