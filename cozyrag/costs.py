@@ -1,18 +1,13 @@
 """What the parts of a run cost, and the arithmetic from measurements to costs: a line through seconds, a peak by size.
 
-Left out: measuring (probe.py), and how often a part comes up in a run (plan.py).
+Left out: measuring (gauges.py, probe.py), and how often a part comes up in a run (plan.py).
 """
 
 import math
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-from cozyrag.report import peak_memory
 
 SURE = 0.02  # standard error of the seconds per unit, relative, at which a part is known well enough
 FEWEST = 5  # measurements before that is asked
@@ -129,17 +124,3 @@ def peak_at(size: float, small: tuple[float, int], large: tuple[float, int]) -> 
     (less, low), (more, high) = small, large
     slope = max(0.0, (high - low) / (more - less)) if more > less else 0.0
     return round(high + slope * max(0.0, size - more))
-
-
-def memory_now() -> int:
-    """Bytes this process holds; outside of Linux the most it has held so far."""
-    if sys.platform != "linux":
-        return peak_memory()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def forget_peak() -> None:
-    """Let the peak of this process be counted from now on, where the system can; elsewhere it stays the highest so far."""
-    switch = Path("/proc/self/clear_refs")
-    if switch.exists() and os.access(switch, os.W_OK):
-        switch.write_text("5")

@@ -1,7 +1,7 @@
 """What a run will take before it is begun: seconds, memory and disk of each part, and which settings would make it shorter.
 
 It counts how often every part comes up in a round, as rounds.py walks through it, and multiplies by what the probe
-measured. Left out: measuring (probe.py), loading, the self-test, trackers and uploads; what the gate takes back, which
+measured. Left out: measuring (probe.py, phase_probe.py), loading, the self-test, trackers and uploads; what the gate takes back, which
 brings another search or two; and that answers get shorter, and batches of them faster, when a generator has learnt to end.
 """
 
@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from cozyrag.config import Settings
 from cozyrag.contexts import SEARCH_DEPTH
 from cozyrag.corpus import Corpus
-from cozyrag.costs import Costs, Phase, memory_now
+from cozyrag.costs import Costs, Phase
+from cozyrag.gauges import memory_now
 from cozyrag.generator import Generator
 from cozyrag.probe import Probe
 from cozyrag.retrieval import weighing_limit

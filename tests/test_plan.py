@@ -28,7 +28,7 @@ PARTS = ["index", "weigh searches", "retrieve", "generator phase", "feedback", "
 @pytest.fixture
 def brief(monkeypatch):
     """A probe of a few seconds."""
-    monkeypatch.setattr("cozyrag.probe.BUDGET", 3.0)
+    monkeypatch.setattr("cozyrag.phase_probe.BUDGET", 3.0)
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_the_end_of_a_phase_is_counted(arguments, brief, monkeypatch):
 
 def test_the_prediction_comes_true_within_a_quarter(arguments, tmp_path, monkeypatch):
     """A generator large enough that its work, not fixed overheads, takes the time; best of eight, machines are noisy."""
-    monkeypatch.setattr("cozyrag.probe.BUDGET", 8.0)
+    monkeypatch.setattr("cozyrag.phase_probe.BUDGET", 8.0)
     texts = [row["text"] for row in corpus()[0]]
     config = GPT2Config(n_embd=192, n_layer=3, n_head=3, n_positions=160)
     Generator.from_scratch(texts, config=config, vocab_size=400).save(tmp_path / "larger")
