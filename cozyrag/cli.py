@@ -343,7 +343,7 @@ def _doctor(rest: list[str]) -> None:
 
     from transformers.utils import logging
 
-    from cozyrag.doctor import check_pair
+    from cozyrag.pair_check import check_pair
 
     logging.disable_progress_bar()
     for told in check_pair(Path(rest[0])):

@@ -1,10 +1,10 @@
-"""The self-test: does each loss term move the model it is meant for, and does a saved pair belong together?
+"""The self-test: does each loss term move the model it is meant for?
 
 A term that is switched on but reaches no weight, or the wrong ones, shows in nothing but bad results hours later; one
 batch tells it in a second. Gradients are taken of one term at a time, in full precision, without dropout and on every
 process by itself; nothing is trained: weights, gradients, modes and random states are left as they were found. Left out:
-retrieval (any passage serves to see a gradient), mixed precision, how processes share a step, and the file index.faiss,
-which is never read.
+retrieval (any passage serves to see a gradient), mixed precision, how processes share a step, and whether a saved pair
+belongs together (pair_check.py).
 """
 
 import math
@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +22,7 @@ from cozyrag.corpus import Corpus
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.generator_phase import generator_losses, generator_penalties, generator_terms
-from cozyrag.index import PassageIndex, Passages
-from cozyrag.int8 import FLOAT32
-from cozyrag.pipeline import CozyRAG
+from cozyrag.index import Passages
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import UNUSED, Retriever, texts_and_sentences
 from cozyrag.retriever_phase import TermOfVectors, retriever_terms, step_sentences
@@ -36,10 +33,6 @@ CHARACTERS = 200  # ... and with so much of a passage a second or two for a gene
 NO_GRADIENT = 1e-30  # gradients no larger than this are none: no optimizer makes anything of them
 NO_VALUE = 1e-12  # a term no larger than this has nothing to teach on its batch
 STEPS = (1e-2, 1e-3, 1e-4)  # how much of its value a step is to take off a term, to first order
-REENCODED = 32  # passages of an index that are encoded anew
-NEAR_INT8 = 0.97  # the same where passages were encoded with 8 bits: 0.99 at least was seen
-NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
-UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
 JUDGED = 2  # passages of each question that the generator judges for its feedback: the fewest that leave a choice
 NAMES = {  # of the terms as the phases call them: how they are told, and the setting that leaves them out
     "cross-entropy": ("cross-entropy", "--generator_steps 0"),
@@ -420,63 +413,3 @@ def findings_table(findings: Sequence[Finding]) -> str:
         if found.strangers:
             lines.append(f"{found.term.name}: gradient where none belongs, in {', '.join(found.strangers)}")
     return "\n".join(lines)
-
-
-# ---- a saved pair
-
-
-def check_pair(folder: Path) -> Iterator[str]:
-    """Check what a run left, telling each thing once it is found right. Raises InputError at the first that is not."""
-    if not folder.is_dir():
-        raise InputError(
-            f"Expected the output folder of a run, there is none at {folder.absolute()}. Check the path; to check settings "
-            "instead of a folder, begin with a setting: `cozyrag doctor --questions FILE`."
-        )
-    pair = CozyRAG.from_pretrained(folder)  # refuses pieces of different pairs, and an index with rows missing
-    index, fingerprint = pair.index, pair.retriever.fingerprint()
-    yield f"the fingerprint of the index and of cozyrag.json is the retriever's: {fingerprint}"
-    _check_lengths(index)
-    yield f"{len(index)} passages, {len(index.vectors)} vectors of {index.vectors.shape[1]} dimensions, all of length 1"
-    yield _check_vectors(index, pair.retriever)
-    yield _check_answer(pair)
-
-
-def _check_lengths(index: PassageIndex) -> None:
-    lengths = np.linalg.norm(index.vectors, axis=1)
-    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT))  # so put, NaN is wrong too
-    if len(wrong):
-        row = int(wrong[0])
-        raise InputError(
-            f"Expected vectors of length 1 in the index, found {len(wrong)} of {len(lengths)} with another, the first one of length {lengths[row]:.4g} "
-            f"(row {row}, passage {index.passages.ids[row]!r}): searches would rank them wrongly. Copy the index again, or train again."
-        )
-
-
-def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
-    """Encode passages anew, evenly spread over the index, and compare: a label can be right and the vectors wrong."""
-    rows = np.unique(np.linspace(0, len(index) - 1, REENCODED).round().astype(int))
-    texts = index.passages.to_read()
-    anew = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
-    near = NEAR if index.precision == FLOAT32 else NEAR_INT8
-    cosines = np.einsum("ij,ij->i", anew, index.vectors[rows])  # all are of length 1
-    worst = int(np.argmin(cosines))
-    if cosines[worst] <= near:
-        row = int(rows[worst])
-        raise InputError(
-            f"Expected the vectors of the index to be the retriever's, but passage {index.passages.ids[row]!r} (row {row}), encoded anew, has the "
-            f"cosine {cosines[worst]:.4f} with its stored vector instead of 1: searches would find the wrong passages. Train again, or copy the "
-            "index that was saved with this retriever."
-        )
-    return f"{len(rows)} passages encoded anew: cosine with the stored vectors at least {min(cosines[worst], 1):.6f}"
-
-
-def _check_answer(pair: CozyRAG) -> str:
-    passages = pair.index.passages
-    question = f"What is {(passages.titles[0] or passages.ids[0]).replace('_', ' ')}?"
-    answer = pair.answer(question)
-    if not math.isfinite(answer.score):
-        raise InputError(
-            f"Expected an answer to {question!r}, found that the generator's probabilities are no numbers: its weights are spoilt. "
-            "Go on from an earlier checkpoint, or train again with a lower --generator_learning_rate."
-        )
-    return f"the generator answers {question!r} with {answer.text!r} (certainty {answer.score:.2f})"

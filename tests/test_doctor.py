@@ -18,11 +18,12 @@ from tiny import corpus, make_retriever
 from cozyrag import cli, doctor, penalties, retriever_phase, run
 from cozyrag.config import parse_settings
 from cozyrag.corpus import Corpus
-from cozyrag.doctor import Term, check_pair, check_terms, findings_table, one_line, refuse, small_batch
+from cozyrag.doctor import Term, check_terms, findings_table, one_line, refuse, small_batch
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.generator_phase import generator_step
 from cozyrag.index import PassageIndex
+from cozyrag.pair_check import check_pair
 from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
 from cozyrag.prompts import encode_examples

@@ -52,7 +52,7 @@ TIERS = (
     ("config", "hub", "comparison", "gathering", "audit", "output"),
     ("trainer", "checkpoint", "html_report", "background"),
     ("generator_phase", "retriever_phase"),
-    ("report", "doctor", "environment"),
+    ("report", "doctor", "environment", "pair_check"),
     ("costs",),
     ("gauges",),
     ("watcher", "retrieval"),

@@ -1,0 +1,79 @@
+"""Does a saved pair belong together: generator, retriever and index, with vectors that are the retriever's own?
+
+A label can be right and what it stands on wrong, so passages are encoded anew and a question is answered. Left out: whether
+loss terms move their models (doctor.py), and the file index.faiss, which is never read.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cozyrag.errors import InputError
+from cozyrag.index import PassageIndex
+from cozyrag.int8 import FLOAT32
+from cozyrag.pipeline import CozyRAG
+from cozyrag.retriever import Retriever
+
+REENCODED = 32  # passages of an index that are encoded anew
+NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
+NEAR_INT8 = 0.97  # the same where passages were encoded with 8 bits: 0.99 at least was seen
+UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
+
+
+def check_pair(folder: Path) -> Iterator[str]:
+    """Check what a run left, telling each thing once it is found right. Raises InputError at the first that is not."""
+    if not folder.is_dir():
+        raise InputError(
+            f"Expected the output folder of a run, there is none at {folder.absolute()}. Check the path; to check settings "
+            "instead of a folder, begin with a setting: `cozyrag doctor --questions FILE`."
+        )
+    pair = CozyRAG.from_pretrained(folder)  # refuses pieces of different pairs, and an index with rows missing
+    index, fingerprint = pair.index, pair.retriever.fingerprint()
+    yield f"the fingerprint of the index and of cozyrag.json is the retriever's: {fingerprint}"
+    _check_lengths(index)
+    yield f"{len(index)} passages, {len(index.vectors)} vectors of {index.vectors.shape[1]} dimensions, all of length 1"
+    yield _check_vectors(index, pair.retriever)
+    yield _check_answer(pair)
+
+
+def _check_lengths(index: PassageIndex) -> None:
+    lengths = np.linalg.norm(index.vectors, axis=1)
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT))  # so put, NaN is wrong too
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"Expected vectors of length 1 in the index, found {len(wrong)} of {len(lengths)} with another, the first one of length {lengths[row]:.4g} "
+            f"(row {row}, passage {index.passages.ids[row]!r}): searches would rank them wrongly. Copy the index again, or train again."
+        )
+
+
+def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
+    """Encode passages anew, evenly spread over the index, and compare: a label can be right and the vectors wrong."""
+    rows = np.unique(np.linspace(0, len(index) - 1, REENCODED).round().astype(int))
+    texts = index.passages.to_read()
+    anew = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
+    near = NEAR if index.precision == FLOAT32 else NEAR_INT8
+    cosines = np.einsum("ij,ij->i", anew, index.vectors[rows])  # all are of length 1
+    worst = int(np.argmin(cosines))
+    if cosines[worst] <= near:
+        row = int(rows[worst])
+        raise InputError(
+            f"Expected the vectors of the index to be the retriever's, but passage {index.passages.ids[row]!r} (row {row}), encoded anew, has the "
+            f"cosine {cosines[worst]:.4f} with its stored vector instead of 1: searches would find the wrong passages. Train again, or copy the "
+            "index that was saved with this retriever."
+        )
+    return f"{len(rows)} passages encoded anew: cosine with the stored vectors at least {min(cosines[worst], 1):.6f}"
+
+
+def _check_answer(pair: CozyRAG) -> str:
+    passages = pair.index.passages
+    question = f"What is {(passages.titles[0] or passages.ids[0]).replace('_', ' ')}?"
+    answer = pair.answer(question)
+    if not math.isfinite(answer.score):
+        raise InputError(
+            f"Expected an answer to {question!r}, found that the generator's probabilities are no numbers: its weights are spoilt. "
+            "Go on from an earlier checkpoint, or train again with a lower --generator_learning_rate."
+        )
+    return f"the generator answers {question!r} with {answer.text!r} (certainty {answer.score:.2f})"
