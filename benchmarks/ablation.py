@@ -317,6 +317,8 @@ def run(study, variants: Mapping[str, str], seeds: Sequence[int]) -> dict[str, d
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 found[name].append(study.scores(variants[name], seed))
                 bar.update()
+                means = ", ".join(f"{metric} {100 * np.mean(values):.1f}" for metric, values in found[name][-1].items())
+                bar.write(f"{name}, seed {seed}: {means}")  # a study takes hours, and may be ended before its table
     return {
         name: {metric: np.array([each[metric] for each in runs]) for metric in study.names}
         for name, runs in found.items()

@@ -53,7 +53,7 @@ def test_rates_by_hand(ablation):
     assert [ablation.too_short(length, [5, 1]) for length in (0, 1)] == [1, 0]
 
 
-def test_lines_that_train_alike_share_a_training(ablation):
+def test_lines_that_train_alike_share_a_training(ablation, capsys):
     assert (
         ablation.without_decoding("--extractive --repeat_penalty 0.1 --no_repeat_ngram_size 3")
         == "--repeat_penalty 0.1"
@@ -71,6 +71,8 @@ def test_lines_that_train_alike_share_a_training(ablation):
     found = ablation.run(Study(), variants, [1, 2])
     assert [flags for seed, flags in seen if seed == 1] == ["", "--min_answer_tokens 2", "--repeat_penalty 0.1"]
     assert list(found) == ["a", "b", "c"] and found["b"]["F1"].tolist() == [[1, 0], [2, 0]]
+    told = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(told) == 6 and told[0] == "a, seed 1: F1 50.0" and told[5] == "b, seed 2: F1 100.0"
 
 
 def test_the_table_compares_with_the_first_line(ablation):
