@@ -137,7 +137,7 @@ class Ground:
         chosen = settings.contexts
         maker = ContextMaker(
             self.passages, self.generator.count_tokens, top_k=chosen.top_k, budget=chosen.context_tokens,
-            score_by=chosen.context_filter, words=self.words,
+            hard_negatives=settings.training.hard_negatives, score_by=chosen.context_filter, words=self.words,
         )  # fmt: skip
         maker.sentence_vectors = sentence_source(index, retriever)
         return maker
@@ -150,7 +150,8 @@ class Ground:
     def contexts(self, which: str, settings: Settings) -> Dataset:
         """The contexts of the questions to learn from ("train") or to be examined with, made once for equal settings."""
         chosen, noise = settings.contexts, settings.training.context_noise if which == "train" else 0.0
-        key = (which, chosen.retrieval, chosen.top_k, chosen.context_tokens, chosen.context_filter, noise)
+        negatives = settings.training.hard_negatives
+        key = (which, chosen.retrieval, chosen.top_k, chosen.context_tokens, chosen.context_filter, noise, negatives)
         if key not in self._contexts:
             table = self.train if which == "train" else self.asked
             searcher = self.searcher(self.index, self.retriever, chosen.retrieval)

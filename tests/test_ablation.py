@@ -119,6 +119,14 @@ def test_the_study_of_feedback(ablation, arguments, tmp_path, capsys):
     assert "| contrastive + feedback |" in capsys.readouterr().out
 
 
+def test_the_retriever_learns_from_the_negatives_of_a_run(ablation, arguments):
+    """A run mines one hard negative for each question unless told otherwise; so do all lines of a study."""
+    ground = ablation.open_ground(ablation.parse(["feedback", *arguments]))
+    for flags, count in (("", 1), ("--hard_negatives 2", 2), ("--hard_negatives 0", 0)):
+        mined = ground.contexts("train", ablation.settings_of(flags, 1))["negatives"]
+        assert max(map(len, mined)) == count, flags
+
+
 def test_wrong_variants_are_told_before_anything_is_read(ablation):
     asked = ["own", "--questions", "no.jsonl", "--train", "no.jsonl", "--index", "no"]
     with pytest.raises(InputError, match='expected "NAME:--setting value", found'):
