@@ -15,6 +15,8 @@ from pathlib import Path
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import summarize
 from cozyrag.metrics import normalize_answer
+from cozyrag.pretrained import BASE as SMOLLM2_BASE
+from cozyrag.pretrained import SMOLLM2
 
 SIMILARITY = 0.6  # a word added to or left out of a short question still counts as the same one
 KINDS = ("question", "passage", "answer")
@@ -27,6 +29,11 @@ _SBERT_ALL = (
 )
 _SBERT_QA = (
     "215 million question-answer pairs, among them those of SQuAD 2.0, Natural Questions, TriviaQA, MS MARCO and PAQ"
+)
+SMOLLM2_SOURCE = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2 = (
+    "2 trillion tokens of FineWeb-Edu, DCLM, The Stack and sets of its makers, in which Wikipedia and any public text may be; then taught to "
+    "follow instructions with SmolTalk and UltraFeedback, sets of questions and answers that other models wrote"
 )
 # model (last part of its name) -> what it is known to have been trained on, and where that is said
 TRAINED_ON = {
@@ -46,6 +53,8 @@ TRAINED_ON = {
         "WebText, pages that Reddit linked to, Wikipedia left out",
         "https://huggingface.co/openai-community/gpt2",
     ),
+    "SmolLM2-135M-Instruct": (_SMOLLM2, SMOLLM2_SOURCE),
+    "SmolLM2-135M": (_SMOLLM2.partition(";")[0], SMOLLM2_SOURCE),
 }
 EMBEDDED = {
     "retriever": ("all-MiniLM-L6-v2", *TRAINED_ON["all-MiniLM-L6-v2"]),
@@ -55,13 +64,14 @@ EMBEDDED = {
         "cozyrag/data/generator/README.md",
     ),
 }
+SHORT_NAMES = {SMOLLM2: SMOLLM2_BASE}
 
 
 def base_notes(retriever: str, generator: str) -> dict[str, dict]:
     """For each of the two base models, as the settings name them, what it is known to have been trained on, and the source."""
     notes = {}
     for role, name in (("retriever", retriever), ("generator", generator)):
-        short = Path(name).name
+        short = Path(SHORT_NAMES.get(name, name)).name
         known = EMBEDDED[role] if name == "embedded" else (short, *TRAINED_ON.get(short, ()))
         if len(known) > 1:
             notes[role] = dict(zip(("model", "trained_on", "source"), known, strict=True))

@@ -1,10 +1,13 @@
-"""What a round works out once and keeps on disk: its contexts tables and the generator's likelihoods.
+"""What a round works out once and keeps on disk: its contexts tables, the generator's answers and its likelihoods.
 
-A resumed run reads them again. Left out: searching (retrieval.py), the likelihoods themselves (feedback.py), and the
-models and their checkpoints (checkpoint.py).
+A resumed run reads them again. Left out: searching (retrieval.py), answering (evaluation.py), the likelihoods themselves
+(feedback.py), and the models and their checkpoints (checkpoint.py).
 """
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,9 @@ from datasets import Dataset
 from cozyrag.config import Settings
 from cozyrag.corpus import Corpus
 from cozyrag.feedback import answer_likelihoods
-from cozyrag.files import PARTIAL, damage, replacing
-from cozyrag.generator import Generator
+from cozyrag.files import PARTIAL, damage, replacing, write_json
+from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.generator import Decoding, Generator, Written
 from cozyrag.processes import main_decides
 from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap
 from cozyrag.report import RunLog
@@ -118,6 +122,12 @@ class Caches:
         now = pool[np.argsort(-scores, axis=1, kind="stable")[:, : before.shape[1]]]
         return float(broadcast_object_list([mean_overlap(before, now)])[0])
 
+    def answers(self, generator: Generator, decoding: Decoding, *, may_be_empty: bool) -> "Answers":
+        """What this generator, with the weights it has now, has written with this decoding."""
+        facts = (weights_fingerprint(generator.model), decoding, generator.layout, generator.precision, may_be_empty)
+        name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        return Answers(self.accelerator, self.folder / "answers" / f"{name}.json")
+
     def likelihoods(self, generator: Generator, contexts: Dataset) -> np.ndarray | None:
         """What the frozen generator makes of the best passages of each question; None where no step will ask for it."""
         if self.settings.training.retriever_steps == 0:
@@ -179,3 +189,34 @@ class Caches:
             + (f"; {facts['without_answer']} without an answer teach neither" if facts["without_answer"] else "")
             + "."
         )
+
+
+class Answers(dict):
+    """What a generator with certain weights and a certain decoding has written, by the key of the prompt, kept in a file.
+
+    The same weights and the same prompt give the same answer, so it is asked once: the rollback's look at a phase, the
+    evaluation after it, and a round whose generator was rolled back share their answers. A resumed run finds them again, to the bit.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path):
+        self.accelerator = accelerator
+        self.path = path
+        found = main_decides(accelerator, self._read)
+        super().__init__({key: Written(*each) for key, each in found.items()})
+        self.kept = len(self)
+
+    def _read(self) -> dict[str, list]:
+        """What is kept; a file that is damaged counts as none, and its questions are asked again."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def keep(self) -> None:
+        """Write down what was added. Raises InputError: the disk is full."""
+        if len(self) == self.kept:
+            return
+        rows = {key: list(asdict(each).values()) for key, each in self.items()}
+        main_decides(self.accelerator, lambda: write_json(self.path, rows))
+        self.kept = len(self)

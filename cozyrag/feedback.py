@@ -19,6 +19,7 @@ from cozyrag.contexts import ContextMaker
 from cozyrag.files import writing
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
+from cozyrag.int8 import FLOAT32
 
 
 def answer_likelihoods(
@@ -57,6 +58,7 @@ def answer_likelihoods(
         candidates,
         context_tokens,
         maker.score_by,
+        *([generator.precision] if generator.precision != FLOAT32 else []),
     )
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
     kept, fault = _read(path)

@@ -4,8 +4,9 @@ It loads, computes the loss of answers, writes answers and saves; what to train 
 Left out: optimizers, processes, devices beyond "where the model already is".
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
-    NoRepeatNGramLogitsProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,13 +30,16 @@ from transformers import (
 from cozyrag import adapters
 from cozyrag.batches import collate
 from cozyrag.errors import InputError
-from cozyrag.extractive import Spans, allowed_tokens
+from cozyrag.extractive import Spans
+from cozyrag.greedy import Limits, write_greedily
+from cozyrag.int8 import BF16, FLOAT32
 from cozyrag.last_block import read_only_at
 from cozyrag.penalties import Penalties
+from cozyrag.pretrained import HINT, SMOLLM2, load_smollm2
 from cozyrag.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
 from cozyrag.sharding import Sharded
 
-OTHER = "--generator scratch trains a small GPT-2 from nothing"
+OTHER = f"{HINT} or --generator scratch, a small GPT-2 that has learned nothing yet"
 ENDLESS = 2048  # tokens for a model that could read any number
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
 
@@ -45,12 +49,14 @@ class TokenLosses(nn.Module):
 
     On GPT-2's vocabulary the head costs more than a transformer layer for every position, and only the few answer
     positions carry loss. Hidden states are picked before the head, a form that every transformers version accepts. Most of
-    GPT-2's last block is computed there only, too (last_block.py).
+    GPT-2's last block is computed there only, too (last_block.py). Families that scale or cap their logits (Granite, Cohere,
+    Gemma) say so in their configuration.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        self.scale, self.cap = logit_scale(model.config), logit_cap(model.config)
 
     def forward(self, input_ids, positions, targets, attention_mask=None, position_ids=None, **unused) -> torch.Tensor:
         """Losses of shape (n_targets,) in nats; arguments as `batches.collate` or `collate_readings` makes them."""
@@ -66,7 +72,19 @@ class TokenLosses(nn.Module):
             hidden = model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state
-        return self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions]).float()
+        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions]).float() * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """What a family multiplies its logits by: Cohere's `logit_scale`, one over Granite's `logits_scaling`."""
+    known = config.get_text_config().to_dict()
+    return float(known.get("logit_scale") or 1.0) / float(known.get("logits_scaling") or 1.0)
+
+
+def logit_cap(config: PretrainedConfig) -> float | None:
+    """The bound c of a family whose logits are c tanh(logits / c), as Gemma 2's; None: there is none."""
+    return config.get_text_config().to_dict().get("final_logit_softcapping")
 
 
 class PenalizedLosses(TokenLosses):
@@ -102,27 +120,30 @@ class Decoding:
         """That of settings, or of a pair, which have these names among their own."""
         return cls(**{each.name: getattr(source, each.name) for each in fields(cls)})
 
-    def limits(self) -> dict[str, int | bool]:
-        """The same as `Generator.answer` calls it."""
+    def limits(self, may_be_empty: bool = True) -> dict[str, int | bool]:
+        """The same as `Generator.write` calls it; an answer that must not be empty has a token at least."""
         return {
             "context_tokens": self.context_tokens,
             "max_new_tokens": self.answer_tokens,
-            "min_new_tokens": self.min_answer_tokens,
+            "min_new_tokens": self.min_answer_tokens if may_be_empty else max(1, self.min_answer_tokens),
             "no_repeat_ngram_size": self.no_repeat_ngram_size,
             "extractive": self.extractive,
         }
 
 
-class AnswerRepeats(NoRepeatNGramLogitsProcessor):
-    """No n-gram twice in an answer, which begins at `start`. transformers counts the prompt's n-grams, too, and so forbids to
-    copy from the context: that costs four points of EM (docs/results.md)."""
+@dataclass(frozen=True)
+class Written:
+    """An answer (`text`), how sure the generator is of it (`score`, 0 to 1: geometric mean of the probabilities of its tokens, the
+    end token included where it was reached), and how probable it is that nothing is written (`silence`)."""
 
-    def __init__(self, ngram_size: int, start: int):
-        super().__init__(ngram_size)
-        self.start = start
+    text: str
+    score: float
+    silence: float
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return super().__call__(input_ids[:, self.start :], scores)
+    def kept_above(self, threshold: float | None) -> "Written":
+        """This answer, or silence where silence is more probable than the threshold (None: never)."""
+        quiet = threshold is not None and self.silence > threshold
+        return Written("", self.silence, self.silence) if quiet else self
 
 
 class Generator:
@@ -137,6 +158,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.layout = chat_layout(tokenizer) if tokenizer.chat_template else PLAIN
         self.parts: Sharded | None = None  # of a phase that trains it split over the processes
+        self.precision = FLOAT32  # in which it reads; the weights that are trained and saved are float32 in any case
+        self._reader: PreTrainedModel | None = None
 
     @property
     def max_length(self) -> int:
@@ -183,13 +206,15 @@ class Generator:
         token: str | None = None,
         chat_template: bool = True,
     ) -> "Generator":
-        """Load a checkpoint folder or a Hub id, weights in float32; a LoRA adapter with the model that it names.
+        """Load a checkpoint folder, a Hub id or "smollm2", weights in float32; a LoRA adapter with the model that it names.
 
         Without `chat_template` the tokenizer's is taken away, also from what is saved, so that whoever loads it does the same.
 
         Raises:
             InputError: nothing can be had under that name; the message names the ways out.
         """
+        if name == SMOLLM2:
+            return cls._load_smollm2(dropout, chat_template)
         try:
             adapter = adapters.read_adapter(name, revision=revision, token=token)
         except (OSError, ValueError) as error:
@@ -217,6 +242,14 @@ class Generator:
         return cls(model, tokenizer)
 
     @classmethod
+    def _load_smollm2(cls, dropout: float, chat_template: bool) -> "Generator":
+        model, tokenizer = load_smollm2()
+        _training_config(model.config, dropout)
+        if not chat_template:
+            tokenizer.chat_template = None
+        return cls(model, tokenizer)
+
+    @classmethod
     def from_scratch(
         cls, texts: Iterable[str], *, config: GPT2Config | None = None, vocab_size: int = 8192
     ) -> "Generator":
@@ -227,8 +260,38 @@ class Generator:
         config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
         return cls(GPT2LMHeadModel(_training_config(config, 0.0)), tokenizer)
 
-    @torch.inference_mode()
+    @contextmanager
+    def reading(self) -> Iterator[PreTrainedModel]:
+        """The model to read with: in another precision than float32 one copy, made once for all that is read within.
+
+        What trains the weights must not run inside: the copy would stay what it was.
+        """
+        outer, was_training = self._reader, self.model.training
+        self.model.eval()
+        if outer is None and self.precision == BF16:
+            self._reader = copy.deepcopy(self.model).to(torch.bfloat16)
+        try:
+            yield self._reader or self.model
+        finally:
+            self._reader = outer
+            self.model.train(was_training)
+
     def answer(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        no_answer_threshold: float | None = None,
+        min_new_tokens: int = 0,
+        **how,
+    ) -> list[str]:
+        """The texts of what `write` gives. With a `no_answer_threshold` an answer is "" where silence is more probable than
+        that, and never empty elsewhere."""
+        shortest = min_new_tokens if no_answer_threshold is None else max(1, min_new_tokens)
+        written = self.write(questions, contexts, min_new_tokens=shortest, **how)
+        return [each.kept_above(no_answer_threshold).text for each in written]
+
+    def write(
         self,
         questions: Sequence[str],
         contexts: Sequence[str],
@@ -239,34 +302,23 @@ class Generator:
         min_new_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
         extractive: bool = False,
-        no_answer_threshold: float | None = None,
         progress=iter,
-    ) -> list[str]:
-        """Greedy answers, in the order of the questions; batches are made of prompts of like length.
+    ) -> list[Written]:
+        """Greedy answers, in the order of the questions, each with its certainty, from one pass.
 
-        `min_new_tokens` is transformers' control of decoding, `no_repeat_ngram_size` holds within an answer; 0 = off. An `extractive` answer is a
-        word sequence of the context, "" where there is no context. With a `no_answer_threshold` an answer is "" where writing
-        nothing is more probable than that, and never empty elsewhere.
+        Batches are made of prompts of like length. `min_new_tokens` and `no_repeat_ngram_size` hold within an answer; 0 = off.
+        transformers' `no_repeat_ngram_size` counts the prompt, too, and so forbids copying from the context, which costs four
+        points of EM (docs/results.md). An `extractive` answer is a word sequence of the context, "" where there is no context.
 
-        Raises InputError for a question that does not fit, and for `extractive` with a slow tokenizer.
+        Raises:
+            InputError: a question does not fit, or `extractive` with a slow tokenizer.
         """
         if extractive and not self.tokenizer.is_fast:
             raise InputError(
                 f"--extractive: expected a generator whose tokenizer tells where its tokens stand in a text (a fast one), found "
                 f"{type(self.tokenizer).__name__}. Leave --extractive out, or choose another --generator."
             )
-        if no_answer_threshold is not None:
-            min_new_tokens = max(1, min_new_tokens)
-            nothing = self.no_answer_probabilities(
-                questions, contexts, context_tokens=context_tokens, batch_size=batch_size
-            )
-            silent = nothing > no_answer_threshold
-        limits = {
-            "max_new_tokens": max_new_tokens,
-            "min_new_tokens": min_new_tokens or None,
-            "no_repeat_ngram_size": 0,  # of prompt and answer together, should the model come with such a wish
-            "eos_token_id": self.end,
-        }
+        limits = Limits(max_new_tokens, self.end, min_new_tokens, no_repeat_ngram_size)
         prompts = encode_prompts(
             self.tokenizer,
             questions=questions,
@@ -277,33 +329,16 @@ class Generator:
             layout=self.layout,
         )
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        answers = [""] * len(prompts)
-        was_training = self.model.training
-        self.model.eval()
-        for start in progress(range(0, len(order), batch_size)):
-            rows = order[start : start + batch_size]
-            if extractive:
-                spans = {row: self._spans(prompts[row], questions[row], limits) for row in rows}
-                rows = [row for row in rows if spans[row]]
-            allowed = [spans[row] for row in rows] if extractive else None
-            texts = self._complete([prompts[row] for row in rows], limits, no_repeat_ngram_size, allowed)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
-        self.model.train(was_training)
-        if no_answer_threshold is not None:
-            answers = ["" if quiet else answer for answer, quiet in zip(answers, silent, strict=True)]
+        answers: list[Written | None] = [None] * len(prompts)
+        with self.reading() as model:
+            for start in progress(range(0, len(order), batch_size)):
+                rows = order[start : start + batch_size]
+                spans = [self._spans(prompts[row], questions[row], limits) for row in rows] if extractive else None
+                for row, each in zip(rows, self._complete(model, [prompts[row] for row in rows], limits, spans), strict=True):
+                    answers[row] = each
         return answers
 
-    def no_answer_probabilities(
-        self, questions: Sequence[str], contexts: Sequence[str], *, context_tokens: int, batch_size: int = 32
-    ) -> np.ndarray:
-        """(n,): how probable it is that nothing is written, that is, that EOS comes first."""
-        nothing = [""] * len(questions)
-        return np.exp(
-            self.log_likelihoods(questions, contexts, nothing, context_tokens=context_tokens, batch_size=batch_size)
-        )
-
-    def _spans(self, prompt: list[int], question: str, limits: dict) -> Spans:
+    def _spans(self, prompt: list[int], question: str, limits: Limits) -> Spans:
         """The spans of the context that a prompt holds."""
         context = context_tokens_of(self.tokenizer, prompt, question, self.layout)
         return Spans(
@@ -311,35 +346,18 @@ class Generator:
             self.tokenizer.decode(context, clean_up_tokenization_spaces=False),
             lead=self.layout.lead,
             end=self.end,
-            longest=limits["max_new_tokens"],
-            shortest=limits["min_new_tokens"] or 0,
+            longest=limits.longest,
+            shortest=limits.shortest,
         )
 
     def _complete(
-        self, prompts: list[list[int]], limits: dict, ngram: int, spans: list[Spans] | None = None
-    ) -> list[str]:
+        self, model: PreTrainedModel, prompts: list[list[int]], limits: Limits, spans: list[Spans] | None
+    ) -> list[Written]:
         """What the model writes behind each prompt. Prompts are padded on the left, so all answers start together."""
-        if not prompts:
-            return []
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
-        start = batch["input_ids"].shape[1]
-        output = self.model.generate(
-            **batch,
-            **limits,
-            do_sample=False,
-            prefix_allowed_tokens_fn=spans and allowed_tokens(spans, start),
-            logits_processor=[AnswerRepeats(ngram, start)] if ngram else [],
-        )
-        texts = self.tokenizer.decode(output[:, start:], skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
-
-    @torch.inference_mode()
-    def confidence(
-        self, questions: Sequence[str], contexts: Sequence[str], answers: Sequence[str], *, context_tokens: int
-    ) -> list[float]:
-        """Geometric mean of the probabilities of each answer's tokens, EOS included: 0 (no idea) to 1 (certain)."""
-        likelihoods = self.log_likelihoods(questions, contexts, answers, context_tokens=context_tokens, batch_size=1)
-        return np.exp(likelihoods).tolist()
+        decoded = write_greedily(model, batch["input_ids"], batch["attention_mask"], limits, spans)
+        texts = self.tokenizer.decode([each.tokens for each in decoded], skip_special_tokens=True)
+        return [Written(" ".join(text.split()), each.score, each.silence) for text, each in zip(texts, decoded, strict=True)]
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -365,19 +383,18 @@ class Generator:
             max_length=self.max_length,
             layout=self.layout,
         )
-        was_training = self.model.training
-        losses = TokenLosses(self.model.eval())
         likelihoods = np.zeros(len(examples))
         order = sorted(range(len(examples)), key=lambda row: -len(examples[row].input_ids))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = collate([examples[row] for row in rows], pad_id=self.tokenizer.pad_token_id)
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
-            sums.index_add_(0, batch["rows"], losses(**batch).double())
-            likelihoods[rows] = -(sums / torch.bincount(batch["rows"], minlength=len(rows))).cpu().numpy()
-            progress(len(rows))
-        self.model.train(was_training)
+        with self.reading() as model:
+            losses = TokenLosses(model)
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = collate([examples[row] for row in rows], pad_id=self.tokenizer.pad_token_id)
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                sums = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+                sums.index_add_(0, batch["rows"], losses(**batch).double())
+                likelihoods[rows] = -(sums / torch.bincount(batch["rows"], minlength=len(rows))).cpu().numpy()
+                progress(len(rows))
         return likelihoods
 
     def restore(self, folder: str | Path) -> None:
@@ -442,8 +459,8 @@ def _check_head(model: PreTrainedModel) -> None:
     ids = torch.arange(1, 9).unsqueeze(0) % model.config.vocab_size
     mask = torch.ones_like(ids)
     model.eval()
-    ours = model.get_output_embeddings()(model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state)
-    theirs = model(input_ids=ids, attention_mask=mask).logits
+    ours = TokenLosses(model).logits(ids, torch.arange(ids.numel()), mask)
+    theirs = model(input_ids=ids, attention_mask=mask).logits[0]
     if theirs.isnan().any():
         raise InputError(
             "Expected a generator whose logits are numbers, found NaN: its weights are spoilt, as by a training that diverged. "
@@ -451,8 +468,8 @@ def _check_head(model: PreTrainedModel) -> None:
         )
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
         raise InputError(
-            f"Expected a generator whose logits are its output embeddings applied to its last hidden states; "
-            f"{type(model).__name__} does something more, so its loss would be wrong. Choose another --generator."
+            f"Expected a generator whose logits are its output embeddings applied to its last hidden states, scaled or capped as its "
+            f"configuration says; {type(model).__name__} does something more, so its loss would be wrong. Choose another --generator."
         )
 
 

@@ -18,13 +18,10 @@ from cozyrag.cards import public_settings
 from cozyrag.comparison import Difference, differences, matched, more_than_noise
 from cozyrag.evaluation import SHOWN, summarize
 from cozyrag.finished import FinishedRun, spread
-from cozyrag.generator import Generator
 from cozyrag.pages import render, stylesheet
 from cozyrag.pipeline import CozyRAG
 
 SAMPLES = 24  # questions of the table, as many of each verdict as there are to be had
-SURE_OF = 1000  # answers whose certainty `cozyrag report` looks at
-SURE_OF_AT_ONCE = 200  # and the report that a run writes when it ends
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,12 @@ def report(folder: str | Path, *, latency: int = 0) -> Path:
     """
     pictures.check_plots()
     run = FinishedRun.read(folder)
-    pair = CozyRAG.from_pretrained(folder)
-    scores = certainties(pair.generator, run.examined[run.last], context_tokens=pair.context_tokens, limit=SURE_OF)
-    seconds = measure_latency(pair, run.examined[run.last], latency) if latency else None
-    return write_report(run, scores=scores, seconds=seconds)
+    seconds = measure_latency(CozyRAG.from_pretrained(folder), run.examined[run.last], latency) if latency else None
+    return write_report(run, seconds=seconds)
 
 
-def tell_report(folder: Path, generator: Generator, *, context_tokens: int) -> str:
-    """Write the report when a run ends, with the generator it has, and say where it is; without Matplotlib, how to get it.
+def tell_report(folder: Path) -> str:
+    """Write the report when a run ends and say where it is; without Matplotlib, how to get it.
 
     A report that cannot be made costs the run nothing: the sentence says so.
     """
@@ -64,33 +59,20 @@ def tell_report(folder: Path, generator: Generator, *, context_tokens: int) -> s
     if not pictures.plots_are_possible():
         return f'With pip install "cozyrag[plots]", {again} shows this run as a page with plots.'
     try:
-        run = FinishedRun.read(folder)
-        rows = run.examined[run.last]
-        path = write_report(
-            run, scores=certainties(generator, rows, context_tokens=context_tokens, limit=SURE_OF_AT_ONCE)
-        )
+        path = write_report(FinishedRun.read(folder))
     except (ImportError, OSError) as error:
         return f"No report.html ({error}). {again} tries again."
     return f"{path} shows this run as a page with plots."
 
 
-def certainties(
-    generator: Generator, rows: Sequence[dict], *, context_tokens: int, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(certainty, right), both (n,), of at most `limit` of the examined answers, taken at even distances.
+def certainties(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(certainty, right), both (n,), of the answers of a round; None for a run of a version that did not write certainties down.
 
     Certainty is `Answer.score`: the geometric mean of the probabilities of the answer's tokens.
     """
-    rows = spread(rows, limit)
-    with tqdm(total=len(rows), desc="how sure of its answers", unit="answer") as bar:
-        likelihoods = generator.log_likelihoods(
-            [row["question"] for row in rows],
-            [row["context"] for row in rows],
-            [row["prediction"] for row in rows],
-            context_tokens=context_tokens,
-            progress=bar.update,
-        )
-    return np.exp(likelihoods), np.array([row["em"] for row in rows], dtype=np.float64)
+    if any("score" not in row for row in rows):
+        return None
+    return tuple(np.array([row[name] for row in rows], dtype=np.float64) for name in ("score", "em"))
 
 
 def measure_latency(pair: CozyRAG, rows: Sequence[dict], count: int) -> np.ndarray:
@@ -108,13 +90,12 @@ def measure_latency(pair: CozyRAG, rows: Sequence[dict], count: int) -> np.ndarr
 def write_report(
     run: FinishedRun,
     *,
-    scores: tuple[np.ndarray, np.ndarray] | None = None,
     seconds: np.ndarray | None = None,
 ) -> Path:
     """Write report.html and plots/ into the run's folder.
 
     Args:
-        scores: see `certainties`; seconds: see `measure_latency`. What was not measured is left out.
+        seconds: see `measure_latency`; None: not measured, and left out.
     """
     changes = differences(matched(run.examined[min(run.examined)], run.examined[run.last]))
     text = render(
@@ -125,7 +106,7 @@ def write_report(
         run=run,
         conclusion=_conclusion(run, changes),
         changes={each.metric: each for each in changes},
-        plots=_plots(run, scores, seconds),
+        plots=_plots(run, certainties(run.examined[run.last]), seconds),
         metrics=SHOWN,
         summaries=[(pictures.round_name(each), summarize(run.examined[each])) for each in sorted(run.examined)],
         gates=run.rows("gate"),

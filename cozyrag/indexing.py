@@ -29,7 +29,7 @@ from cozyrag.config import (
 )
 from cozyrag.errors import InputError
 from cozyrag.index import FILES, LISTS, Passages, made_by, write_index
-from cozyrag.int8 import FLOAT32, INT8, check_int8
+from cozyrag.int8 import AUTO, FLOAT32, INT8, check_int8, reading_precision
 from cozyrag.passages import stream_passages
 from cozyrag.quantised import SENTENCE_VECTORS, memory_of, open_vectors
 from cozyrag.retriever import Retriever
@@ -71,7 +71,8 @@ def index(arguments: Sequence[str]) -> None:
     )
     check_int8(options.index_precision, str(accelerator.device), "--index_precision")
     retriever = _load(options, str(accelerator.device))
-    work = _Work(Path(options.output), retriever.fingerprint(), options.index_precision)
+    retriever.precision = reading_precision(accelerator.mixed_precision)
+    work = _Work(Path(options.output), retriever.fingerprint(), retriever.reads_in(options.index_precision))
     if accelerator.is_main_process:
         work.open()
         np.save(work.hashes, _stage(options, work.passages))
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--index_memory", type=bytes_of, metavar="SIZE", help="memory for the index, such as 400MB or 8GB: Flat (exact) if it fits, else SQ8 (a quarter of it), from 100,000 passages on lists of short codes (about a 25th; also faster), else the vectors stay on the disk (exact and slow); default: no limit")  # fmt: skip
     add("--passage_tokens", type=int, default=contexts.passage_tokens, help=f"what the retriever reads of a passage, as in train.py (default: {contexts.passage_tokens})")  # fmt: skip
     add("--encode_batch_size", type=int, default=contexts.encode_batch_size, help=f"passages encoded at once (default: {contexts.encode_batch_size})")  # fmt: skip
-    add("--index_precision", choices=(FLOAT32, INT8), default=contexts.index_precision, help=f"int8: some 1.6 times as fast on a CPU, cosines differ by some 0.005; needs cozyrag[int8] (default: {contexts.index_precision})")  # fmt: skip
+    add("--index_precision", choices=(AUTO, FLOAT32, INT8), default=contexts.index_precision, help=f"auto: bf16 where the machine has it, else float32; int8: some 1.6 times as fast on a CPU, cosines differ by some 0.005; needs cozyrag[int8] (default: {contexts.index_precision})")  # fmt: skip
     add("--shard_size", type=int, default=4096, help="passages after which what is encoded is kept (default: 4096)")
     add("--no_sentence_vectors", action="store_true", help="leave out the vectors of sentences (half precision, some 4 KB a passage): a search by vectors and words then looks at whole passages, and contexts are filtered with vectors made on the fly")  # fmt: skip
     add("--passages_split", default=data.passages_split, help="split, if PASSAGES is a Hub dataset")

@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from cozyrag.errors import InputError
 
-FLOAT32, INT8 = "float32", "int8"
+FLOAT32, BF16, INT8 = "float32", "bf16", "int8"
+AUTO = "auto"  # as the retriever reads everything else
 INPUTS = ("input_ids", "attention_mask")
 OPSET = 17
 
@@ -38,6 +39,11 @@ def check_int8(precision: str, device: str, option: str) -> None:
         raise InputError(
             f"{option} int8: expected the encoder on the CPU, found it on {device}, where float32 is faster than that. Leave the option out."
         )
+
+
+def reading_precision(mixed_precision: str) -> str:
+    """In which precision models read where they train in that one, as Accelerate names it ("no", "bf16", "fp16")."""
+    return BF16 if mixed_precision == "bf16" else FLOAT32
 
 
 @contextmanager

@@ -24,6 +24,7 @@ OURS = (
     "checkpoints",
     "contexts",
     "feedback",
+    "answers",
     "examined",
     "audit.json",
     "generator",

@@ -206,15 +206,13 @@ class CozyRAG:
         self._maker.top_k = k
         chosen = self._maker.chosen(questions, rows, found.vectors)
         contexts = [self._maker.write(kept, ranked) for kept, ranked in zip(chosen, rows, strict=True)]
-        texts = self.generator.answer(
-            questions,
-            contexts,
-            **Decoding.of(self).limits(),
-            no_answer_threshold=self.no_answer_threshold,
-        )
-        sure = self.generator.confidence(questions, contexts, texts, context_tokens=self.context_tokens)
+        written = self.generator.write(questions, contexts, **Decoding.of(self).limits(self.no_answer_threshold is None))
+        written = [each.kept_above(self.no_answer_threshold) for each in written]
         sources = [self._sources(*each) for each in zip(rows, found.scores.tolist(), chosen, strict=True)]
-        return [Answer(*each) for each in zip(texts, sure, contexts, sources, strict=True)]
+        return [
+            Answer(each.text, each.score, context, source)
+            for each, context, source in zip(written, contexts, sources, strict=True)
+        ]
 
     def _sources(self, rows: Sequence[int], scores: Sequence[float], chosen: Sequence[Chosen]) -> tuple[Source, ...]:
         """The passages of one answer, best first, with the places of the sentences that were chosen from each."""

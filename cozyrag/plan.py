@@ -236,11 +236,14 @@ def _retriever_phase(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
 
 
 def _examine(settings: Settings, sizes: Sizes, costs: Costs, looks: int) -> Part:
-    """With --no_answer every examination writes three times and looks at the probability of silence five times."""
-    written, judged = (3, 5) if settings.training.no_answer else (1, 0)
+    """With --no_answer every evaluation writes twice: for the contexts as found, and for those without the answer.
+
+    What is written again after the retriever's phase, of questions whose context has changed, is counted in full.
+    """
+    written = 2 if settings.training.no_answer else 1
     asked = math.ceil(sizes.eval_questions / sizes.processes)
     batches = math.ceil(asked / settings.contexts.answer_batch_size)
-    once = written * costs.answer.seconds(batches, asked) + judged * costs.likelihood * asked
+    once = written * costs.answer.seconds(batches, asked)
     seconds = (once, *[once * looks] * settings.training.rounds)
     return Part("examine", f"{sizes.eval_questions} questions, {looks} times a round", seconds, memory=costs.writing)
 

@@ -66,13 +66,13 @@ class Probe(Subject):
             asked, places = stand_ins(self, columns)
             generator = generator_cost(self, asked, places)
             retriever = retriever_cost(self, asked, places)
-            answer, likelihood, writing = self._answering(columns)
+            answer, writing = self._answering(columns)
             feedback = self._feeding(columns, found.maker) if self.feeds else 0.0
         size = self.settings.contexts.encode_batch_size
         costs = Costs(
             encode=encode, batches=-(-len(order) // size), tokens=self._batch_tokens(order, size), lexical=found.lexical,
             search=found.search, first=found.first, reach=found.reach, weigh=found.weigh, generator=generator, retriever=retriever,
-            feedback=feedback, likelihood=likelihood, answer=answer, write=self._writing(), row_bytes=found.row_bytes,
+            feedback=feedback, answer=answer, write=self._writing(), row_bytes=found.row_bytes,
             sentences=sum(map(len, sentences)) / len(sentences) * len(self.passages.ids), lexical_bytes=found.lexical_bytes,
             writing=writing, exact=min(self.gold, default=0) >= 0 or len(columns["id"]) == len(self.gold),
         )  # fmt: skip
@@ -194,11 +194,10 @@ class Probe(Subject):
 
     # ---- the generator at work
 
-    def _answering(self, columns: dict[str, list]) -> tuple[Line, float, int]:
-        """A batch of answers by its questions, the likelihood of one, and the bytes that writing takes."""
+    def _answering(self, columns: dict[str, list]) -> tuple[Line, int]:
+        """A batch of answers by its questions, and the bytes that writing takes."""
         chosen, share = self.settings.contexts, self.share["answer"]
-        limits = Decoding.of(chosen).limits()
-        limits["min_new_tokens"] = max(chosen.min_answer_tokens, int(self.settings.training.no_answer))
+        limits = Decoding.of(chosen).limits(not self.settings.training.no_answer)
         self.growth.bytes(reset=True)
         rows = sorted(range(len(columns["id"])), key=lambda row: len(columns["context"][row]))
         rows = [rows[place] for place in spread(len(rows))]
@@ -206,7 +205,7 @@ class Probe(Subject):
         def write(count: int, at: int = 0) -> float:
             mine = [rows[(at + each) % len(rows)] for each in range(count)]
             return timed(
-                lambda: self.generator.answer(
+                lambda: self.generator.write(
                     [columns["question"][row] for row in mine],
                     [columns["context"][row] for row in mine],
                     **limits,
@@ -221,16 +220,7 @@ class Probe(Subject):
         while not measured or (time.perf_counter() - begun < share and not is_sure(measured)):
             count = max(1, most // 2) if len(measured) % 3 == 2 else most
             measured.append((count, write(count, at=len(measured) * most)))
-        likelihood = 0.0
-        if self.settings.training.no_answer:
-            mine = rows[: min(len(rows), most)]
-            asked, read = ([columns[name][row] for row in mine] for name in ("question", "context"))
-            likelihood = timed(
-                lambda: self.generator.no_answer_probabilities(
-                    asked, read, context_tokens=chosen.context_tokens, batch_size=chosen.answer_batch_size
-                )
-            )[0] / len(mine)
-        return fit(measured), likelihood, self.growth.bytes(reset=False)
+        return fit(measured), self.growth.bytes(reset=False)
 
     def _feeding(self, columns: dict[str, list], maker: ContextMaker) -> float:
         """Seconds of the generator's feedback for a question."""

@@ -191,7 +191,7 @@ class Retrieval:
                     vectors,
                     fingerprint=fingerprint,
                     sentences=sentences,
-                    precision=self.settings.contexts.index_precision,
+                    precision=self.retriever.reads_in(self.settings.contexts.index_precision),
                 )
         return self.index
 

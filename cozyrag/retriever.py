@@ -6,8 +6,8 @@ It loads, embeds (with gradients) or encodes (without), fingerprints and saves. 
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router
 
 from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
-from cozyrag.int8 import INT8, quantised
+from cozyrag.int8 import AUTO, BF16, FLOAT32, INT8, quantised
 from cozyrag.sentences import SentenceVectors, Span
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -32,6 +32,7 @@ class Retriever:
 
     def __init__(self, model: SentenceTransformer, *, max_tokens: int | None = None):
         self.model = model
+        self.precision = FLOAT32  # in which it reads; the weights that are trained and saved are float32 in any case
         if max_tokens is not None:
             model.max_seq_length = min(max_tokens, model.max_seq_length or max_tokens)
         for name, parameter in model.named_parameters():
@@ -159,13 +160,29 @@ class Retriever:
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
         if not len(texts):
             return np.zeros((0, self.model.get_embedding_dimension()), dtype=np.float32)
-        vectors = encode(list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=progress)
+        with self.casting():
+            vectors = encode(list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=progress)
         _check_finite(vectors)
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
-    def reading_in(self, precision: str) -> AbstractContextManager:
-        """Within it passages are read in that precision, "float32" or "int8" (int8.py), and nothing else is to be read."""
-        return quantised(self._documents) if precision == INT8 else nullcontext()
+    def casting(self) -> AbstractContextManager:
+        """Within it the products are taken in the retriever's precision; one such context casts each weight once."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == BF16 else nullcontext()
+
+    def reads_in(self, precision: str) -> str:
+        """What a wish for a precision comes to: "auto" is the one in which this retriever reads."""
+        return self.precision if precision == AUTO else precision
+
+    @contextmanager
+    def reading_in(self, precision: str) -> Iterator[None]:
+        """Within it passages are read in that precision, "float32", "bf16", "int8" (int8.py) or "auto", and nothing else is to be read."""
+        before, wanted = self.precision, self.reads_in(precision)
+        self.precision = FLOAT32 if wanted == INT8 else wanted
+        try:
+            with quantised(self._documents) if wanted == INT8 else self.casting():
+                yield
+        finally:
+            self.precision = before
 
     @property
     def reads_sentences(self) -> bool:
@@ -195,7 +212,8 @@ class Retriever:
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            made = self._blocks([texts[row] for row in rows], "document", [spans[row] for row in rows])
+            with self.casting():
+                made = self._blocks([texts[row] for row in rows], "document", [spans[row] for row in rows])
             for row, block in zip(rows, torch.cat(made).cpu().split([len(block) for block in made]), strict=True):
                 vectors[row], sentences[row] = block[0].numpy(), block[1:].numpy()
         _check_finite(vectors)

@@ -99,7 +99,9 @@ class Rounds:
             return self.retrieval
         reads = self.settings.contexts.passage_tokens
         device = str(self.accelerator.device)
-        return self._search(Retriever.load(str(self.folder / "retriever"), max_tokens=reads, device=device))
+        saved = Retriever.load(str(self.folder / "retriever"), max_tokens=reads, device=device)
+        saved.precision = self.retriever.precision
+        return self._search(saved)
 
     def _watcher(self, unit: str) -> PhaseWatcher:
         return PhaseWatcher(
@@ -234,16 +236,21 @@ class Rounds:
 
     def _answer(self, contexts: Dataset, threshold: float | None, desc: str) -> tuple[dict, list[dict]]:
         chosen = self.settings.contexts
-        return examine(
+        decoding = Decoding.of(chosen)
+        known = self.caches.answers(self.generator, decoding, may_be_empty=threshold is None)
+        examined = examine(
             self.accelerator,
             self.generator,
             contexts,
             top_k=chosen.top_k,
-            decoding=Decoding.of(chosen),
+            decoding=decoding,
             no_answer_threshold=threshold,
+            known=known,
             batch_size=chosen.answer_batch_size,
             desc=desc,
         )
+        known.keep()
+        return examined
 
     def _choose_threshold(self, contexts: Dataset) -> float:
         """Above which probability of writing nothing the pair shall keep silent, by F1 on the held-out questions.
@@ -255,14 +262,7 @@ class Rounds:
         nothing, gain, answerable = [], [], []
         for table in (contexts, robbed):
             rows = self._answer(table, 1.0, f"round {self.progress.round}: how sure is sure enough?")[1]
-            nothing.append(
-                self.generator.no_answer_probabilities(
-                    table["question"],
-                    table["context"],
-                    context_tokens=self.settings.contexts.context_tokens,
-                    batch_size=self.settings.contexts.answer_batch_size,
-                )
-            )
+            nothing.append([row["silence"] for row in rows])
             gain.append([row["f1"] if table is contexts else 0.0 for row in rows])
             answerable.append([bool(row["answers"]) and table is contexts for row in rows])
         weights = np.repeat([1.0, noise / max(1 - noise, 1e-6)], len(contexts))

@@ -37,7 +37,7 @@ from cozyrag.generator import Generator
 from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
-from cozyrag.int8 import check_int8
+from cozyrag.int8 import check_int8, reading_precision
 from cozyrag.interrupts import Interrupted, Interrupts
 from cozyrag.output import FINISHED, SETTINGS, check_output, clear_output, complete_checkpoints, locked, mark_finished
 from cozyrag.plan import make_plan, plan_table, verdict
@@ -306,6 +306,7 @@ def load_models(
         )
     if settings.training.query_side_only:
         retriever.freeze_documents()
+    generator.precision = retriever.precision = reading_precision(accelerator.mixed_precision)
     generator.model.to(device)
     return generator, retriever
 
@@ -424,5 +425,5 @@ def finish(rounds: Rounds, started: float) -> None:
     if rounds.pusher is not None:
         rounds.log.say(f"Pushed to {rounds.pusher.finish(f'round-{settings.training.rounds}')}")
     if accelerator.is_main_process:  # the report last: whatever happens to it, the run is whole and uploaded
-        rounds.log.say(tell_report(folder, rounds.generator, context_tokens=settings.contexts.context_tokens))
+        rounds.log.say(tell_report(folder))
         mark_finished(folder, settings.training.rounds)

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from cozyrag.errors import InputError
 from cozyrag.lexical import STEMMERS
+from cozyrag.pretrained import SMOLLM2
 
 EMBEDDED = "embedded"
 SCRATCH = "scratch"
@@ -106,9 +107,9 @@ def _check_hub(values: dict) -> None:
     name = values["hub_model_id"]
     if values["push_to_hub"] and not name:
         raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
-    if values["push_to_hub"] and values["lora_rank"] and Path(values["generator"]).is_dir():
+    if values["push_to_hub"] and values["lora_rank"] and _is_here_only(values["generator"]):
         raise InputError(
-            f"--push_to_hub: the adapter of --lora_rank would name the local folder {values['generator']}, which nobody else could load. Name a model "
+            f"--push_to_hub: the adapter of --lora_rank would name {values['generator']}, which PEFT cannot load elsewhere. Name a model "
             "on the Hub, or leave --push_to_hub out and push what `cozyrag merge` makes of the finished run."
         )
     if name:
@@ -116,3 +117,8 @@ def _check_hub(values: dict) -> None:
             validate_repo_id(name)
         except HFValidationError as error:
             raise InputError(f"--hub_model_id: expected user/name, found {name!r} ({error}).") from error
+
+
+def _is_here_only(generator: str) -> bool:
+    """Whether a generator is no model on the Hub under the name that the settings give it."""
+    return generator == SMOLLM2 or Path(generator).is_dir()

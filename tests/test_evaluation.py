@@ -4,6 +4,7 @@ The accelerator, the metrics and the table are real; what each question tells is
 """
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 import cozyrag.evaluation
 from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.evaluation import VERDICTS as VERDICTS_KNOWN
-from cozyrag.evaluation import choose_threshold, examine, summarize, table
-from cozyrag.generator import Decoding
+from cozyrag.evaluation import choose_threshold, examine, prompt_key, summarize, table
+from cozyrag.generator import Decoding, Written
 from cozyrag.metrics import bootstrap_interval
 
 # (answers, prediction, rank of the positive or None, answer in context), top_k is 4
@@ -74,10 +75,12 @@ class FixedAnswers:
     def __init__(self, cases=CASES):
         self.cases, self.asked = cases, []
 
-    def answer(self, questions, contexts, **options):
+    reading = staticmethod(nullcontext)
+
+    def write(self, questions, contexts, **options):
         self.asked.append(list(zip(questions, contexts, strict=True)))
         self.options = options
-        return [self.cases[int(question.split()[1][:-1])][1] for question in questions]
+        return [Written(self.cases[int(question.split()[1][:-1])][1], 0.75, 0.25) for question in questions]
 
 
 def examined(cases=CASES, **options):
@@ -113,7 +116,7 @@ def test_rows_by_hand():
         [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1],
     ]  # fmt: skip
     assert rows[1] == {
-        "id": "q1", "question": "Question 1?", "answers": ["blue river bank"], "prediction": "blue river", "em": 0.0,
+        "id": "q1", "question": "Question 1?", "answers": ["blue river bank"], "prediction": "blue river", "score": 0.75, "silence": 0.25, "em": 0.0,
         "f1": pytest.approx(0.8), "recall@1": 0.0, "recall@5": 1.0, "recall@20": 1.0, "mrr@10": pytest.approx(1 / 3),
         "ndcg@10": pytest.approx(1 / 2), "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader missed",
     }  # fmt: skip
@@ -139,7 +142,6 @@ def test_generator_is_asked_with_the_contexts_and_budgets():
         "min_new_tokens": 0,
         "no_repeat_ngram_size": 0,
         "extractive": False,
-        "no_answer_threshold": None,
         "batch_size": 3,
     }
 
@@ -157,11 +159,41 @@ def test_batches_are_of_like_length_and_the_same_for_any_number_of_processes(mon
     result = examine(Accelerator(cpu=True), alone, table, **OPTIONS)
     lengths = [[len(context) for _, context in batch] for batch in alone.asked]
     assert [length for batch in lengths for length in batch] == sorted(range(8), reverse=True)
-    first = [(number, CASES[number][1]) for number in range(8)]
+    first = [(prompt_key(*each), Written(CASES[at][1], 0.75, 0.25)) for at, each in enumerate(prompts_of(table))]
     monkeypatch.setattr(cozyrag.evaluation, "gather_object", lambda mine: [*first, *mine])
     second = FixedAnswers()
     assert examine(Second(), second, table, **OPTIONS) == result
     assert second.asked == alone.asked[1::2]
+
+
+def prompts_of(table):
+    return list(zip(table["question"], table["context"], strict=True))
+
+
+def test_what_was_written_before_is_not_asked_again():
+    """The same prompt gives the same answer; only prompts that are new go through the generator, and each once."""
+    table, known, generator = contexts_of(CASES), {}, FixedAnswers()
+    first = examine(Accelerator(cpu=True), generator, table, known=known, **OPTIONS)
+    assert len(known) == 8 and len(generator.asked) == 3
+    assert examine(Accelerator(cpu=True), generator, table, known=known, **OPTIONS) == first
+    assert len(generator.asked) == 3  # not a single pass
+    changed = [f"Another context {number}." if number in (2, 5) else text for number, text in enumerate(table["context"])]
+    other = Dataset.from_dict(table[:] | {"context": changed}, features=CONTEXT_FEATURES)
+    _, rows = examine(Accelerator(cpu=True), generator, other, known=known, **OPTIONS)
+    assert sorted(generator.asked[3]) == [("Question 2?", "Another context 2."), ("Question 5?", "Another context 5.")]
+    assert len(generator.asked) == 4 and [row["context"] for row in rows] == changed
+    twice = Dataset.from_dict({name: column + column for name, column in table[:].items()}, features=CONTEXT_FEATURES)
+    generator = FixedAnswers()
+    assert len(examine(Accelerator(cpu=True), generator, twice, **OPTIONS)[1]) == 16
+    assert sum(map(len, generator.asked)) == 8
+
+
+def test_silence_above_the_threshold_is_taken_from_the_same_answers():
+    known, generator = {}, FixedAnswers()
+    for threshold, expected in ((0.3, "the red fox!"), (0.2, "")):
+        _, rows = examine(Accelerator(cpu=True), generator, contexts_of(CASES), known=known, no_answer_threshold=threshold, **OPTIONS)  # fmt: skip
+        assert rows[0]["prediction"] == expected
+    assert len(generator.asked) == 3 and generator.options["min_new_tokens"] == 1
 
 
 def test_summary_is_made_of_the_rows():

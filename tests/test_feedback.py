@@ -63,10 +63,10 @@ def test_each_number_is_that_of_its_question_and_its_passage(generator, table, t
     for row in range(1, 7):
         for place, passage in enumerate(contexts[row]["rows"][:2]):
             context = maker.context(contexts[row]["question"], [passage])
-            (sure,) = generator.confidence(
+            (alone,) = generator.log_likelihoods(
                 [contexts[row]["question"]], [context], [contexts[row]["answers"][0]], context_tokens=64
             )
-            assert np.exp(likelihoods[row, place]) == pytest.approx(sure, rel=1e-4)
+            assert likelihoods[row, place] == pytest.approx(alone, rel=1e-4)
 
 
 def test_likelihoods_are_read_again_until_a_weight_or_the_table_changes(generator, table, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 import cozyrag.rounds
+from cozyrag.caches import Answers
 from cozyrag.fingerprints import weights_fingerprint
-from cozyrag.gate import judge
-from cozyrag.generator import Generator
+from cozyrag.gate import Verdict, judge
+from cozyrag.generator import Generator, Written
 from cozyrag.index import made_by
 from cozyrag.retriever import Retriever
 from cozyrag.run import train
@@ -130,6 +132,38 @@ def test_a_generator_that_took_no_step_is_not_examined_again(run, monkeypatch):
     assert len(looked) == 2 and [row["model"] for row in rows] == ["retriever"]  # before the round and after it
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """How many questions each evaluation of the run puts to the generator."""
+    counts, write = [], Generator.write
+    monkeypatch.setattr(Generator, "write", lambda self, texts, *rest, **options: counts.append(len(texts)) or write(self, texts, *rest, **options))  # fmt: skip
+    return counts
+
+
+def test_answers_of_the_same_weights_to_the_same_prompts_are_written_once(run, asked, monkeypatch):
+    """Before, after the generator's phase, and no more: the retriever stays, so the last evaluation knows every answer."""
+    monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
+    run("on", "--generator_steps", "1")
+    assert asked == [16, 16]
+
+
+def test_answers_of_a_generator_that_was_rolled_back_are_known(run, asked, monkeypatch):
+    monkeypatch.setattr(cozyrag.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model))
+    monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
+    monkeypatch.setattr(cozyrag.rounds, "judge", lambda before, after: Verdict(False, 1.0, 0.0, (0.0, 0.0), 1.0))
+    run("on", "--rounds", "2")
+    assert asked == [16, 16]  # the second round spoils it in the same way
+
+
+def test_a_resumed_run_finds_its_answers_again(run, asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
+    run("on", "--generator_steps", "1")
+    again = Answers(Accelerator(cpu=True), next((tmp_path / "out" / "answers").iterdir()))
+    assert len(again) == 16 and all(isinstance(each, Written) for each in again.values())
+    again.path.write_text("{")
+    assert len(Answers(Accelerator(cpu=True), again.path)) == 0  # a damaged file is none
+
+
 def test_a_spoiled_generator_is_taken_back(run, monkeypatch, generator_path):
     untouched = weights_fingerprint(Generator.load(str(generator_path)).model)
     real = cozyrag.rounds.examine
@@ -138,9 +172,10 @@ def test_a_spoiled_generator_is_taken_back(run, monkeypatch, generator_path):
         """The real examination, except that the untouched generator answers everything right."""
         if weights_fingerprint(generator.model) == untouched:
             right = dict(zip(contexts["question"][:], (answers[0] for answers in contexts["answers"][:]), strict=True))
-            monkeypatch.setattr(generator, "answer", lambda asked, *rest, **more: [right[text] for text in asked])
-        elif "answer" in vars(generator):
-            monkeypatch.delattr(generator, "answer")
+            given = lambda asked, *rest, **more: [Written(right[text], 1.0, 0.0) for text in asked]  # noqa: E731
+            monkeypatch.setattr(generator, "write", given)
+        elif "write" in vars(generator):
+            monkeypatch.delattr(generator, "write")
         return real(accelerator, generator, contexts, **options)
 
     monkeypatch.setattr(cozyrag.rounds, "examine", examine)

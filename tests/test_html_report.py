@@ -100,7 +100,7 @@ def run(tmp_path_factory, pair_folder):
     pair = CozyRAG.from_pretrained(folder)
     asked = [f"What colour is the fox {number}?" for number in (0, 12, 24)]
     rows = [
-        examined.row(number, em=0, question=question, prediction=answer.text, context=answer.context)
+        examined.row(number, em=0, question=question, prediction=answer.text, context=answer.context, score=answer.score)
         for number, (question, answer) in enumerate(zip(asked, pair.answers(asked), strict=True))
     ]
     return examined.write_run(folder, [rows])
@@ -108,10 +108,13 @@ def run(tmp_path_factory, pair_folder):
 
 def test_certainty_is_the_score_of_the_answer(run):
     pair, rows = CozyRAG.from_pretrained(run), FinishedRun.read(run).examined[0]
-    scores, right = certainties(pair.generator, rows, context_tokens=pair.context_tokens, limit=10)
+    scores, right = certainties(rows)
     assert scores.tolist() == pytest.approx([pair.answer(row["question"]).score for row in rows], rel=1e-4)
     assert right.tolist() == [0, 0, 0]
-    assert len(certainties(pair.generator, rows, context_tokens=pair.context_tokens, limit=2)[0]) == 2
+
+
+def test_a_run_of_an_older_version_has_no_certainties():
+    assert certainties([examined.row(0, em=1)]) is None
 
 
 def test_latency_is_measured_question_by_question(run):
@@ -132,9 +135,8 @@ def test_the_command_measures_and_writes(run):
 
 
 def test_a_run_that_ends_tells_where_its_report_is(run):
-    pair = CozyRAG.from_pretrained(run)
     (run / "report.html").unlink(missing_ok=True)
-    told = tell_report(run, pair.generator, context_tokens=60)
+    told = tell_report(run)
     assert told == f"{run / 'report.html'} shows this run as a page with plots." and (run / "report.html").exists()
     assert (run / "plots" / "calibration.png").exists() and not (run / "plots" / "latency.png").exists()
 
@@ -144,13 +146,13 @@ def test_a_report_that_cannot_be_written_costs_the_run_nothing(run, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(html_report, "write_report", full)
-    told = tell_report(run, CozyRAG.from_pretrained(run).generator, context_tokens=60)
+    told = tell_report(run)
     assert told.startswith("No report.html ([Errno 28] No space left") and f"`cozyrag report {run}`" in told
 
 
 def test_without_matplotlib_a_run_says_how_to_get_it_and_the_command_refuses(run, monkeypatch):
     monkeypatch.setattr(pictures, "plots_are_possible", lambda: False)
-    assert tell_report(run, None, context_tokens=60).startswith('With pip install "cozyrag[plots]"')
+    assert tell_report(run).startswith('With pip install "cozyrag[plots]"')
     with pytest.raises(InputError, match=r"cozyrag\[plots\]"):
         report(run)
 

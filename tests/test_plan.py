@@ -112,7 +112,7 @@ SIZES = Sizes(
 COSTS = Costs(
     encode=Line(1, 0.01), batches=8, tokens=1000, lexical=0.5, search=0.002, first=0.0, reach=3.0, weigh=0.01,
     generator=Phase(30, 100, 120, Line(0.5, 0.001), 900, 7_000), retriever=Phase(25, 50, 60, Line(0, 0.02), 800, 9_000, ending=2),
-    feedback=0.1, likelihood=0.01, answer=Line(1, 0.02), write=1e-5, row_bytes=100, sentences=2000, lexical_bytes=5_000,
+    feedback=0.1, answer=Line(1, 0.02), write=1e-5, row_bytes=100, sentences=2000, lexical_bytes=5_000,
     writing=3_000, exact=True, peak=0, spent=1,
 )  # fmt: skip
 
