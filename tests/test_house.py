@@ -31,7 +31,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes", "rows", "reading", "lexical", "quantised", "sharding", "int8"),
+    ("files", "processes", "rows", "reading", "lexical", "quantised", "sharding", "int8", "precision"),
     (
         "tables",
         "prompts",
