@@ -10,7 +10,10 @@ from cozyrag.audit import audit_corpus, audit_table, brief, examples_alike, part
 from cozyrag.config import Settings, parse_settings
 from cozyrag.errors import InputError
 from cozyrag.files import write_json
+from cozyrag.precision import MEASURED
 from cozyrag.run import load_tables, make_accelerator
+
+TRAINING_ONLY = {"mixed_precision", MEASURED}  # an audit may be made on another machine, and trains nothing
 
 
 def audit_settings(arguments: list[str]) -> None:
@@ -49,7 +52,8 @@ def saved_settings(folder: Path) -> Settings:
             f"Expected settings.json in {folder.absolute()}, found none: this is no output folder of a run. Name one, or give settings."
         )
     saved = json.loads(path.read_text(encoding="utf-8"))
-    return parse_settings([word for name, value in saved.items() for word in _as_arguments(name, value)])
+    told = {name: value for name, value in saved.items() if name not in TRAINING_ONLY}
+    return parse_settings([word for name, value in told.items() for word in _as_arguments(name, value)])
 
 
 def _as_arguments(name: str, value: object) -> list[str]:

@@ -17,6 +17,7 @@ from cozyrag.curves import draw_curves
 from cozyrag.embedded import shipped_folder
 from cozyrag.hardware import energy_sentence, machine_sentence
 from cozyrag.index import made_by
+from cozyrag.precision import MEASURED, told
 from cozyrag.pretrained import BASE as SMOLLM2_BASE
 from cozyrag.pretrained import SMOLLM2
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
@@ -77,6 +78,7 @@ def write_cards(
         "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
         "times": times,
         "machine": machine_sentence(run["machine"]),
+        "precision": f"{told(run['precision']['name'])}, {run['precision']['reason']}" if "precision" in run else "",
         "energy": energy_sentence(run["machine"], seconds),
         "versions": ", ".join(f"{name} {version}" for name, version in run["machine"]["versions"].items()),
         "settings": _settings_rows(settings),
@@ -220,11 +222,11 @@ def _data_lines(settings: Mapping, run: Mapping) -> str:
 
 
 def public_settings(settings: Mapping) -> dict:
-    """Settings to be shown: those that are set, without where the run lay and went to."""
+    """Settings to be shown: those that are set, without where the run lay and went to, and what was measured for them."""
     return {
         name: _public(value)
         for name, value in settings.items()
-        if value is not None and not name.startswith("hub_") and name != "output_dir"
+        if value is not None and not name.startswith("hub_") and name not in ("output_dir", MEASURED)
     }
 
 

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from cozyrag.embedded import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.errors import InputError
+from cozyrag.precision import MEASURED, asked_at_launch
 from cozyrag.sharding import launched
 from cozyrag.values import EMBEDDED, QUICKSTART, check_values
 
@@ -241,7 +242,9 @@ class TrainingSettings:
         "linear", "How the learning rate goes on after the warm-up."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, "Precision of the arithmetic. None: what accelerate launch was told, else no."
+        None,
+        "Precision of the arithmetic in training; no is float32. None: bf16 or fp16 where accelerate launch was told so (its no cannot be told from nothing "
+        "said), else what fits the machine: bf16 on a GPU that has it, and on a CPU that has it where it is measured to be faster; float32 everywhere else.",
     )
     gate: Literal["on", "off"] = setting(
         "on",
@@ -371,6 +374,7 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
     del leftovers  # only --config, already used
     settings = Settings(*groups)
     settings.training.generator_sharding = settings.training.generator_sharding or launched(os.environ)
+    settings.training.mixed_precision = settings.training.mixed_precision or asked_at_launch(os.environ)
     check_values(settings.to_dict())
     return settings
 
@@ -396,6 +400,8 @@ def _read_yaml(path: Path) -> dict:
         where = f"{path}, line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
             raise InputError(f"{where}: expected the name of a setting, found a {key.id}. See --help.")
+        if key.value == MEASURED:  # settings.json of a run, given as a file of settings
+            continue
         if key.value not in NAMES:
             raise InputError(f"{where}: unknown setting {key.value!r}{_did_you_mean(key.value)}. See --help.")
         if key.value in found:

@@ -27,6 +27,7 @@ from transformers import GPT2Config
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import search_shards
+from cozyrag.precision import Precision, fitting, measure_products, told
 
 OLDEST_PYTHON = (3, 11)
 NEEDED_MEMORY = (
@@ -54,7 +55,7 @@ class Machine:
     """What `probe` saw. memory, disk: free bytes. openmp: names of the OpenMP runtimes that torch and FAISS loaded.
 
     hub: why it cannot be asked, "" where it answered. losses: before and after the steps of the self-test. faiss_agrees:
-    whether FAISS finds what NumPy finds.
+    whether FAISS finds what NumPy finds. rates: of matrix products in (float32, bf16), GFLOP/s. precision: what a run would take.
     """
 
     system: str
@@ -72,6 +73,8 @@ class Machine:
     hub: str
     losses: tuple[float, float]
     faiss_agrees: bool
+    rates: tuple[float, float]
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def examine_machine(folder: str = ".", *, endpoint: str | None = None) -> Iterat
 def probe(folder: str, *, endpoint: str) -> Machine:
     """The machine as it is. FAISS is used before the runtimes are counted, so that its own is loaded."""
     faiss_agrees, losses = try_faiss(), try_training()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rates = measure_products(device)
     return Machine(
         system=platform.system(),
         python=tuple(sys.version_info[:3]),
@@ -121,6 +126,8 @@ def probe(folder: str, *, endpoint: str) -> Machine:
         hub=ask_hub(endpoint),
         losses=losses,
         faiss_agrees=faiss_agrees,
+        rates=rates,
+        precision=fitting(device, rates),
     )
 
 
@@ -194,6 +201,7 @@ def judge(machine: Machine) -> list[Finding]:
         _extras(machine),
         _hub(machine),
         _faiss(machine),
+        _arithmetic(machine),
         _training(machine),
     ]
 
@@ -269,6 +277,14 @@ def _faiss(machine: Machine) -> Finding:
         remedy = "Reinstall it: pip install --force-reinstall --no-deps faiss-cpu"
         return Finding("FAISS", "does not find the nearest vectors", remedy, stops=True)
     return Finding("FAISS", "finds what NumPy finds")
+
+
+def _arithmetic(machine: Machine) -> Finding:
+    """How fast it is in both precisions, and which one training takes; why, where the rates do not tell."""
+    shown = [f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" for rate in machine.rates]
+    why = "" if machine.precision.ratio else f", {machine.precision.reason}"
+    found = f"float32 {shown[0]}, bf16 {shown[1]} GFLOP/s; training takes {told(machine.precision.name)}{why}"
+    return Finding("arithmetic", found)
 
 
 def _training(machine: Machine) -> Finding:

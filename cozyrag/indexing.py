@@ -31,6 +31,8 @@ from cozyrag.errors import InputError
 from cozyrag.index import FILES, LISTS, Passages, made_by, write_index
 from cozyrag.int8 import AUTO, FLOAT32, INT8, check_int8, reading_precision
 from cozyrag.passages import stream_passages
+from cozyrag.precision import fitting
+from cozyrag.processes import main_decides
 from cozyrag.quantised import SENTENCE_VECTORS, memory_of, open_vectors
 from cozyrag.retriever import Retriever
 from cozyrag.rows import SHOWN, BadRows, no_rows
@@ -71,7 +73,7 @@ def index(arguments: Sequence[str]) -> None:
     )
     check_int8(options.index_precision, str(accelerator.device), "--index_precision")
     retriever = _load(options, str(accelerator.device))
-    retriever.precision = reading_precision(accelerator.mixed_precision)
+    retriever.precision = reading_precision(main_decides(accelerator, lambda: fitting(accelerator.device.type).name))
     work = _Work(Path(options.output), retriever.fingerprint(), retriever.reads_in(options.index_precision))
     if accelerator.is_main_process:
         work.open()

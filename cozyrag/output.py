@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from cozyrag.errors import InputError
 from cozyrag.files import NEXT, OLD, PARTIAL, write_json, writing
+from cozyrag.precision import asked_at_launch
 from cozyrag.processes import main_decides
 
 LOCK = ".lock"
@@ -82,7 +83,9 @@ def check_output(folder: Path, settings: Mapping) -> bool:
             "another folder if this one holds something."
         )
     if settings["resume"] or (begun and saved and not (folder / FINISHED).exists()):
-        check_changes(json.loads((folder / SETTINGS).read_text(encoding="utf-8")), settings, settings["resume_anyway"])
+        before = settings_before(folder)
+        asked = settings["mixed_precision"] or before["mixed_precision"]  # what nobody asks for stays as it was
+        check_changes(before, {**settings, "mixed_precision": asked}, settings["resume_anyway"])
         return True
     if content:
         held = "a finished run" if begun else f"{content[0]!r}{' and more' if len(content) > 1 else ''}"
@@ -91,6 +94,16 @@ def check_output(folder: Path, settings: Mapping) -> bool:
             "Give another folder, --resume to go on with that run, or --overwrite_output_dir to replace it."
         )
     return False
+
+
+def settings_before(folder: Path) -> dict:
+    """The settings of the run in the folder, flat, and what was measured for them.
+
+    Runs that left the precision out once took what accelerate launch was told, else float32.
+    """
+    before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    asked = before.get("mixed_precision") or asked_at_launch(os.environ) or "no"
+    return before | {"mixed_precision": asked}
 
 
 def _nothing_saved(folder: Path) -> bool:

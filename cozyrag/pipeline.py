@@ -5,6 +5,7 @@ Left out: training, evaluation, and any way to change the pair.
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from cozyrag.files import NEXT
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex
+from cozyrag.int8 import reading_precision
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.network import HUB_FAULTS, explain, patiently
+from cozyrag.precision import fitting
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
 from cozyrag.search import Searcher, Weights
@@ -125,6 +128,8 @@ class CozyRAG:
         no_answer_threshold: float | None = None,
     ):
         self.generator = generator
+        self._read = ExitStack()
+        self._read.enter_context(generator.reading())  # one copy of the weights for all questions
         self.retriever = retriever
         self.index = index
         lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)
@@ -158,12 +163,21 @@ class CozyRAG:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, revision: str | None = None, token: str | None = None, device: str | None = None
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str | None = None,
+        precision: str | None = None,
     ) -> "CozyRAG":
         """Load what train.py left in a folder, or what was pushed as `user/name`.
 
         From the Hub come the generator at `revision` (a branch, a tag such as round-1, a commit; None: the newest) and the
         retriever and the index at the exact revisions that it names. What was fetched once loads without the network.
+
+        Args:
+            precision: in which the generator reads, "float32" or "bf16"; None: bf16 where the machine has it and it is faster.
 
         Raises:
             InputError: nothing usable under that name, or generator, retriever and index are not of one pair.
@@ -179,6 +193,7 @@ class CozyRAG:
                 "runs. Copy the whole folder again, or train again."
             )
         generator.model.to(device).eval()
+        generator.precision = precision or reading_precision(fitting(torch.device(device).type).name)
         retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
         found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]
         index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)

@@ -17,8 +17,8 @@ import datasets
 import faiss
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
@@ -39,8 +39,18 @@ from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
 from cozyrag.int8 import check_int8, reading_precision
 from cozyrag.interrupts import Interrupted, Interrupts
-from cozyrag.output import FINISHED, SETTINGS, check_output, clear_output, complete_checkpoints, locked, mark_finished
+from cozyrag.output import (
+    FINISHED,
+    SETTINGS,
+    check_output,
+    clear_output,
+    complete_checkpoints,
+    locked,
+    mark_finished,
+    settings_before,
+)
 from cozyrag.plan import make_plan, plan_table, verdict
+from cozyrag.precision import MEASURED, Precision, agreed, check_asked, choose
 from cozyrag.processes import main_decides
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
@@ -66,18 +76,20 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
     if settings.output.plan:
         return show_plan(settings)
     folder = Path(settings.output.output_dir)
-    check_output(folder, settings.to_dict())
-    accelerator, interrupts = _training_accelerator(settings), Interrupts()
+    going_on = check_output(folder, settings.to_dict()) and complete_checkpoints(folder)
+    kept = Precision.began_with(settings_before(folder)) if going_on else None
+    accelerator, precision = _training_accelerator(settings, kept)
+    interrupts = Interrupts()
     try:
         with locked(accelerator, folder), interrupts.watched(), _peers_lost():
-            finish(train_rounds(accelerator, settings, interrupts), started)
+            finish(train_rounds(accelerator, settings, interrupts, precision), started)
     except Interrupted as interrupted:
         for tracker in accelerator.trackers:
             tracker.finish()
         raise Interrupted(interrupted.number, _how_to_go_on(folder)) from None
 
 
-def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Interrupts) -> Rounds:
+def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Interrupts, precision: Precision) -> Rounds:
     """All rounds of a new run, or those that are left of the one in the output folder."""
     folder = Path(settings.output.output_dir)
     going_on = main_decides(accelerator, lambda: check_output(folder, settings.to_dict()))
@@ -89,14 +101,14 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
     newest, warnings = checkpoints.newest() if going_on else (None, [])
     progress = checkpoints.read(newest, anyway=settings.output.resume_anyway) if newest else Progress()
     generator, retriever = load_models(accelerator, settings, corpus, newest)
-    open_output(accelerator, settings, progress if newest else None)
+    open_output(accelerator, settings, progress if newest else None, precision)
     rounds = Rounds(
         accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest,
         interrupts=interrupts, pusher=pusher,
     )  # fmt: skip
     for warning in warnings:
         rounds.log.say(warning)
-    announce(rounds, going_on)
+    announce(rounds, going_on, precision)
     audit_leaks(rounds)
     if settings.training.rounds and not newest:
         self_test(rounds)
@@ -134,6 +146,7 @@ def doctor(arguments: list[str] | None = None) -> None:
     """`cozyrag doctor` with settings: load what a run would load, test its loss terms, write nothing."""
     settings = parse_settings(arguments)
     accelerator = make_accelerator(settings)
+    check_asked(settings.training.mixed_precision, accelerator.device.type)
     corpus = load_tables(accelerator, settings)
     generator, retriever = load_models(accelerator, settings, corpus, None)
     started = time.perf_counter()
@@ -153,46 +166,80 @@ def plan(arguments: list[str] | None = None, *, description: str | None = None) 
 
 def show_plan(settings: Settings) -> None:
     """Load what a run would load, probe it, and print seconds, memory and disk of each part."""
-    accelerator = _training_accelerator(settings)
+    accelerator, precision = _training_accelerator(settings)
     corpus = load_tables(accelerator, settings)
     generator, retriever = load_models(accelerator, settings, corpus, None)
     made = make_plan(accelerator, settings, corpus, generator, retriever)
-    accelerator.print(f"{plan_table(made)}\n\n{verdict(made)}\nProbed in {made.costs.spent:.0f} s; nothing is trained.")
+    accelerator.print(
+        f"{plan_table(made)}\n\n{verdict(made)}\nProbed in {made.costs.spent:.0f} s, {precision.sentence()}; nothing is trained."
+    )
 
 
-def _training_accelerator(settings: Settings) -> Accelerator:
-    accelerator = make_accelerator(settings)
-    sharding, precision = settings.training.generator_sharding, accelerator.mixed_precision
-    check_sharding(sharding, processes=accelerator.num_processes, precision=precision)
+def _training_accelerator(settings: Settings, kept: Precision | None = None) -> tuple[Accelerator, Precision]:
+    """The Accelerator of a run, and the precision of its training, which then stands in the settings.
+
+    kept: what an interrupted run began with. Raises InputError as make_accelerator does.
+    """
+    state = _start_processes(settings)
+    precision = _agree_on_precision(state.device.type, settings.training.mixed_precision, kept)
+    settings.training.mixed_precision = precision.name
+    accelerator = _make_accelerator(settings, state)
+    sharding = settings.training.generator_sharding
+    check_sharding(sharding, processes=accelerator.num_processes, precision=accelerator.mixed_precision)
     check_int8(settings.contexts.index_precision, str(accelerator.device), "--index_precision")
-    return accelerator
+    return accelerator, precision
+
+
+def _agree_on_precision(device: str, asked: str | None, kept: Precision | None) -> Precision:
+    """One precision for all processes. Raises InputError on each of them if one of them refuses."""
+    choice, fault = None, None
+    with _peers_lost():
+        kept = broadcast_object_list([kept])[0]  # the main process has the folder
+        try:
+            choice = choose(device, asked, kept)
+        except InputError as error:
+            fault = str(error)
+        told = gather_object([(choice, fault)])
+    refuse(fault for _, fault in told)
+    return agreed([choice for choice, _ in told])
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    """The Accelerator of the run: CPU where there is no GPU, the trackers asked for, and threads that use the machine.
+    """The Accelerator of what trains nothing: CPU where there is no GPU, the trackers asked for, and threads that use the machine.
 
     Raises:
         InputError: several processes were asked for but would not work together, or the precision cannot be had here.
     """
+    state = _start_processes(settings)
+    check_asked(settings.training.mixed_precision, state.device.type, emulated=True)
+    return _make_accelerator(settings, state)
+
+
+def _start_processes(settings: Settings) -> PartialState:
+    """The processes of this launch, which can talk to each other from here on, and the threads of each.
+
+    An Accelerator takes the state over as it finds it, so that they can agree on its precision before it is made.
+    """
     training = settings.training
     os.environ.pop(LAUNCHED, None)  # the settings have it: Accelerate itself would split the retriever, too
-    cpu = training.use_cpu or not torch.accelerator.is_available()
+    cpu = training.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if "MASTER_PORT" in os.environ and "RANK" not in os.environ:
         raise InputError(
             "Expected several processes, but accelerate launch started one without a rank (it does so for `--cpu --num_processes N` and for "
             "MULTI_CPU): it would train alone. Use `accelerate launch --config_file accelerate_configs/cpu_ddp.yaml train.py`."
         )
-    if "fp16" in (training.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")) and cpu:
-        raise InputError(
-            "--mixed_precision fp16: expected a GPU, found only the CPU. Use no (or bf16 on a CPU that has it)."
-        )
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    _set_threads(training.threads)
+    return state
+
+
+def _make_accelerator(settings: Settings, state: PartialState) -> Accelerator:
     accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=training.mixed_precision,
+        cpu=state.device.type == "cpu",
+        mixed_precision=settings.training.mixed_precision,
         log_with=wanted_trackers(settings.output.report_to) or None,
         project_dir=settings.output.output_dir,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
         raise InputError(
@@ -204,10 +251,9 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"Expected a launch that leaves splitting to --generator_sharding, found {accelerator.distributed_type.value}, which would split models that are "
             f"examined and saved whole between phases. Use {CONFIGS}, which splits what ZeRO-2 does; for a large generator --lora_rank 16 helps, too."
         )
-    _set_threads(training.threads)
     transformers.utils.logging.disable_progress_bar()  # "Loading weights" and the like: ours say more
     datasets.disable_progress_bars()
-    set_seed(training.seed)
+    set_seed(settings.training.seed)
     return accelerator
 
 
@@ -246,7 +292,9 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
     )
 
 
-def open_output(accelerator: Accelerator, settings: Settings, resumed: Progress | None) -> None:
+def open_output(
+    accelerator: Accelerator, settings: Settings, resumed: Progress | None, precision: Precision
+) -> None:
     """Clear the output folder unless a run is gone on with, put a pair there that was saved but not in its place, start the trackers."""
     output, folder = settings.output, Path(settings.output.output_dir)
 
@@ -256,7 +304,7 @@ def open_output(accelerator: Accelerator, settings: Settings, resumed: Progress 
                 clear_output(folder)
             switch(folder)
             (folder / FINISHED).unlink(missing_ok=True)
-            write_json(folder / SETTINGS, settings.to_dict())
+            write_json(folder / SETTINGS, settings.to_dict() | {MEASURED: precision.facts()})
 
     main_decides(accelerator, prepare)
     start_trackers(
@@ -331,7 +379,7 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     return generator
 
 
-def announce(rounds: Rounds, going_on: bool) -> None:
+def announce(rounds: Rounds, going_on: bool, precision: Precision) -> None:
     """Say what is about to happen, in a few lines."""
     settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
     sizes = [
@@ -342,10 +390,10 @@ def announce(rounds: Rounds, going_on: bool) -> None:
     rounds.log.say(
         f"CoZyRAG: {len(corpus.questions)} questions to train on, {len(corpus.eval_questions)} to examine with, {len(corpus.passages)} passages.\n"
         f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters); "
-        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each, "
-        f"precision {accelerator.mixed_precision}; {settings.training.rounds} rounds into {settings.output.output_dir}."
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each; "
+        f"{settings.training.rounds} rounds into {settings.output.output_dir}.\n{precision.sentence()}."
     )
-    record_facts(rounds)
+    record_facts(rounds, precision)
     if settings.models.generator == SCRATCH:
         rounds.log.say(
             "Note: a generator from scratch has never read a word. From a few thousand questions it learns what answers look like, not how to find "
@@ -355,8 +403,8 @@ def announce(rounds: Rounds, going_on: bool) -> None:
         rounds.log.say(f"{rounds.folder} holds this run, interrupted. Going on from {rounds.resumed_from.name}.")
     elif going_on:
         rounds.log.say(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting anew.")
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        rounds.log.say("Note: bf16 on a CPU without native support for it is two to three times slower than float32.")
+    if precision.note:
+        rounds.log.say(f"Note: {precision.note}")
 
 
 def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
@@ -374,7 +422,7 @@ def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
         write_json(rounds.folder / "audit.json", found)
 
 
-def record_facts(rounds: Rounds) -> None:
+def record_facts(rounds: Rounds, precision: Precision) -> None:
     """A row of metrics.jsonl that says what the run works on and with; the cards tell it. A resumed run has it already."""
     if rounds.log.holds(kind="run"):
         return
@@ -383,7 +431,8 @@ def record_facts(rounds: Rounds) -> None:
     machine = machine_facts(
         processes=accelerator.num_processes, threads=torch.get_num_threads(), device=accelerator.device.type
     )
-    rounds.log.record({"kind": "run"} | sizes | {"machine": machine})
+    computed = {"name": precision.name} | precision.facts()
+    rounds.log.record({"kind": "run"} | sizes | {"machine": machine, "precision": computed})
 
 
 def self_test(rounds: Rounds) -> None:

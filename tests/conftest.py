@@ -45,6 +45,16 @@ def seeded_test(seeded_module):
     seed_everything()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def machine_without_bf16():
+    """What is computed does not depend on the machine: tests of the precision put in machines of their own."""
+    import cozyrag.precision
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cozyrag.precision, "native_bf16", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def generator_path(tmp_path_factory):
     """Checkpoint folder of the tiny generator."""
@@ -119,7 +129,8 @@ def short_run(corpus_files, generator_path, retriever_path):
     models = ["--generator", str(generator_path), "--retriever", str(retriever_path)]
     small = (
         "--rounds 1 --generator_steps 5 --retriever_steps 3 --generator_batch_size 8 --retriever_batch_size 8 --context_tokens 48 --top_k 2 "
-        "--answer_tokens 4 --threads 1 --logging_steps 2 --generator_learning_rate 1e-3 --retriever_learning_rate 1e-3 --feedback_weight 0.5"
+        "--answer_tokens 4 --threads 1 --logging_steps 2 --generator_learning_rate 1e-3 --retriever_learning_rate 1e-3 --feedback_weight 0.5 "
+        "--mixed_precision no"
     )
     return [*files, *models, *small.split()]
 

@@ -39,7 +39,7 @@ SEVERAL = 60.0  # seconds in which the mates of a killed process must end
 SMALL = (
     "--generator_batch_size 8 --retriever_batch_size 16 --top_k 3 --context_tokens 64 --answer_tokens 6 --rounds 2 "
     "--generator_learning_rate 3e-3 --retriever_learning_rate 1e-3 --generator_epochs 2 --feedback_weight 0.5 --context_noise 0.2 "
-    "--index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1 --push_to_hub --hub_model_id someone/tiny"
+    "--index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1 --push_to_hub --hub_model_id someone/tiny --mixed_precision no"
 ).split()
 TIMES = ("seconds", "rate")
 

@@ -37,6 +37,13 @@ MACHINE = {
     "gpus": [],
     "versions": {"cozyrag": "0.1.0", "torch": "2.13.0"},
 }
+PRECISION = {
+    "name": "bf16",
+    "float32_gflops": 197.0,
+    "bf16_gflops": 846.0,
+    "ratio": 4.29,
+    "reason": "a product of matrices is 4.3 times as fast as in float32 (846 against 197 GFLOP/s)",
+}
 TIMES = "| seconds | index | examine |\n|---|---:|---:|\n| before | 1.5 | 2.5 |\n\nPeak memory: 0.50 GiB."
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", flags=re.DOTALL)
 
@@ -68,7 +75,7 @@ def drawing(request, monkeypatch):
 
 def rows(*examinations):
     """metrics.jsonl of a run of one round."""
-    run = {"kind": "run", "questions": 64, "eval_questions": 8, "passages": 40, "machine": MACHINE}
+    run = {"kind": "run", "questions": 64, "eval_questions": 8, "passages": 40, "machine": MACHINE, "precision": PRECISION}
     steps = [
         {"kind": "step", "round": 1, "phase": phase, "step": step, "loss": 2.0 - step / 10}
         for phase in ROLES
@@ -101,6 +108,14 @@ def test_a_card_is_whole(role, tmp_path):
     expected = (Path(__file__).parent / "cards" / f"{role}.md").read_text(encoding="utf-8")
     expected = expected.replace("SETTINGS", "\n".join(f"| {name} | {value} |" for name, value in told(settings)))
     assert (tmp_path / role / "README.md").read_text(encoding="utf-8") == expected
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_run_from_before_there_was_a_choice_tells_no_precision(role, tmp_path):
+    run, *rest = rows(BEFORE, AFTER)
+    del run["precision"]
+    text = str(card(tmp_path, role, metrics=[run, *rest]))
+    assert "Precision" not in text and "Python 3.11.0.\n\nEnergy" in text
 
 
 def told(settings):

@@ -11,8 +11,9 @@ import pytest
 from cozyrag import cli, environment
 from cozyrag.environment import EXTRAS, Machine, ask_hub, free_memory, judge, openmp_runtimes
 from cozyrag.errors import InputError
+from cozyrag.precision import Precision
 
-FIT = Machine(system="Linux", python=(3, 11, 7), torch="2.13.0+cpu", torch_cuda=False, nvidia=False, openmp=("libgomp-a.so.1", "libgomp-b.so.1"), duplicates_allowed=False, cores=4, threads_asked="4", memory=8e9, disk=90e9, missing=(), hub="", losses=(5.6, 2.9), faiss_agrees=True)  # fmt: skip
+FIT = Machine(system="Linux", python=(3, 11, 7), torch="2.13.0+cpu", torch_cuda=False, nvidia=False, openmp=("libgomp-a.so.1", "libgomp-b.so.1"), duplicates_allowed=False, cores=4, threads_asked="4", memory=8e9, disk=90e9, missing=(), hub="", losses=(5.6, 2.9), faiss_agrees=True, rates=(197.2, 846.4), precision=Precision("bf16", "so fast", 197.2, 846.4))  # fmt: skip
 
 
 def test_nothing_is_said_against_a_machine_that_is_fit():
@@ -41,6 +42,22 @@ def test_each_fact_that_is_amiss_has_one_finding_with_its_remedy(facts, what, re
     said = [finding for finding in judge(replace(FIT, **facts)) if finding.remedy]
     assert [(finding.what, finding.stops) for finding in said] == [(what, stops)]
     assert remedy in said[0].remedy and str(said[0]).startswith("FAULT" if stops else "note")
+
+
+@pytest.mark.parametrize(
+    ("rates", "precision", "told"),
+    [
+        ((197.2, 846.4), Precision("bf16", "so fast", 197.2, 846.4), "float32 197, bf16 846 GFLOP/s; training takes bf16"),
+        (
+            (43.8, 0.99),
+            Precision("no", "this processor has no native bf16"),
+            "float32 44, bf16 1.0 GFLOP/s; training takes float32, this processor has no native bf16",
+        ),
+    ],
+)
+def test_the_rates_of_both_precisions_are_told_and_which_one_training_takes(rates, precision, told):
+    (finding,) = [f for f in judge(replace(FIT, rates=rates, precision=precision)) if f.what == "arithmetic"]
+    assert str(finding) == f"ok     arithmetic: {told}"
 
 
 def test_a_mac_that_allows_two_runtimes_is_fit():
@@ -102,6 +119,7 @@ def test_the_command_looks_at_this_machine_and_learns(arguments, monkeypatch, ca
     cli.main()
     said = capsys.readouterr().out
     assert "ok     training: the loss of a tiny model goes from" in said and "ok     FAISS: finds" in said
+    assert "ok     arithmetic: float32 " in said
     assert "HF_HUB_OFFLINE is set" in said and "Nothing stands in the way" in said
 
 

@@ -31,7 +31,7 @@ TIERS = (
         "curves",
         "interrupts",
     ),
-    ("files", "processes", "rows", "reading", "lexical", "quantised", "sharding", "int8", "greedy", "pretrained"),
+    ("files", "processes", "rows", "reading", "lexical", "quantised", "sharding", "int8", "greedy", "pretrained", "precision"),
     (
         "tables",
         "prompts",

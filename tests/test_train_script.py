@@ -92,6 +92,8 @@ def settings(corpus_files, generator_path, retriever_path):
         "steps",
         "--refresh_steps",
         2,
+        "--mixed_precision",
+        "no",
     ]
 
 

@@ -1,0 +1,350 @@
+"""Which precision a run takes, on machines that are put in: the hardware and its rates are faked, the arithmetic never is."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from short_run import at_step, rows, send
+
+from cozyrag import auditing, cli, precision, run
+from cozyrag.cards import public_settings
+from cozyrag.config import parse_settings
+from cozyrag.errors import InputError
+from cozyrag.interrupts import Interrupted
+from cozyrag.precision import MEASURED, Precision, agreed, asked_at_launch, choose, fitting, native_bf16
+from cozyrag.run import train
+
+REASON = "a product of matrices is 4.3 times as fast as in float32 (846 against 197 GFLOP/s)"
+FAST = Precision("bf16", REASON, 197.0, 846.0)
+FACTS = {"float32_gflops": 197.0, "bf16_gflops": 846.0, "ratio": 4.29, "reason": REASON}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Put in a machine: whether it has bf16, and the rates of its products; gives a list that grows with each measurement."""
+
+    def put_in(native, rates=None):
+        measured = []
+        monkeypatch.setattr(precision, "native_bf16", lambda device: native)
+        monkeypatch.setattr(precision, "measure_products", lambda device="cpu": measured.append(device) or rates)
+        return measured
+
+    return put_in
+
+
+@pytest.fixture
+def own_state():
+    """Accelerate keeps the precision of a process's first Accelerator; a test that takes another one starts and leaves without."""
+    AcceleratorState._reset_state()
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state()
+
+
+# ---- the hardware
+
+
+@pytest.mark.parametrize(
+    ("processor", "says", "native"),
+    [
+        ("x86_64", set(), False),
+        ("x86_64", {"_is_mkldnn_bf16_supported"}, False),  # AVX-512 without bf16
+        ("x86_64", {"_is_mkldnn_bf16_supported", "_is_avx512_bf16_supported"}, True),
+        ("AMD64", {"_is_mkldnn_bf16_supported", "_is_amx_tile_supported"}, True),
+        ("x86_64", {"_is_avx512_bf16_supported"}, False),
+        ("aarch64", {"_is_mkldnn_bf16_supported"}, True),
+        ("arm64", set(), False),
+    ],
+)
+def test_a_processor_has_bf16_where_onednn_and_the_instructions_say_so(processor, says, native, monkeypatch):
+    monkeypatch.setattr(precision.platform, "machine", lambda: processor)
+    monkeypatch.setattr(precision, "_says", lambda owner, name: name in says)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert native_bf16("cpu") is native
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert native_bf16("cpu") is False
+
+
+def test_a_question_that_a_version_of_pytorch_lacks_is_answered_with_no():
+    class Old:
+        _has = staticmethod(lambda: True)
+
+    assert precision._says(Old, "_has") is True and precision._says(Old, "_gone") is False
+    assert precision._says(torch.ops.mkldnn, "_no_such_question") is False
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_is_asked_without_emulation(native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and not including_emulation)
+    assert native_bf16("cuda") is native
+
+
+# ---- the measurement, on a clock that products move
+
+
+@pytest.mark.parametrize(
+    ("gflops", "size"),
+    [({torch.float32: 197.0, torch.bfloat16: 846.0}, 2048), ({torch.float32: 40.0, torch.bfloat16: 0.5}, 256)],
+)
+def test_rates_are_those_of_large_products_and_of_small_ones_where_large_ones_would_take_long(
+    gflops, size, monkeypatch
+):
+    now, sizes = [0.0], []
+
+    def product(rows, kind, device):
+        seconds = 2 * rows**3 / gflops[kind] / 1e9
+        now[0] += seconds
+        sizes.append(rows)
+        return seconds
+
+    monkeypatch.setattr(precision, "_product_seconds", product)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: now[0])
+    assert precision.measure_products() == pytest.approx((gflops[torch.float32], gflops[torch.bfloat16]))
+    assert sizes[-1] == size and now[0] < 1.5
+
+
+def test_products_are_computed_and_take_time():
+    assert precision._product_seconds(8, torch.bfloat16, "cpu") > 0
+
+
+# ---- the choice
+
+
+def test_a_processor_without_bf16_computes_in_float32_and_nothing_is_measured(machine):
+    measured = machine(False, (100.0, 900.0))
+    found = fitting("cpu")
+    assert found == Precision("no", "this processor has no native bf16") and measured == []
+    assert found.sentence() == "precision float32: this processor has no native bf16"
+    assert found.facts() == {"float32_gflops": None, "bf16_gflops": None, "ratio": None, "reason": found.reason}
+
+
+def test_a_processor_with_bf16_takes_it_where_it_pays(machine):
+    measured = machine(True, (197.0, 846.0))
+    found = fitting("cpu")
+    assert found == FAST and found.facts() == FACTS and len(measured) == 1
+    assert found.sentence() == f"precision bf16: {REASON}"
+    assert fitting("cpu", (200.0, 300.0)).name == "bf16" and len(measured) == 1
+    slow = fitting("cpu", (200.0, 290.0))
+    assert slow.name == "no" and slow.ratio == 1.45
+    assert "in bf16 a product of matrices is only 1.4 times as fast (290 against 200 GFLOP/s)" in slow.sentence()
+
+
+def test_a_gpu_takes_bf16_where_it_has_it_unmeasured_and_other_devices_do_not(machine):
+    measured = machine(True)
+    assert fitting("cuda").sentence() == "precision bf16: this GPU has it natively"
+    assert fitting("mps").name == "no" and measured == []
+    machine(False)
+    assert fitting("cuda").sentence() == "precision float32: this GPU has no native bf16"
+
+
+def test_what_is_asked_for_is_taken_unmeasured(machine):
+    measured = machine(True)
+    for device, asked in (("cpu", "bf16"), ("cpu", "no"), ("cuda", "bf16"), ("cuda", "fp16")):
+        assert choose(device, asked) == Precision(asked, "as asked for")
+    assert measured == []
+    machine(False)
+    assert choose("cpu", "no").note == "" and choose("mps", "bf16").note == ""
+    assert "emulated" in choose("cuda", "bf16").note  # works, and says so
+
+
+def test_emulated_bf16_is_refused_on_a_cpu_unless_it_is_allowed(machine, monkeypatch):
+    machine(False)
+    with pytest.raises(InputError, match="--mixed_precision bf16: expected .*found .*two to three times slower.*Leave it out"):
+        choose("cpu", "bf16")
+    monkeypatch.setenv("COZYRAG_ALLOW_EMULATED_BF16", "1")
+    assert "emulated" in choose("cpu", "bf16").note
+    with pytest.raises(InputError, match="--mixed_precision fp16: expected a GPU"):
+        choose("cpu", "fp16")
+
+
+KEPT_FLOAT32 = Precision("no", "this processor has no native bf16", kept=True)
+KEPT_BF16 = Precision("bf16", REASON, 197.0, 846.0, kept=True)
+
+
+@pytest.mark.parametrize(
+    ("kept", "native", "rates", "note"),
+    [
+        (KEPT_BF16, True, (197.0, 846.0), ""),
+        (KEPT_BF16, True, (100.0, 120.0), ""),  # not much, and no loss
+        (KEPT_BF16, True, (100.0, 90.0), "bf16 is slower than float32 here (90 against 100 GFLOP/s)"),
+        (KEPT_BF16, False, None, "bf16 is only emulated here"),
+        (KEPT_FLOAT32, False, None, ""),
+        (KEPT_FLOAT32, True, (197.0, 846.0), f"bf16 would be faster here ({REASON})"),
+    ],
+)
+def test_an_interrupted_run_keeps_its_precision_and_says_where_it_is_slow(kept, native, rates, note, machine):
+    machine(native, rates)
+    found = choose("cpu", None, kept)
+    assert (found.name, found.facts()) == (kept.name, kept.facts())
+    assert found.note.startswith(note) and bool(found.note) == bool(note)
+    assert found.sentence().endswith("kept, as the run began with it")
+    with pytest.raises(InputError, match="fp16"):
+        choose("cpu", None, Precision("fp16", "as asked for", kept=True))
+
+
+def test_processes_take_bf16_only_together_and_tell_the_least_gain():
+    float32, faster = Precision("no", "this processor has no native bf16"), Precision("bf16", "so fast", 100.0, 900.0)
+    assert agreed([FAST, float32]) == agreed([float32, FAST]) == float32
+    assert agreed([faster, FAST]) == agreed([FAST, faster]) == FAST
+    slow = Precision("bf16", "as asked for", note="slow.")
+    assert agreed([Precision("bf16", "as asked for"), slow]).note == "slow."
+
+
+@pytest.mark.parametrize("said", [None, "no", "NO", "bf16", "fp16", "fp8"])
+def test_no_from_accelerate_launch_asks_for_nothing(said, monkeypatch):
+    environment = {} if said is None else {"ACCELERATE_MIXED_PRECISION": said}
+    asked = None if said in (None, "no", "NO") else said
+    assert asked_at_launch(environment) == asked
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    own = ["--questions", "own.tsv"]
+    assert parse_settings(own).training.mixed_precision == asked
+    assert parse_settings([*own, "--mixed_precision", "no"]).training.mixed_precision == "no"
+
+
+# ---- in a run
+
+
+@pytest.fixture
+def auto(short_run):
+    """A short run that leaves the precision open."""
+    at = short_run.index("--mixed_precision")
+    return [*short_run[:at], *short_run[at + 2 :]]
+
+
+def settings_of(out):
+    return json.loads((out / "settings.json").read_text())
+
+
+def test_a_run_takes_what_fits_and_notes_it_everywhere(auto, machine, own_state, tmp_path, capsys):
+    out = tmp_path / "out"
+    machine(True, (197.0, 846.0))
+    train([*auto, "--output_dir", str(out), "--rounds", "0"])
+    screen = capsys.readouterr().out
+    assert f"\nprecision bf16: {REASON}.\n" in screen and "Note: bf16" not in screen
+    assert settings_of(out)["mixed_precision"] == "bf16" and settings_of(out)[MEASURED] == FACTS
+    assert rows(out, "run")[0]["precision"] == {"name": "bf16"} | FACTS
+    card = (out / "generator" / "README.md").read_text()
+    assert f"\nPrecision of training: bf16, {REASON}.\n" in card
+    assert "| mixed_precision | bf16 |" in card and MEASURED not in card
+
+
+def test_a_machine_without_bf16_changes_nothing(auto, machine, tmp_path, capsys):
+    out = tmp_path / "out"
+    machine(False)
+    train([*auto, "--output_dir", str(out), "--rounds", "0"])
+    screen = capsys.readouterr().out
+    assert "\nprecision float32: this processor has no native bf16.\n" in screen and "Note: bf16" not in screen
+    assert settings_of(out)["mixed_precision"] == "no"
+
+
+@pytest.fixture
+def interrupted(auto, machine, own_state, tmp_path):
+    """Give a function that begins a run in an output folder and ends it in its generator phase."""
+
+    def begin(native, rates, *more):
+        machine(native, rates)
+        with pytest.MonkeyPatch.context() as patched:
+            at_step(patched, 2, send(15), "generator_step")
+            with pytest.raises(Interrupted):
+                train([*auto, "--output_dir", str(tmp_path / "out"), *more])
+        own_state()
+        return tmp_path / "out"
+
+    return begin
+
+
+def test_an_interrupted_run_goes_on_in_bf16_on_a_machine_without_it(auto, interrupted, machine, capsys):
+    out = interrupted(True, (197.0, 846.0))
+    machine(False)
+    with pytest.raises(InputError, match=r"mixed_precision \(was 'bf16', now 'no'\)"):
+        train([*auto, "--output_dir", str(out), "--mixed_precision", "no"])
+    capsys.readouterr()
+    train([*auto, "--output_dir", str(out)])
+    screen = capsys.readouterr().out
+    assert "precision bf16: kept, as the run began with it." in screen and "Note: bf16 is only emulated here" in screen
+    assert settings_of(out)["mixed_precision"] == "bf16" and settings_of(out)[MEASURED] == FACTS
+    assert (out / "finished.json").exists()
+
+
+def test_an_interrupted_run_goes_on_in_float32_on_a_machine_with_bf16(auto, interrupted, machine, monkeypatch, capsys):
+    out = interrupted(False, None)
+    saved = settings_of(out)
+    assert saved["mixed_precision"] == "no"
+    del saved[MEASURED]  # as it was written before there was a choice
+    (out / "settings.json").write_text(json.dumps(saved | {"mixed_precision": None}))
+    machine(True, (197.0, 846.0))
+    with pytest.raises(InputError, match=r"mixed_precision \(was 'no', now 'bf16'\)"):
+        train([*auto, "--output_dir", str(out), "--mixed_precision", "bf16"])
+    train([*auto, "--output_dir", str(out)])
+    screen = capsys.readouterr().out
+    assert "precision float32: kept, as the run began with it." in screen and "Note: bf16 would be faster here" in screen
+    assert settings_of(out)["mixed_precision"] == "no"
+
+
+def test_an_old_run_that_accelerate_launch_told_bf16_goes_on_in_it(auto, interrupted, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    out = interrupted(True, None)
+    (out / "settings.json").write_text(json.dumps(settings_of(out) | {"mixed_precision": None}))
+    train([*auto, "--output_dir", str(out)])
+    assert settings_of(out)["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("way", ["setting", "launcher"])
+def test_bf16_on_a_processor_without_it_ends_with_a_sentence_and_nothing_is_written(
+    way, auto, machine, tmp_path, monkeypatch, capsys
+):
+    machine(False)
+    arguments = [*auto, "--output_dir", str(tmp_path / "out")]
+    if way == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    else:
+        arguments += ["--mixed_precision", "bf16"]
+    for command in ("train", "plan", "doctor"):
+        monkeypatch.setattr("sys.argv", ["cozyrag", command, *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "--mixed_precision bf16: expected a processor with native bf16, found one without" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_that_refuses_stops_all_and_one_without_bf16_decides(machine, monkeypatch):
+    machine(True, (197.0, 846.0))
+    slow = Precision("no", "this processor has no native bf16")
+    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, (slow, None)])
+    assert run._agree_on_precision("cpu", None, None) == slow
+    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, (None, "refused there")])
+    with pytest.raises(InputError, match="refused there"):
+        run._agree_on_precision("cpu", None, None)
+
+
+def test_processes_that_do_not_see_the_folder_keep_what_the_main_process_keeps(machine, monkeypatch):
+    machine(False)
+    monkeypatch.setattr(run, "broadcast_object_list", lambda mine: [KEPT_BF16])
+    assert run._agree_on_precision("cpu", None, None).name == "bf16"
+
+
+def test_the_plan_probes_in_the_precision_of_the_run_and_names_it(auto, machine, own_state, tmp_path, monkeypatch, capsys):
+    machine(True, (197.0, 846.0))
+    probed = []
+    made = run.make_plan
+    monkeypatch.setattr(
+        run, "make_plan", lambda accelerator, *rest: probed.append(accelerator.mixed_precision) or made(accelerator, *rest)
+    )
+    run.plan([*auto, "--output_dir", str(tmp_path / "out")])
+    assert probed == ["bf16"] and f"precision bf16: {REASON}; nothing is trained." in capsys.readouterr().out
+
+
+# ---- who reads settings.json
+
+
+def test_what_was_measured_is_no_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr("cozyrag.precision.native_bf16", lambda device: False)
+    settings = parse_settings(["--questions", "own.tsv", "--mixed_precision", "bf16"]).to_dict() | {MEASURED: FACTS}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert MEASURED not in public_settings(settings)
+    assert parse_settings(["--config", str(tmp_path / "settings.json")]).training.mixed_precision == "bf16"
+    audited = auditing.saved_settings(tmp_path)  # trains nothing, so it is not refused on a machine without bf16
+    assert audited.training.mixed_precision is None and audited.data.questions == "own.tsv"
+    run.make_accelerator(audited)
