@@ -87,6 +87,11 @@ def generator_steps(lengths: Sequence[int], settings: TrainingSettings, round_nu
     )
 
 
+def generator_step_count(examples: int, settings: TrainingSettings) -> int:
+    """How many steps a generator phase over so many examples takes."""
+    return len(generator_steps([1] * examples, settings, 1))
+
+
 def generator_lesson(
     accelerator: Accelerator, generator: Generator, examples: Sequence[Example], settings: TrainingSettings
 ) -> tuple[torch.nn.Module, Callable[..., dict[str, float]]]:

@@ -26,6 +26,7 @@ from cozyrag.sharding import is_split
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states
 PYTHON = 72  # bytes of a row number and its score, once they stand in Python lists
+SHARE_OF_PEAK = 0.7  # of the rate of products of matrices that training reaches on a CPU
 SHORTER = {  # settings that make a part shorter
     "index": "--passage_tokens, --query_side_only, --rounds, or fewer --passages",
     "weigh searches": "--retrieval dense, --rounds",
@@ -279,6 +280,17 @@ def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
         "save", f"{total} checkpoints, {min(limit, total)} kept", tuple(costs.write * b for b in (before, *[each] * rounds)),
         disk=pair + max(kept * pair + with_states, min(limit, total) * pair + pair + index),
     )  # fmt: skip
+
+
+def rough_generator_seconds(weights: int, *, trained: int, asked: int, tokens: int, rate: float) -> float:
+    """Seconds that a generator takes to learn and to answer, from nothing but a product of matrices; see `make_plan` for more.
+
+    Args:
+        weights: those that multiply every token, without the embeddings. trained, asked: examples that it learns from, and
+            questions that it answers. tokens: of each. rate: of matrix products, in GFLOP/s.
+    """
+    passes = 3 * trained + asked  # forward and backward; forward
+    return 2 * weights * tokens * passes / (SHARE_OF_PEAK * rate * 1e9)
 
 
 # ---- how it is told

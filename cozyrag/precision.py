@@ -106,6 +106,11 @@ def measure_products(device: str = "cpu") -> tuple[float, float]:
     return _rate(torch.float32, device), _rate(torch.bfloat16, device)
 
 
+def float32_rate(device: str = "cpu") -> float:
+    """Rate of matrix products in float32, in GFLOP/s, in a tenth of a second."""
+    return _rate(torch.float32, device)
+
+
 def _rate(kind: torch.dtype, device: str) -> float:
     size = SMALLEST
     _product_seconds(size, kind, device)  # the first one also makes its kernel

@@ -34,6 +34,7 @@ from cozyrag.evaluation import examples
 from cozyrag.files import switch, write_json, writing
 from cozyrag.fingerprints import tables_fingerprint
 from cozyrag.generator import Generator
+from cozyrag.generator_phase import generator_step_count
 from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
@@ -49,8 +50,8 @@ from cozyrag.output import (
     mark_finished,
     settings_before,
 )
-from cozyrag.plan import make_plan, plan_table, verdict
-from cozyrag.precision import MEASURED, Precision, agreed, check_asked, choose
+from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
+from cozyrag.precision import MEASURED, Precision, agreed, check_asked, choose, float32_rate
 from cozyrag.processes import main_decides
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
@@ -66,6 +67,8 @@ LOST = (
     "Timed out waiting",
 )
 SPLITTING = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}  # every model of a run
+QUESTION_TOKENS = 30  # of a question, its cues and its answer, beside the context
+LONG = 300  # seconds of the generator's part that are told before it begins
 PATIENCE = timedelta(minutes=30)  # for a process that others wait for: more than the longest act that one does alone
 
 
@@ -405,6 +408,30 @@ def announce(rounds: Rounds, going_on: bool, precision: Precision) -> None:
         rounds.log.say(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting anew.")
     if precision.note:
         rounds.log.say(f"Note: {precision.note}")
+    if accelerator.device.type == "cpu" and precision.name == "no":
+        _tell_how_long(rounds)
+
+
+def _tell_how_long(rounds: Rounds) -> None:
+    """On a CPU without bf16: about how long the generator will take, where that is more than some minutes, and what is shorter."""
+    settings, training = rounds.settings, rounds.settings.training
+    generator = rounds.generator.model
+    steps = generator_step_count(len(rounds.corpus.questions), training)
+    rate = float32_rate()
+    seconds = rough_generator_seconds(
+        sum(p.numel() for p in generator.parameters()) - generator.get_input_embeddings().weight.numel(),
+        trained=training.rounds * steps * training.generator_batch_size,
+        asked=(1 + training.rounds) * len(rounds.corpus.eval_questions),
+        tokens=settings.contexts.context_tokens + QUESTION_TOKENS,
+        rate=rate,
+    )
+    if seconds < LONG:
+        return
+    small = "--generator embedded (some 3 minutes, right in 3 answers of 10)" if settings.data.questions == QUICKSTART else "--max_questions"
+    rounds.log.say(
+        f"Note: this takes about {told_time(seconds / max(1, rounds.accelerator.num_processes))} for the generator alone, in float32 at {rate:.0f} GFLOP/s. Shorter: {small} or "
+        f"fewer --generator_steps ({steps} a round); `cozyrag plan` measures every part."
+    )
 
 
 def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
