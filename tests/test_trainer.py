@@ -14,6 +14,7 @@ from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.generator_phase import generator_step, train_generator
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
+from cozyrag.micro_batches import Cut
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import Retriever, texts_and_sentences
@@ -257,7 +258,7 @@ def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, g
             max_length=generator.max_length,
         )
         loss = generator_step(
-            accelerator, TokenLosses(generator.model), examples, pad_id=generator.tokenizer.pad_token_id, pieces=cut
+            accelerator, TokenLosses(generator.model), examples, pad_id=generator.tokenizer.pad_token_id, cut=Cut(cut)
         )
         found.append((loss, gradients(generator.model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
@@ -305,7 +306,7 @@ def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_piece
     terms = retriever_terms(
         chosen, positives=positives, candidates=candidates, likelihoods=likelihoods, sentences=sentences
     )
-    found = retriever_step(accelerator, ours, asked, texts, terms, pieces=pieces, spans=sentences.spans)
+    found = retriever_step(accelerator, ours, asked, texts, terms, cut=Cut(pieces), spans=sentences.spans)
     told = {"contrastive": contrastive.item(), "sentence": sentence.item(), "feedback": feedback.item()}
     assert found == pytest.approx({"loss": loss.item()} | told, abs=1e-5)
     expected, got = gradients(plain.model), gradients(ours.model)
@@ -480,7 +481,7 @@ def test_accumulation_pieces_do_not_change_the_gradient_of_penalties(accelerator
         penalties = Penalties(repeats=0.3, keywords=0.5, shortness=0.2, ngram=1)
         module = PenalizedLosses(generator.model, penalties=penalties, eos=generator.tokenizer.eos_token_id)
         pad = generator.tokenizer.pad_token_id
-        told = generator_step(accelerator, module, examples, pad_id=pad, pieces=cut, weights=penalties.weights)
+        told = generator_step(accelerator, module, examples, pad_id=pad, cut=Cut(cut), weights=penalties.weights)
         found.append((told, gradients(generator.model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     for name, gradient in found[0][1].items():
