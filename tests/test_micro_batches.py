@@ -36,7 +36,7 @@ def test_by_tokens_rows_of_like_length_are_of_equal_number():
 
 def test_a_long_row_goes_alone_and_does_not_cut_the_others_smaller():
     assert micro_batches([10, 10, 10, 10, 100], Cut(tokens=40)) == [[0, 1, 2, 3], [4]]
-    assert micro_batches([10] * 5 + [100], Cut(tokens=30), processes=2) == [[0, 1, 2], [3, 4], [5], []]
+    assert micro_batches([10] * 5 + [100] * 2, Cut(tokens=50), processes=2) == [[0, 1, 2, 3, 4], [5], [6], []]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 300), st.integers(1, 4))
