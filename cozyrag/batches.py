@@ -32,7 +32,7 @@ def plan_steps(
 
     Args:
         lengths: (n_rows,) length of each row in tokens.
-        batch_size: rows of one optimizer step, over all processes and accumulation pieces.
+        batch_size: rows of one optimizer step, over all processes and micro-batches.
         epochs: passes over the rows, may be a fraction; `max_steps` caps the number of steps (None = no cap).
 
     Returns:

@@ -33,7 +33,10 @@ class Progress:
         pending: [loss, terms, seconds a row] of the steps since the last log line.
         spent: seconds already spent on the part that is under way, by its name.
         bad_steps: steps in a row whose loss was no number.
-        pieces: in how many pieces a phase's steps are worked through, by phase, where memory did not do for fewer.
+        pieces: in how many micro-batches a phase's steps are worked through, by phase, where memory did not do for fewer and the
+            number is not chosen automatically.
+        cuts: tokens of the micro-batches of a phase, and how many have room (`Cut`), by phase, as chosen when the run began: what is
+            free when it goes on must not change its rounding.
     """
 
     round: int = 0
@@ -45,6 +48,7 @@ class Progress:
     spent: dict[str, float] = field(default_factory=dict)
     bad_steps: int = 0
     pieces: dict[str, int] = field(default_factory=dict)
+    cuts: dict[str, dict] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -53,7 +57,7 @@ class Progress:
 
     def following(self, round_number: int, phase: str) -> "Progress":
         """The beginning of the phase that comes after this one."""
-        return Progress(round_number, phase, steps_so_far=self.steps_so_far, pieces=self.pieces)
+        return Progress(round_number, phase, steps_so_far=self.steps_so_far, pieces=self.pieces, cuts=self.cuts)
 
 
 class Checkpoints:

@@ -164,7 +164,7 @@ class TrainingSettings:
         None, "Most optimizer steps of each generator phase. 0 leaves the generator as it is."
     )
     generator_batch_size: int = setting(
-        32, "Questions of one generator step, over all processes and accumulation pieces."
+        32, "Questions of one generator step, over all processes and micro-batches."
     )
     generator_learning_rate: float = setting(1e-4, "Peak learning rate of the generator (AdamW).")
     context_noise: float = setting(
@@ -225,9 +225,10 @@ class TrainingSettings:
     keyword_penalty: float = setting(0.0, "Weight of the penalty on the question's keywords in answers. 0: off.")
     short_penalty: float = setting(0.0, "Weight of the penalty on answers that end too soon. 0: off.")
     short_tokens: int = setting(3, "What counts as too soon, in tokens; never more than the reference answer has.")
-    gradient_accumulation_steps: int = setting(
-        1,
-        "Pieces in which each process works through its share of a step: more pieces need less memory and give the same result.",
+    gradient_accumulation_steps: int | None = setting(
+        None,
+        "Micro-batches in which each process works through its share of a step: more of them need less memory and give the same result. None: "
+        "as many as memory asks for, by the tokens in them.",
     )
     generator_sharding: Literal["none", "shard_grad_op", "full_shard"] | None = setting(
         None,

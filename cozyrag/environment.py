@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -26,6 +25,7 @@ from transformers import GPT2Config
 
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
+from cozyrag.hardware import CGROUP, free_memory
 from cozyrag.index import search_shards
 from cozyrag.precision import Precision, fitting, measure_products, told
 
@@ -120,7 +120,7 @@ def probe(folder: str, *, endpoint: str) -> Machine:
         duplicates_allowed=os.environ.get("KMP_DUPLICATE_LIB_OK", "").upper() in ("TRUE", "1"),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         threads_asked=os.environ.get("OMP_NUM_THREADS", ""),
-        memory=free_memory(Path("/sys/fs/cgroup")),
+        memory=free_memory(CGROUP),
         disk=shutil.disk_usage(folder).free,
         missing=tuple(extra for extra, module in EXTRAS.items() if importlib.util.find_spec(module) is None),
         hub=ask_hub(endpoint),
@@ -137,15 +137,6 @@ def openmp_runtimes(maps: Path) -> tuple[str, ...]:
         return ()
     found = re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*)$", maps.read_text(encoding="utf-8"), re.MULTILINE)
     return tuple(sorted({Path(path).name for path in found}))
-
-
-def free_memory(cgroup: Path) -> float:
-    """Bytes that this process may still take: those of the machine, or those of its container where they are fewer."""
-    free = psutil.virtual_memory().available
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most) - int(used.read_text()))
-    return max(free, 0)
 
 
 def ask_hub(endpoint: str) -> str:
@@ -245,7 +236,7 @@ def _threads(machine: Machine) -> Finding:
 def _memory(machine: Machine) -> Finding:
     found = f"{machine.memory / 1e9:.1f} GB free"
     if machine.memory < NEEDED_MEMORY:
-        remedy = f"A run with the default models takes about {NEEDED_MEMORY / 1e9:.0f} GB: close programs, give --gradient_accumulation_steps 4 or --generator embedded, and see what `cozyrag plan` says"
+        remedy = f"A run with the default models takes about {NEEDED_MEMORY / 1e9:.0f} GB: close programs or give --generator embedded, and see what `cozyrag plan` says"
         return Finding("memory", found, remedy)
     return Finding("memory", found)
 

@@ -1,8 +1,8 @@
 """The generator phase: what it learns from the contexts of its questions, in which steps, and the gradients of a step.
 
-The loss of a step is the mean over all its answer tokens, on however many processes and in however many pieces, so the
-result depends on neither. Left out: the loop over the steps (trainer.py), where contexts come from (contexts.py), the
-penalties themselves (penalties.py).
+The loss of a step is the mean over all its answer tokens, on however many processes and in however many micro-batches, so the
+result depends on neither. Left out: the loop over the steps (trainer.py), how they are cut (micro_batches.py), where contexts
+come from (contexts.py), the penalties themselves (penalties.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,15 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from cozyrag.batches import answer_tokens, collate, phase_seed, plan_steps, share_out
+from cozyrag.batches import answer_tokens, collate, phase_seed, plan_steps
 from cozyrag.config import TrainingSettings
-from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
+from cozyrag.generator import DROPOUT_FIELDS, Generator, PenalizedLosses, TokenLosses, recomputing
+from cozyrag.hardware import room_for_training
+from cozyrag.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import Example, encode_examples, with_keywords
 from cozyrag.sharding import Sharded, is_split
-from cozyrag.trainer import Watcher, run_phase, trainable
+from cozyrag.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
 
 
 def train_generator(
@@ -37,18 +39,26 @@ def train_generator(
     Rows without an answer are left out, unless it is to learn to write nothing (EOS alone) where there is none.
     """
     examples = generator_examples(generator, contexts[:], settings=settings, context_tokens=context_tokens)
-    steps = generator_steps([len(example.input_ids) for example in examples], settings, round_number)
+    lengths = [len(example.input_ids) for example in examples]
+    steps = generator_steps(lengths, settings, round_number)
+    cut = first_cut(settings, watcher, lambda: generator_cut(accelerator, generator, settings, context_tokens))
+    if steps and cut.recomputes(max(lengths)):
+        watcher.recomputes(max(lengths), cut)
     module, take = generator_lesson(accelerator, generator, examples, settings)
 
-    def take_step(number: int, pieces: int) -> dict[str, float]:
-        return take(steps[number], pieces)
+    def take_step(number: int, cut: Cut) -> dict[str, float]:
+        return take(steps[number], cut)
+
+    def load(number: int, cut: Cut) -> Load:
+        return load_of([lengths[row] for row in steps[number]], cut, processes=accelerator.num_processes)
 
     def show(number: int) -> list[dict]:
         return [{"text": generator.tokenizer.decode(examples[row].input_ids)} for row in steps[number]]
 
     run_phase(
         accelerator, "generator", trainable(module), steps, take_step,
-        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher, show=show,
+        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher, show=show, cut=cut,
+        load=load,
     )  # fmt: skip
     end_lesson(accelerator, generator, module)
     generator.model.eval()
@@ -92,27 +102,59 @@ def generator_step_count(examples: int, settings: TrainingSettings) -> int:
     return len(generator_steps([1] * examples, settings, 1))
 
 
+def generator_cut(
+    accelerator: Accelerator,
+    generator: Generator,
+    settings: TrainingSettings,
+    context_tokens: int,
+    *,
+    free: float | None = None,
+) -> Cut:
+    """How the steps of a generator phase are cut automatically, the same on every process.
+
+    Args:
+        free: bytes that this process may take for training; None: it looks.
+    """
+    each = generator_token_bytes(accelerator, generator, context_tokens)
+    if each is None:
+        return Cut(tokens=ENOUGH)
+    free = room_for_training(accelerator.device) if free is None else free
+    shared = accelerator.num_processes if is_split(settings.generator_sharding) else 1
+    states = 3 * sum(weight.numel() * weight.element_size() for weight in trainable(generator.model)) / shared
+    can = generator.model.supports_gradient_checkpointing
+    cut = generator_budget(each, free, states=states, device=accelerator.device.type, can_recompute=can)
+    return chosen_together(accelerator, cut)
+
+
+def generator_token_bytes(accelerator: Accelerator, generator: Generator, context_tokens: int) -> int | None:
+    """About how many bytes of activations a token of a generator step takes."""
+    config = generator.model.config.get_text_config()
+    dropout = any(getattr(config, name, None) for name in DROPOUT_FIELDS)
+    return token_bytes(config, precision=accelerator.mixed_precision, dropout=dropout, length=context_tokens)
+
+
 def generator_lesson(
     accelerator: Accelerator, generator: Generator, examples: Sequence[Example], settings: TrainingSettings
 ) -> tuple[torch.nn.Module, Callable[..., dict[str, float]]]:
     """The module that a generator phase trains, and what leaves in it the gradients of a step on some of the examples.
 
-    That takes their rows and, if they shall be others than in the settings, the pieces to work through them in. `end_lesson`
-    must follow.
+    That takes their rows and how to cut them into micro-batches. `end_lesson` must follow.
     """
     penalties = generator_penalties(settings)
     generator.model.train()
     module = _prepared(accelerator, generator, generator_losses(generator, penalties), settings.generator_sharding)
 
-    def take(rows: Sequence[int], pieces: int = settings.gradient_accumulation_steps) -> dict[str, float]:
-        told = generator_step(
-            accelerator,
-            module,
-            [examples[row] for row in rows],
-            pad_id=generator.tokenizer.pad_token_id,
-            pieces=pieces,
-            weights=penalties.weights,
-        )
+    def take(rows: Sequence[int], cut: Cut) -> dict[str, float]:
+        lengths = [len(examples[row].input_ids) for row in rows]
+        with recomputing(generator.model, cut.recomputes(max(lengths))):
+            told = generator_step(
+                accelerator,
+                module,
+                [examples[row] for row in rows],
+                pad_id=generator.tokenizer.pad_token_id,
+                cut=cut,
+                weights=penalties.weights,
+            )
         return dict(zip(["loss", *penalties.names], told, strict=True))
 
     return module, take
@@ -173,12 +215,12 @@ def generator_step(
     examples: Sequence[Example],
     *,
     pad_id: int,
-    pieces: int,
+    cut: Cut,
     weights: Sequence[float] = (),
 ) -> list[float]:
     """Gradients of the mean loss over all answer tokens of the step and of the weighted penalties.
 
-    Every process works through `pieces` micro-batches. Each micro-batch weighs as much as it has answer tokens (for the
+    Every process works through as many micro-batches. Each weighs as much as it has answer tokens (for the
     penalties: answers), so uneven lengths and shares change nothing.
 
     Args:
@@ -188,13 +230,14 @@ def generator_step(
         the loss, then the penalties before their weights, each a mean over the step.
     """
     world = accelerator.num_processes
-    mine = share_out(range(len(examples)), parts=world * pieces)[accelerator.process_index :: world]
+    groups = micro_batches([len(example.input_ids) for example in examples], cut, processes=world)
+    mine = groups[accelerator.process_index :: world]
     # DDP takes the mean over processes, we want the sum
     shares = torch.tensor([world / answer_tokens(examples)] + [world / len(examples)] * len(weights))
     shares, factors = shares.to(accelerator.device), torch.tensor([1.0, *weights], device=accelerator.device)
     told = torch.zeros_like(factors)
     for number, rows in enumerate(mine):
-        # An empty share still goes forward and backward, with weight 0: DDP waits for every process.
+        # An empty one still goes forward and backward, with weight 0: DDP waits for every process.
         batch = collate([examples[row] for row in rows] or examples[:1], pad_id=pad_id)
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with accelerator.no_sync(module) if number + 1 < len(mine) else nullcontext():

@@ -1,6 +1,6 @@
-"""What a run was made on and what that took: the machine, the versions, an estimate of the energy.
+"""What a run is made on and what that takes: the machine, its free memory, the versions, an estimate of the energy.
 
-The estimate is arithmetic from assumed watts, said with it; nothing is measured. Left out: carbon, which depends on where
+The estimate of the energy is arithmetic from assumed watts, said with it; nothing is measured. Left out: carbon, which depends on where
 the electricity comes from, and speed (plan.py).
 """
 
@@ -23,6 +23,7 @@ PACKAGES = (
     "faiss-cpu",
     "huggingface_hub",
 )
+CGROUP = Path("/sys/fs/cgroup")  # of this process's container on Linux
 CORE_WATTS = 10.0  # a busy core of a desktop or server processor: 65 to 125 W over 8 to 16 cores
 MEMORY_WATTS = 0.375  # a gigabyte: 3 W for 8 GB, https://mlco2.github.io/codecarbon/methodology.html
 GPU_WATTS = 300.0  # a GPU whose board power is not known here
@@ -57,6 +58,22 @@ def machine_facts(*, processes: int, threads: int, device: str) -> dict:
         "gpus": gpus[:processes],
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def free_memory(cgroup: Path = CGROUP) -> float:
+    """Bytes that this process may still take: those of the machine, or those of its container where they are fewer."""
+    free = psutil.virtual_memory().available
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()))
+    return max(free, 0)
+
+
+def room_for_training(device: torch.device) -> float:
+    """Bytes that a process may take for training: those free on its GPU, else its share of those free on the machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _processor() -> str:

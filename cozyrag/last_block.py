@@ -31,10 +31,13 @@ def read_only_at(model: PreTrainedModel, positions: torch.Tensor, tokens: int) -
         return
     # on the block itself, so that what wraps it (adapters inside, sharding and checkpointing around) works as ever
     block.forward = partial(_forward, block, positions)
+    # nor is the block computed anew on the way back, when it is itself again: it keeps its few activations
+    recomputes, block.gradient_checkpointing = block.gradient_checkpointing, False
     try:
         yield
     finally:
         del block.forward
+        block.gradient_checkpointing = recomputes
 
 
 def _last_block(model: PreTrainedModel) -> GPT2Block | None:

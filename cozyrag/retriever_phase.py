@@ -1,7 +1,7 @@
 """The retriever phase: its steps over questions with a known passage, and the gradients of a step.
 
 Every question is contrasted with all passages of its step, on however many processes: vectors are gathered, gradients sent
-back in pieces. Left out: the loop over the steps (trainer.py), positives and negatives (contexts.py), the losses (losses.py).
+back in micro-batches. Left out: the loop over the steps (trainer.py), how much a micro-batch may hold (micro_batches.py), positives and negatives (contexts.py), the losses (losses.py).
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -14,12 +14,14 @@ from datasets import Dataset
 
 from cozyrag.batches import phase_seed, plan_steps, share_out
 from cozyrag.config import TrainingSettings
+from cozyrag.hardware import room_for_training
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.metrics import contains_answer, normalize_answer
-from cozyrag.retriever import Retriever, texts_and_sentences
+from cozyrag.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
+from cozyrag.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.sentences import Span, split_sentences
-from cozyrag.trainer import Watcher, run_phase, trainable
+from cozyrag.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
 
 # Vectors of the questions (n_questions, dim), passages (n_passages, dim) and sentences (n_sentences, dim) of a step to a scalar.
 TermOfVectors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -59,9 +61,13 @@ def train_retriever(
         if newer is not None:
             columns["negatives"] = newer["negatives"][:]
 
-    def take_step(number: int, pieces: int) -> dict[str, float]:
+    def take_step(number: int, cut: Cut) -> dict[str, float]:
         rows = [usable[row] for row in steps[number]]
-        return retriever_lesson(accelerator, retriever, columns, passages, rows, settings, likelihoods, pieces=pieces)
+        return retriever_lesson(accelerator, retriever, columns, passages, rows, settings, likelihoods, cut)
+
+    def load(number: int, cut: Cut) -> Load:
+        rows = [usable[row] for row in steps[number]]
+        return retriever_load(accelerator, retriever, *step_texts(columns, passages, rows, likelihoods), cut, exact=True)
 
     def show(number: int) -> list[dict]:
         return [_pair(columns, passages, usable[row]) for row in steps[number]]
@@ -69,6 +75,7 @@ def train_retriever(
     run_phase(
         accelerator, "retriever", trainable(retriever.model), steps, take_step,
         settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher, begin_step=begin_step, show=show,
+        cut=first_cut(settings, watcher, lambda: retriever_cut(accelerator, retriever)), load=load,
     )  # fmt: skip
     accelerator.free_memory()
     return len(steps)
@@ -112,6 +119,44 @@ def retriever_steps(lengths: Sequence[int], settings: TrainingSettings, round_nu
     )
 
 
+def retriever_cut(accelerator: Accelerator, retriever: Retriever, *, free: float | None = None) -> Cut:
+    """How the steps of a retriever phase are cut automatically, the same on every process.
+
+    Args:
+        free: bytes that this process may take for training; None: it looks.
+    """
+    each = retriever_token_bytes(accelerator, retriever)
+    if each is None:
+        return Cut()
+    free = room_for_training(accelerator.device) if free is None else free
+    states = 3 * sum(weight.numel() * weight.element_size() for weight in trainable(retriever.model))
+    return chosen_together(accelerator, retriever_budget(each, free, states=states, device=accelerator.device.type))
+
+
+def retriever_token_bytes(accelerator: Accelerator, retriever: Retriever) -> int | None:
+    """About how many bytes of activations a token of a retriever step takes; None for a model without layers."""
+    config = retriever.config
+    return None if config is None else token_bytes(config, precision=accelerator.mixed_precision)
+
+
+def retriever_load(
+    accelerator: Accelerator, retriever: Retriever, questions: Sequence[str], passages: Sequence[str], cut: Cut, *, exact: bool = False
+) -> Load:
+    """What a cut makes of this process's share of a step on these texts. Unless `exact`, they are counted in tokens only if
+    that may matter for the pieces, and else the tokens are said to be 0."""
+    texts = [[side[at] for at in _shares(accelerator, side)[accelerator.process_index]] for side in (questions, passages)]
+    most = retriever.model.max_seq_length
+    if cut.tokens is None or (not exact and most and most * sum(map(len, texts)) <= cut.tokens):
+        return Load(cut.pieces, 0, max(1, *map(len, texts)))
+    sides = [retriever.count_tokens(side, kind=kind) for side, kind in zip(texts, ("query", "document"), strict=True)]
+    return caching_load(sides, cut, together=EMBED_TOGETHER)
+
+
+def _shares(accelerator: Accelerator, texts: Sequence[str]) -> list[list[int]]:
+    """Which of the texts each process embeds."""
+    return share_out(range(len(texts)), parts=accelerator.num_processes)
+
+
 def retriever_lesson(
     accelerator: Accelerator,
     retriever: Retriever,
@@ -120,8 +165,7 @@ def retriever_lesson(
     rows: Sequence[int],
     settings: TrainingSettings,
     likelihoods: np.ndarray | None,
-    *,
-    pieces: int | None = None,
+    cut: Cut,
 ) -> dict[str, float]:
     """Gradients of a step on some rows of a contexts table; its columns question, answers, positive, negatives and rows are read."""
     at = [columns["positive"][row] for row in rows]
@@ -134,8 +178,7 @@ def retriever_lesson(
     return retriever_step(
         accelerator,
         retriever,
-        [columns["question"][row] for row in rows],
-        passages.select(found),
+        *step_texts(columns, passages, rows, likelihoods),
         retriever_terms(
             settings,
             positives=[places[row] for row in at],
@@ -143,9 +186,17 @@ def retriever_lesson(
             likelihoods=None if likelihoods is None else likelihoods[rows],
             sentences=sentences,
         ),
-        pieces=pieces or settings.gradient_accumulation_steps,
+        cut=cut,
         spans=sentences.spans if sentences else None,
     )
+
+
+def step_texts(
+    columns: dict[str, list], passages: Passages, rows: Sequence[int], likelihoods: np.ndarray | None
+) -> tuple[list[str], list[str]]:
+    """(questions, passages) that a step on these rows reads."""
+    found = step_passages(columns, rows, 0 if likelihoods is None else likelihoods.shape[1])
+    return [columns["question"][row] for row in rows], passages.select(found)
 
 
 def step_passages(columns: dict[str, list], rows: Sequence[int], judged: int) -> list[int]:
@@ -238,7 +289,7 @@ def retriever_step(
     passages: Sequence[str],
     terms: dict[str, tuple[float, TermOfVectors]],
     *,
-    pieces: int,
+    cut: Cut,
     spans: Sequence[Sequence[Span]] | None = None,
 ) -> dict[str, float]:
     """Gradients of the weighted terms over the whole step; returns the loss and, where there are several, the terms.
@@ -246,11 +297,12 @@ def retriever_step(
     The loss needs all vectors at once but few texts fit into memory at once, on one process or many. So vectors are
     gathered without their graphs, the loss is taken once over all of them, and each process sends the gradients of
     its own vectors back through its encoder (gradient caching, Gao et al. 2021, arXiv:2101.06983). The graph of the last
-    piece is kept, so with one piece nothing is computed twice, and with two a half.
+    micro-batch is kept, so with one nothing is computed twice, and with two a half.
 
     Args:
         spans: for each passage where the sentences stand in it whose vectors the terms look at, too.
     """
+    pieces = retriever_load(accelerator, retriever, questions, passages, cut).pieces
     sides = [
         _Side(accelerator, retriever, questions, "query", pieces),
         _Side(accelerator, retriever, passages, "document", pieces, spans),
@@ -284,7 +336,7 @@ class _Side:
     ):
         self.accelerator, self.retriever, self.kind = accelerator, retriever, kind
         self.texts, self.spans = texts, spans
-        self.shares = share_out(range(len(texts)), parts=accelerator.num_processes)
+        self.shares = _shares(accelerator, texts)
         self.pieces = [piece for piece in share_out(self.shares[accelerator.process_index], parts=pieces) if piece]
         with torch.no_grad():
             self.vectors = [self._embed(piece) for piece in self.pieces[:-1]]

@@ -25,14 +25,15 @@ from cozyrag.files import NEXT, folder_bytes, replacing, switch, write_json, wri
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.gate import judge
 from cozyrag.generator import Decoding, Generator
-from cozyrag.generator_phase import train_generator
+from cozyrag.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.interrupts import Interrupts
+from cozyrag.micro_batches import Cut, told
 from cozyrag.pipeline import describe_pair
 from cozyrag.processes import main_decides
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval, weighing_questions
 from cozyrag.retriever import Retriever
-from cozyrag.retriever_phase import train_retriever
+from cozyrag.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
 from cozyrag.tracking import log_numbers
 from cozyrag.watcher import PhaseWatcher
 
@@ -77,9 +78,30 @@ class Rounds:
 
     def run(self) -> None:
         """All that is left to do, from where the progress says to the last examination."""
+        self._choose_cuts()
         acts = {"generator": self.teach_generator, "retriever": self.teach_retriever, "examine": self.examine}
         while self.progress.round <= self.settings.training.rounds:
             acts[self.progress.phase]()
+
+    def _choose_cuts(self) -> None:
+        """Choose the tokens of micro-batches for both phases once, before the first checkpoint, and say so.
+
+        A resumed run keeps what it began with: what is free when it goes on must not change its rounding.
+        """
+        training, context_tokens = self.settings.training, self.settings.contexts.context_tokens
+        if not training.rounds or training.gradient_accumulation_steps is not None:
+            return
+        pair, cuts = (self.accelerator, self.generator), self.progress.cuts
+        if "generator" not in cuts:
+            cuts["generator"] = asdict(generator_cut(*pair, training, context_tokens))
+        if "retriever" not in cuts:
+            cuts["retriever"] = asdict(retriever_cut(self.accelerator, self.retriever))
+        sizes = {
+            "generator": generator_token_bytes(*pair, context_tokens),
+            "retriever": retriever_token_bytes(self.accelerator, self.retriever),
+        }
+        for model, each in sizes.items():
+            self.log.say(told(model, Cut(**cuts[model]), each))
 
     def _search(self, retriever: Retriever) -> Retrieval:
         made = Retrieval(

@@ -1,23 +1,26 @@
 """The loop that both phases share: take the planned steps, keep within memory, step the optimizer, tell the watcher.
 
-A step whose loss is no number changes nothing; one that does not fit into memory is taken in more pieces. Left out: what a
-step computes and over which rows (generator_phase.py, retriever_phase.py), saving (checkpoint.py), rounds (rounds.py).
+A step whose loss is no number changes nothing; one that does not fit into memory is taken in smaller micro-batches. Left out: what a
+step computes and over which rows (generator_phase.py, retriever_phase.py), how it is cut (micro_batches.py), saving (checkpoint.py),
+rounds (rounds.py).
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import gather_object, set_seed, tqdm
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import get_scheduler
 
 from cozyrag.batches import phase_seed
 from cozyrag.config import TrainingSettings
+from cozyrag.micro_batches import Cut, Load
 from cozyrag.sharding import joined, keep_state_whole
 
 
@@ -46,8 +49,17 @@ class Watcher:
         return 0
 
     def pieces(self) -> int:
-        """Pieces that steps are to be worked through in at least, since fewer did not fit into memory before."""
+        """Micro-batches that steps are to be worked through in at least, since fewer did not fit into memory before.
+
+        Asked where the settings give a number.
+        """
         return 1
+
+    def cut(self) -> Cut | None:
+        """The tokens of micro-batches that the run has chosen for this phase; None: it has not. Asked where the settings give no number."""
+
+    def recomputes(self, longest: int, cut: Cut) -> None:
+        """Called before the first step of a phase whose longest row has so many tokens, more than there is room for."""
 
     def after_step(self, report: StepReport) -> bool | None:
         """Called after each optimizer step, on every process; true ends the phase there, as a probe does that knows enough."""
@@ -55,8 +67,8 @@ class Watcher:
     def bad_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:
         """Called before `after_step` when a step was skipped; `rows` gives its batch to look at."""
 
-    def out_of_memory(self, pieces: int) -> None:
-        """Called when memory did not do and the step is tried again in so many pieces."""
+    def out_of_memory(self, cut: Cut) -> None:
+        """Called when memory did not do and the step is tried again in smaller micro-batches."""
 
 
 def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -64,13 +76,29 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def first_cut(settings: TrainingSettings, watcher: Watcher, choose: Callable[[], Cut]) -> Cut:
+    """How a phase cuts its steps to begin with: as the settings, the run or, if neither says, `choose` will have it."""
+    if settings.gradient_accumulation_steps is not None:
+        return Cut(pieces=max(settings.gradient_accumulation_steps, watcher.pieces()))
+    return watcher.cut() or choose()
+
+
+def chosen_together(accelerator: Accelerator, cut: Cut) -> Cut:
+    """The smallest of the cuts by tokens that the processes have chosen, each by its own memory."""
+    found = gather_object([(cut.tokens, cut.room)])
+    tokens, rooms = ([each for each in column if each is not None] for column in zip(*found, strict=True))
+    return replace(cut, tokens=min(tokens, default=None), room=min(rooms, default=None))
+
+
 def run_phase(
     accelerator: Accelerator,
     phase: str,
     parameters: list[torch.nn.Parameter],
     steps: list[np.ndarray],
-    take_step: Callable[[int, int], dict[str, float]],
+    take_step: Callable[[int, Cut], dict[str, float]],
     *,
+    cut: Cut = Cut(),  # noqa: B008
+    load: Callable[[int, Cut], Load] | None = None,
     settings: TrainingSettings,
     learning_rate: float,
     round_number: int,
@@ -81,12 +109,13 @@ def run_phase(
 ) -> None:
     """Take the steps of a phase: gradients, clip, AdamW, schedule. A resumed phase takes the ones that are left.
 
-    A step whose loss or gradient is no number changes no weight. One that does not fit into memory is taken in twice as
-    many pieces, and so are those after it.
+    A step whose loss or gradient is no number changes no weight. One that does not fit into memory is taken in smaller
+    micro-batches, and so are those after it.
 
     Args:
-        take_step: (number, pieces); leaves the gradients of the step of that number, worked through in so many pieces, and
-            returns its loss and terms by name.
+        take_step: (number, cut); leaves the gradients of the step of that number, worked through in micro-batches of that
+            cut, and returns its loss and terms by name.
+        cut: the one to begin with. load: what a cut makes of the step of a number; needed for cuts by tokens.
         begin_step: called before it, once for each step.
         show: the batch of a step as rows that a person can read.
     """
@@ -96,17 +125,17 @@ def run_phase(
         *_optimizer(parameters, len(steps), learning_rate, settings, accelerator.device.type)
     )
     done = watcher.restore()
-    pieces = max(settings.gradient_accumulation_steps, watcher.pieces())
+    load = load or (lambda number, cut: Load(cut.pieces, 0, len(steps[number])))
     bar = tqdm(total=len(steps), initial=done, desc=f"round {round_number}: {phase} phase", unit="step", disable=quiet)
     clock = time.perf_counter()
     for number in range(done, len(steps)):
         begin_step(number)
 
-        def attempt(pieces: int, number: int = number) -> dict[str, float]:
+        def attempt(cut: Cut, number: int = number) -> dict[str, float]:
             set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
-            return take_step(number, pieces)
+            return take_step(number, cut)
 
-        told, pieces = _within_memory(accelerator, attempt, optimizer, pieces, len(steps[number]), watcher)
+        told, cut = _within_memory(accelerator, attempt, optimizer, cut, partial(load, number), watcher)
         norm = float(joined(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)))
         used_rate = scheduler.get_last_lr()[0]
         bad = not (math.isfinite(told["loss"]) and (accelerator.scaler or math.isfinite(norm)))
@@ -128,13 +157,13 @@ def run_phase(
 
 def _within_memory(
     accelerator: Accelerator,
-    attempt: Callable[[int], dict[str, float]],
+    attempt: Callable[[Cut], dict[str, float]],
     optimizer: torch.optim.Optimizer,
-    pieces: int,
-    rows: int,
+    cut: Cut,
+    load: Callable[[Cut], Load],
     watcher: Watcher,
-) -> tuple[dict[str, float], int]:
-    """What an attempt at a step gives and the pieces it took: twice as many as before whenever memory does not do.
+) -> tuple[dict[str, float], Cut]:
+    """What an attempt at a step gives and the cut it took: a smaller one than before whenever memory does not do.
 
     Several processes cannot try again, since the others are already waiting for this one's gradients.
 
@@ -143,23 +172,24 @@ def _within_memory(
     """
     while True:
         try:
-            return attempt(pieces), pieces
+            return attempt(cut), cut
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
                 raise
             if accelerator.num_processes > 1:
                 raise RuntimeError(
-                    f"out of memory on process {accelerator.process_index}: run again with --gradient_accumulation_steps {2 * pieces} and "
-                    "--resume_anyway, which goes on from the last checkpoint with the same batches in smaller pieces"
+                    f"out of memory on process {accelerator.process_index}: run again with --gradient_accumulation_steps {2 * load(cut).pieces} and "
+                    "--resume_anyway, which goes on from the last checkpoint with the same batches in smaller micro-batches"
                 ) from error
-            if pieces >= rows:
+            smaller = cut.smaller(load(cut))
+            if smaller is None:
                 raise RuntimeError(
                     "out of memory even with one row at a time: use a smaller model, or lower --context_tokens or --passage_tokens"
                 ) from error
-        pieces = min(2 * pieces, rows)
+        cut = smaller
         optimizer.zero_grad()
         clear_device_cache(garbage_collection=True)
-        watcher.out_of_memory(pieces)
+        watcher.out_of_memory(cut)
 
 
 def _optimizer(

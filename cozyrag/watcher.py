@@ -6,6 +6,7 @@ Left out: the steps themselves (trainer.py and the phases), what a checkpoint ho
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from cozyrag.errors import InputError
 from cozyrag.files import write_json
 from cozyrag.generator import Generator
 from cozyrag.interrupts import Interrupted, Interrupts
+from cozyrag.micro_batches import Cut
 from cozyrag.report import RunLog
 from cozyrag.retriever import Retriever
 from cozyrag.tracking import log_numbers
@@ -66,8 +68,13 @@ class PhaseWatcher(Watcher):
         return self.progress.step
 
     def pieces(self) -> int:
-        """Pieces that memory asked for in an earlier phase of this kind, or before the interruption."""
+        """Micro-batches that memory asked for in an earlier phase of this kind, or before the interruption."""
         return self.progress.pieces.get(self.progress.phase, 1)
+
+    def cut(self) -> Cut | None:
+        """The tokens of micro-batches that this run has chosen for phases of this kind."""
+        chosen = self.progress.cuts.get(self.progress.phase)
+        return Cut(**chosen) if chosen else None
 
     def after_step(self, report: StepReport) -> None:
         """A log line every `logging_steps`; a checkpoint every `save_steps` or `save_minutes`, or when a signal asks for it.
@@ -134,21 +141,27 @@ class PhaseWatcher(Watcher):
             "or correct the data."
         )
 
-    def out_of_memory(self, pieces: int) -> None:
-        """Note that steps are worked through in more pieces from here."""
+    def recomputes(self, longest: int, cut: Cut) -> None:
+        """Say that steps with long rows compute activations anew."""
         progress = self.progress
-        progress.pieces[progress.phase] = pieces
-        self.log.record(
-            {
-                "kind": "out of memory",
-                "round": progress.round,
-                "phase": progress.phase,
-                "step": progress.step,
-                "pieces": pieces,
-            }
-        )
         self.log.say(
-            f"round {progress.round} {progress.phase} step {progress.step + 1}: out of memory; from here each step is worked through in {pieces} pieces, "
+            f"round {progress.round} {progress.phase}: the longest row has {longest:,} tokens and there is room for {cut.room:,}; steps with longer "
+            "rows compute their activations anew on the way back (activation checkpointing), slower, with the same result."
+        )
+
+    def out_of_memory(self, cut: Cut) -> None:
+        """Note that steps are worked through in smaller micro-batches from here."""
+        progress = self.progress
+        if cut.tokens is None:
+            progress.pieces[progress.phase] = cut.pieces
+            size, how = {"pieces": cut.pieces}, f"{cut.pieces} micro-batches"
+        else:
+            progress.cuts[progress.phase] = asdict(cut)
+            size, how = {"tokens": cut.tokens}, f"micro-batches of up to {cut.tokens:,} tokens"
+        where = {"round": progress.round, "phase": progress.phase, "step": progress.step}
+        self.log.record({"kind": "out of memory"} | where | size)
+        self.log.say(
+            f"round {progress.round} {progress.phase} step {progress.step + 1}: out of memory; from here each step is worked through in {how}, "
             "with the same result."
         )
 

@@ -23,6 +23,7 @@ from cozyrag.errors import InputError
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.generator_phase import generator_step
 from cozyrag.index import PassageIndex
+from cozyrag.micro_batches import Cut
 from cozyrag.pair_check import check_pair
 from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
@@ -121,12 +122,12 @@ def test_value_and_gradient_are_those_of_a_training_step(generator, retriever):
         max_length=generator.max_length,
     )
     (loss,) = generator_step(
-        accelerator, TokenLosses(generator.model), examples, pad_id=tokenizer.pad_token_id, pieces=1
+        accelerator, TokenLosses(generator.model), examples, pad_id=tokenizer.pad_token_id, cut=Cut()
     )
     assert found["cross-entropy"].value == pytest.approx(loss, rel=1e-5)
     assert found["cross-entropy"].norm == pytest.approx(gradient_norm(generator.model), rel=1e-4)
     terms = retriever_terms(settings().training, positives=batch.positives)
-    told = retriever_step(accelerator, retriever, batch.questions, batch.passages.to_read(), terms, pieces=1)
+    told = retriever_step(accelerator, retriever, batch.questions, batch.passages.to_read(), terms, cut=Cut())
     assert found["contrastive loss"].value == pytest.approx(told["loss"], rel=1e-5)
     assert found["contrastive loss"].norm == pytest.approx(gradient_norm(retriever.model), rel=1e-4)
 

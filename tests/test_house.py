@@ -46,7 +46,7 @@ TIERS = (
         "values",
     ),
     ("passages", "batches", "search", "documents", "cards"),
-    ("adapters",),
+    ("adapters", "micro_batches"),
     ("questions", "generator", "contexts", "cutting"),
     ("corpus", "evaluation", "feedback", "pipeline", "gate", "assemble", "checking", "vectors"),
     ("config", "hub", "comparison", "gathering", "audit", "output"),

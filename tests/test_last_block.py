@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from cozyrag.generator import TokenLosses
+from cozyrag.generator import TokenLosses, recomputing
 from cozyrag.last_block import read_only_at
 
 SIZES = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 50, "n_positions": 32}
@@ -107,6 +107,40 @@ def test_masks_of_packed_rows_are_kept(monkeypatch):
     expected, _ = losses_and_gradients(made, given)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activations_computed_anew_change_nothing(dropout):
+    """The last block, which is itself again on the way back, is left out of it; afterwards all is as before."""
+    made, given = model(resid_pdrop=dropout, attn_pdrop=dropout).train(), batch()
+    torch.manual_seed(3)
+    expected, gradients = losses_and_gradients(made, given)
+    torch.manual_seed(3)
+    runs = []
+    made.base_model.h[0].mlp.register_forward_pre_hook(lambda *rest: runs.append("first"))
+    made.base_model.h[-1].mlp.register_forward_pre_hook(lambda *rest: runs.append("last"))
+    with recomputing(made, True):
+        found, others = losses_and_gradients(made, given)
+        assert made.base_model.h[-1].gradient_checkpointing
+    assert torch.equal(found, expected) and runs == ["first", "last", "first"]
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    losses_and_gradients(made, given)
+    assert runs[3:] == ["first", "last"]
+
+
+def test_activations_of_a_llama_computed_anew_change_nothing():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=50)).train()
+    expected, gradients = losses_and_gradients(made, batch())
+    runs = []
+    made.base_model.layers[0].mlp.register_forward_pre_hook(lambda *rest: runs.append(1))
+    with recomputing(made, True):
+        found, others = losses_and_gradients(made, batch())
+    assert torch.equal(found, expected) and len(runs) == 2
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_dropout_is_dropout(calls):

@@ -1,5 +1,6 @@
 """Going on: after a signal, a damaged checkpoint, other settings; on the same folder, once at a time."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from kill_run import differences, left
 from short_run import at_step, checkpoints, rows, send
 
 import cozyrag.rounds
 import cozyrag.run
 import cozyrag.watcher
-from cozyrag.checkpoint import Progress
+from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.cli import door
 from cozyrag.errors import InputError
 from cozyrag.interrupts import Interrupted, Interrupts
@@ -260,4 +262,29 @@ def test_the_folder_of_a_run_that_cannot_begin_goes_again(short_run, tmp_path):
 
 def test_progress_keeps_what_the_next_phase_needs():
     progress = Progress(1, "generator", 7, [{"kind": "x"}], 7, [[1.0, {}, 0.1]], {"a": 1.0}, 2, {"generator": 4})
-    assert progress.following(1, "retriever") == Progress(1, "retriever", steps_so_far=7, pieces={"generator": 4})
+    progress.cuts = {"generator": {"pieces": 1, "tokens": 600, "room": 900}}
+    kept = {"pieces": {"generator": 4}, "cuts": progress.cuts}
+    assert progress.following(1, "retriever") == Progress(1, "retriever", steps_so_far=7, **kept)
+
+
+def test_a_resumed_run_keeps_its_micro_batches_whatever_is_free_by_then(
+    short_run, undisturbed, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, send(signal.SIGTERM), "generator_step")
+        with pytest.raises(Interrupted):
+            train([*short_run, "--output_dir", str(out)])
+    assert "generator: micro-batches of up to 1,200 tokens (about 0.0 GB of activations)" in capsys.readouterr().out
+    monkeypatch.setattr("cozyrag.generator_phase.room_for_training", lambda device: 1.0)
+    monkeypatch.setattr("cozyrag.retriever_phase.room_for_training", lambda device: 1.0)
+    train([*short_run, "--output_dir", str(out)])
+    assert "generator: micro-batches of up to 1,200 tokens" in capsys.readouterr().out
+    assert differences(undisturbed, left(out, rounds=1)) == []
+
+
+def test_a_checkpoint_from_before_micro_batches_were_chosen_is_read(tmp_path):
+    kept = {"round": 1, "phase": "retriever", "step": 2, "pieces": {"generator": 4}, "facts": {}}
+    (tmp_path / "progress.json").write_text(json.dumps(kept))
+    found = Checkpoints(Accelerator(cpu=True), tmp_path, limit=2, facts={}).read(tmp_path, anyway=False)
+    assert found.cuts == {} and found.pieces == {"generator": 4}

@@ -11,14 +11,15 @@ from cozyrag.config import TrainingSettings
 from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
-from cozyrag.generator_phase import generator_step, train_generator
+from cozyrag.generator_phase import generator_cut, generator_step, train_generator
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
+from cozyrag.micro_batches import Cut
 from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import Retriever, texts_and_sentences
-from cozyrag.retriever_phase import retriever_step, retriever_terms, step_sentences, train_retriever
-from cozyrag.trainer import Watcher
+from cozyrag.retriever_phase import retriever_cut, retriever_step, retriever_terms, step_sentences, train_retriever
+from cozyrag.trainer import Watcher, first_cut
 
 
 class Notes(Watcher):
@@ -240,11 +241,11 @@ def gradients(model):
     return {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 5, 11])
-def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, generator_path, tables, pieces):
+@pytest.mark.parametrize("other", [Cut(2), Cut(3), Cut(5), Cut(11), Cut(tokens=150), Cut(tokens=90, room=10), Cut(tokens=1)], ids=str)
+def test_micro_batches_do_not_change_the_generator_gradient(accelerator, generator_path, tables, other):
     columns = tables[0][:9]
     found = []
-    for cut in (1, pieces):
+    for cut in (Cut(), other):
         generator = Generator.load(str(generator_path))
         examples = encode_examples(
             generator.tokenizer,
@@ -257,7 +258,7 @@ def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, g
             max_length=generator.max_length,
         )
         loss = generator_step(
-            accelerator, TokenLosses(generator.model), examples, pad_id=generator.tokenizer.pad_token_id, pieces=cut
+            accelerator, TokenLosses(generator.model), examples, pad_id=generator.tokenizer.pad_token_id, cut=cut
         )
         found.append((loss, gradients(generator.model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
@@ -265,8 +266,8 @@ def test_accumulation_pieces_do_not_change_the_generator_gradient(accelerator, g
         torch.testing.assert_close(gradient, found[1][1][name], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 3, 20])
-def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_pieces(accelerator, retriever_path, pieces):
+@pytest.mark.parametrize("cut", [Cut(1), Cut(2), Cut(3), Cut(20), Cut(tokens=200), Cut(tokens=1)], ids=str)
+def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_micro_batches(accelerator, retriever_path, cut):
     rows, questions = corpus(6)
     passages = Passages.of(Dataset.from_list(rows))
     texts, asked = passages.to_read(), [row["question"] for row in questions]
@@ -305,7 +306,7 @@ def test_retriever_step_is_the_plain_gradient_of_the_loss_in_any_number_of_piece
     terms = retriever_terms(
         chosen, positives=positives, candidates=candidates, likelihoods=likelihoods, sentences=sentences
     )
-    found = retriever_step(accelerator, ours, asked, texts, terms, pieces=pieces, spans=sentences.spans)
+    found = retriever_step(accelerator, ours, asked, texts, terms, cut=cut, spans=sentences.spans)
     told = {"contrastive": contrastive.item(), "sentence": sentence.item(), "feedback": feedback.item()}
     assert found == pytest.approx({"loss": loss.item()} | told, abs=1e-5)
     expected, got = gradients(plain.model), gradients(ours.model)
@@ -434,6 +435,34 @@ def test_feedback_alone_teaches_questions_without_a_positive(accelerator, retrie
     )
 
 
+def test_cuts_are_chosen_from_free_bytes_and_the_run_comes_first(accelerator, generator, retriever):
+    states = 3 * sum(4 * weight.numel() for weight in generator.model.parameters())
+    plenty = generator_cut(accelerator, generator, settings(), 64, free=1e9)
+    scarce = generator_cut(accelerator, generator, settings(), 64, free=states + 2e6)
+    assert plenty.tokens == 1200 < plenty.room and 1 < scarce.tokens == scarce.room < 200
+    few, many = (retriever_cut(accelerator, retriever, free=free) for free in (1e6, 1e9))
+    assert few.room is None and few.tokens < many.tokens
+    watcher = Notes()
+    assert first_cut(settings(), watcher, lambda: few) == few
+    watcher.cut = lambda: many
+    assert first_cut(settings(), watcher, lambda: few) == many
+    assert first_cut(settings(gradient_accumulation_steps=3), watcher, lambda: few) == Cut(3)
+
+
+def test_a_phase_with_rows_that_have_no_room_ends_as_one_that_has(accelerator, generator_path, retriever, tables):
+    ends, told = [], []
+    for cut in (Cut(tokens=1200, room=1200), Cut(tokens=1200, room=45)):
+        generator, watcher = Generator.load(str(generator_path)), Notes()
+        watcher.cut, watcher.recomputes = lambda cut=cut: cut, lambda longest, cut: told.append((longest, cut.room))
+        train_generator(
+            accelerator, generator, tables[0], settings=settings(), context_tokens=64, round_number=1, watcher=watcher
+        )
+        ends.append(weights(generator.model))
+    assert len(told) == 1 and told[0][0] > told[0][1] == 45
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, atol=1e-5, rtol=1e-4)
+
+
 PENALTIES = {"repeat_penalty": 0.3, "repeat_ngram": 1, "keyword_penalty": 0.5, "short_penalty": 0.2}
 
 
@@ -462,11 +491,11 @@ def test_each_penalty_alone_moves_the_generator_and_comes_down(accelerator, gene
     assert found[30.0] < found[0.0]
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 11])
-def test_accumulation_pieces_do_not_change_the_gradient_of_penalties(accelerator, generator_path, tables, pieces):
+@pytest.mark.parametrize("other", [Cut(2), Cut(3), Cut(11), Cut(tokens=150)], ids=str)
+def test_micro_batches_do_not_change_the_gradient_of_penalties(accelerator, generator_path, tables, other):
     columns = tables[0][:9]
     found = []
-    for cut in (1, pieces):
+    for cut in (Cut(), other):
         generator = Generator.load(str(generator_path))
         examples = encode_examples(
             generator.tokenizer,
@@ -480,7 +509,7 @@ def test_accumulation_pieces_do_not_change_the_gradient_of_penalties(accelerator
         penalties = Penalties(repeats=0.3, keywords=0.5, shortness=0.2, ngram=1)
         module = PenalizedLosses(generator.model, penalties=penalties, eos=generator.tokenizer.eos_token_id)
         pad = generator.tokenizer.pad_token_id
-        told = generator_step(accelerator, module, examples, pad_id=pad, pieces=cut, weights=penalties.weights)
+        told = generator_step(accelerator, module, examples, pad_id=pad, cut=cut, weights=penalties.weights)
         found.append((told, gradients(generator.model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     for name, gradient in found[0][1].items():
