@@ -97,9 +97,11 @@ def load_base(model: str, pair: Pair, names: tuple[str | None, str | None], devi
         return "no settings.json says what it was trained from: name it with --base_retriever and --base_generator"
     if generator == SCRATCH:
         return "its generator was trained from nothing"
+    untuned = load_generator(generator, device, chat_template=bool(pair.generator.tokenizer.chat_template))
+    untuned.precision = pair.generator.precision
     return Pair(
         "untuned pair",
-        load_generator(generator, device, chat_template=bool(pair.generator.tokenizer.chat_template)),
+        untuned,
         load_retriever(retriever, pair.retriever.model.max_seq_length, device),
         pair.mode,
         None,

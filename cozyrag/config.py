@@ -93,9 +93,10 @@ class ModelSettings:
     generator_revision: str | None = setting(None, "Hub revision of --generator (branch, tag or commit).")
     retriever_revision: str | None = setting(None, "Hub revision of --retriever (branch, tag or commit).")
     dropout: float = setting(0.0, "Dropout of the generator in training, 0 to 1.")
-    chat_template: Literal["auto", "off"] = setting(
+    chat_template: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Prompts through the chat template of the generator's tokenizer when it has one; off: plain text in any case.",
+        "Prompts through the chat template of the generator's tokenizer when it has one; off: plain text in any case; auto: on, but off for smollm2, "
+        "which answers better without.",
     )
     lora_rank: int = setting(
         0,

@@ -52,6 +52,7 @@ from cozyrag.output import (
 )
 from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
 from cozyrag.precision import MEASURED, Precision, agreed, check_asked, choose, float32_rate
+from cozyrag.pretrained import SMOLLM2
 from cozyrag.processes import main_decides
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
@@ -367,7 +368,8 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     if models.generator == SCRATCH:
         return Generator.from_scratch(corpus.passages[:]["text"])
     name = str(GENERATOR_FOLDER) if models.generator == EMBEDDED else models.generator
-    chat = models.chat_template == "auto"
+    wished = models.chat_template
+    chat = wished == "on" or wished == "auto" and models.generator != SMOLLM2  # it answers better without (docs/results.md)
     generator = Generator.load(name, revision=models.generator_revision, dropout=models.dropout, chat_template=chat)
     if models.lora_rank and not generator.is_adapter:  # one that was trained before is trained on
         generator.add_adapter(

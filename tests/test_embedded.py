@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from cozyrag.config import parse_settings
 from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.generator import Generator
 from cozyrag.retriever import Retriever
@@ -61,11 +60,6 @@ def test_generator_and_retriever_load_in_seconds():
         Retriever.load_embedded()
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 5
-
-
-def test_the_quickstart_uses_it_and_own_questions_do_not():
-    assert parse_settings([]).models.generator == "embedded"
-    assert parse_settings(["--questions", "mine.tsv"]).models.generator == "distilgpt2"
 
 
 def test_its_card_has_the_licence_and_the_numbers():

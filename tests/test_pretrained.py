@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import cozyrag.pretrained
 from cozyrag.audit import base_notes
+from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.pretrained import FILE, SHA256, load_smollm2
+from cozyrag.run import _load_generator
 
 CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -189,3 +191,16 @@ def test_the_real_file():
         assert tokenizer.decode(model(torch.tensor([ids])).logits[0, -1].argmax()) == " Paris"
     assert np.isfinite(model.get_input_embeddings().weight.detach().numpy()).all()
     assert isinstance(tokenizer.chat_template, str) and not isinstance(model, types.ModuleType)
+
+
+@pytest.mark.parametrize(("wish", "chat"), [("auto", False), ("on", True), ("off", False)])
+def test_it_reads_without_its_chat_template_unless_asked_to(wheel, wish, chat):
+    settings = parse_settings(["--questions", "own.tsv", "--generator", "smollm2", "--chat_template", wish])
+    assert (_load_generator(settings, None).tokenizer.chat_template is not None) == chat
+
+
+def test_the_quickstart_takes_it_and_own_questions_do_not():
+    assert parse_settings([]).models.generator == "smollm2"
+    assert parse_settings(["--questions", "own.tsv"]).models.generator == "distilgpt2"
+    small = parse_settings(["--generator", "embedded"])
+    assert (small.training.generator_batch_size, small.training.rounds, small.training.generator_steps) == (32, 2, None)
