@@ -1,8 +1,7 @@
 """Encoding with 8-bit integers on a CPU: the encoder's matrix products in ONNX Runtime, some 1.6 times as fast as in float32.
 
 For vectors of passages, which are many and made again after every retriever phase; a cosine moves by some 0.005. Weights are quantised by
-channel, activations by batch (dynamic quantisation; Jacob et al. 2018, arXiv:1712.05877). Left out: training and questions, which stay in
-float32, and models whose first module is no transformer with token vectors. Needs `pip install "cozyrag[int8]"`.
+channel, activations by batch (dynamic quantisation; Jacob et al. 2018, arXiv:1712.05877). Left out: training and questions, and models whose first module is no transformer with token vectors. Needs `pip install "cozyrag[int8]"`.
 """
 
 import copy
