@@ -28,6 +28,7 @@ from cozyrag.generator import Generator
 from cozyrag.hardware import CGROUP, free_memory
 from cozyrag.index import search_shards
 from cozyrag.precision import Precision, fitting, measure_products, told
+from cozyrag.pretrained import HINT
 
 OLDEST_PYTHON = (3, 11)
 NEEDED_MEMORY = (
@@ -258,7 +259,7 @@ def _extras(machine: Machine) -> Finding:
 
 def _hub(machine: Machine) -> Finding:
     if machine.hub:
-        remedy = "Check the network, HTTPS_PROXY and HF_HUB_OFFLINE, or train without it: --retriever embedded --generator embedded"
+        remedy = f"Check the network, HTTPS_PROXY and HF_HUB_OFFLINE, or train without it: --retriever embedded and {HINT}"
         return Finding("Hugging Face Hub", machine.hub, remedy)
     return Finding("Hugging Face Hub", "answers")
 
