@@ -171,7 +171,7 @@ def test_a_file_of_another_architecture(wheel, monkeypatch, model):
     (wheel / FILE).unlink()
     write_gguf(wheel / FILE, model, architecture="mamba")
     expect(monkeypatch, wheel / FILE)
-    refused(["with a Llama", "--force-reinstall"])
+    refused(["a Llama", "--force-reinstall"])
 
 
 def test_the_audit_says_what_it_was_trained_on():

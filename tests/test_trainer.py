@@ -195,11 +195,11 @@ def test_where_there_is_no_answer_the_generator_learns_to_write_nothing(accelera
         accelerator, generator, half, settings=chosen, context_tokens=64, round_number=1, watcher=Notes()
     )
     assert steps == 6 * len(rows) // 8
-    nothing = generator.no_answer_probabilities(half["question"], half["context"], context_tokens=64)
+    limits = {"context_tokens": 64, "max_new_tokens": 4}
+    nothing = np.array([each.silence for each in generator.write(half["question"], half["context"], **limits)])
     spoiled = np.array([number % 4 < 2 for number in range(len(rows))])
     assert nothing[spoiled].min() > nothing[~spoiled].max()
     threshold = (nothing[spoiled].min() + nothing[~spoiled].max()) / 2
-    limits = {"context_tokens": 64, "max_new_tokens": 4}
     answers = generator.answer(half["question"], half["context"], no_answer_threshold=threshold, **limits)
     assert [answer == "" for answer in answers] == spoiled.tolist()
     assert all(generator.answer(half["question"], half["context"], no_answer_threshold=1.0, **limits))
