@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
+for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COZYRAG_ALLOW_EMULATED_BF16": "1"}.items():
     os.environ[name] = value
 for folder in (Path(__file__).parents[1], Path(__file__).parent):
     sys.path.insert(0, str(folder))
@@ -39,12 +39,12 @@ SEVERAL = 60.0  # seconds in which the mates of a killed process must end
 SMALL = (
     "--generator_batch_size 8 --retriever_batch_size 16 --top_k 3 --context_tokens 64 --answer_tokens 6 --rounds 2 "
     "--generator_learning_rate 3e-3 --retriever_learning_rate 1e-3 --generator_epochs 2 --feedback_weight 0.5 --context_noise 0.2 "
-    "--index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1 --push_to_hub --hub_model_id someone/tiny --mixed_precision no"
+    "--index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1 --push_to_hub --hub_model_id someone/tiny"
 ).split()
 TIMES = ("seconds", "rate")
 
 
-def materials(root: Path) -> list[str]:
+def materials(root: Path, precision: str = "no") -> list[str]:
     """Make tiny models and a tiny corpus; the settings of a run with them."""
     passages, questions = tiny.corpus()
     files = {
@@ -54,7 +54,7 @@ def materials(root: Path) -> list[str]:
         "generator": tiny.make_generator(root / "generator"),
         "retriever": tiny.make_retriever(root / "retriever"),
     }
-    return [part for name, path in files.items() for part in (f"--{name}", str(path))] + SMALL
+    return [part for name, path in files.items() for part in (f"--{name}", str(path))] + [*SMALL, "--mixed_precision", precision]
 
 
 def push(folder: Path, *arguments, **options) -> str:
@@ -199,9 +199,9 @@ def trial(settings: list[str], root: Path, number: int, processes: int, seconds:
     return at
 
 
-def kill_and_compare(kills: int, processes: int, seed: int, root: Path, say=print) -> list[str]:
+def kill_and_compare(kills: int, processes: int, seed: int, root: Path, precision: str = "no", say=print) -> list[str]:
     """The whole harness; a line for each run that did not end as the undisturbed one."""
-    chance, settings = random.Random(seed), materials(root)
+    chance, settings = random.Random(seed), materials(root, precision)
     seconds = whole([*settings, "--output_dir", str(root / "peace")], processes, root / "log")
     expected, failures, places = left(root / "peace"), [], Counter()
     for number in range(kills):
@@ -227,9 +227,10 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=3, help="how many runs are killed (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="processes of a run (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="bf16 is emulated where the processor lacks it (default: no)")
     parser.add_argument("--folder", type=Path, help="where runs and their logs are left (default: a temporary folder)")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = chosen.folder or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        sys.exit(bool(kill_and_compare(chosen.kills, chosen.processes, chosen.seed, place)))
+        sys.exit(bool(kill_and_compare(chosen.kills, chosen.processes, chosen.seed, place, chosen.precision)))
