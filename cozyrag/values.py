@@ -109,7 +109,7 @@ def _check_hub(values: dict) -> None:
         raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
     if values["push_to_hub"] and values["lora_rank"] and _is_here_only(values["generator"]):
         raise InputError(
-            f"--push_to_hub: the adapter of --lora_rank would name {values['generator']}, which PEFT cannot load elsewhere. Name a model "
+            f"--push_to_hub: the adapter of --lora_rank would name {values['generator']}, which nobody else could load. Name a model "
             "on the Hub, or leave --push_to_hub out and push what `cozyrag merge` makes of the finished run."
         )
     if name:

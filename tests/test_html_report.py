@@ -17,8 +17,7 @@ from cozyrag.pipeline import CozyRAG  # noqa: E402
 
 EVIL = "<script>alert(1)</script><img src=https://example.org/x.png>"
 BEFORE = [examined.row(number, em=0) for number in range(30)]
-AFTER = [examined.row(number, em=number < 20) for number in range(30)]
-SURE = (np.linspace(0.1, 0.9, 30), np.array([row["em"] for row in AFTER]))
+AFTER = [examined.row(number, em=number < 20, score=0.1 + 0.8 * number / 29) for number in range(30)]
 
 
 def written(folder, rounds, **options):
@@ -29,7 +28,7 @@ def written(folder, rounds, **options):
 def folder(tmp_path_factory):
     """A run with everything there is to be shown."""
     folder = tmp_path_factory.mktemp("reported") / "run"
-    written(folder, [BEFORE, AFTER], scores=SURE, seconds=np.array([0.1, 0.2, 0.3]))
+    written(folder, [BEFORE, AFTER], seconds=np.array([0.1, 0.2, 0.3]))
     return folder
 
 

@@ -153,7 +153,7 @@ def test_models_are_loaded_from_safetensors_alone():
         and ast.unparse(call.func) in ("SentenceTransformer", "AutoModelForCausalLM.from_pretrained", "AutoModel.from_pretrained")
         and call.args
     ]  # fmt: skip
-    assert len(asked) == 2 and all("use_safetensors" in call for _, call in asked)
+    assert len(asked) == 3 and all("use_safetensors" in call or "gguf_file" in call for _, call in asked)
 
 
 def test_a_model_that_brings_code_of_its_own_is_refused(generator_path, tmp_path):
