@@ -284,14 +284,18 @@ class Generator:
         What trains the weights must not run inside: the copy would stay what it was.
         """
         outer, was_training = self._reader, self.model.training
-        self.model.eval()
-        if outer is None and self.precision == BF16:
-            self._reader = copy.deepcopy(self.model).to(torch.bfloat16)
+        self.only_read()
         try:
             yield self._reader or self.model
         finally:
             self._reader = outer
             self.model.train(was_training)
+
+    def only_read(self) -> None:
+        """From now on read with one copy of the weights, in the precision that is wanted: for a pair that trains no more."""
+        self.model.eval()
+        if self._reader is None and self.precision == BF16:
+            self._reader = copy.deepcopy(self.model).to(torch.bfloat16)
 
     def answer(
         self,

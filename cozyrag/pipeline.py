@@ -5,7 +5,6 @@ Left out: training, evaluation, and any way to change the pair.
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,8 +127,7 @@ class CozyRAG:
         no_answer_threshold: float | None = None,
     ):
         self.generator = generator
-        self._read = ExitStack()
-        self._read.enter_context(generator.reading())  # one copy of the weights for all questions
+        generator.only_read()
         self.retriever = retriever
         self.index = index
         lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)

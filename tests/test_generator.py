@@ -290,9 +290,13 @@ def test_one_copy_in_bf16_reads_everything_within_and_the_weights_stay(generator
     assert copies == [1, 1]  # outside: one for the call
     for name, weight in generator.model.state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
-    generator.precision = "float32"
+    generator.only_read()
+    for _ in range(2):
+        assert generator.write(ASKED, CONTEXTS, **BUDGETS, batch_size=4) == written[0]
+    assert copies == [1, 1, 1]  # one for good
+    generator.precision, generator._reader = "float32", None
     exact = generator.log_likelihoods(ASKED, CONTEXTS, ["red"] * len(ASKED), context_tokens=9)
-    assert 0 < np.abs(exact - likelihoods).max() < 0.05 and copies == [1, 1]
+    assert 0 < np.abs(exact - likelihoods).max() < 0.05 and copies == [1, 1, 1]
 
 
 # ---- loading and refusing ----
