@@ -96,7 +96,7 @@ class ModelSettings:
     chat_template: Literal["auto", "on", "off"] = setting(
         "auto",
         "Prompts through the chat template of the generator's tokenizer when it has one; off: plain text in any case; auto: on, but off for smollm2, "
-        "which answers better without.",
+        "whose results were measured without.",
     )
     lora_rank: int = setting(
         0,

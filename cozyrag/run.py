@@ -369,7 +369,7 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
         return Generator.from_scratch(corpus.passages[:]["text"])
     name = str(GENERATOR_FOLDER) if models.generator == EMBEDDED else models.generator
     wished = models.chat_template
-    chat = wished == "on" or wished == "auto" and models.generator != SMOLLM2  # it answers better without (docs/results.md)
+    chat = wished == "on" or wished == "auto" and models.generator != SMOLLM2  # its results are without
     generator = Generator.load(name, revision=models.generator_revision, dropout=models.dropout, chat_template=chat)
     if models.lora_rank and not generator.is_adapter:  # one that was trained before is trained on
         generator.add_adapter(
