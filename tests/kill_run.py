@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COZYRAG_ALLOW_EMULATED_BF16": "1"}.items():
+for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
     os.environ[name] = value
 for folder in (Path(__file__).parents[1], Path(__file__).parent):
     sys.path.insert(0, str(folder))
@@ -230,6 +230,8 @@ if __name__ == "__main__":
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="bf16 is emulated where the processor lacks it (default: no)")
     parser.add_argument("--folder", type=Path, help="where runs and their logs are left (default: a temporary folder)")
     chosen = parser.parse_args()
+    if chosen.precision == "bf16":
+        os.environ["COZYRAG_ALLOW_EMULATED_BF16"] = "1"
     with tempfile.TemporaryDirectory() as temporary:
         place = chosen.folder or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
