@@ -32,8 +32,8 @@ _SBERT_QA = (
 )
 SMOLLM2_SOURCE = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2 = (
-    "2 trillion tokens of FineWeb-Edu, DCLM, The Stack and sets of its makers, in which Wikipedia and any public text may be; then taught to "
-    "follow instructions with SmolTalk and UltraFeedback, sets of questions and answers that other models wrote"
+    "2 trillion tokens of FineWeb-Edu, DCLM, The Stack and filtered sets of its makers, in which any public text may be; then fine-tuned on public "
+    "sets and sets of its makers (smol-smoltalk) and by preference on UltraFeedback"
 )
 # model (last part of its name) -> what it is known to have been trained on, and where that is said
 TRAINED_ON = {

@@ -98,6 +98,8 @@ def _written(
     desc: str | None,
 ) -> dict[str, Written]:
     """What the generator writes for (question, context) pairs; every process answers its share and all get the whole."""
+    if not prompts:  # nor is a copy made to read with
+        return {}
     names, pairs = list(prompts), list(prompts.values())
     batches = _batches([question for question, _ in pairs], [context for _, context in pairs], batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]

@@ -31,7 +31,7 @@ def read_only_at(model: PreTrainedModel, positions: torch.Tensor, tokens: int) -
         return
     # on the block itself, so that what wraps it (adapters inside, sharding and checkpointing around) works as ever
     block.forward = partial(_forward, block, positions)
-    # nor is the block computed anew on the way back, when it is itself again: it keeps its few activations
+    # nor is the block computed again on the way back, when it is itself again: it keeps its few activations
     recomputes, block.gradient_checkpointing = block.gradient_checkpointing, False
     try:
         yield

@@ -29,7 +29,7 @@ class Cut:
     """How each process works through its share of a step.
 
     tokens: most tokens, with padding, of a micro-batch; a longer row goes alone. None: `pieces` micro-batches instead.
-    room: most tokens whose activations fit. A step with a longer row computes activations anew on the way back. None: none does.
+    room: most tokens whose activations fit. A step with a longer row computes activations again on the way back. None: none does.
     """
 
     pieces: int = 1
@@ -37,7 +37,7 @@ class Cut:
     room: int | None = None
 
     def recomputes(self, longest: int) -> bool:
-        """Whether a step whose longest row has so many tokens computes activations anew (activation checkpointing)."""
+        """Whether a step whose longest row has so many tokens computes activations again (activation checkpointing)."""
         return self.room is not None and longest > self.room
 
     def smaller(self, load: "Load") -> "Cut | None":
@@ -172,7 +172,7 @@ def generator_budget(each: int, free: float, *, states: float, device: str, can_
 
 
 def retriever_budget(each: int, free: float, *, states: float, device: str) -> Cut:
-    """The cut of the retriever's steps: by the tokens that fit into a bounded share. It does not compute activations anew."""
+    """The cut of the retriever's steps: by the tokens that fit into a bounded share. It does not compute activations again."""
     at_most = RETRIEVER_BYTES if device == "cpu" else None
     return Cut(tokens=token_budget(each, free, share=RETRIEVER_SHARE, states=states, at_most=at_most))
 

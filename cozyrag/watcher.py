@@ -142,11 +142,11 @@ class PhaseWatcher(Watcher):
         )
 
     def recomputes(self, longest: int, cut: Cut) -> None:
-        """Say that steps with long rows compute activations anew."""
+        """Say that steps with long rows compute activations again."""
         progress = self.progress
         self.log.say(
             f"round {progress.round} {progress.phase}: the longest row has {longest:,} tokens and there is room for {cut.room:,}; steps with longer "
-            "rows compute their activations anew on the way back (activation checkpointing), slower, with the same result."
+            "rows compute their activations again on the way back (activation checkpointing), slower, with the same result."
         )
 
     def out_of_memory(self, cut: Cut) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import importlib.util
-import types
 
 import gguf
 import numpy as np
@@ -176,7 +175,7 @@ def test_a_file_of_another_architecture(wheel, monkeypatch, model):
 
 def test_the_audit_says_what_it_was_trained_on():
     note = base_notes("embedded", "smollm2")["generator"]
-    assert note["model"] == "SmolLM2-135M-Instruct" and "SmolTalk" in note["trained_on"]
+    assert note["model"] == "SmolLM2-135M-Instruct" and "smol-smoltalk" in note["trained_on"]
     assert note["source"] == "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -190,7 +189,7 @@ def test_the_real_file():
     with torch.no_grad():
         assert tokenizer.decode(model(torch.tensor([ids])).logits[0, -1].argmax()) == " Paris"
     assert np.isfinite(model.get_input_embeddings().weight.detach().numpy()).all()
-    assert isinstance(tokenizer.chat_template, str) and not isinstance(model, types.ModuleType)
+    assert isinstance(tokenizer.chat_template, str)
 
 
 @pytest.mark.parametrize(("wish", "chat"), [("auto", False), ("on", True), ("off", False)])
