@@ -15,8 +15,7 @@ from pathlib import Path
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import summarize
 from cozyrag.metrics import normalize_answer
-from cozyrag.pretrained import BASE as SMOLLM2_BASE
-from cozyrag.pretrained import SMOLLM2
+from cozyrag.pretrained import hub_name
 
 SIMILARITY = 0.6  # a word added to or left out of a short question still counts as the same one
 KINDS = ("question", "passage", "answer")
@@ -64,14 +63,13 @@ EMBEDDED = {
         "cozyrag/data/generator/README.md",
     ),
 }
-SHORT_NAMES = {SMOLLM2: SMOLLM2_BASE}
 
 
 def base_notes(retriever: str, generator: str) -> dict[str, dict]:
     """For each of the two base models, as the settings name them, what it is known to have been trained on, and the source."""
     notes = {}
     for role, name in (("retriever", retriever), ("generator", generator)):
-        short = Path(SHORT_NAMES.get(name, name)).name
+        short = Path(hub_name(name)).name
         known = EMBEDDED[role] if name == "embedded" else (short, *TRAINED_ON.get(short, ()))
         if len(known) > 1:
             notes[role] = dict(zip(("model", "trained_on", "source"), known, strict=True))

@@ -18,22 +18,20 @@ from cozyrag.embedded import shipped_folder
 from cozyrag.hardware import energy_sentence, machine_sentence
 from cozyrag.index import made_by
 from cozyrag.precision import MEASURED, told
-from cozyrag.pretrained import BASE as SMOLLM2_BASE
-from cozyrag.pretrained import SMOLLM2
+from cozyrag.pretrained import BASE as SMOLLM2
+from cozyrag.pretrained import hub_name
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 
 CARD = "README.md"
 ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"
 PICTURE = "training.png"
 FOLDER_NOTE = "FOLDER is the output folder of the run.\n"
-BASE_MODELS = {"retriever": {"embedded": "sentence-transformers/all-MiniLM-L6-v2"}, "generator": {SMOLLM2: SMOLLM2_BASE}}
-# of base models as the settings name them; what is made from others carries no licence unless one is given
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+# of base models; what is made from others carries no licence unless one is given
 LICENCES = {
-    ("retriever", "embedded"): "apache-2.0",
-    ("retriever", "sentence-transformers/all-MiniLM-L6-v2"): "apache-2.0",
+    ("retriever", MINILM): "apache-2.0",
     ("generator", "embedded"): "cc-by-sa-4.0",
     ("generator", SMOLLM2): "apache-2.0",
-    ("generator", SMOLLM2_BASE): "apache-2.0",
     ("generator", "distilgpt2"): "apache-2.0",
     ("generator", "distilbert/distilgpt2"): "apache-2.0",
     ("generator", "gpt2"): "mit",
@@ -103,14 +101,16 @@ def write_cards(
 
 
 def _base(role: str, settings: Mapping) -> str:
-    return BASE_MODELS[role].get(settings[role], settings[role])
+    if role == "generator":
+        return hub_name(settings[role])
+    return MINILM if settings[role] == "embedded" else settings[role]
 
 
 def _model_data(role: str, settings: Mapping, base: str, summary: Mapping) -> ModelCardData:
     on_hub = base.count("/") <= 1 and not Path(base).exists() and base not in ("embedded", "scratch")
     return ModelCardData(
         language=_language(settings),
-        license=settings["model_license"] or LICENCES.get((role, settings[role])),
+        license=settings["model_license"] or LICENCES.get((role, base)),
         library_name="transformers" if role == "generator" else "sentence-transformers",
         pipeline_tag="text-generation" if role == "generator" else "sentence-similarity",
         tags=["cozyrag", "rag", "retrieval-augmented-generation", "generated_from_trainer"],

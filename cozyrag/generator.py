@@ -286,7 +286,7 @@ class Generator:
         outer, was_training = self._reader, self.model.training
         self.only_read()
         try:
-            yield self._reader or self.model
+            yield self.model if self._reader is None else self._reader
         finally:
             self._reader = outer
             self.model.train(was_training)

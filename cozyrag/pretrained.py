@@ -39,6 +39,11 @@ STUMBLES = (OSError, ValueError, LookupError, TypeError, AttributeError, Runtime
 HINT = f"--generator {SMOLLM2}, a pretrained one of 135 M parameters without the Hub (`{INSTALL}`)"
 
 
+def hub_name(generator: str) -> str:
+    """What a generator of the settings is called on the Hub."""
+    return BASE if generator == SMOLLM2 else generator
+
+
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 and its tokenizer with the chat template, about 2 seconds.
 

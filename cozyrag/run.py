@@ -410,7 +410,7 @@ def announce(rounds: Rounds, going_on: bool, precision: Precision) -> None:
         rounds.log.say(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting anew.")
     if precision.note:
         rounds.log.say(f"Note: {precision.note}")
-    if accelerator.device.type == "cpu" and precision.name == "no":
+    if accelerator.device.type == "cpu" and precision.name == "no" and not rounds.resumed_from:
         _tell_how_long(rounds)
 
 
