@@ -172,7 +172,9 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
         work = f"{sizes.answered * training.feedback_passages} passages judged"
         kept = sizes.questions * training.feedback_passages * NUMBER
         parts.append(Part("feedback", work, (0.0, *[costs.feedback * asked] * rounds), kept, kept * rounds))
-    parts += [_retriever_phase(settings, sizes, costs), _examine(settings, sizes, costs, looks)]
+    trains = costs.generator.steps > 0
+    written = trains + moves if training.gate == "on" else int(trains or moves)  # answers of the same weights and contexts are kept
+    parts += [_retriever_phase(settings, sizes, costs), _examine(settings, sizes, costs, written)]
     return [*parts, _save(settings, sizes, costs)]
 
 
@@ -236,17 +238,17 @@ def _retriever_phase(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     return Part("retriever phase", work, (0.0, *[phase.seconds] * rounds), _trained(phase, sizes.retriever_trained))
 
 
-def _examine(settings: Settings, sizes: Sizes, costs: Costs, looks: int) -> Part:
-    """With --no_answer every evaluation writes twice: for the contexts as found, and for those without the answer.
+def _examine(settings: Settings, sizes: Sizes, costs: Costs, written: int) -> Part:
+    """`written`: how often a round writes answers. With --no_answer it does so for the contexts as found, and for those without the answer.
 
     What is written again after the retriever's phase, of questions whose context has changed, is counted in full.
     """
-    written = 2 if settings.training.no_answer else 1
+    tables = 2 if settings.training.no_answer else 1
     asked = math.ceil(sizes.eval_questions / sizes.processes)
     batches = math.ceil(asked / settings.contexts.answer_batch_size)
-    once = written * costs.answer.seconds(batches, asked)
-    seconds = (once, *[once * looks] * settings.training.rounds)
-    return Part("examine", f"{sizes.eval_questions} questions, {looks} times a round", seconds, memory=costs.writing)
+    once = tables * costs.answer.seconds(batches, asked)
+    seconds = (once, *[once * written] * settings.training.rounds)
+    return Part("examine", f"{sizes.eval_questions} questions, {written} times a round", seconds, memory=costs.writing)
 
 
 def checkpoints(settings: Settings, phase: Phase) -> int:

@@ -171,6 +171,10 @@ def test_settings_change_the_counts():
     assert counted("--gate", "off")["examine"].seconds == pytest.approx((4, 4, 4))
     still = replace(COSTS, generator=replace(COSTS.generator, steps=0))
     assert counted(costs=still)["examine"].seconds == pytest.approx((4, 4, 4))
+    fixed = replace(COSTS, retriever=replace(COSTS.retriever, steps=0))  # the same contexts: the answers are known
+    assert counted(costs=fixed)["examine"].seconds == pytest.approx((4, 4, 4))
+    neither = replace(fixed, generator=replace(COSTS.generator, steps=0))
+    assert counted(costs=neither)["examine"].seconds == pytest.approx((4, 0, 0))
     assert counted("--query_side_only", "True")["index"].seconds == pytest.approx((18.5, 0, 0))
     assert counted("--rounds", "0")["retrieve"].seconds == pytest.approx((0.2,))
     silent = counted("--no_answer", "True")
