@@ -33,7 +33,9 @@ SHAPE = LlamaConfig(
     vocab_size=49152, tie_word_embeddings=True,
 )  # fmt: skip
 ROWS, TOKENS, ANSWER = 32, 150, 5
-WORDS = "river tower castle garden bridge falcon engine planet violin cheese lamp house stone village colour year".split()
+WORDS = (
+    "river tower castle garden bridge falcon engine planet violin cheese lamp house stone village colour year".split()
+)
 
 
 def generator_work(accelerator: Accelerator, wanted: str) -> tuple[torch.nn.Module, Callable[[], object]]:
@@ -82,7 +84,9 @@ def main() -> None:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"{options.model}, micro-batches {options.micro_batches}: {sorted(seconds)[len(seconds) // 2]:.1f} s a step (median of {options.steps}), peak {peak:.2f} GB")
+    print(
+        f"{options.model}, micro-batches {options.micro_batches}: {sorted(seconds)[len(seconds) // 2]:.1f} s a step (median of {options.steps}), peak {peak:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

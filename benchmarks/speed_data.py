@@ -25,11 +25,11 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from cozyrag.embedded import QUICKSTART
 from cozyrag.errors import InputError
 from cozyrag.index import Passages
 from cozyrag.prompts import Example, encode_examples
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.assets import QUICKSTART
 
 NEIGHBOURS = 4  # passages that a context is cut from, as many as a search gives
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -19,11 +19,11 @@ from pairs import settings_of
 from searching import fewer, gold_ids
 from wiki import COVERAGE, RUN, Articles
 
-from cozyrag.embedded import QUICKSTART, QUICKSTART_FOLDER
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex
 from cozyrag.passages import FEATURES, merge_passages, read_passages
 from cozyrag.questions import Questions, read_questions, take
+from cozyrag.runtime.assets import QUICKSTART, QUICKSTART_FOLDER
 
 SUITES = ("quickstart", "squad", "squad-wiki")
 SQUAD_FILES = {"dev": ("squad11_dev.jsonl.gz", "dev-v1.1.json"), "train": ("squad11_train.jsonl.gz", "train-v1.1.json")}

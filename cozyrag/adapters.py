@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.errors import InputError
+from cozyrag.runtime.assets import GENERATOR_FOLDER
 
 CONFIG = "adapter_config.json"
 SHIPPED = GENERATOR_FOLDER.parts[-3:]  # the end of the path of the model that comes with the package, wherever it lies

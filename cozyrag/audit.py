@@ -60,7 +60,7 @@ EMBEDDED = {
     "generator": (
         "the small GPT-2 of the package",
         "SQuAD 1.1 train and Wikipedia articles of 2015, without SQuAD dev and the articles of its titles",
-        "cozyrag/data/generator/README.md",
+        "cozyrag/assets/generator/README.md",
     ),
 }
 

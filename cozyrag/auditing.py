@@ -9,9 +9,9 @@ from pathlib import Path
 from cozyrag.audit import audit_corpus, audit_table, brief, examples_alike, part_scores
 from cozyrag.config import Settings, parse_settings
 from cozyrag.errors import InputError
-from cozyrag.files import write_json
-from cozyrag.precision import MEASURED
 from cozyrag.run import load_tables, make_accelerator
+from cozyrag.runtime.atomic_files import write_json
+from cozyrag.runtime.precision import MEASURED
 
 TRAINING_ONLY = {"mixed_precision", MEASURED}  # an audit may be made on another machine, and trains nothing
 

@@ -18,13 +18,13 @@ from datasets import Dataset
 from cozyrag.config import Settings
 from cozyrag.corpus import Corpus
 from cozyrag.feedback import answer_likelihoods
-from cozyrag.files import PARTIAL, damage, replacing, write_json
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Decoding, Generator, Written
-from cozyrag.processes import main_decides
 from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval
+from cozyrag.runtime.atomic_files import PARTIAL, damage, replacing, write_json
+from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.fingerprints import weights_fingerprint
 
 PROBE_QUESTIONS = 50  # training questions that show how far the retriever has moved since the index was made
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from cozyrag.curves import draw_curves
-from cozyrag.embedded import shipped_folder
-from cozyrag.hardware import energy_sentence, machine_sentence
 from cozyrag.index import made_by
-from cozyrag.precision import MEASURED, told
 from cozyrag.pretrained import BASE as SMOLLM2
 from cozyrag.pretrained import hub_name
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.runtime.assets import shipped_folder
+from cozyrag.runtime.hardware import energy_sentence, machine_sentence
+from cozyrag.runtime.precision import MEASURED, told
 
 CARD = "README.md"
 ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"

@@ -14,11 +14,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cozyrag.errors import InputError
-from cozyrag.files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
 from cozyrag.generator import Generator
 from cozyrag.output import check_changes, complete_checkpoints
-from cozyrag.processes import all_manage, main_decides
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.atomic_files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
+from cozyrag.runtime.distributed import all_manage, main_decides
 
 PHASES = ("generator", "retriever", "examine")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from cozyrag import __version__
 from cozyrag.errors import InputError, PushError
-from cozyrag.interrupts import Interrupted
+from cozyrag.runtime.signals import Interrupted
 
 DOCTOR = """\
 Check before or after training that things are as they should be. Nothing is trained and nothing is written.

@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from cozyrag.embedded import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.errors import InputError
-from cozyrag.precision import MEASURED, asked_at_launch
+from cozyrag.runtime.assets import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
+from cozyrag.runtime.precision import MEASURED, asked_at_launch
 from cozyrag.sharding import launched
 from cozyrag.values import EMBEDDED, QUICKSTART, check_values
 
@@ -164,9 +164,7 @@ class TrainingSettings:
     generator_steps: int | None = setting(
         None, "Most optimizer steps of each generator phase. 0 leaves the generator as it is."
     )
-    generator_batch_size: int = setting(
-        32, "Questions of one generator step, over all processes and micro-batches."
-    )
+    generator_batch_size: int = setting(32, "Questions of one generator step, over all processes and micro-batches.")
     generator_learning_rate: float = setting(1e-4, "Peak learning rate of the generator (AdamW).")
     context_noise: float = setting(
         0.0,

@@ -25,10 +25,10 @@ from transformers import GPT2Config
 
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
-from cozyrag.hardware import CGROUP, free_memory
 from cozyrag.index import search_shards
-from cozyrag.precision import Precision, fitting, measure_products, told
 from cozyrag.pretrained import HINT
+from cozyrag.runtime.hardware import CGROUP, free_memory
+from cozyrag.runtime.precision import Precision, fitting, measure_products, told
 
 OLDEST_PYTHON = (3, 11)
 NEEDED_MEMORY = (
@@ -259,7 +259,9 @@ def _extras(machine: Machine) -> Finding:
 
 def _hub(machine: Machine) -> Finding:
     if machine.hub:
-        remedy = f"Check the network, HTTPS_PROXY and HF_HUB_OFFLINE, or train without it: --retriever embedded and {HINT}"
+        remedy = (
+            f"Check the network, HTTPS_PROXY and HF_HUB_OFFLINE, or train without it: --retriever embedded and {HINT}"
+        )
         return Finding("Hugging Face Hub", machine.hub, remedy)
     return Finding("Hugging Face Hub", "answers")
 

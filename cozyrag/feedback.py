@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cozyrag.contexts import ContextMaker
-from cozyrag.files import writing
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.int8 import FLOAT32
+from cozyrag.runtime.atomic_files import writing
+from cozyrag.runtime.fingerprints import weights_fingerprint
 
 
 def answer_likelihoods(

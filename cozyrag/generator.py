@@ -355,7 +355,9 @@ class Generator:
             for start in progress(range(0, len(order), batch_size)):
                 rows = order[start : start + batch_size]
                 spans = [self._spans(prompts[row], questions[row], limits) for row in rows] if extractive else None
-                for row, each in zip(rows, self._complete(model, [prompts[row] for row in rows], limits, spans), strict=True):
+                for row, each in zip(
+                    rows, self._complete(model, [prompts[row] for row in rows], limits, spans), strict=True
+                ):
                     answers[row] = each
         return answers
 
@@ -378,7 +380,9 @@ class Generator:
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
         decoded = write_greedily(model, batch["input_ids"], batch["attention_mask"], limits, spans)
         texts = self.tokenizer.decode([each.tokens for each in decoded], skip_special_tokens=True)
-        return [Written(" ".join(text.split()), each.score, each.silence) for text, each in zip(texts, decoded, strict=True)]
+        return [
+            Written(" ".join(text.split()), each.score, each.silence) for text, each in zip(texts, decoded, strict=True)
+        ]
 
     @torch.inference_mode()
     def log_likelihoods(

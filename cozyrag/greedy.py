@@ -75,9 +75,7 @@ def write_greedily(
     return [Decoded(*each) for each in zip(ended, scores, silence.tolist(), strict=True)]
 
 
-def _allowed(
-    logs: torch.Tensor, written: torch.Tensor, limits: Limits, spans: Sequence[Spans] | None
-) -> torch.Tensor:
+def _allowed(logs: torch.Tensor, written: torch.Tensor, limits: Limits, spans: Sequence[Spans] | None) -> torch.Tensor:
     """(rows, vocabulary): the log-probabilities, minus infinity where a token may not come next."""
     count = written.shape[1]
     if limits.no_repeat and count:

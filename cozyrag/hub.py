@@ -3,7 +3,7 @@
 Three repositories: the retriever and the index (a dataset repository) go first, one commit each; the generator's commit
 goes last and carries cozyrag.json with their exact revisions, so what can be loaded is always one whole pair. Tokens
 come from the places where huggingface_hub looks for them and are never written. Left out: pushing while a run goes on
-(background.py), the words of the errors and the patience (network.py), loading (pipeline.py).
+(background.py), the words of the errors and the patience (hub_retry.py), loading (pipeline.py).
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from huggingface_hub.hf_api import RepoFile
 
 from cozyrag.adapters import read_adapter
 from cozyrag.cards import CARD, card_for_hub
-from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.errors import InputError, PushError
 from cozyrag.index import made_by
-from cozyrag.network import HUB_FAULTS, Unsettled, explain, is_passing, patiently
 from cozyrag.pipeline import PAIR_FILE, read_pair
+from cozyrag.runtime.assets import GENERATOR_FOLDER
+from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
 
 TAG = "cozyrag"  # stands in the card of every repository of a pair
 READ = {".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja", ".parquet", ".faiss", ".bin", ".pt", ".pkl"}

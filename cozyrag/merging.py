@@ -9,10 +9,10 @@ from pathlib import Path
 from cozyrag.adapters import merged, read_adapter
 from cozyrag.cards import ADAPTER_NOTE, CARD
 from cozyrag.errors import InputError
-from cozyrag.files import replacing, write_json
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.pipeline import PAIR_FILE, read_pair
+from cozyrag.runtime.atomic_files import replacing, write_json
+from cozyrag.runtime.fingerprints import weights_fingerprint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LEFT_BEHIND = ("checkpoints", "trackers", ".lock", "*.partial")

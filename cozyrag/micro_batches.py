@@ -128,13 +128,17 @@ def caching_load(sides: Sequence[Sequence[int]], cut: Cut, *, together: int) -> 
 
 def _padded_together(lengths: Sequence[int], together: int) -> int:
     ordered = sorted(lengths)
-    return sum(len(block) * block[-1] for at in range(0, len(ordered), together) if (block := ordered[at : at + together]))
+    return sum(
+        len(block) * block[-1] for at in range(0, len(ordered), together) if (block := ordered[at : at + together])
+    )
 
 
 # ---- how many tokens fit
 
 
-def token_bytes(config: PretrainedConfig, *, precision: str = "no", dropout: bool = False, length: int = 0) -> int | None:
+def token_bytes(
+    config: PretrainedConfig, *, precision: str = "no", dropout: bool = False, length: int = 0
+) -> int | None:
     """About how many bytes of activations a token of training takes; None for a model that does not tell its sizes.
 
     Args:

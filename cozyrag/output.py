@@ -1,6 +1,6 @@
 """The output folder of a run: what may stand there, whose it is, and whether the run in it has come to its end.
 
-Left out: checkpoints (checkpoint.py) and how files are written (files.py).
+Left out: checkpoints (checkpoint.py) and how files are written (atomic_files.py).
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from cozyrag.errors import InputError
-from cozyrag.files import NEXT, OLD, PARTIAL, write_json, writing
-from cozyrag.precision import asked_at_launch
-from cozyrag.processes import main_decides
+from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, writing
+from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.precision import asked_at_launch
 
 LOCK = ".lock"
 SETTINGS = "settings.json"

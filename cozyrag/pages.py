@@ -1,4 +1,4 @@
-"""HTML from the templates of `data/pages`, with everything that comes from outside escaped by Jinja2.
+"""HTML from the templates of `assets/pages`, with everything that comes from outside escaped by Jinja2.
 
 It exists so that no other module writes a tag: questions, passages and answers are strangers' text. Left out: what is
 shown (app.py, html_report.py, comparison.py).
@@ -9,7 +9,7 @@ from functools import cache
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cozyrag.embedded import PAGES_FOLDER
+from cozyrag.runtime.assets import PAGES_FOLDER
 
 
 def render(template: str, **values: object) -> str:

@@ -14,16 +14,16 @@ from huggingface_hub import snapshot_download
 from cozyrag import __version__
 from cozyrag.contexts import Chosen, ContextMaker, sentence_source
 from cozyrag.errors import InputError
-from cozyrag.files import NEXT
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex
 from cozyrag.int8 import reading_precision
 from cozyrag.lexical import LexicalIndex, SentenceWords
-from cozyrag.network import HUB_FAULTS, explain, patiently
-from cozyrag.precision import fitting
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.atomic_files import NEXT
+from cozyrag.runtime.fingerprints import weights_fingerprint
+from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
+from cozyrag.runtime.precision import fitting
 from cozyrag.search import Searcher, Weights
 from cozyrag.sentences import sentence_spans
 
@@ -219,7 +219,9 @@ class CozyRAG:
         self._maker.top_k = k
         chosen = self._maker.chosen(questions, rows, found.vectors)
         contexts = [self._maker.write(kept, ranked) for kept, ranked in zip(chosen, rows, strict=True)]
-        written = self.generator.write(questions, contexts, **Decoding.of(self).limits(self.no_answer_threshold is None))
+        written = self.generator.write(
+            questions, contexts, **Decoding.of(self).limits(self.no_answer_threshold is None)
+        )
         written = [each.kept_above(self.no_answer_threshold) for each in written]
         sources = [self._sources(*each) for each in zip(rows, found.scores.tolist(), chosen, strict=True)]
         return [

@@ -173,7 +173,9 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
         kept = sizes.questions * training.feedback_passages * NUMBER
         parts.append(Part("feedback", work, (0.0, *[costs.feedback * asked] * rounds), kept, kept * rounds))
     trains = costs.generator.steps > 0
-    written = trains + moves if training.gate == "on" else int(trains or moves)  # answers of the same weights and contexts are kept
+    written = (
+        trains + moves if training.gate == "on" else int(trains or moves)
+    )  # answers of the same weights and contexts are kept
     parts += [_retriever_phase(settings, sizes, costs), _examine(settings, sizes, costs, written)]
     return [*parts, _save(settings, sizes, costs)]
 

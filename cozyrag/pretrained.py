@@ -114,7 +114,9 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"Expected {path} to hold a Llama, found {type(read).__name__}: nothing is loaded. Install it again (`{INSTALL} --force-reinstall`)."
         )
     known = read.config.to_dict()
-    plain = LlamaForCausalLM(LlamaConfig(**{n: v for n, v in known.items() if n not in ("quantization_config", "_name_or_path")}))
+    plain = LlamaForCausalLM(
+        LlamaConfig(**{n: v for n, v in known.items() if n not in ("quantization_config", "_name_or_path")})
+    )
     plain.load_state_dict(read.state_dict())
     plain.config._name_or_path = plain.name_or_path = BASE
     return plain, tokenizer
@@ -123,7 +125,10 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within it transformers says nothing of converting and de-quantising."""
-    loggers = [logging.getLogger("transformers.modeling_gguf_pytorch_utils"), logging.getLogger("transformers.integrations.ggml")]
+    loggers = [
+        logging.getLogger("transformers.modeling_gguf_pytorch_utils"),
+        logging.getLogger("transformers.integrations.ggml"),
+    ]
     before = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)

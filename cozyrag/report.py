@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from cozyrag.evaluation import table
-from cozyrag.files import write_jsonl
+from cozyrag.runtime.atomic_files import write_jsonl
 
 
 class RunLog:

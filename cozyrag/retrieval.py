@@ -17,13 +17,13 @@ from cozyrag.config import Settings
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.corpus import Corpus
 from cozyrag.errors import InputError
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.questions import take
 from cozyrag.report import RunLog
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.search import Searcher, Weights
 from cozyrag.sentences import SentenceVectors
 

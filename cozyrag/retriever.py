@@ -19,8 +19,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router, 
 from transformers import PretrainedConfig
 
 from cozyrag.errors import InputError
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.int8 import AUTO, BF16, FLOAT32, INT8, quantised
+from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.sentences import SentenceVectors, Span
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -131,7 +131,10 @@ class Retriever:
         prompt = self.model.prompts.get(kind) or ""
         limit = self.model.max_seq_length
         most = {"truncation": True, "max_length": limit} if limit else {}
-        return [len(ids) for ids in self.model.tokenizer([prompt + text for text in texts], verbose=False, **most)["input_ids"]]
+        return [
+            len(ids)
+            for ids in self.model.tokenizer([prompt + text for text in texts], verbose=False, **most)["input_ids"]
+        ]
 
     def embed(self, texts: Sequence[str], *, kind: str, spans: Sequence[Sequence[Span]] | None = None) -> torch.Tensor:
         """Vectors with gradients; `kind` is "query" or "document", for models that prompt them differently.

@@ -14,12 +14,12 @@ from datasets import Dataset
 
 from cozyrag.batches import phase_seed, plan_steps, share_out
 from cozyrag.config import TrainingSettings
-from cozyrag.hardware import room_for_training
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
 from cozyrag.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
+from cozyrag.runtime.hardware import room_for_training
 from cozyrag.sentences import Span, split_sentences
 from cozyrag.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
 
@@ -67,7 +67,9 @@ def train_retriever(
 
     def load(number: int, cut: Cut) -> Load:
         rows = [usable[row] for row in steps[number]]
-        return retriever_load(accelerator, retriever, *step_texts(columns, passages, rows, likelihoods), cut, exact=True)
+        return retriever_load(
+            accelerator, retriever, *step_texts(columns, passages, rows, likelihoods), cut, exact=True
+        )
 
     def show(number: int) -> list[dict]:
         return [_pair(columns, passages, usable[row]) for row in steps[number]]
@@ -140,11 +142,19 @@ def retriever_token_bytes(accelerator: Accelerator, retriever: Retriever) -> int
 
 
 def retriever_load(
-    accelerator: Accelerator, retriever: Retriever, questions: Sequence[str], passages: Sequence[str], cut: Cut, *, exact: bool = False
+    accelerator: Accelerator,
+    retriever: Retriever,
+    questions: Sequence[str],
+    passages: Sequence[str],
+    cut: Cut,
+    *,
+    exact: bool = False,
 ) -> Load:
     """What a cut makes of this process's share of a step on these texts. Unless `exact`, they are counted in tokens only if
     that may matter for the pieces, and else the tokens are said to be 0."""
-    texts = [[side[at] for at in _shares(accelerator, side)[accelerator.process_index]] for side in (questions, passages)]
+    texts = [
+        [side[at] for at in _shares(accelerator, side)[accelerator.process_index]] for side in (questions, passages)
+    ]
     most = retriever.model.max_seq_length
     if cut.tokens is None or (not exact and most and most * sum(map(len, texts)) <= cut.tokens):
         return Load(cut.pieces, 0, max(1, *map(len, texts)))

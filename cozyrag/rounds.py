@@ -21,19 +21,19 @@ from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import Settings
 from cozyrag.corpus import Corpus
 from cozyrag.evaluation import choose_threshold, examine
-from cozyrag.files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.gate import judge
 from cozyrag.generator import Decoding, Generator
 from cozyrag.generator_phase import generator_cut, generator_token_bytes, train_generator
-from cozyrag.interrupts import Interrupts
 from cozyrag.micro_batches import Cut, told
 from cozyrag.pipeline import describe_pair
-from cozyrag.processes import main_decides
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval, weighing_questions
 from cozyrag.retriever import Retriever
 from cozyrag.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
+from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
+from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.fingerprints import weights_fingerprint
+from cozyrag.runtime.signals import Interrupts
 from cozyrag.tracking import log_numbers
 from cozyrag.watcher import PhaseWatcher
 

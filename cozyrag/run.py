@@ -27,19 +27,13 @@ from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import Settings, parse_settings
 from cozyrag.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
-from cozyrag.embedded import GENERATOR_FOLDER
-from cozyrag.embedded import QUICKSTART as QUICKSTART_FILES
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
-from cozyrag.files import switch, write_json, writing
-from cozyrag.fingerprints import tables_fingerprint
 from cozyrag.generator import Generator
 from cozyrag.generator_phase import generator_step_count
-from cozyrag.hardware import machine_facts
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
 from cozyrag.int8 import check_int8, reading_precision
-from cozyrag.interrupts import Interrupted, Interrupts
 from cozyrag.output import (
     FINISHED,
     SETTINGS,
@@ -51,11 +45,17 @@ from cozyrag.output import (
     settings_before,
 )
 from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
-from cozyrag.precision import MEASURED, Precision, agreed, check_asked, choose, float32_rate
 from cozyrag.pretrained import SMOLLM2
-from cozyrag.processes import main_decides
 from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
+from cozyrag.runtime.assets import GENERATOR_FOLDER
+from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
+from cozyrag.runtime.atomic_files import switch, write_json, writing
+from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.fingerprints import tables_fingerprint
+from cozyrag.runtime.hardware import machine_facts
+from cozyrag.runtime.precision import MEASURED, Precision, agreed, check_asked, choose, float32_rate
+from cozyrag.runtime.signals import Interrupted, Interrupts
 from cozyrag.sharding import CONFIGS, LAUNCHED, check_sharding, is_split
 from cozyrag.tracking import start_trackers, wanted_trackers
 from cozyrag.values import EMBEDDED, QUICKSTART, SCRATCH
@@ -296,9 +296,7 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
     )
 
 
-def open_output(
-    accelerator: Accelerator, settings: Settings, resumed: Progress | None, precision: Precision
-) -> None:
+def open_output(accelerator: Accelerator, settings: Settings, resumed: Progress | None, precision: Precision) -> None:
     """Clear the output folder unless a run is gone on with, put a pair there that was saved but not in its place, start the trackers."""
     output, folder = settings.output, Path(settings.output.output_dir)
 
@@ -429,7 +427,11 @@ def _tell_how_long(rounds: Rounds) -> None:
     )
     if seconds < LONG:
         return
-    small = "--generator embedded (some 3 minutes, right in 3 answers of 10)" if settings.data.questions == QUICKSTART else "--max_questions"
+    small = (
+        "--generator embedded (some 3 minutes, right in 3 answers of 10)"
+        if settings.data.questions == QUICKSTART
+        else "--max_questions"
+    )
     rounds.log.say(
         f"Note: this takes about {told_time(seconds / max(1, rounds.accelerator.num_processes))} for the generator alone, in float32 at {rate:.0f} GFLOP/s. Shorter: {small} or "
         f"fewer --generator_steps ({steps} a round); `cozyrag plan` measures every part."

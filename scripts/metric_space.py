@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from cozyrag.cli import door
-from cozyrag.embedded import shipped_folder
 from cozyrag.errors import InputError
+from cozyrag.runtime.assets import shipped_folder
 
 MODULES = ("cozyrag_qa", "cozyrag_retrieval")
 METRICS = Path(__file__).parents[1] / "cozyrag" / "metrics.py"

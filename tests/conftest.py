@@ -48,10 +48,10 @@ def seeded_test(seeded_module):
 @pytest.fixture(scope="session", autouse=True)
 def machine_without_bf16():
     """What is computed does not depend on the machine: tests of the precision put in machines of their own."""
-    import cozyrag.precision
+    import cozyrag.runtime.precision
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cozyrag.precision, "native_bf16", lambda device: False)
+        patched.setattr(cozyrag.runtime.precision, "native_bf16", lambda device: False)
         yield
 
 

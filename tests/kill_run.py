@@ -54,7 +54,11 @@ def materials(root: Path, precision: str = "no") -> list[str]:
         "generator": tiny.make_generator(root / "generator"),
         "retriever": tiny.make_retriever(root / "retriever"),
     }
-    return [part for name, path in files.items() for part in (f"--{name}", str(path))] + [*SMALL, "--mixed_precision", precision]
+    return [part for name, path in files.items() for part in (f"--{name}", str(path))] + [
+        *SMALL,
+        "--mixed_precision",
+        precision,
+    ]
 
 
 def push(folder: Path, *arguments, **options) -> str:
@@ -227,7 +231,12 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=3, help="how many runs are killed (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="processes of a run (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="bf16 is emulated where the processor lacks it (default: no)")
+    parser.add_argument(
+        "--precision",
+        choices=["no", "bf16"],
+        default="no",
+        help="bf16 is emulated where the processor lacks it (default: no)",
+    )
     parser.add_argument("--folder", type=Path, help="where runs and their logs are left (default: a temporary folder)")
     chosen = parser.parse_args()
     if chosen.precision == "bf16":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import cozyrag.run
-from cozyrag.fingerprints import weights_fingerprint
+from cozyrag.runtime.fingerprints import weights_fingerprint
 
 whole_run = cozyrag.run.train_rounds
 

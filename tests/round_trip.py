@@ -39,12 +39,12 @@ def make_pair(folder: Path, layers: int) -> None:
     """An output folder: the embedded generator with this many layers, the embedded retriever, the quickstart passages."""
     from transformers import GPT2LMHeadModel
 
-    from cozyrag.embedded import GENERATOR_FOLDER, QUICKSTART
     from cozyrag.generator import Generator
     from cozyrag.index import PassageIndex, Passages
     from cozyrag.passages import read_passages
     from cozyrag.pipeline import describe_pair
     from cozyrag.retriever import Retriever
+    from cozyrag.runtime.assets import GENERATOR_FOLDER, QUICKSTART
 
     small = Generator.load(str(GENERATOR_FOLDER))
     config = type(small.model.config)(**small.model.config.to_dict() | {"n_layer": layers, "num_hidden_layers": layers})
@@ -112,7 +112,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        from cozyrag.embedded import QUICKSTART
+        from cozyrag.runtime.assets import QUICKSTART
 
         lines = Path(QUICKSTART["eval_questions"]).read_text(encoding="utf-8").splitlines()
         asked = root / "asked.json"

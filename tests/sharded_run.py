@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import TrainingSettings
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator, TokenLosses
 from cozyrag.generator_phase import train_generator
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.sharding import Sharded, held_bytes, joined
 from cozyrag.trainer import Watcher
 

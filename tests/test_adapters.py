@@ -18,12 +18,12 @@ from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.corpus import Corpus  # noqa: E402
 from cozyrag.doctor import check_terms  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
-from cozyrag.fingerprints import weights_fingerprint  # noqa: E402
 from cozyrag.finished import FinishedRun  # noqa: E402
 from cozyrag.generator import Generator  # noqa: E402
 from cozyrag.hub import push_pair  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.run import load_tables, train  # noqa: E402
+from cozyrag.runtime.fingerprints import weights_fingerprint  # noqa: E402
 
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": [], "revision": None, "seed": 1}
 ASKED = ["What colour is the fox 0?", "In which year was the river 1 made?"]
@@ -104,7 +104,7 @@ def test_the_ordinary_libraries_load_it(generator_path, tmp_path):
 
 def test_the_model_of_the_package_is_found_wherever_it_lies(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "/elsewhere/cozyrag/data/generator"})
+        json.dumps({"base_model_name_or_path": "/elsewhere/cozyrag/assets/generator"})
     )
     assert adapters.read_adapter(str(tmp_path)) == adapters.Adapter(str(adapters.GENERATOR_FOLDER), None)
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)

@@ -21,7 +21,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from tiny import corpus, write_jsonl
 
-from cozyrag.embedded import metric_module
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
@@ -29,6 +28,7 @@ from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
 from cozyrag.questions import read_questions
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.assets import metric_module
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

@@ -18,12 +18,12 @@ from cozyrag.cards import card_for_hub, write_cards
 from cozyrag.config import parse_settings
 from cozyrag.curves import draw_curves
 from cozyrag.evaluation import summarize
-from cozyrag.hardware import energy_sentence, machine_facts, machine_sentence
 from cozyrag.index import PassageIndex, passage_text
 from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.hardware import energy_sentence, machine_facts, machine_sentence
 
 ROLES = ("generator", "retriever")
 PIECES = (*ROLES, "index")
@@ -75,7 +75,14 @@ def drawing(request, monkeypatch):
 
 def rows(*examinations):
     """metrics.jsonl of a run of one round."""
-    run = {"kind": "run", "questions": 64, "eval_questions": 8, "passages": 40, "machine": MACHINE, "precision": PRECISION}
+    run = {
+        "kind": "run",
+        "questions": 64,
+        "eval_questions": 8,
+        "passages": 40,
+        "machine": MACHINE,
+        "precision": PRECISION,
+    }
     steps = [
         {"kind": "step", "round": 1, "phase": phase, "step": step, "loss": 2.0 - step / 10}
         for phase in ROLES

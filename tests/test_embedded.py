@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from cozyrag.embedded import GENERATOR_FOLDER
 from cozyrag.generator import Generator
 from cozyrag.retriever import Retriever
+from cozyrag.runtime.assets import GENERATOR_FOLDER
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from cozyrag import cli, environment
 from cozyrag.environment import EXTRAS, Machine, ask_hub, free_memory, judge, openmp_runtimes
 from cozyrag.errors import InputError
-from cozyrag.precision import Precision
+from cozyrag.runtime.precision import Precision
 
 FIT = Machine(system="Linux", python=(3, 11, 7), torch="2.13.0+cpu", torch_cuda=False, nvidia=False, openmp=("libgomp-a.so.1", "libgomp-b.so.1"), duplicates_allowed=False, cores=4, threads_asked="4", memory=8e9, disk=90e9, missing=(), hub="", losses=(5.6, 2.9), faiss_agrees=True, rates=(197.2, 846.4), precision=Precision("bf16", "so fast", 197.2, 846.4))  # fmt: skip
 
@@ -47,7 +47,11 @@ def test_each_fact_that_is_amiss_has_one_finding_with_its_remedy(facts, what, re
 @pytest.mark.parametrize(
     ("rates", "precision", "told"),
     [
-        ((197.2, 846.4), Precision("bf16", "so fast", 197.2, 846.4), "float32 197, bf16 846 GFLOP/s; training takes bf16"),
+        (
+            (197.2, 846.4),
+            Precision("bf16", "so fast", 197.2, 846.4),
+            "float32 197, bf16 846 GFLOP/s; training takes bf16",
+        ),
         (
             (43.8, 0.99),
             Precision("no", "this processor has no native bf16"),

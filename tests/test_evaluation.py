@@ -177,7 +177,9 @@ def test_what_was_written_before_is_not_asked_again():
     assert len(known) == 8 and len(generator.asked) == 3
     assert examine(Accelerator(cpu=True), generator, table, known=known, **OPTIONS) == first
     assert len(generator.asked) == 3  # not a single pass
-    changed = [f"Another context {number}." if number in (2, 5) else text for number, text in enumerate(table["context"])]
+    changed = [
+        f"Another context {number}." if number in (2, 5) else text for number, text in enumerate(table["context"])
+    ]
     other = Dataset.from_dict(table[:] | {"context": changed}, features=CONTEXT_FEATURES)
     _, rows = examine(Accelerator(cpu=True), generator, other, known=known, **OPTIONS)
     assert sorted(generator.asked[3]) == [("Question 2?", "Another context 2."), ("Question 5?", "Another context 5.")]

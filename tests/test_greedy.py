@@ -18,7 +18,14 @@ from transformers import (
 
 from cozyrag.greedy import Limits, _allowed, write_greedily
 
-SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+SIZE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24, "initializer_range": 0.5}
 FAMILIES = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, initializer_range=0.5)),

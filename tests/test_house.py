@@ -11,12 +11,16 @@ import cozyrag
 
 PACKAGE = Path(cozyrag.__file__).parent
 ROOT = PACKAGE.parent
-TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {
+    path.stem: ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__" or path.parent == PACKAGE
+}
 # A module may import modules of the tiers above its own line, never of its own line or below.
 TIERS = (
     (
         "errors",
-        "embedded",
+        "assets",
         "losses",
         "metrics",
         "fingerprints",
@@ -26,12 +30,24 @@ TIERS = (
         "last_block",
         "refresh",
         "duplicates",
-        "network",
+        "hub_retry",
         "hardware",
         "curves",
-        "interrupts",
+        "signals",
     ),
-    ("files", "processes", "rows", "reading", "lexical", "quantised", "sharding", "int8", "greedy", "pretrained", "precision"),
+    (
+        "atomic_files",
+        "distributed",
+        "rows",
+        "reading",
+        "lexical",
+        "quantised",
+        "sharding",
+        "int8",
+        "greedy",
+        "pretrained",
+        "precision",
+    ),
     (
         "tables",
         "prompts",
@@ -98,14 +114,15 @@ def imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {
-                alias.name.partition(".")[2] or "__init__"
+                alias.name.rpartition(".")[2] if "." in alias.name else "__init__"
                 for alias in node.names
                 if alias.name.split(".")[0] == "cozyrag"
             }
         elif isinstance(node, ast.ImportFrom) and node.module == "cozyrag":
             found |= {alias.name if alias.name in TREES else "__init__" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cozyrag."):
-            found.add(node.module.partition(".")[2])
+            modules = {alias.name for alias in node.names} & set(TREES)
+            found |= modules or {node.module.rpartition(".")[2]}
     return found
 
 

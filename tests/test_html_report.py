@@ -99,7 +99,9 @@ def run(tmp_path_factory, pair_folder):
     pair = CozyRAG.from_pretrained(folder)
     asked = [f"What colour is the fox {number}?" for number in (0, 12, 24)]
     rows = [
-        examined.row(number, em=0, question=question, prediction=answer.text, context=answer.context, score=answer.score)
+        examined.row(
+            number, em=0, question=question, prediction=answer.text, context=answer.context, score=answer.score
+        )
         for number, (question, answer) in enumerate(zip(asked, pair.answers(asked), strict=True))
     ]
     return examined.write_run(folder, [rows])

@@ -9,10 +9,10 @@ from huggingface_hub import HfApi
 from local_hub import LocalHub, point_client_at
 
 from cozyrag import hub as pushing
-from cozyrag import network
 from cozyrag.errors import InputError, PushError
 from cozyrag.hub import push_pair, refusal
 from cozyrag.pipeline import describe_pair
+from cozyrag.runtime import hub_retry as network
 
 REPO = "me/rag"
 REPOS = [("models", "me/rag-retriever"), ("datasets", "me/rag-index"), ("models", "me/rag")]

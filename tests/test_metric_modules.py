@@ -12,8 +12,8 @@ from huggingface_hub import metadata_load
 
 evaluate = pytest.importorskip("evaluate")
 
-from cozyrag.embedded import metric_module  # noqa: E402
 from cozyrag.metrics import exact_match, f1, ndcg_at, ranks_of, recall_at, rouge_l  # noqa: E402
+from cozyrag.runtime.assets import metric_module  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("cozyrag_qa", "cozyrag_retrieval")

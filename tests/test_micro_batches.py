@@ -87,7 +87,13 @@ def kept_bytes(model, run, tokens):
     return sum(size for size, _ in kept.values()) / tokens
 
 
-SMOL = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 500}
+SMOL = {
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 500,
+}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0}
 PLAIN = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {  # of two layers; each takes the shape of a known one

@@ -7,13 +7,14 @@ import torch
 from accelerate.state import AcceleratorState
 from short_run import at_step, rows, send
 
-from cozyrag import auditing, cli, precision, run
+from cozyrag import auditing, cli, run
 from cozyrag.cards import public_settings
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.interrupts import Interrupted
-from cozyrag.precision import MEASURED, Precision, agreed, asked_at_launch, choose, fitting, native_bf16
 from cozyrag.run import train
+from cozyrag.runtime import precision
+from cozyrag.runtime.precision import MEASURED, Precision, agreed, asked_at_launch, choose, fitting, native_bf16
+from cozyrag.runtime.signals import Interrupted
 
 REASON = "a product of matrices is 4.3 times as fast as in float32 (846 against 197 GFLOP/s)"
 FAST = Precision("bf16", REASON, 197.0, 846.0)
@@ -149,7 +150,9 @@ def test_what_is_asked_for_is_taken_unmeasured(machine):
 
 def test_emulated_bf16_is_refused_on_a_cpu_unless_it_is_allowed(machine, monkeypatch):
     machine(False)
-    with pytest.raises(InputError, match="--mixed_precision bf16: expected .*found .*two to three times slower.*Leave it out"):
+    with pytest.raises(
+        InputError, match="--mixed_precision bf16: expected .*found .*two to three times slower.*Leave it out"
+    ):
         choose("cpu", "bf16")
     monkeypatch.setenv("COZYRAG_ALLOW_EMULATED_BF16", "1")
     assert "emulated" in choose("cpu", "bf16").note
@@ -278,7 +281,9 @@ def test_an_interrupted_run_goes_on_in_float32_on_a_machine_with_bf16(auto, inte
         train([*auto, "--output_dir", str(out), "--mixed_precision", "bf16"])
     train([*auto, "--output_dir", str(out)])
     screen = capsys.readouterr().out
-    assert "precision float32: kept, as the run began with it." in screen and "Note: bf16 would be faster here" in screen
+    assert (
+        "precision float32: kept, as the run began with it." in screen and "Note: bf16 would be faster here" in screen
+    )
     assert settings_of(out)["mixed_precision"] == "no"
 
 
@@ -325,12 +330,16 @@ def test_processes_that_do_not_see_the_folder_keep_what_the_main_process_keeps(m
     assert run._agree_on_precision("cpu", None, None).name == "bf16"
 
 
-def test_the_plan_probes_in_the_precision_of_the_run_and_names_it(auto, machine, own_state, tmp_path, monkeypatch, capsys):
+def test_the_plan_probes_in_the_precision_of_the_run_and_names_it(
+    auto, machine, own_state, tmp_path, monkeypatch, capsys
+):
     machine(True, (197.0, 846.0))
     probed = []
     made = run.make_plan
     monkeypatch.setattr(
-        run, "make_plan", lambda accelerator, *rest: probed.append(accelerator.mixed_precision) or made(accelerator, *rest)
+        run,
+        "make_plan",
+        lambda accelerator, *rest: probed.append(accelerator.mixed_precision) or made(accelerator, *rest),
     )
     run.plan([*auto, "--output_dir", str(tmp_path / "out")])
     assert probed == ["bf16"] and f"precision bf16: {REASON}; nothing is trained." in capsys.readouterr().out
@@ -340,7 +349,7 @@ def test_the_plan_probes_in_the_precision_of_the_run_and_names_it(auto, machine,
 
 
 def test_what_was_measured_is_no_setting(tmp_path, monkeypatch):
-    monkeypatch.setattr("cozyrag.precision.native_bf16", lambda device: False)
+    monkeypatch.setattr("cozyrag.runtime.precision.native_bf16", lambda device: False)
     settings = parse_settings(["--questions", "own.tsv", "--mixed_precision", "bf16"]).to_dict() | {MEASURED: FACTS}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     assert MEASURED not in public_settings(settings)

@@ -140,7 +140,9 @@ def test_without_the_wheel_the_command_is_told(monkeypatch):
 
 def test_without_gguf(wheel, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(cozyrag.pretrained.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setattr(
+        cozyrag.pretrained.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
+    )
     refused(["package gguf", "pip install gguf"])
 
 

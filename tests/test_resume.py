@@ -19,9 +19,9 @@ import cozyrag.watcher
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.cli import door
 from cozyrag.errors import InputError
-from cozyrag.interrupts import Interrupted, Interrupts
 from cozyrag.output import FREE_TO_CHANGE, SAFE_TO_CHANGE, check_changes
 from cozyrag.run import train
+from cozyrag.runtime.signals import Interrupted, Interrupts
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +81,7 @@ def test_signals_that_are_held_come_at_the_end_or_when_patience_is_over(monkeypa
             os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does that was itself interrupted
             seen.append("went on")
     assert seen == ["went on"] and ended.value.number == signal.SIGINT
-    monkeypatch.setattr("cozyrag.interrupts.PATIENCE", 0.05)
+    monkeypatch.setattr("cozyrag.runtime.signals.PATIENCE", 0.05)
     stuck = Interrupts()
     with stuck.watched(), pytest.raises(Interrupted), stuck.held():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -36,7 +36,7 @@ def test_the_folder_is_whole(folder, pair_folder):
     ]
     for path in (path for path in pair_folder.rglob("*") if path.is_file()):
         assert (folder / "pair" / path.relative_to(pair_folder)).read_bytes() == path.read_bytes()
-    assert not list(folder.rglob("__pycache__")) and not (folder / "cozyrag" / "data" / "generator").exists()
+    assert not list(folder.rglob("__pycache__")) and not (folder / "cozyrag" / "assets" / "generator").exists()
     assert json.loads((folder / "examples.json").read_text()) == []
 
 

@@ -9,7 +9,6 @@ from tiny import corpus
 
 from cozyrag.config import TrainingSettings
 from cozyrag.contexts import CONTEXT_FEATURES
-from cozyrag.fingerprints import weights_fingerprint
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.generator_phase import generator_cut, generator_step, train_generator
 from cozyrag.index import Passages
@@ -19,6 +18,7 @@ from cozyrag.penalties import Penalties
 from cozyrag.prompts import encode_examples, with_keywords
 from cozyrag.retriever import Retriever, texts_and_sentences
 from cozyrag.retriever_phase import retriever_cut, retriever_step, retriever_terms, step_sentences, train_retriever
+from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.trainer import Watcher, first_cut
 
 
@@ -241,7 +241,9 @@ def gradients(model):
     return {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("other", [Cut(2), Cut(3), Cut(5), Cut(11), Cut(tokens=150), Cut(tokens=90, room=10), Cut(tokens=1)], ids=str)
+@pytest.mark.parametrize(
+    "other", [Cut(2), Cut(3), Cut(5), Cut(11), Cut(tokens=150), Cut(tokens=90, room=10), Cut(tokens=1)], ids=str
+)
 def test_micro_batches_do_not_change_the_generator_gradient(accelerator, generator_path, tables, other):
     columns = tables[0][:9]
     found = []

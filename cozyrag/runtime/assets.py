@@ -5,17 +5,17 @@ The set makes the first run independent of the network. Left out: reading them, 
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
-QUICKSTART_FOLDER = _PACKAGE / "data" / "quickstart"
+_PACKAGE = Path(__file__).parent.parent
+QUICKSTART_FOLDER = _PACKAGE / "assets" / "quickstart"
 QUICKSTART = {
     "questions": str(QUICKSTART_FOLDER / "train.jsonl"),
     "eval_questions": str(QUICKSTART_FOLDER / "validation.jsonl"),
     "passages": str(QUICKSTART_FOLDER / "passages.jsonl"),
 }
-GENERATOR_FOLDER = _PACKAGE / "data" / "generator"
+GENERATOR_FOLDER = _PACKAGE / "assets" / "generator"
 QUICKSTART_SETTINGS = QUICKSTART_FOLDER / "settings.yaml"
 QUICKSTART_EMBEDDED = QUICKSTART_FOLDER / "settings-embedded.yaml"  # over the former, for the small generator
-PAGES_FOLDER = _PACKAGE / "data" / "pages"
+PAGES_FOLDER = _PACKAGE / "assets" / "pages"
 
 
 def shipped_folder(name: str) -> Path:

@@ -174,8 +174,12 @@ def fitting(device: str, rates: tuple[float, float] | None = None) -> Precision:
     float32, bf16 = rates or measure_products()
     found = f"({bf16:.0f} against {float32:.0f} GFLOP/s)"
     if bf16 < WORTH * float32:
-        return Precision("no", f"in bf16 a product of matrices is only {bf16 / float32:.1f} times as fast {found}", float32, bf16)
-    return Precision("bf16", f"a product of matrices is {bf16 / float32:.1f} times as fast as in float32 {found}", float32, bf16)
+        return Precision(
+            "no", f"in bf16 a product of matrices is only {bf16 / float32:.1f} times as fast {found}", float32, bf16
+        )
+    return Precision(
+        "bf16", f"a product of matrices is {bf16 / float32:.1f} times as fast as in float32 {found}", float32, bf16
+    )
 
 
 def agreed(choices: Sequence[Precision]) -> Precision:
