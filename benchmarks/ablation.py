@@ -30,6 +30,8 @@ from searching import accelerator_of, add_arguments, fewer, open_index, retrieve
 from cozyrag.cli import door
 from cozyrag.config import Settings, parse_settings
 from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.data.passages import merge_passages
+from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examine
 from cozyrag.feedback import answer_likelihoods
@@ -38,8 +40,6 @@ from cozyrag.generator_phase import train_generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, normalize_answer, paired_bootstrap, ranks_of, recall_at, reciprocal_rank
-from cozyrag.passages import merge_passages
-from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
 from cozyrag.retriever_phase import train_retriever
 from cozyrag.search import Searcher

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import psutil
 
+from cozyrag.data.passages import read_passages
 from cozyrag.index import Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
-from cozyrag.passages import read_passages
 
 
 def main() -> None:

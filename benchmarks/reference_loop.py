@@ -16,9 +16,9 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cozyrag.data.sentences import split_sentences
 from cozyrag.index import Passages
 from cozyrag.prompts import Example
-from cozyrag.sentences import split_sentences
 
 IGNORED = -100
 

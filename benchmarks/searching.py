@@ -18,14 +18,14 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.config import parse_settings
+from cozyrag.data.passages import merge_passages
+from cozyrag.data.questions import read_questions, take
+from cozyrag.data.sentences import RULES, SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import STEMMERS
-from cozyrag.passages import merge_passages
-from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
 from cozyrag.run import make_accelerator
-from cozyrag.sentences import RULES, SentenceVectors
 
 PART = 1024  # passages whose vectors are written together: half a minute of work on a slow machine
 TOGETHER = 64  # passages encoded at once

@@ -59,7 +59,7 @@ def read_corpus(questions: str | None, passages: str | None, *, seed: int) -> tu
     """Questions in random order, and all passages. Without datasets only .jsonl is read.
 
     Args:
-        questions, passages: as cozyrag/questions.py and passages.py read them; both None: the quickstart set.
+        questions, passages: as cozyrag/data/questions.py and passages.py read them; both None: the quickstart set.
     """
     if questions is None:
         questions, passages = QUICKSTART["questions"], passages or QUICKSTART["passages"]
@@ -75,8 +75,8 @@ def read_corpus(questions: str | None, passages: str | None, *, seed: int) -> tu
 
 def _read_tables(questions: str, passages: str | None) -> tuple[list[tuple[str, str, str]], Passages]:
     """(question, answer, passage id) and the passages, by the package's own readers."""
-    from cozyrag.passages import read_passages
-    from cozyrag.questions import read_questions
+    from cozyrag.data.passages import read_passages
+    from cozyrag.data.questions import read_questions
 
     read = read_questions(questions)
     table = read_passages(passages)[0] if passages else read.passages

@@ -19,10 +19,10 @@ from pairs import settings_of
 from searching import fewer, gold_ids
 from wiki import COVERAGE, RUN, Articles
 
+from cozyrag.data.passages import FEATURES, merge_passages, read_passages
+from cozyrag.data.questions import Questions, read_questions, take
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex
-from cozyrag.passages import FEATURES, merge_passages, read_passages
-from cozyrag.questions import Questions, read_questions, take
 from cozyrag.runtime.assets import QUICKSTART, QUICKSTART_FOLDER
 
 SUITES = ("quickstart", "squad", "squad-wiki")

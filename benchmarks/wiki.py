@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from accelerate.utils import tqdm
 from datasets import Dataset
 
+from cozyrag.data.passages import FEATURES
+from cozyrag.data.questions import Questions, take
+from cozyrag.data.readers import read_rows
+from cozyrag.data.rows import BadRows
+from cozyrag.data.sentences import split_sentences
 from cozyrag.metrics import contains_answer, normalize_answer
-from cozyrag.passages import FEATURES
-from cozyrag.questions import Questions, take
-from cozyrag.rows import BadRows
-from cozyrag.sentences import split_sentences
-from cozyrag.tables import read_rows
 
 COVERAGE = 0.5  # share of a paragraph's runs of words that must stand in the article
 RUN = 8

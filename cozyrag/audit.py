@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from cozyrag.corpus import Corpus
+from cozyrag.data.corpus import Corpus
 from cozyrag.evaluation import summarize
 from cozyrag.metrics import normalize_answer
 from cozyrag.pretrained import hub_name

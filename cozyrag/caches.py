@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
 
 from cozyrag.config import Settings
-from cozyrag.corpus import Corpus
+from cozyrag.data.corpus import Corpus
 from cozyrag.feedback import answer_likelihoods
 from cozyrag.generator import Decoding, Generator, Written
 from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap

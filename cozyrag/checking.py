@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cozyrag.chunks import count_words, spaced
+from cozyrag.data.chunking import count_words, spaced
+from cozyrag.data.passages import stream_passages
+from cozyrag.data.questions import Question, stream_questions
+from cozyrag.data.readers import kind_of
+from cozyrag.data.rows import BadRows, no_rows
 from cozyrag.errors import InputError
 from cozyrag.metrics import normalize_answer
-from cozyrag.passages import stream_passages
-from cozyrag.questions import Question, stream_questions
-from cozyrag.rows import BadRows, no_rows
-from cozyrag.tables import kind_of
 
 DESCRIPTION = """\
 Make a file of questions from one or several of any layout that train.py reads, and check them.

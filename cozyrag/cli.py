@@ -319,7 +319,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _prepare(command: str, rest: list[str]) -> None:
     """One of DATA_COMMANDS; each reads its own arguments."""
     if command == "passages":
-        from cozyrag.gathering import passages as act
+        from cozyrag.data.ingest import passages as act
     elif command == "questions":
         from cozyrag.checking import questions as act
     else:

@@ -12,12 +12,12 @@ from itertools import islice
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from cozyrag.data.sentences import split_sentences
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.retriever import Retriever
 from cozyrag.search import Found
-from cozyrag.sentences import split_sentences
 
 FILTERS = ("overlap", "vectors", "both")
 SEARCH_DEPTH = 60

@@ -18,7 +18,7 @@ import torch
 
 from cozyrag.batches import answer_tokens, collate
 from cozyrag.config import Settings, TrainingSettings
-from cozyrag.corpus import Corpus
+from cozyrag.data.corpus import Corpus
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.generator_phase import generator_losses, generator_penalties, generator_terms

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
+from cozyrag.data.sentences import split_sentences
 from cozyrag.generator import Decoding, Generator, Written
 from cozyrag.metrics import (
     bootstrap_interval,
@@ -22,7 +23,6 @@ from cozyrag.metrics import (
     reciprocal_rank,
     same_letters,
 )
-from cozyrag.sentences import split_sentences
 
 RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")

@@ -22,6 +22,7 @@ from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from cozyrag.data.sentences import RULES, SentenceVectors, Span, sentence_spans, split_sentences
 from cozyrag.errors import InputError
 from cozyrag.int8 import FLOAT32
 from cozyrag.quantised import (
@@ -42,7 +43,6 @@ from cozyrag.quantised import (
     stretches,
     tune,
 )
-from cozyrag.sentences import RULES, SentenceVectors, Span, sentence_spans, split_sentences
 
 _COPY_AGAIN = "Copy the whole folder again, or run train.py again."
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")

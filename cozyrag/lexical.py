@@ -13,7 +13,7 @@ import numpy as np
 import Stemmer
 from scipy.sparse import csc_matrix, csr_matrix
 
-from cozyrag.sentences import places_of
+from cozyrag.data.sentences import places_of
 
 STEMMERS = ("none", *Stemmer.algorithms())
 TOKENS = r"(?u)\b\w+\b"  # one-letter words too: "vitamin C", "World War I"

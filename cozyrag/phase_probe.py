@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from cozyrag.config import Settings
-from cozyrag.corpus import Corpus
 from cozyrag.costs import Line, Phase, bite, fit, peak_at, spread
+from cozyrag.data.corpus import Corpus
 from cozyrag.gauges import Growth, Stopwatch, timed
 from cozyrag.generator import Generator
 from cozyrag.generator_phase import end_lesson, generator_cut, generator_examples, generator_lesson, generator_steps

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from cozyrag import __version__
 from cozyrag.contexts import Chosen, ContextMaker, sentence_source
+from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
 from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex
@@ -25,7 +26,6 @@ from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
 from cozyrag.runtime.precision import fitting
 from cozyrag.search import Searcher, Weights
-from cozyrag.sentences import sentence_spans
 
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 1

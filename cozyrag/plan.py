@@ -15,8 +15,8 @@ from accelerate import Accelerator
 
 from cozyrag.config import Settings
 from cozyrag.contexts import SEARCH_DEPTH
-from cozyrag.corpus import Corpus
 from cozyrag.costs import Costs, Phase
+from cozyrag.data.corpus import Corpus
 from cozyrag.gauges import memory_now
 from cozyrag.generator import Generator
 from cozyrag.probe import Probe

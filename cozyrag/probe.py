@@ -22,17 +22,17 @@ from safetensors.numpy import save_file
 
 from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.costs import Costs, Line, bite, fit, is_sure, spread
+from cozyrag.data.questions import take
+from cozyrag.data.sentences import SentenceVectors
 from cozyrag.doctor import left_as_found
 from cozyrag.gauges import timed
 from cozyrag.generator import Decoding
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.phase_probe import Subject, generator_cost, retriever_cost, stand_ins
-from cozyrag.questions import take
 from cozyrag.report import peak_memory
 from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker
 from cozyrag.search import Searcher
-from cozyrag.sentences import SentenceVectors
 
 SAMPLE = 512  # questions, at most
 CHARACTERS = 4_000_000  # of passages that are searched, at most

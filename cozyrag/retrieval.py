@@ -15,17 +15,17 @@ from datasets import Dataset
 
 from cozyrag.config import Settings
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
-from cozyrag.corpus import Corpus
+from cozyrag.data.corpus import Corpus
+from cozyrag.data.questions import take
+from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.lexical import LexicalIndex, SentenceWords
-from cozyrag.questions import take
 from cozyrag.report import RunLog
 from cozyrag.retriever import Retriever
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.search import Searcher, Weights
-from cozyrag.sentences import SentenceVectors
 
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
 RETRIEVE_TOGETHER = 256  # questions that are searched for at once

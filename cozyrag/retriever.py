@@ -18,10 +18,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
 from transformers import PretrainedConfig
 
+from cozyrag.data.sentences import SentenceVectors, Span
 from cozyrag.errors import InputError
 from cozyrag.int8 import AUTO, BF16, FLOAT32, INT8, quantised
 from cozyrag.runtime.fingerprints import weights_fingerprint
-from cozyrag.sentences import SentenceVectors, Span
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 UNUSED = ".pooler."  # BERT's pooler takes no part in sentence vectors: it never gets a gradient, and weight decay would shrink it

@@ -19,7 +19,7 @@ from cozyrag.caches import Caches
 from cozyrag.cards import write_cards
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import Settings
-from cozyrag.corpus import Corpus
+from cozyrag.data.corpus import Corpus
 from cozyrag.evaluation import choose_threshold, examine
 from cozyrag.gate import judge
 from cozyrag.generator import Decoding, Generator

@@ -25,7 +25,7 @@ from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.background import BackgroundPush
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import Settings, parse_settings
-from cozyrag.corpus import Corpus, load_corpus
+from cozyrag.data.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.optimize import minimize
 
+from cozyrag.data.sentences import best_of, places_of
 from cozyrag.index import PassageIndex
 from cozyrag.lexical import LexicalIndex, SentenceWords
-from cozyrag.sentences import best_of, places_of
 
 MODES = ("dense", "bm25", "hybrid")
 CANDIDATES = 60  # best passages of each search that compete in the sum

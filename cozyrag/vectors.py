@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from cozyrag.duplicates import repeats, text_hash
+from cozyrag.data.deduplication import repeats, text_hash
+from cozyrag.data.sentences import RULES, SentenceVectors, places_of
 from cozyrag.errors import InputError
 from cozyrag.index import Passages, keeps_sentences, made_by, passage_text, precision_of
 from cozyrag.quantised import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
-from cozyrag.sentences import RULES, SentenceVectors, places_of
 
 ROWS = 4096  # passages of a row group, which are read together
 COPIED = 8192  # passages whose vectors are copied at once, with those of their sentences some 50 MB

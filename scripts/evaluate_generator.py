@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from cozyrag.cli import door
 from cozyrag.contexts import ContextMaker
+from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import Passages
 from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
-from cozyrag.questions import read_questions, take
 from cozyrag.retriever import Retriever
 
 

@@ -108,7 +108,7 @@ def write_start(folder: Path, tokenizer: GPT2Tokenizer, options: argparse.Namesp
 
 def rows_of(path: str) -> Iterator[dict]:
     """Rows of a JSON-lines file; a folder stands for all such files in it. The package's reader names file and line of bad ones."""
-    from cozyrag.tables import read_rows
+    from cozyrag.data.readers import read_rows
 
     files = sorted(Path(path).glob("*.jsonl*")) if Path(path).is_dir() else [path]
     for file in files:
@@ -135,7 +135,7 @@ def write_text(
 
     No further article is begun after `limit` tokens. Returns the numbers of sentences and of tokens.
     """
-    from cozyrag.sentences import split_sentences
+    from cozyrag.data.sentences import split_sentences
 
     tokens, sentence_ends, article_ends, titles, title_ends = [], [], [], [], []
     for title, text in tqdm(articles, desc="tokenizing", unit="article"):
@@ -168,9 +168,9 @@ def write_questions(
     import bm25s
 
     from cozyrag.contexts import ContextMaker
+    from cozyrag.data.sentences import split_sentences
     from cozyrag.index import Passages
     from cozyrag.lexical import SentenceWords
-    from cozyrag.sentences import split_sentences
 
     texts = list(passages)
     table = Passages([str(i) for i in range(len(texts))], [passages[text] for text in texts], texts)

@@ -40,14 +40,14 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.strategies import SearchStrategy  # noqa: E402
 
 from cozyrag.config import KINDS, parse_settings  # noqa: E402
-from cozyrag.documents import Source, read_container  # noqa: E402
+from cozyrag.data.documents import Source, read_container  # noqa: E402
+from cozyrag.data.passages import read_passages  # noqa: E402
+from cozyrag.data.questions import read_questions  # noqa: E402
+from cozyrag.data.readers import read_rows  # noqa: E402
+from cozyrag.data.rows import BadRows  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.generator import Generator  # noqa: E402
-from cozyrag.passages import read_passages  # noqa: E402
 from cozyrag.prompts import encode_examples, with_keywords  # noqa: E402
-from cozyrag.questions import read_questions  # noqa: E402
-from cozyrag.rows import BadRows  # noqa: E402
-from cozyrag.tables import read_rows  # noqa: E402
 
 LONGEST = 20  # seconds of the processor for one input of a few kilobytes
 WAITED = 6 * LONGEST  # seconds on the clock: a machine may be busy with other things

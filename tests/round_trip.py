@@ -39,9 +39,9 @@ def make_pair(folder: Path, layers: int) -> None:
     """An output folder: the embedded generator with this many layers, the embedded retriever, the quickstart passages."""
     from transformers import GPT2LMHeadModel
 
+    from cozyrag.data.passages import read_passages
     from cozyrag.generator import Generator
     from cozyrag.index import PassageIndex, Passages
-    from cozyrag.passages import read_passages
     from cozyrag.pipeline import describe_pair
     from cozyrag.retriever import Retriever
     from cozyrag.runtime.assets import GENERATOR_FOLDER, QUICKSTART

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from cozyrag import adapters, merging  # noqa: E402
 from cozyrag.checkpoint import Checkpoints  # noqa: E402
 from cozyrag.config import parse_settings  # noqa: E402
-from cozyrag.corpus import Corpus  # noqa: E402
+from cozyrag.data.corpus import Corpus  # noqa: E402
 from cozyrag.doctor import check_terms  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.finished import FinishedRun  # noqa: E402

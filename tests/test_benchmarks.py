@@ -21,12 +21,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from tiny import corpus, write_jsonl
 
+from cozyrag.data.passages import read_passages
+from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
-from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
-from cozyrag.questions import read_questions
 from cozyrag.retriever import Retriever
 from cozyrag.runtime.assets import metric_module
 

@@ -17,9 +17,9 @@ from cozyrag import curves
 from cozyrag.cards import card_for_hub, write_cards
 from cozyrag.config import parse_settings
 from cozyrag.curves import draw_curves
+from cozyrag.data.passages import read_passages
 from cozyrag.evaluation import summarize
 from cozyrag.index import PassageIndex, passage_text
-from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
 from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.retriever import Retriever

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from cozyrag.checking import Wanted, questions
+from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
-from cozyrag.questions import read_questions
 
 PASSAGES = [
     {"id": "p1", "title": "Vienna", "text": "Vienna is the capital of Austria. The Danube flows through it."},

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.chunks import count_words, cut, join_sections, spaced
+from cozyrag.data.chunking import count_words, cut, join_sections, spaced
 
 CHINESE = "维也纳是奥地利的首都，也是该国最大的城市。多瑙河流经该市！它的历史有两千年。"
 ARABIC = "فيينا هي عاصمة النمسا وأكبر مدنها. هل يمر نهر الدانوب بها؟ نعم يمر بها. "

@@ -13,10 +13,10 @@ import pytest
 
 import cozyrag
 from cozyrag import app, background, cli, html_report, pipeline, run, space
+from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
 from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, passage_text
-from cozyrag.passages import read_passages
 from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.retriever import Retriever
 

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 
-from cozyrag.corpus import load_corpus
+from cozyrag.data.corpus import load_corpus
+from cozyrag.data.passages import passage_id
 from cozyrag.errors import InputError
-from cozyrag.passages import passage_id
 
 COLUMNS = {f"{name}_column": name for name in ("question", "context", "title", "id", "passage_id")} | {
     "answer_column": "answers"

@@ -17,7 +17,9 @@ from tiny import corpus, make_retriever
 
 from cozyrag import cli, doctor, penalties, retriever_phase, run
 from cozyrag.config import parse_settings
-from cozyrag.corpus import Corpus
+from cozyrag.data.corpus import Corpus
+from cozyrag.data.passages import read_passages
+from cozyrag.data.questions import FEATURES
 from cozyrag.doctor import Term, check_terms, findings_table, one_line, refuse, small_batch
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator, PenalizedLosses, TokenLosses
@@ -25,10 +27,8 @@ from cozyrag.generator_phase import generator_step
 from cozyrag.index import PassageIndex
 from cozyrag.micro_batches import Cut
 from cozyrag.pair_check import check_pair
-from cozyrag.passages import read_passages
 from cozyrag.pipeline import describe_pair
 from cozyrag.prompts import encode_examples
-from cozyrag.questions import FEATURES
 from cozyrag.retriever import Retriever
 from cozyrag.retriever_phase import retriever_step, retriever_terms
 

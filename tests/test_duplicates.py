@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from cozyrag.duplicates import BINS, RUN, near_repeats, repeats, signatures, text_hash
+from cozyrag.data.deduplication import BINS, RUN, near_repeats, repeats, signatures, text_hash
 
 
 def words(count, seed):

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cozyrag.config import parse_settings
-from cozyrag.documents import Source, read_container, read_document
+from cozyrag.data.documents import Source, read_container, read_document
+from cozyrag.data.passages import read_passages
+from cozyrag.data.questions import read_questions
+from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
 from cozyrag.generator import Generator
-from cozyrag.passages import read_passages
 from cozyrag.prompts import encode_prompts
-from cozyrag.questions import read_questions
-from cozyrag.rows import BadRows
 
 
 @pytest.mark.parametrize("name", fuzz_run.READERS)

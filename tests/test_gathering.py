@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from tqdm import tqdm
 
-import cozyrag.gathering
+import cozyrag.data.ingest
+from cozyrag.data.ingest import _Workers, passages
+from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError
-from cozyrag.gathering import _Workers, passages
-from cozyrag.passages import read_passages
 
 DOCS = """<doc id="12" url="http://en.wikipedia.org/wiki?curid=12" title="Anarchism">
 Anarchism
@@ -208,7 +208,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.md").write_text(long("hen"))
     whole = run(tmp_path, *sources, tmp_path / "notes")
-    real, calls = cozyrag.gathering.make_part, []
+    real, calls = cozyrag.data.ingest.make_part, []
 
     def fails(batch):
         calls.append(batch)
@@ -216,7 +216,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(batch)
 
-    monkeypatch.setattr(cozyrag.gathering, "make_part", fails)
+    monkeypatch.setattr(cozyrag.data.ingest, "make_part", fails)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *sources, tmp_path / "notes")
     assert made(tmp_path) == whole  # the old output stays until the new one is whole
@@ -228,7 +228,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_other_settings_or_changed_files_use_no_old_part(tmp_path, monkeypatch):
     source = articles(tmp_path / "a.jsonl", [long("fox")])
-    monkeypatch.setattr(cozyrag.gathering, "assemble", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(cozyrag.data.ingest, "assemble", lambda *_, **__: 1 / 0)
     for words in ("50", "100"):
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, source, "--words", words)
@@ -240,7 +240,7 @@ def test_other_settings_or_changed_files_use_no_old_part(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_workers_give_what_one_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(cozyrag.gathering, "CHARACTERS", 4000)
+    monkeypatch.setattr(cozyrag.data.ingest, "CHARACTERS", 4000)
     sources = [articles(tmp_path / f"{name}.jsonl", [long(name), long(f"{name} s")]) for name in ("fox", "owl", "elk")]
     one = run(tmp_path, *sources)
     passages([*map(str, sources), "--output", str(tmp_path / "two.jsonl"), "--workers", "2"])

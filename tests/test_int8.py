@@ -9,12 +9,12 @@ import tiny
 import torch
 
 import cozyrag.indexing
+from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex
 from cozyrag.int8 import check_int8, quantised
 from cozyrag.retriever import Retriever
 from cozyrag.run import train
-from cozyrag.sentences import sentence_spans
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

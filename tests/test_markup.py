@@ -2,8 +2,8 @@
 
 import pytest
 
+from cozyrag.data.parsers import html_article, markdown_article, name_as_title, pdf_article, plain_article, unwrap
 from cozyrag.errors import InputError
-from cozyrag.markup import html_article, markdown_article, name_as_title, pdf_article, plain_article, unwrap
 
 
 def test_markdown_headings_make_sections_and_the_first_one_is_the_title():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cozyrag.checking import questions
-from cozyrag.gathering import passages
+from cozyrag.data.ingest import passages
 from cozyrag.pipeline import CozyRAG
 from cozyrag.run import train
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cozyrag.data.passages import FEATURES, merge_passages, passage_id, passages_from_contexts, read_passages
 from cozyrag.errors import InputError
-from cozyrag.passages import FEATURES, merge_passages, passage_id, passages_from_contexts, read_passages
 
 
 def jsonl(path, rows):

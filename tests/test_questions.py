@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cozyrag.data.passages import merge_passages, passage_id
+from cozyrag.data.questions import FEATURES, hold_out, read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.passages import merge_passages, passage_id
-from cozyrag.questions import FEATURES, hold_out, read_questions, take
 
 DATA = Path(os.environ.get("COZYRAG_SQUAD", "no-such-folder"))  # SQuAD 1.1 as JSON lines, for whoever has it
 

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from cozyrag.data.passages import read_passages
+from cozyrag.data.questions import read_questions
 from cozyrag.metrics import contains_answer, normalize_answer
-from cozyrag.passages import read_passages
-from cozyrag.questions import read_questions
 from cozyrag.runtime.assets import QUICKSTART, QUICKSTART_FOLDER, QUICKSTART_SETTINGS
 
 SPLITS = ("train", "validation", "test")

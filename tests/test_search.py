@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from cozyrag.data.sentences import SentenceVectors, split_sentences
 from cozyrag.index import PassageIndex
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.search import CANDIDATES, SHARPNESS, TRUST, Searcher, Weights
-from cozyrag.sentences import SentenceVectors, split_sentences
 
 TEXTS = [
     "The red fox runs over the hill.",

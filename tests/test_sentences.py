@@ -7,8 +7,8 @@ import pytest
 import tiny
 from datasets import Dataset
 
+from cozyrag.data.sentences import RULES, SentenceVectors, split_sentences
 from cozyrag.index import PassageIndex
-from cozyrag.sentences import RULES, SentenceVectors, split_sentences
 
 TEXTS = (
     "One. Two! Is it three? Yes.",
@@ -26,7 +26,7 @@ TEXTS = (
 def test_changed_rules_have_a_new_number():
     """Change what a sentence is, and RULES must be counted up; then the digest here is the new one's."""
     made = hashlib.sha256(repr([split_sentences(text) for text in TEXTS]).encode()).hexdigest()[:16]
-    assert (RULES, made) == (1, "af9c9d6070f81c09"), "count up cozyrag.sentences.RULES"
+    assert (RULES, made) == (1, "af9c9d6070f81c09"), "count up cozyrag.data.sentences.RULES"
 
 
 def kept(folder, monkeypatch, *, rules):

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cozyrag.data.readers import is_hub_id, read_rows
+from cozyrag.data.rows import SHOWN, BadRows, BadValue, text_of
 from cozyrag.errors import InputError
-from cozyrag.rows import SHOWN, BadRows, BadValue, text_of
-from cozyrag.tables import is_hub_id, read_rows
 
 TWO = [{"question": "who?", "answer": "Ada"}, {"question": "wann?", "answer": "früh"}]
 KNOWN = ("question", "answer", "answers", "id")

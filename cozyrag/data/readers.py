@@ -2,7 +2,7 @@
 
 It exists so that every later complaint can name a file and a line, whatever the format. It knows formats only: what
 a question or a passage is, and which columns are needed, is decided in `questions` and `passages`. Left out: bytes and
-lines (reading.py), what becomes of bad rows (rows.py), remote files other than Hub datasets.
+lines (streams.py), what becomes of bad rows (rows.py), remote files other than Hub datasets.
 """
 
 import csv
@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cozyrag.data.rows import BadRows, Row, quoted
+from cozyrag.data.streams import PACKED, Reading, empty_source, open_file, read_lines
 from cozyrag.errors import InputError
-from cozyrag.reading import PACKED, Reading, empty_source, open_file, read_lines
-from cozyrag.rows import BadRows, Row, quoted
 
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 

@@ -1,6 +1,6 @@
 """What one worker does: a batch of articles becomes one file of passages, complete or not there at all.
 
-It exists apart from what gives the work out (assemble.py) so that a worker loads little, and so that a run that was stopped
+It exists apart from what gives the work out (ingest_assemble.py) so that a worker loads little, and so that a run that was stopped
 finds what is done: the file is named after its content's source and settings. Left out: which passages repeat others, which
 only the whole can tell; each carries a hash, and a signature if wanted, for that.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cozyrag.chunks import cut, join_sections
-from cozyrag.documents import Source, read_document
-from cozyrag.duplicates import BINS, signatures, text_hash
+from cozyrag.data.chunking import cut, join_sections
+from cozyrag.data.deduplication import BINS, signatures, text_hash
+from cozyrag.data.documents import Source, read_document
+from cozyrag.data.parsers import Article
+from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
-from cozyrag.markup import Article
-from cozyrag.rows import BadRows
 
 TOGETHER = 2000  # passages held before they are written
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from cozyrag.sentences import sentence_spans
+from cozyrag.data.sentences import sentence_spans
 
 CLOSE_ENOUGH = 0.75  # share of the wanted words from which the end of a paragraph ends a passage
 TAIL = 0.35  # share of the wanted words below which the end of a section joins the passage before it

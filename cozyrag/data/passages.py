@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from datasets import Dataset, Features, Value
 
+from cozyrag.data.readers import read_rows
+from cozyrag.data.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
 from cozyrag.errors import InputError
-from cozyrag.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
-from cozyrag.tables import read_rows
 
 FEATURES = Features({"id": Value("string"), "title": Value("string"), "text": Value("string")})
 

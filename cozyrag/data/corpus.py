@@ -1,7 +1,7 @@
 """The three tables a run works on: training questions, questions to examine with, passages.
 
 It puts together what the readers give: passages from a file of their own or from the contexts that questions carry,
-held-out questions when none were given, samples when fewer are wanted. Left out: the file formats (tables.py).
+held-out questions when none were given, samples when fewer are wanted. Left out: the file formats (readers.py).
 """
 
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
+from cozyrag.data.passages import merge_passages, read_passages
+from cozyrag.data.questions import Questions, hold_out, read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.passages import merge_passages, read_passages
-from cozyrag.questions import Questions, hold_out, read_questions, take
 
 
 @dataclass(frozen=True)

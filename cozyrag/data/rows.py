@@ -1,6 +1,6 @@
 """What a row of any table is, and what becomes of rows that cannot be used: they are counted and told with their places.
 
-Left out: files and their formats (tables.py), which columns a question or a passage needs (questions.py, passages.py).
+Left out: files and their formats (readers.py), which columns a question or a passage needs (questions.py, passages.py).
 """
 
 from collections.abc import Callable, Collection

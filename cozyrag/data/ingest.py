@@ -1,7 +1,7 @@
 """`cozyrag passages`: any corpus in, one file of passages out.
 
-It reads what holds many articles itself, gives batches of articles and of files to worker processes (cutting.py), and puts
-their parts together (assemble.py). Memory stays the same however large the corpus: a few batches, and some tens of bytes for
+It reads what holds many articles itself, gives batches of articles and of files to worker processes (ingest_worker.py), and puts
+their parts together (ingest_assemble.py). Memory stays the same however large the corpus: a few batches, and some tens of bytes for
 each passage while repeats are looked for. Left out: downloading anything but Hub datasets.
 """
 
@@ -21,11 +21,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cozyrag.assemble import Summary, assemble, check_output, summary_path
-from cozyrag.cutting import Batch, Cutting, make_part, read_counts
-from cozyrag.documents import FORMATS, HUB, Source, find_sources, read_container
+from cozyrag.data.documents import FORMATS, HUB, Source, find_sources, read_container
+from cozyrag.data.ingest_assemble import Summary, assemble, check_output, summary_path
+from cozyrag.data.ingest_worker import Batch, Cutting, make_part, read_counts
+from cozyrag.data.rows import SHOWN, BadRows
 from cozyrag.errors import InputError
-from cozyrag.rows import SHOWN, BadRows
 
 CHARACTERS = 2_000_000  # of text in one batch
 FILES = 2_000  # in one batch at most

@@ -1,7 +1,7 @@
 """From parts to one file of passages: repeats left out, ids given, and a summary of what became of every word.
 
 A text's id is made from the text itself, so that a later run, another order of inputs or a change elsewhere gives the same
-ids. Left out: reading and cutting (gathering.py), and what is done with passages later.
+ids. Left out: reading and cutting (ingest.py), and what is done with passages later.
 """
 
 import gzip
@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cozyrag.cutting import read_counts
-from cozyrag.duplicates import BINS, near_repeats, repeats
+from cozyrag.data.deduplication import BINS, near_repeats, repeats
+from cozyrag.data.ingest_worker import read_counts
+from cozyrag.data.passages import passage_id
+from cozyrag.data.readers import kind_of
+from cozyrag.data.streams import PACKED
 from cozyrag.errors import InputError
-from cozyrag.passages import passage_id
-from cozyrag.reading import PACKED
-from cozyrag.tables import kind_of
 
 OUTPUTS = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS = 4096  # rows written together

@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
+from cozyrag.data.passages import passage_id, passages_from_contexts
+from cozyrag.data.readers import read_rows
+from cozyrag.data.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
 from cozyrag.errors import InputError
-from cozyrag.passages import passage_id, passages_from_contexts
-from cozyrag.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
-from cozyrag.tables import read_rows
 
 FEATURES = Features(
     {

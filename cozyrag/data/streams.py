@@ -1,6 +1,6 @@
 """Bytes and lines of a file that may be packed: what is read is counted, and every fault names its line.
 
-Left out: what the lines mean (tables.py, documents.py), writing (atomic_files.py), archives other than gzip and bzip2, and encodings
+Left out: what the lines mean (readers.py, documents.py), writing (atomic_files.py), archives other than gzip and bzip2, and encodings
 other than UTF-8.
 """
 

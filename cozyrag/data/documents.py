@@ -1,7 +1,7 @@
 """Whatever a person has, as a stream of articles: files, folders, WikiExtractor output, tables, Hub datasets.
 
-It exists so that the cutting (cutting.py) sees one shape. Formats are told by the name of a file, or by its first bytes where
-the name says nothing (`wiki_00`). Left out: what the formats of single documents mean (markup.py), tables (tables.py).
+It exists so that the cutting (ingest_worker.py) sees one shape. Formats are told by the name of a file, or by its first bytes where
+the name says nothing (`wiki_00`). Left out: what the formats of single documents mean (parsers.py), tables (readers.py).
 """
 
 import html
@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cozyrag.data.parsers import Article, html_article, markdown_article, pdf_article, plain_article
+from cozyrag.data.readers import is_hub_id, kind_of, read_rows
+from cozyrag.data.rows import BadRows, BadValue, text_of
+from cozyrag.data.streams import PACKED, Reading, read_lines
 from cozyrag.errors import InputError
-from cozyrag.markup import Article, html_article, markdown_article, pdf_article, plain_article
-from cozyrag.reading import PACKED, Reading, read_lines
-from cozyrag.rows import BadRows, BadValue, text_of
-from cozyrag.tables import is_hub_id, kind_of, read_rows
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
 DOCUMENTS = {"text": (".txt", ".text"), "markdown": (".md", ".markdown", ".mdx"), "html": (".html", ".htm", ".xhtml"), "pdf": (".pdf",)}  # fmt: skip
