@@ -20,10 +20,10 @@ from suites import Task, load_task
 
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.evaluation import examine
-from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.models.generator import Decoding, Generator
 from cozyrag.search import Searcher, Weights
 
 TOGETHER = 256  # questions searched for at once

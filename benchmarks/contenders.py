@@ -22,12 +22,12 @@ from speed_data import Asked, Models, Prompts
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
-from cozyrag.batches import answer_tokens, collate
 from cozyrag.config import TrainingSettings
-from cozyrag.generator import Generator, TokenLosses
 from cozyrag.generator_phase import train_generator
 from cozyrag.index import Passages
-from cozyrag.int8 import FLOAT32, INT8
+from cozyrag.models.batching import answer_tokens, collate
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.int8_encoding import FLOAT32, INT8
 from cozyrag.retriever_phase import train_retriever
 from cozyrag.trainer import StepReport, Watcher
 

@@ -18,11 +18,11 @@ from searching import add_arguments, corpus_of, open_index, retriever_of
 from cozyrag.cli import door
 from cozyrag.contexts import ContextMaker, sentence_source
 from cozyrag.data.sentences import split_sentences
-from cozyrag.generator import Generator
 from cozyrag.index import Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.search import Searcher
 
 WAYS = ("truncation", "one encode per sentence", "late chunking", "word overlap", "late chunking + overlap")

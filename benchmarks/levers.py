@@ -24,10 +24,10 @@ from measuring import Side, measure, ratios, training_flops
 from speed import Benchmark, parse, spread
 from torch.nn import functional as F
 
-from cozyrag import batches
-from cozyrag import generator as generator_module
-from cozyrag.batches import plan_steps
 from cozyrag.cli import door
+from cozyrag.models import batching as batches
+from cozyrag.models import generator as generator_module
+from cozyrag.models.batching import plan_steps
 
 AS_IT_IS = "as it is"
 

@@ -19,12 +19,12 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cozyrag.config import TrainingSettings
-from cozyrag.generator import Generator, TokenLosses
 from cozyrag.generator_phase import generator_cut, generator_step
 from cozyrag.losses import contrastive_loss
 from cozyrag.micro_batches import Cut
-from cozyrag.prompts import Example
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.prompts import Example
+from cozyrag.models.retriever import Retriever
 from cozyrag.retriever_phase import retriever_cut, retriever_step
 from cozyrag.trainer import trainable
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from cozyrag.config import parse_settings
-from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex
+from cozyrag.models.generator import Decoding, Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retriever import Retriever
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.search import Weights
 from cozyrag.values import EMBEDDED, SCRATCH

@@ -31,8 +31,8 @@ from suites import add_task_arguments
 from telling import BM25, CLOSED, GOLD, MODEL, UNTUNED, outcome, tables_of, write_questions
 
 from cozyrag.cli import door
-from cozyrag.generator import Decoding
 from cozyrag.index import PassageIndex
+from cozyrag.models.generator import Decoding
 from cozyrag.search import Searcher
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cozyrag.data.sentences import split_sentences
 from cozyrag.index import Passages
-from cozyrag.prompts import Example
+from cozyrag.models.prompts import Example
 
 IGNORED = -100
 

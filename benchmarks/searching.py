@@ -24,7 +24,7 @@ from cozyrag.data.sentences import RULES, SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import STEMMERS
-from cozyrag.retriever import Retriever
+from cozyrag.models.retriever import Retriever
 from cozyrag.run import make_accelerator
 
 PART = 1024  # passages whose vectors are written together: half a minute of work on a slow machine

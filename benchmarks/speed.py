@@ -53,8 +53,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPT2Config
 
 from cozyrag.cli import door
-from cozyrag.generator import Generator
-from cozyrag.prompts import Example
+from cozyrag.models.generator import Generator
+from cozyrag.models.prompts import Example
 
 PARTS = ("generator", "retriever", "index", "retrieval")
 UNITS = {"generator": "QA pairs", "retriever": "pairs", "index": "passages", "retrieval": "questions"}

@@ -13,7 +13,13 @@ from types import ModuleType
 WANTED = ("datasets", "faiss")
 MISSING = tuple(name for name in WANTED if find_spec(name) is None)
 # What the phases need besides, imported first so that no other library meets a stand-in.
-BEFORE = ("accelerate.utils", "transformers", "sentence_transformers", "cozyrag.generator", "cozyrag.retriever")
+BEFORE = (
+    "accelerate.utils",
+    "transformers",
+    "sentence_transformers",
+    "cozyrag.models.generator",
+    "cozyrag.models.retriever",
+)
 PHASES = ("cozyrag.generator_phase", "cozyrag.retriever_phase")
 
 

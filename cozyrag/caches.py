@@ -18,7 +18,7 @@ from datasets import Dataset
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.feedback import answer_likelihoods
-from cozyrag.generator import Decoding, Generator, Written
+from cozyrag.models.generator import Decoding, Generator, Written
 from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval

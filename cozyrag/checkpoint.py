@@ -14,9 +14,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.output import check_changes, complete_checkpoints
-from cozyrag.retriever import Retriever
 from cozyrag.runtime.atomic_files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
 from cozyrag.runtime.distributed import all_manage, main_decides
 

@@ -18,9 +18,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from cozyrag.errors import InputError
+from cozyrag.models.fsdp import launched
 from cozyrag.runtime.assets import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.runtime.precision import MEASURED, asked_at_launch
-from cozyrag.sharding import launched
 from cozyrag.values import EMBEDDED, QUICKSTART, check_values
 
 

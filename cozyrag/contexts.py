@@ -16,7 +16,7 @@ from cozyrag.data.sentences import split_sentences
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
-from cozyrag.retriever import Retriever
+from cozyrag.models.retriever import Retriever
 from cozyrag.search import Found
 
 FILTERS = ("overlap", "vectors", "both")

@@ -12,7 +12,6 @@ from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
 from cozyrag.data.sentences import split_sentences
-from cozyrag.generator import Decoding, Generator, Written
 from cozyrag.metrics import (
     bootstrap_interval,
     exact_match,
@@ -23,6 +22,7 @@ from cozyrag.metrics import (
     reciprocal_rank,
     same_letters,
 )
+from cozyrag.models.generator import Decoding, Generator, Written
 
 RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")

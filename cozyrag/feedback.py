@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cozyrag.contexts import ContextMaker
-from cozyrag.generator import Generator
-from cozyrag.int8 import FLOAT32
+from cozyrag.models.generator import Generator
+from cozyrag.models.int8_encoding import FLOAT32
 from cozyrag.runtime.atomic_files import writing
 from cozyrag.runtime.fingerprints import weights_fingerprint
 

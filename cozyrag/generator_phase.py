@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from cozyrag.batches import answer_tokens, collate, phase_seed, plan_steps
 from cozyrag.config import TrainingSettings
-from cozyrag.generator import DROPOUT_FIELDS, Generator, PenalizedLosses, TokenLosses, recomputing
 from cozyrag.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
-from cozyrag.penalties import Penalties
-from cozyrag.prompts import Example, encode_examples, with_keywords
+from cozyrag.models.batching import answer_tokens, collate, phase_seed, plan_steps
+from cozyrag.models.fsdp import Sharded, is_split
+from cozyrag.models.generator import DROPOUT_FIELDS, Generator, PenalizedLosses, TokenLosses, recomputing
+from cozyrag.models.penalties import Penalties
+from cozyrag.models.prompts import Example, encode_examples, with_keywords
 from cozyrag.runtime.hardware import room_for_training
-from cozyrag.sharding import Sharded, is_split
 from cozyrag.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
 
 

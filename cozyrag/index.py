@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from cozyrag.data.sentences import RULES, SentenceVectors, Span, sentence_spans, split_sentences
 from cozyrag.errors import InputError
-from cozyrag.int8 import FLOAT32
+from cozyrag.models.int8_encoding import FLOAT32
 from cozyrag.quantised import (
     COLUMN,
     SENTENCE_ENDS,

@@ -32,9 +32,9 @@ from cozyrag.data.rows import SHOWN, BadRows, no_rows
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.index import FILES, LISTS, Passages, made_by, write_index
-from cozyrag.int8 import AUTO, FLOAT32, INT8, check_int8, reading_precision
+from cozyrag.models.int8_encoding import AUTO, FLOAT32, INT8, check_int8, reading_precision
+from cozyrag.models.retriever import Retriever
 from cozyrag.quantised import SENTENCE_VECTORS, memory_of, open_vectors
-from cozyrag.retriever import Retriever
 from cozyrag.run import make_accelerator
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.precision import fitting

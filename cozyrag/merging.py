@@ -1,15 +1,15 @@
 """`cozyrag merge OUTPUT FOLDER`: a trained pair whose generator is a LoRA adapter becomes one with ordinary weights.
 
-Left out: the arithmetic, which is PEFT's (adapters.py), and checkpoints: the copy is a pair to use, not a run to go on with.
+Left out: the arithmetic, which is PEFT's (lora.py), and checkpoints: the copy is a pair to use, not a run to go on with.
 """
 
 import shutil
 from pathlib import Path
 
-from cozyrag.adapters import merged, read_adapter
 from cozyrag.cards import ADAPTER_NOTE, CARD
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
+from cozyrag.models.generator import Generator
+from cozyrag.models.lora import merged, read_adapter
 from cozyrag.pipeline import PAIR_FILE, read_pair
 from cozyrag.runtime.atomic_files import replacing, write_json
 from cozyrag.runtime.fingerprints import weights_fingerprint

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from cozyrag.batches import share_out
+from cozyrag.models.batching import share_out
 
 ENOUGH = 1200  # tokens of a micro-batch of the generator beyond which a CPU gets no faster
 GENERATOR_SHARE = 1 / 2  # of the memory that weights, gradients and AdamW's moments leave

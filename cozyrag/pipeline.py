@@ -15,12 +15,12 @@ from cozyrag import __version__
 from cozyrag.contexts import Chosen, ContextMaker, sentence_source
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
-from cozyrag.generator import Decoding, Generator
 from cozyrag.index import PassageIndex
-from cozyrag.int8 import reading_precision
 from cozyrag.lexical import LexicalIndex, SentenceWords
-from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Decoding, Generator
+from cozyrag.models.int8_encoding import reading_precision
+from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.atomic_files import NEXT
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently

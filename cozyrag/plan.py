@@ -18,11 +18,11 @@ from cozyrag.contexts import SEARCH_DEPTH
 from cozyrag.costs import Costs, Phase
 from cozyrag.data.corpus import Corpus
 from cozyrag.gauges import memory_now
-from cozyrag.generator import Generator
+from cozyrag.models.fsdp import is_split
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.probe import Probe
 from cozyrag.retrieval import weighing_limit
-from cozyrag.retriever import Retriever
-from cozyrag.sharding import is_split
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states
 PYTHON = 72  # bytes of a row number and its score, once they stand in Python lists

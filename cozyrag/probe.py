@@ -26,9 +26,9 @@ from cozyrag.data.questions import take
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.doctor import left_as_found
 from cozyrag.gauges import timed
-from cozyrag.generator import Decoding
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
+from cozyrag.models.generator import Decoding
 from cozyrag.phase_probe import Subject, generator_cost, retriever_cost, stand_ins
 from cozyrag.report import peak_memory
 from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker

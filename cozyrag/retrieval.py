@@ -19,11 +19,11 @@ from cozyrag.data.corpus import Corpus
 from cozyrag.data.questions import take
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.lexical import LexicalIndex, SentenceWords
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.report import RunLog
-from cozyrag.retriever import Retriever
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.search import Searcher, Weights
 

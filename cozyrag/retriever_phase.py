@@ -12,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from cozyrag.batches import phase_seed, plan_steps, share_out
 from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span, split_sentences
 from cozyrag.index import Passages
 from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
-from cozyrag.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
+from cozyrag.models.batching import phase_seed, plan_steps, share_out
+from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
 

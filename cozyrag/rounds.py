@@ -22,13 +22,13 @@ from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.evaluation import choose_threshold, examine
 from cozyrag.gate import judge
-from cozyrag.generator import Decoding, Generator
 from cozyrag.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.micro_batches import Cut, told
+from cozyrag.models.generator import Decoding, Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair
 from cozyrag.report import RunLog
 from cozyrag.retrieval import Retrieval, weighing_questions
-from cozyrag.retriever import Retriever
 from cozyrag.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
 from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
 from cozyrag.runtime.distributed import main_decides

@@ -29,11 +29,14 @@ from cozyrag.data.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
-from cozyrag.generator import Generator
 from cozyrag.generator_phase import generator_step_count
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
-from cozyrag.int8 import check_int8, reading_precision
+from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding, is_split
+from cozyrag.models.generator import Generator
+from cozyrag.models.int8_encoding import check_int8, reading_precision
+from cozyrag.models.retriever import Retriever
+from cozyrag.models.smollm2 import SMOLLM2
 from cozyrag.output import (
     FINISHED,
     SETTINGS,
@@ -45,8 +48,6 @@ from cozyrag.output import (
     settings_before,
 )
 from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
-from cozyrag.pretrained import SMOLLM2
-from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
@@ -56,7 +57,6 @@ from cozyrag.runtime.fingerprints import tables_fingerprint
 from cozyrag.runtime.hardware import machine_facts
 from cozyrag.runtime.precision import MEASURED, Precision, agreed, check_asked, choose, float32_rate
 from cozyrag.runtime.signals import Interrupted, Interrupts
-from cozyrag.sharding import CONFIGS, LAUNCHED, check_sharding, is_split
 from cozyrag.tracking import start_trackers, wanted_trackers
 from cozyrag.values import EMBEDDED, QUICKSTART, SCRATCH
 

@@ -18,10 +18,10 @@ from accelerate.utils import gather_object, set_seed, tqdm
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import get_scheduler
 
-from cozyrag.batches import phase_seed
 from cozyrag.config import TrainingSettings
 from cozyrag.micro_batches import Cut, Load
-from cozyrag.sharding import joined, keep_state_whole
+from cozyrag.models.batching import phase_seed
+from cozyrag.models.fsdp import joined, keep_state_whole
 
 
 @dataclass(frozen=True)

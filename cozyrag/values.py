@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from cozyrag.errors import InputError
 from cozyrag.lexical import STEMMERS
-from cozyrag.pretrained import SMOLLM2
+from cozyrag.models.smollm2 import SMOLLM2
 
 EMBEDDED = "embedded"
 SCRATCH = "scratch"

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import OutputSettings
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
 from cozyrag.micro_batches import Cut
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.report import RunLog
-from cozyrag.retriever import Retriever
 from cozyrag.runtime.atomic_files import write_json
 from cozyrag.runtime.signals import Interrupted, Interrupts
 from cozyrag.tracking import log_numbers

@@ -20,11 +20,11 @@ from cozyrag.cli import door
 from cozyrag.contexts import ContextMaker
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
 from cozyrag.index import Passages
 from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 
 
 def evaluate(options: argparse.Namespace) -> dict:

@@ -39,10 +39,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from cozyrag.batches import Reading, collate_readings, reading_mask
-from cozyrag.generator import Generator, TokenLosses
 from cozyrag.metrics import exact_match, f1
-from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.models.batching import Reading, collate_readings, reading_mask
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 
 VARIANTS = ("gold", "sentence", "found", "without")
 VARIANT_SHARES = (0.35, 0.15, 0.35, 0.15)

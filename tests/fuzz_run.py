@@ -46,8 +46,8 @@ from cozyrag.data.questions import read_questions  # noqa: E402
 from cozyrag.data.readers import read_rows  # noqa: E402
 from cozyrag.data.rows import BadRows  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
-from cozyrag.generator import Generator  # noqa: E402
-from cozyrag.prompts import encode_examples, with_keywords  # noqa: E402
+from cozyrag.models.generator import Generator  # noqa: E402
+from cozyrag.models.prompts import encode_examples, with_keywords  # noqa: E402
 
 LONGEST = 20  # seconds of the processor for one input of a few kilobytes
 WAITED = 6 * LONGEST  # seconds on the clock: a machine may be busy with other things

@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import TrainingSettings
-from cozyrag.generator import Generator, TokenLosses
 from cozyrag.generator_phase import train_generator
-from cozyrag.retriever import Retriever
+from cozyrag.models.fsdp import Sharded, held_bytes, joined
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.fingerprints import weights_fingerprint
-from cozyrag.sharding import Sharded, held_bytes, joined
 from cozyrag.trainer import Watcher
 
 SAVED_AT = 3

@@ -12,15 +12,16 @@ pytest.importorskip("peft")
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from cozyrag import adapters, merging  # noqa: E402
+from cozyrag import merging
 from cozyrag.checkpoint import Checkpoints  # noqa: E402
 from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.data.corpus import Corpus  # noqa: E402
 from cozyrag.doctor import check_terms  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.finished import FinishedRun  # noqa: E402
-from cozyrag.generator import Generator  # noqa: E402
 from cozyrag.hub import push_pair  # noqa: E402
+from cozyrag.models import lora as adapters  # noqa: E402
+from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.run import load_tables, train  # noqa: E402
 from cozyrag.runtime.fingerprints import weights_fingerprint  # noqa: E402
@@ -133,7 +134,7 @@ def test_settings_that_cannot_work(arguments, extra, said):
 
 
 def test_the_self_test_counts_the_adapter_alone(arguments, generator_path, retriever_path):
-    from cozyrag.retriever import Retriever
+    from cozyrag.models.retriever import Retriever
 
     settings = parse_settings(arguments)
     corpus = load_tables(Accelerator(cpu=True), settings)

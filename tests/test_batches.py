@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.batches import (
+from cozyrag.models.batching import (
     PHASES,
     SORTING_POOL,
     Reading,
@@ -24,8 +24,8 @@ from cozyrag.batches import (
     reading_mask,
     share_out,
 )
-from cozyrag.generator import Generator, TokenLosses
-from cozyrag.prompts import Example
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.prompts import Example
 
 PAD = 99
 

@@ -20,9 +20,9 @@ from cozyrag.curves import draw_curves
 from cozyrag.data.passages import read_passages
 from cozyrag.evaluation import summarize
 from cozyrag.index import PassageIndex, passage_text
+from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair
-from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
-from cozyrag.retriever import Retriever
 from cozyrag.runtime.hardware import energy_sentence, machine_facts, machine_sentence
 
 ROLES = ("generator", "retriever")

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.batches import collate
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator, TokenLosses
-from cozyrag.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
+from cozyrag.models.batching import collate
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.data.questions import FEATURES
 from cozyrag.data.sentences import split_sentences
-from cozyrag.generator import Generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.search import Searcher
 
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from cozyrag.generator import Generator
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 
 

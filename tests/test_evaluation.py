@@ -17,8 +17,8 @@ import cozyrag.evaluation
 from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.evaluation import VERDICTS as VERDICTS_KNOWN
 from cozyrag.evaluation import choose_threshold, examine, prompt_key, summarize, table
-from cozyrag.generator import Decoding, Written
 from cozyrag.metrics import bootstrap_interval
+from cozyrag.models.generator import Decoding, Written
 
 # (answers, prediction, rank of the positive or None, answer in context), top_k is 4
 CASES = [

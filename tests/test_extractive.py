@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer
 
-from cozyrag.extractive import Spans
+from cozyrag.models.constrained_decoding import Spans
 
 END = 0
 

@@ -15,11 +15,11 @@ from short_run import STEPS, at_step, checkpoints, rows
 from cozyrag import generator_phase
 from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
 from cozyrag.index import FILES, PassageIndex, made_by
 from cozyrag.micro_batches import Cut, load_of
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retriever import Retriever
 from cozyrag.run import _peers_lost, train
 from cozyrag.runtime.atomic_files import damage
 from cozyrag.runtime.signals import Interrupted

@@ -8,8 +8,8 @@ from tiny import corpus
 
 from cozyrag.contexts import CONTEXT_FEATURES, ContextMaker
 from cozyrag.feedback import answer_likelihoods
-from cozyrag.generator import Generator
 from cozyrag.index import Passages
+from cozyrag.models.generator import Generator
 
 
 @pytest.fixture

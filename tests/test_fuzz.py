@@ -13,8 +13,8 @@ from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import read_questions
 from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
-from cozyrag.prompts import encode_prompts
+from cozyrag.models.generator import Generator
+from cozyrag.models.prompts import encode_prompts
 
 
 @pytest.mark.parametrize("name", fuzz_run.READERS)

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 import cozyrag.rounds
 from cozyrag.caches import Answers
 from cozyrag.gate import Verdict, judge
-from cozyrag.generator import Generator, Written
 from cozyrag.index import made_by
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Generator, Written
+from cozyrag.models.retriever import Retriever
 from cozyrag.run import train
 from cozyrag.runtime.fingerprints import weights_fingerprint
 

@@ -26,12 +26,12 @@ from transformers import (
     T5Config,
 )
 
-import cozyrag.generator
-from cozyrag.batches import collate
+import cozyrag.models.generator
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.generator import DROPOUT_FIELDS, Decoding, Generator, TokenLosses, Written
-from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE, Example, encode_examples, encode_prompts
+from cozyrag.models.batching import collate
+from cozyrag.models.generator import DROPOUT_FIELDS, Decoding, Generator, TokenLosses, Written
+from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE, Example, encode_examples, encode_prompts
 
 PASSAGES, QUESTIONS = tiny.corpus(12)
 ASKED = [row["question"] for row in QUESTIONS]
@@ -280,7 +280,7 @@ def test_one_copy_in_bf16_reads_everything_within_and_the_weights_stay(generator
     cast.model.to(torch.bfloat16)
     copies, real = [], copy.deepcopy
     monkeypatch.setattr(
-        cozyrag.generator.copy,
+        cozyrag.models.generator.copy,
         "deepcopy",
         lambda each, *rest: copies.extend([1] * (each is generator.model)) or real(each, *rest),
     )
@@ -350,7 +350,7 @@ def sharp_path(generator_path, tmp_path):
 
 @pytest.mark.parametrize("family", [ScaledGPT2, CappedGPT2, PlainGPT2])
 def test_a_model_with_an_unusual_head_is_refused(monkeypatch, sharp_path, family):
-    monkeypatch.setattr(cozyrag.generator.AutoModelForCausalLM, "from_pretrained", family.from_pretrained)
+    monkeypatch.setattr(cozyrag.models.generator.AutoModelForCausalLM, "from_pretrained", family.from_pretrained)
     if family is PlainGPT2:
         assert isinstance(Generator.load(sharp_path).model, PlainGPT2)
         return

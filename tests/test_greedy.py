@@ -16,7 +16,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from cozyrag.greedy import Limits, _allowed, write_greedily
+from cozyrag.models.greedy_decoding import Limits, _allowed, write_greedily
 
 SIZE = {
     "vocab_size": 40,

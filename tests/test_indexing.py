@@ -16,7 +16,7 @@ import tiny
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex, made_by, open_vectors
 from cozyrag.indexing import index
-from cozyrag.retriever import Retriever
+from cozyrag.models.retriever import Retriever
 from cozyrag.run import train
 
 ROOT = Path(__file__).parent.parent

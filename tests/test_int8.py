@@ -12,8 +12,8 @@ import cozyrag.indexing
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex
-from cozyrag.int8 import check_int8, quantised
-from cozyrag.retriever import Retriever
+from cozyrag.models.int8_encoding import check_int8, quantised
+from cozyrag.models.retriever import Retriever
 from cozyrag.run import train
 
 pytest.importorskip("onnxruntime")

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from cozyrag.generator import TokenLosses, recomputing
-from cozyrag.last_block import read_only_at
+from cozyrag.models.generator import TokenLosses, recomputing
+from cozyrag.models.gpt2_last_block import read_only_at
 
 SIZES = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 50, "n_positions": 32}
 LENGTHS = (9, 5, 12)
@@ -62,7 +62,7 @@ def losses_and_gradients(made, given):
 
 def whole(monkeypatch):
     """The block as transformers has it."""
-    monkeypatch.setattr("cozyrag.last_block.FEW", -1.0)
+    monkeypatch.setattr("cozyrag.models.gpt2_last_block.FEW", -1.0)
 
 
 @pytest.mark.parametrize("padded", [True, False])

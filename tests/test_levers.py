@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import corpus, write_jsonl
 
-from cozyrag import batches
-from cozyrag import generator as generator_module
-from cozyrag.batches import collate, plan_steps
-from cozyrag.generator import Generator, TokenLosses
-from cozyrag.prompts import encode_examples
+from cozyrag.models import batching as batches
+from cozyrag.models import generator as generator_module
+from cozyrag.models.batching import collate, plan_steps
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.prompts import encode_examples
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 1000, "pairs": 8, "generator_batch": 4, "context_tokens": 24, "repeats": 1}  # fmt: skip

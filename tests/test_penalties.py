@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cozyrag.penalties import Penalties, expected_repeats, expected_shortfall, keyword_mass
+from cozyrag.models.penalties import Penalties, expected_repeats, expected_shortfall, keyword_mass
 
 VOCABULARY = 3
 

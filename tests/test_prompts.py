@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
-from cozyrag.prompts import Example, encode_examples, encode_prompts, with_keywords
-from cozyrag.retriever import Retriever
+from cozyrag.models.generator import Generator
+from cozyrag.models.prompts import Example, encode_examples, encode_prompts, with_keywords
+from cozyrag.models.retriever import Retriever
 
 EOS = 0
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)

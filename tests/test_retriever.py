@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 
-import cozyrag.retriever
+import cozyrag.models.retriever
 from cozyrag.errors import InputError
 from cozyrag.index import Passages
-from cozyrag.retriever import Retriever, texts_and_sentences
+from cozyrag.models.retriever import Retriever, texts_and_sentences
 
 TEXTS = [passage["text"][: 9 * (i + 1)] for i, passage in enumerate(tiny.corpus(7)[0])]
 
@@ -55,7 +55,7 @@ def test_trained_vectors_are_the_indexed_vectors(retriever, kind, prompts):
 def test_embedding_many_texts_of_mixed_length_keeps_their_order(retriever):
     """They are padded together with texts of like length, and must come back in the order given."""
     texts = [passage["text"][: 5 + 13 * (i * 7 % 20)] for i, passage in enumerate(tiny.corpus(40)[0])]
-    assert len(texts) > 2 * cozyrag.retriever.EMBED_TOGETHER
+    assert len(texts) > 2 * cozyrag.models.retriever.EMBED_TOGETHER
     retriever.model.eval()
     with torch.no_grad():
         together = retriever.embed(texts, kind="query")
@@ -207,9 +207,9 @@ def test_embedded_weights_are_checked(monkeypatch, retriever_path):
     found = hashlib.sha256((retriever_path / "model.safetensors").read_bytes()).hexdigest()
     with pytest.raises(InputError) as error:
         Retriever.load_embedded()
-    for word in (cozyrag.retriever.EMBEDDED_SHA256, found, "not loaded", "--force-reinstall"):
+    for word in (cozyrag.models.retriever.EMBEDDED_SHA256, found, "not loaded", "--force-reinstall"):
         assert word in str(error.value)
-    monkeypatch.setattr(cozyrag.retriever, "EMBEDDED_SHA256", found)
+    monkeypatch.setattr(cozyrag.models.retriever, "EMBEDDED_SHA256", found)
     assert Retriever.load_embedded(max_tokens=8).model.max_seq_length == 8
 
 

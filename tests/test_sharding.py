@@ -15,10 +15,10 @@ import torch
 from safetensors.numpy import load_file
 from test_train_script import MACHINE, launch, metrics
 
-from cozyrag import sharding
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.generator import Generator
+from cozyrag.models import fsdp as sharding
+from cozyrag.models.generator import Generator
 from cozyrag.run import train
 
 ROOT = Path(__file__).parents[1]

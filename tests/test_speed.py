@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import corpus, write_jsonl
 
-from cozyrag.batches import collate
-from cozyrag.generator import Generator, TokenLosses
-from cozyrag.prompts import encode_examples
+from cozyrag.models.batching import collate
+from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.prompts import encode_examples
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {
@@ -231,7 +231,7 @@ def test_the_contexts_of_the_reference_loop_keep_the_nearest_sentences(benchmark
     import faiss
 
     from cozyrag.index import Passages
-    from cozyrag.retriever import Retriever
+    from cozyrag.models.retriever import Retriever
 
     rows = corpus(3)[0]
     passages = Passages(*([row[name] for row in rows] for name in ("id", "title", "text")))

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cozyrag.errors import InputError
 from cozyrag.index import PassageIndex, made_by
+from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retriever import Retriever
 from cozyrag.run import train
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """Greedy answers of a batch, written token by token: rows that have ended leave it, and each row's certainty comes with it.
 
 transformers' `generate` computes ended rows to the end and gives no probabilities without keeping all logits. Left out:
-prompts (prompts.py), which tokens an answer may consist of (extractive.py), what the answers are for (generator.py).
+prompts (prompts.py), which tokens an answer may consist of (constrained_decoding.py), what the answers are for (generator.py).
 """
 
 import inspect
@@ -13,7 +13,7 @@ import torch
 from transformers import Cache, NoRepeatNGramLogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from cozyrag.extractive import Spans
+from cozyrag.models.constrained_decoding import Spans
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A prompt is the context, then the question, then the cue for the answer; the answer and an end token follow in training.
 With a chat template, context and question are the user's message and the answer is the assistant's. Only the context is
 ever shortened: a question or an answer that lost its tail would teach the wrong thing. Left out: which passages and
-sentences make the context (contexts.py), padding and tensors (batches.py).
+sentences make the context (contexts.py), padding and tensors (batching.py).
 """
 
 import re

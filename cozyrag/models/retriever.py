@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from cozyrag.data.sentences import SentenceVectors, Span
 from cozyrag.errors import InputError
-from cozyrag.int8 import AUTO, BF16, FLOAT32, INT8, quantised
+from cozyrag.models.int8_encoding import AUTO, BF16, FLOAT32, INT8, quantised
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -194,7 +194,7 @@ class Retriever:
 
     @contextmanager
     def reading_in(self, precision: str) -> Iterator[None]:
-        """Within it passages are read in that precision, "float32", "bf16", "int8" (int8.py) or "auto", and nothing else is to be read."""
+        """Within it passages are read in that precision, "float32", "bf16", "int8" (int8_encoding.py) or "auto", and nothing else is to be read."""
         before, wanted = self.precision, self.reads_in(precision)
         self.precision = FLOAT32 if wanted == INT8 else wanted
         try:

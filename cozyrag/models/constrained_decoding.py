@@ -3,7 +3,7 @@
 A small generator often knows where the answer stands and loses it half-way, because every step chooses from the whole
 vocabulary. Here each step chooses among the tokens that continue a word sequence of the context, or ends the answer behind
 a whole word (constrained decoding, as in extractive question answering; Rajpurkar et al. 2016). Works with any tokenizer that
-tells where its tokens stand: every suffix of the context that begins a word is tokenized as an answer would be. Left out: the search (greedy.py).
+tells where its tokens stand: every suffix of the context that begins a word is tokenized as an answer would be. Left out: the search (greedy_decoding.py).
 """
 
 import re

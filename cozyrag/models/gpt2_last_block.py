@@ -2,7 +2,7 @@
 
 Its keys and values are needed of every token, the rest (queries' products, projection, MLP: three quarters of its matrices)
 only there. Losses and gradients stay what they are. Blocks of other models than GPT-2 are left to themselves. Left out: which positions
-are read (batches.py), and the output embeddings, which are computed there alone too (generator.py).
+are read (batching.py), and the output embeddings, which are computed there alone too (generator.py).
 """
 
 from collections.abc import Iterator

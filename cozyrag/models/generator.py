@@ -28,17 +28,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cozyrag import adapters
-from cozyrag.batches import collate
 from cozyrag.errors import InputError
-from cozyrag.extractive import Spans
-from cozyrag.greedy import Limits, write_greedily
-from cozyrag.int8 import BF16, FLOAT32
-from cozyrag.last_block import read_only_at
-from cozyrag.penalties import Penalties
-from cozyrag.pretrained import HINT, SMOLLM2, load_smollm2
-from cozyrag.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
-from cozyrag.sharding import Sharded
+from cozyrag.models import lora as adapters
+from cozyrag.models.batching import collate
+from cozyrag.models.constrained_decoding import Spans
+from cozyrag.models.fsdp import Sharded
+from cozyrag.models.gpt2_last_block import read_only_at
+from cozyrag.models.greedy_decoding import Limits, write_greedily
+from cozyrag.models.int8_encoding import BF16, FLOAT32
+from cozyrag.models.penalties import Penalties
+from cozyrag.models.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
+from cozyrag.models.smollm2 import HINT, SMOLLM2, load_smollm2
 
 OTHER = f"{HINT} or --generator scratch, a small GPT-2 that has learned nothing yet"
 ENDLESS = 2048  # tokens for a model that could read any number
@@ -50,7 +50,7 @@ class TokenLosses(nn.Module):
 
     On GPT-2's vocabulary the head costs more than a transformer layer for every position, and only the few answer
     positions carry loss. Hidden states are picked before the head, a form that every transformers version accepts. Most of
-    GPT-2's last block is computed there only, too (last_block.py). Families that scale or cap their logits (Granite, Cohere,
+    GPT-2's last block is computed there only, too (gpt2_last_block.py). Families that scale or cap their logits (Granite, Cohere,
     Gemma) say so in their configuration.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cozyrag.prompts import Example
+from cozyrag.models.prompts import Example
 
 PHASES = ("generator", "retriever", "examine")
 SORTING_POOL = 32  # batches whose rows are sorted by length together: enough to pad little, few enough to stay mixed
