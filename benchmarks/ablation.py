@@ -34,16 +34,16 @@ from cozyrag.data.passages import merge_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examine
-from cozyrag.feedback import answer_likelihoods
-from cozyrag.generator_phase import train_generator
 from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, normalize_answer, paired_bootstrap, ranks_of, recall_at, reciprocal_rank
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.retriever_phase import train_retriever
 from cozyrag.search import Searcher
-from cozyrag.trainer import Watcher
+from cozyrag.training.generator_phase import train_generator
+from cozyrag.training.lm_feedback import answer_likelihoods
+from cozyrag.training.retriever_phase import train_retriever
+from cozyrag.training.trainer import Watcher
 from cozyrag.values import EMBEDDED
 
 NGRAM, FEWEST = 3, 3  # tokens: of a repeated n-gram; of an answer that is long enough

@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from cozyrag.config import TrainingSettings
-from cozyrag.generator_phase import train_generator
 from cozyrag.index import Passages
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator, TokenLosses
 from cozyrag.models.int8_encoding import FLOAT32, INT8
-from cozyrag.retriever_phase import train_retriever
-from cozyrag.trainer import StepReport, Watcher
+from cozyrag.training.generator_phase import train_generator
+from cozyrag.training.retriever_phase import train_retriever
+from cozyrag.training.trainer import StepReport, Watcher
 
 OURS, PENALIZED, REFERENCE = "CoZyRAG", "CoZyRAG, penalties on", "reference loop"
 OURS_INT8 = "CoZyRAG, int8"

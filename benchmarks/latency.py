@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from cozyrag.report import peak_memory
+from cozyrag.training.run_log import peak_memory
 
 WARM_UP = 3
 

@@ -19,14 +19,14 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cozyrag.config import TrainingSettings
-from cozyrag.generator_phase import generator_cut, generator_step
-from cozyrag.losses import contrastive_loss
-from cozyrag.micro_batches import Cut
 from cozyrag.models.generator import Generator, TokenLosses
 from cozyrag.models.prompts import Example
 from cozyrag.models.retriever import Retriever
-from cozyrag.retriever_phase import retriever_cut, retriever_step
-from cozyrag.trainer import trainable
+from cozyrag.training.generator_phase import generator_cut, generator_step
+from cozyrag.training.losses import contrastive_loss
+from cozyrag.training.micro_batches import Cut
+from cozyrag.training.retriever_phase import retriever_cut, retriever_step
+from cozyrag.training.trainer import trainable
 
 SHAPE = LlamaConfig(
     hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,

@@ -20,7 +20,7 @@ BEFORE = (
     "cozyrag.models.generator",
     "cozyrag.models.retriever",
 )
-PHASES = ("cozyrag.generator_phase", "cozyrag.retriever_phase")
+PHASES = ("cozyrag.training.generator_phase", "cozyrag.training.retriever_phase")
 
 
 def _empty(name: str, **content) -> ModuleType:

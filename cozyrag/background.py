@@ -16,7 +16,7 @@ from cozyrag.errors import InputError
 from cozyrag.hub import push_command, push_pair
 from cozyrag.pipeline import PAIR_FILE
 
-WAITING = "pushing"  # folder of the output folder; checkpoint.py knows it as the run's own
+WAITING = "pushing"  # folder of the output folder; checkpointing.py knows it as the run's own
 PIECES = ("generator", "retriever", "index")
 AT_MOST = 3  # rounds that wait; the oldest gives way, since each takes as much disk as a pair
 

@@ -19,13 +19,13 @@ import torch
 from cozyrag.config import Settings, TrainingSettings
 from cozyrag.data.corpus import Corpus
 from cozyrag.errors import InputError
-from cozyrag.generator_phase import generator_losses, generator_penalties, generator_terms
 from cozyrag.index import Passages
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples, with_keywords
 from cozyrag.models.retriever import UNUSED, Retriever, texts_and_sentences
-from cozyrag.retriever_phase import TermOfVectors, retriever_terms, step_sentences
+from cozyrag.training.generator_phase import generator_losses, generator_penalties, generator_terms
+from cozyrag.training.retriever_phase import TermOfVectors, retriever_terms, step_sentences
 
 CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
 QUESTIONS = 4  # enough for a gradient, ...

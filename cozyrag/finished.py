@@ -1,6 +1,6 @@
 """What a run left in its output folder, read again: settings, metrics.jsonl, and the examined questions of each round.
 
-Left out: writing them (checkpoint.py, report.py, rounds.py), the models (pipeline.py), and what the numbers mean.
+Left out: writing them (checkpointing.py, run_log.py, rounds.py), the models (pipeline.py), and what the numbers mean.
 """
 
 import json

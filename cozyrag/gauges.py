@@ -13,8 +13,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from cozyrag.costs import is_sure
-from cozyrag.report import peak_memory
-from cozyrag.trainer import StepReport, Watcher
+from cozyrag.training.run_log import peak_memory
+from cozyrag.training.trainer import StepReport, Watcher
 
 
 def timed(act: Callable) -> tuple[float, object]:

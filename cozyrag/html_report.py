@@ -1,7 +1,7 @@
 """report.html: what a run did, as one file that can be looked at, printed and sent on; and its plots as PNG.
 
 Everything is in the file: pictures as SVG, styles, no script. Left out: drawing (pictures.py), the words of the page
-(assets/pages/report.html), the run's own log (report.py).
+(assets/pages/report.html), the run's own log (run_log.py).
 """
 
 from collections.abc import Mapping, Sequence

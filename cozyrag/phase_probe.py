@@ -19,15 +19,27 @@ from cozyrag.config import Settings
 from cozyrag.costs import Line, Phase, bite, fit, peak_at, spread
 from cozyrag.data.corpus import Corpus
 from cozyrag.gauges import Growth, Stopwatch, timed
-from cozyrag.generator_phase import end_lesson, generator_cut, generator_examples, generator_lesson, generator_steps
 from cozyrag.index import Passages
-from cozyrag.micro_batches import Cut, micro_batches, padded
 from cozyrag.models.fsdp import held_bytes
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.retrieval import weighing_questions
-from cozyrag.retriever_phase import retriever_cut, retriever_lesson, retriever_steps, retriever_usable, step_passages
-from cozyrag.trainer import Watcher, first_cut, run_phase, trainable
+from cozyrag.training.generator_phase import (
+    end_lesson,
+    generator_cut,
+    generator_examples,
+    generator_lesson,
+    generator_steps,
+)
+from cozyrag.training.micro_batches import Cut, micro_batches, padded
+from cozyrag.training.retriever_phase import (
+    retriever_cut,
+    retriever_lesson,
+    retriever_steps,
+    retriever_usable,
+    step_passages,
+)
+from cozyrag.training.run_retrieval import weighing_questions
+from cozyrag.training.trainer import Watcher, first_cut, run_phase, trainable
 
 BUDGET = 18.0  # seconds of all parts together; beginnings and what is begun when they end come on top
 SHARES = {"index": 4, "retrieve": 4, "generator": 6, "feedback": 2, "retriever": 5, "answer": 3}

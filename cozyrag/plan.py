@@ -22,7 +22,7 @@ from cozyrag.models.fsdp import is_split
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.probe import Probe
-from cozyrag.retrieval import weighing_limit
+from cozyrag.training.run_retrieval import weighing_limit
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states
 PYTHON = 72  # bytes of a row number and its score, once they stand in Python lists

@@ -30,9 +30,9 @@ from cozyrag.index import PassageIndex, Passages
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.models.generator import Decoding
 from cozyrag.phase_probe import Subject, generator_cost, retriever_cost, stand_ins
-from cozyrag.report import peak_memory
-from cozyrag.retrieval import RETRIEVE_TOGETHER, context_maker
 from cozyrag.search import Searcher
+from cozyrag.training.run_log import peak_memory
+from cozyrag.training.run_retrieval import RETRIEVE_TOGETHER, context_maker
 
 SAMPLE = 512  # questions, at most
 CHARACTERS = 4_000_000  # of passages that are searched, at most

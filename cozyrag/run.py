@@ -23,13 +23,11 @@ from tqdm.auto import tqdm
 
 from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.background import BackgroundPush
-from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import Settings, parse_settings
 from cozyrag.data.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examples
-from cozyrag.generator_phase import generator_step_count
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
 from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding, is_split
@@ -37,7 +35,18 @@ from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import check_int8, reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.smollm2 import SMOLLM2
-from cozyrag.output import (
+from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
+from cozyrag.runtime.assets import GENERATOR_FOLDER
+from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
+from cozyrag.runtime.atomic_files import switch, write_json, writing
+from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.fingerprints import tables_fingerprint
+from cozyrag.runtime.hardware import machine_facts
+from cozyrag.runtime.precision import MEASURED, Precision, agreed, check_asked, choose, float32_rate
+from cozyrag.runtime.signals import Interrupted, Interrupts
+from cozyrag.training.checkpointing import Checkpoints, Progress
+from cozyrag.training.generator_phase import generator_step_count
+from cozyrag.training.output_dir import (
     FINISHED,
     SETTINGS,
     check_output,
@@ -47,17 +56,8 @@ from cozyrag.output import (
     mark_finished,
     settings_before,
 )
-from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
-from cozyrag.rounds import Rounds
-from cozyrag.runtime.assets import GENERATOR_FOLDER
-from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
-from cozyrag.runtime.atomic_files import switch, write_json, writing
-from cozyrag.runtime.distributed import main_decides
-from cozyrag.runtime.fingerprints import tables_fingerprint
-from cozyrag.runtime.hardware import machine_facts
-from cozyrag.runtime.precision import MEASURED, Precision, agreed, check_asked, choose, float32_rate
-from cozyrag.runtime.signals import Interrupted, Interrupts
-from cozyrag.tracking import start_trackers, wanted_trackers
+from cozyrag.training.rounds import Rounds
+from cozyrag.training.tracking import start_trackers, wanted_trackers
 from cozyrag.values import EMBEDDED, QUICKSTART, SCRATCH
 
 LOST = (

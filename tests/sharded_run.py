@@ -15,14 +15,14 @@ from datasets import Dataset
 from tiny import corpus
 from torch.distributed.tensor import DTensor
 
-from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import TrainingSettings
-from cozyrag.generator_phase import train_generator
 from cozyrag.models.fsdp import Sharded, held_bytes, joined
 from cozyrag.models.generator import Generator, TokenLosses
 from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.fingerprints import weights_fingerprint
-from cozyrag.trainer import Watcher
+from cozyrag.training.checkpointing import Checkpoints, Progress
+from cozyrag.training.generator_phase import train_generator
+from cozyrag.training.trainer import Watcher
 
 SAVED_AT = 3
 LESSON = {

@@ -3,7 +3,7 @@
 import json
 import os
 
-from cozyrag import generator_phase, retriever_phase
+from cozyrag.training import generator_phase, retriever_phase
 
 STEPS = {"generator_step": generator_phase, "retriever_step": retriever_phase}  # where each is looked up
 

@@ -13,7 +13,6 @@ from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from cozyrag import merging
-from cozyrag.checkpoint import Checkpoints  # noqa: E402
 from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.data.corpus import Corpus  # noqa: E402
 from cozyrag.doctor import check_terms  # noqa: E402
@@ -25,6 +24,7 @@ from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.run import load_tables, train  # noqa: E402
 from cozyrag.runtime.fingerprints import weights_fingerprint  # noqa: E402
+from cozyrag.training.checkpointing import Checkpoints  # noqa: E402
 
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": [], "revision": None, "seed": 1}
 ASKED = ["What colour is the fox 0?", "In which year was the river 1 made?"]

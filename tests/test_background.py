@@ -13,7 +13,7 @@ from cozyrag.background import AT_MOST, WAITING, BackgroundPush, push_run, waiti
 from cozyrag.config import parse_settings
 from cozyrag.errors import PushError
 from cozyrag.hub import push_pair
-from cozyrag.output import FREE_TO_CHANGE, OURS
+from cozyrag.training.output_dir import FREE_TO_CHANGE, OURS
 
 
 @pytest.fixture

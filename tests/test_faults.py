@@ -12,18 +12,18 @@ from kill_run import differences, left
 from safetensors.torch import load_file
 from short_run import STEPS, at_step, checkpoints, rows
 
-from cozyrag import generator_phase
-from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.errors import InputError
 from cozyrag.index import FILES, PassageIndex, made_by
-from cozyrag.micro_batches import Cut, load_of
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
 from cozyrag.run import _peers_lost, train
 from cozyrag.runtime.atomic_files import damage
 from cozyrag.runtime.signals import Interrupted
-from cozyrag.trainer import StepReport, Watcher, run_phase
+from cozyrag.training import generator_phase
+from cozyrag.training.checkpointing import Checkpoints, Progress
+from cozyrag.training.micro_batches import Cut, load_of
+from cozyrag.training.trainer import StepReport, Watcher, run_phase
 
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
 

@@ -7,9 +7,9 @@ from datasets import Dataset
 from tiny import corpus
 
 from cozyrag.contexts import CONTEXT_FEATURES, ContextMaker
-from cozyrag.feedback import answer_likelihoods
 from cozyrag.index import Passages
 from cozyrag.models.generator import Generator
+from cozyrag.training.lm_feedback import answer_likelihoods
 
 
 @pytest.fixture

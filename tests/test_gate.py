@@ -7,14 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import cozyrag.rounds
-from cozyrag.caches import Answers
-from cozyrag.gate import Verdict, judge
+import cozyrag.training.rounds
 from cozyrag.index import made_by
 from cozyrag.models.generator import Generator, Written
 from cozyrag.models.retriever import Retriever
 from cozyrag.run import train
 from cozyrag.runtime.fingerprints import weights_fingerprint
+from cozyrag.training.rollback import Verdict, judge
+from cozyrag.training.round_cache import Answers
 
 
 def scores(ones, of=100):
@@ -97,9 +97,9 @@ def run(corpus_files, generator_path, retriever_path, tmp_path, monkeypatch):
 
 
 def test_a_spoiled_retriever_is_taken_back_with_its_index(run, monkeypatch, retriever_path):
-    monkeypatch.setattr(cozyrag.rounds, "train_generator", nothing)
+    monkeypatch.setattr(cozyrag.training.rounds, "train_generator", nothing)
     monkeypatch.setattr(
-        cozyrag.rounds, "train_retriever", lambda a, retriever, *rest, **options: spoil(retriever.model)
+        cozyrag.training.rounds, "train_retriever", lambda a, retriever, *rest, **options: spoil(retriever.model)
     )
     folder, rows = run("on")
     [verdict] = [row for row in rows if row["model"] == "retriever"]
@@ -113,9 +113,9 @@ def test_a_spoiled_retriever_is_taken_back_with_its_index(run, monkeypatch, retr
 
 
 def test_without_the_gate_it_stays(run, monkeypatch, retriever_path):
-    monkeypatch.setattr(cozyrag.rounds, "train_generator", nothing)
+    monkeypatch.setattr(cozyrag.training.rounds, "train_generator", nothing)
     monkeypatch.setattr(
-        cozyrag.rounds, "train_retriever", lambda a, retriever, *rest, **options: spoil(retriever.model)
+        cozyrag.training.rounds, "train_retriever", lambda a, retriever, *rest, **options: spoil(retriever.model)
     )
     folder, rows = run("off")
     assert rows == []
@@ -124,9 +124,9 @@ def test_without_the_gate_it_stays(run, monkeypatch, retriever_path):
 
 
 def test_a_generator_that_took_no_step_is_not_examined_again(run, monkeypatch):
-    looked, real = [], cozyrag.rounds.examine
+    looked, real = [], cozyrag.training.rounds.examine
     monkeypatch.setattr(
-        cozyrag.rounds, "examine", lambda *given, **options: looked.append(1) or real(*given, **options)
+        cozyrag.training.rounds, "examine", lambda *given, **options: looked.append(1) or real(*given, **options)
     )
     _, rows = run("on", "--generator_steps", "0", "--retriever_steps", "1")
     assert len(looked) == 2 and [row["model"] for row in rows] == ["retriever"]  # before the round and after it
@@ -142,23 +142,25 @@ def asked(monkeypatch):
 
 def test_answers_of_the_same_weights_to_the_same_prompts_are_written_once(run, asked, monkeypatch):
     """Before, after the generator's phase, and no more: the retriever stays, so the last evaluation knows every answer."""
-    monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
+    monkeypatch.setattr(cozyrag.training.rounds, "train_retriever", nothing)
     run("on", "--generator_steps", "1")
     assert asked == [16, 16]
 
 
 def test_answers_of_a_generator_that_was_rolled_back_are_known(run, asked, monkeypatch):
     monkeypatch.setattr(
-        cozyrag.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model)
+        cozyrag.training.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model)
     )
-    monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
-    monkeypatch.setattr(cozyrag.rounds, "judge", lambda before, after: Verdict(False, 1.0, 0.0, (0.0, 0.0), 1.0))
+    monkeypatch.setattr(cozyrag.training.rounds, "train_retriever", nothing)
+    monkeypatch.setattr(
+        cozyrag.training.rounds, "judge", lambda before, after: Verdict(False, 1.0, 0.0, (0.0, 0.0), 1.0)
+    )
     run("on", "--rounds", "2")
     assert asked == [16, 16]  # the second round spoils it in the same way
 
 
 def test_a_resumed_run_finds_its_answers_again(run, asked, monkeypatch, tmp_path):
-    monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
+    monkeypatch.setattr(cozyrag.training.rounds, "train_retriever", nothing)
     run("on", "--generator_steps", "1")
     again = Answers(Accelerator(cpu=True), next((tmp_path / "out" / "answers").iterdir()))
     assert len(again) == 16 and all(isinstance(each, Written) for each in again.values())
@@ -168,7 +170,7 @@ def test_a_resumed_run_finds_its_answers_again(run, asked, monkeypatch, tmp_path
 
 def test_a_spoiled_generator_is_taken_back(run, monkeypatch, generator_path):
     untouched = weights_fingerprint(Generator.load(str(generator_path)).model)
-    real = cozyrag.rounds.examine
+    real = cozyrag.training.rounds.examine
 
     def examine(accelerator, generator, contexts, **options):
         """The real examination, except that the untouched generator answers everything right."""
@@ -180,11 +182,11 @@ def test_a_spoiled_generator_is_taken_back(run, monkeypatch, generator_path):
             monkeypatch.delattr(generator, "write")
         return real(accelerator, generator, contexts, **options)
 
-    monkeypatch.setattr(cozyrag.rounds, "examine", examine)
+    monkeypatch.setattr(cozyrag.training.rounds, "examine", examine)
     monkeypatch.setattr(
-        cozyrag.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model)
+        cozyrag.training.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model)
     )
-    monkeypatch.setattr(cozyrag.rounds, "train_retriever", nothing)
+    monkeypatch.setattr(cozyrag.training.rounds, "train_retriever", nothing)
     folder, rows = run("on")
     [verdict] = [row for row in rows if row["model"] == "generator"]
     assert (verdict["kept"], verdict["before"], verdict["metric"]) == (False, 100.0, "f1")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
+from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss
 
 SOUTHWEST = [-math.sqrt(0.5), -math.sqrt(0.5)]
 

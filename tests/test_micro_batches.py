@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from cozyrag.micro_batches import (
+from cozyrag.models.batching import share_out
+from cozyrag.training.micro_batches import (
     Cut,
     Load,
     caching_load,
@@ -19,7 +20,6 @@ from cozyrag.micro_batches import (
     token_bytes,
     told,
 )
-from cozyrag.models.batching import share_out
 
 
 def test_a_step_that_fits_is_shared_out_as_ever():

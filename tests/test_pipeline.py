@@ -28,8 +28,8 @@ from cozyrag.index import PassageIndex, passage_text
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source, read_pair
-from cozyrag.rounds import Rounds
 from cozyrag.search import Weights
+from cozyrag.training.rounds import Rounds
 
 PASSAGES, QUESTIONS = tiny.corpus()
 ASKED = [row["question"] for row in QUESTIONS[:6]]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cozyrag.refresh import RefreshPolicy, mean_overlap
+from cozyrag.training.index_refresh import RefreshPolicy, mean_overlap
 
 
 def asked_never():

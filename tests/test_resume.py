@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from kill_run import differences, left
 from short_run import at_step, checkpoints, rows, send
 
-import cozyrag.rounds
 import cozyrag.run
-import cozyrag.watcher
-from cozyrag.checkpoint import Checkpoints, Progress
+import cozyrag.training.callbacks
+import cozyrag.training.rounds
 from cozyrag.cli import door
 from cozyrag.errors import InputError
-from cozyrag.output import FREE_TO_CHANGE, SAFE_TO_CHANGE, check_changes
 from cozyrag.run import train
 from cozyrag.runtime.signals import Interrupted, Interrupts
+from cozyrag.training.checkpointing import Checkpoints, Progress
+from cozyrag.training.output_dir import FREE_TO_CHANGE, SAFE_TO_CHANGE, check_changes
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on_to_the_same_end(
 def test_a_signal_outside_the_steps_ends_at_once(short_run, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(cozyrag.rounds, "examine", lambda *rest, **options: send(signal.SIGTERM)())
+        patched.setattr(cozyrag.training.rounds, "examine", lambda *rest, **options: send(signal.SIGTERM)())
         with pytest.raises(Interrupted) as ended:
             train([*short_run, "--output_dir", str(out)])
     assert "nothing was saved yet" in ended.value.told
@@ -196,21 +196,21 @@ def test_a_finished_run_is_left_alone_and_more_rounds_need_resume(short_run, int
 
 def test_minutes_call_for_a_checkpoint_and_the_wall_clock_does_not(short_run, tmp_path, monkeypatch):
     clock, saved = [0.0], []
-    monkeypatch.setattr(cozyrag.watcher.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(cozyrag.training.callbacks.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "time", lambda: 1e9 * (len(saved) - 1))  # jumps by decades, backwards too
-    real = cozyrag.watcher.Checkpoints.save
+    real = cozyrag.training.callbacks.Checkpoints.save
     monkeypatch.setattr(
-        cozyrag.watcher.Checkpoints,
+        cozyrag.training.callbacks.Checkpoints,
         "save",
         lambda self, progress, *models: (saved.append(progress.name), real(self, progress, *models)),
     )
 
-    class Slow(cozyrag.watcher.PhaseWatcher):
+    class Slow(cozyrag.training.callbacks.PhaseWatcher):
         def after_step(self, report):
             clock[0] += 4 * 60
             super().after_step(report)
 
-    monkeypatch.setattr(cozyrag.rounds, "PhaseWatcher", Slow)
+    monkeypatch.setattr(cozyrag.training.rounds, "PhaseWatcher", Slow)
     train([*short_run, "--output_dir", str(tmp_path / "out"), "--save_total_limit", "3"])
     inside = [name for name in saved if not name.endswith("000000")]
     assert inside == ["round-001-0-generator-000003"]  # 12 minutes; the phase ends before the next ten are over
@@ -226,7 +226,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from accelerate import Accelerator
-from cozyrag.output import locked
+from cozyrag.training.output_dir import locked
 
 with locked(Accelerator(cpu=True), Path(sys.argv[1])):
     print("held", flush=True)
@@ -276,8 +276,8 @@ def test_a_resumed_run_keeps_its_micro_batches_whatever_is_free_by_then(
         with pytest.raises(Interrupted):
             train([*short_run, "--output_dir", str(out)])
     assert "generator: micro-batches of up to 1,200 tokens (about 0.0 GB of activations)" in capsys.readouterr().out
-    monkeypatch.setattr("cozyrag.generator_phase.room_for_training", lambda device: 1.0)
-    monkeypatch.setattr("cozyrag.retriever_phase.room_for_training", lambda device: 1.0)
+    monkeypatch.setattr("cozyrag.training.generator_phase.room_for_training", lambda device: 1.0)
+    monkeypatch.setattr("cozyrag.training.retriever_phase.room_for_training", lambda device: 1.0)
     train([*short_run, "--output_dir", str(out)])
     assert "generator: micro-batches of up to 1,200 tokens" in capsys.readouterr().out
     assert differences(undisturbed, left(out, rounds=1)) == []

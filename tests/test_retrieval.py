@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from cozyrag.config import parse_settings
-from cozyrag.retrieval import WEIGHT_QUESTIONS, weighing_limit, weighing_questions
+from cozyrag.training.run_retrieval import WEIGHT_QUESTIONS, weighing_limit, weighing_questions
 
 OWN = ["--questions", "q.jsonl", "--passages", "p.jsonl"]
 MANY = 20 * WEIGHT_QUESTIONS

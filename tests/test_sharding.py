@@ -24,15 +24,15 @@ from cozyrag.run import train
 ROOT = Path(__file__).parents[1]
 PARTS = ("shard_grad_op", "full_shard")
 STOPPED = """import os, signal, sys
-import cozyrag.run, cozyrag.generator_phase
+import cozyrag.run, cozyrag.training.generator_phase
 from cozyrag.cli import door
-real, calls = cozyrag.generator_phase.generator_step, []
+real, calls = cozyrag.training.generator_phase.generator_step, []
 def step(*arguments, **options):
     calls.append(1)
     if len(calls) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*arguments, **options)
-cozyrag.generator_phase.generator_step = step
+cozyrag.training.generator_phase.generator_step = step
 door(lambda: cozyrag.run.train(sys.argv[1:]))
 """
 

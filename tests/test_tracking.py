@@ -15,7 +15,7 @@ import yaml
 
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.tracking import log_numbers, start_trackers, wanted_trackers
+from cozyrag.training.tracking import log_numbers, start_trackers, wanted_trackers
 from cozyrag.values import TRACKERS
 
 SECRETS = {
@@ -33,7 +33,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from accelerate import Accelerator
-from cozyrag.tracking import log_numbers, start_trackers, wanted_trackers
+from cozyrag.training.tracking import log_numbers, start_trackers, wanted_trackers
 
 out, names = Path("out"), wanted_trackers(sys.argv[1:])
 accelerator = Accelerator(cpu=True, log_with=names, project_dir=str(out))

@@ -9,17 +9,23 @@ from tiny import corpus
 
 from cozyrag.config import TrainingSettings
 from cozyrag.contexts import CONTEXT_FEATURES
-from cozyrag.generator_phase import generator_cut, generator_step, train_generator
 from cozyrag.index import Passages
-from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
-from cozyrag.micro_batches import Cut
 from cozyrag.models.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.models.penalties import Penalties
 from cozyrag.models.prompts import encode_examples, with_keywords
 from cozyrag.models.retriever import Retriever, texts_and_sentences
-from cozyrag.retriever_phase import retriever_cut, retriever_step, retriever_terms, step_sentences, train_retriever
 from cozyrag.runtime.fingerprints import weights_fingerprint
-from cozyrag.trainer import Watcher, first_cut
+from cozyrag.training.generator_phase import generator_cut, generator_step, train_generator
+from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss
+from cozyrag.training.micro_batches import Cut
+from cozyrag.training.retriever_phase import (
+    retriever_cut,
+    retriever_step,
+    retriever_terms,
+    step_sentences,
+    train_retriever,
+)
+from cozyrag.training.trainer import Watcher, first_cut
 
 
 class Notes(Watcher):

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM: a run that is training saves first, one that is not ends at once.
 
-Left out: what is saved and how (checkpoint.py), and leaving the process (cli.py).
+Left out: what is saved and how (checkpointing.py), and leaving the process (cli.py).
 """
 
 import contextlib

@@ -15,13 +15,13 @@ from datasets import Dataset
 from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span, split_sentences
 from cozyrag.index import Passages
-from cozyrag.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.metrics import contains_answer, normalize_answer
-from cozyrag.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
 from cozyrag.models.batching import phase_seed, plan_steps, share_out
 from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.runtime.hardware import room_for_training
-from cozyrag.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
+from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss
+from cozyrag.training.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
+from cozyrag.training.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
 
 # Vectors of the questions (n_questions, dim), passages (n_passages, dim) and sentences (n_sentences, dim) of a step to a scalar.
 TermOfVectors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,7 +45,7 @@ def train_retriever(
     Rows that no active loss can use are left out. No dropout: the vectors trained are the vectors indexed.
 
     Args:
-        likelihoods: (n_rows, k), the generator's feedback on the k best passages of each row (feedback.py), if wanted.
+        likelihoods: (n_rows, k), the generator's feedback on the k best passages of each row (lm_feedback.py), if wanted.
         left_out: ids of questions that are not to be learned from.
         refreshed: asked before each step with the steps done and their total; a table of the same questions that it gives
             takes the place of `contexts` as the source of negatives.

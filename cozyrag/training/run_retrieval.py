@@ -1,6 +1,6 @@
 """Search as a run needs it: the index of the retriever as it is now, both searches, and contexts tables made with them.
 
-Left out: which tables are made when and kept on disk (caches.py), and the searches themselves (index.py, search.py).
+Left out: which tables are made when and kept on disk (round_cache.py), and the searches themselves (index.py, search.py).
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from cozyrag.index import PassageIndex, Passages, made_by
 from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.report import RunLog
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.search import Searcher, Weights
+from cozyrag.training.run_log import RunLog
 
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
 RETRIEVE_TOGETHER = 256  # questions that are searched for at once

@@ -1,7 +1,7 @@
 """What a round works out once and keeps on disk: its contexts tables, the generator's answers and its likelihoods.
 
-A resumed run reads them again. Left out: searching (retrieval.py), answering (evaluation.py), the likelihoods themselves
-(feedback.py), and the models and their checkpoints (checkpoint.py).
+A resumed run reads them again. Left out: searching (run_retrieval.py), answering (evaluation.py), the likelihoods themselves
+(lm_feedback.py), and the models and their checkpoints (checkpointing.py).
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from datasets import Dataset
 
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
-from cozyrag.feedback import answer_likelihoods
 from cozyrag.models.generator import Decoding, Generator, Written
-from cozyrag.refresh import TOP, RefreshPolicy, mean_overlap
-from cozyrag.report import RunLog
-from cozyrag.retrieval import Retrieval
 from cozyrag.runtime.atomic_files import PARTIAL, damage, replacing, write_json
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.fingerprints import weights_fingerprint
+from cozyrag.training.index_refresh import TOP, RefreshPolicy, mean_overlap
+from cozyrag.training.lm_feedback import answer_likelihoods
+from cozyrag.training.run_log import RunLog
+from cozyrag.training.run_retrieval import Retrieval
 
 PROBE_QUESTIONS = 50  # training questions that show how far the retriever has moved since the index was made
 

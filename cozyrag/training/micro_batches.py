@@ -3,7 +3,7 @@
 The allocator keeps what large micro-batches leave, so small ones need a fraction of the memory; on a CPU they take the same
 time. The result of a step does not depend on its micro-batches, but for the rounding of sums. All here is arithmetic on lengths,
 sizes and bytes that are passed in. Left out: looking at free memory (hardware.py), the steps themselves (generator_phase.py,
-retriever_phase.py), what is kept for a resumed run (checkpoint.py).
+retriever_phase.py), what is kept for a resumed run (checkpointing.py).
 """
 
 from collections.abc import Sequence

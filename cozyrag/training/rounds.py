@@ -1,8 +1,8 @@
 """The relay: retrieve, teach the generator, teach the retriever, index again, examine, save - round after round.
 
 A run is a walk over (round, phase); each phase ends by writing down what comes next, so an interrupted run goes on
-there. Left out: how a phase trains (generator_phase.py, retriever_phase.py), what a checkpoint holds (checkpoint.py), reading
-files (corpus.py), the log (report.py).
+there. Left out: how a phase trains (generator_phase.py, retriever_phase.py), what a checkpoint holds (checkpointing.py), reading
+files (corpus.py), the log (run_log.py).
 """
 
 import json
@@ -15,27 +15,27 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 
 from cozyrag.background import BackgroundPush
-from cozyrag.caches import Caches
 from cozyrag.cards import write_cards
-from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.evaluation import choose_threshold, examine
-from cozyrag.gate import judge
-from cozyrag.generator_phase import generator_cut, generator_token_bytes, train_generator
-from cozyrag.micro_batches import Cut, told
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair
-from cozyrag.report import RunLog
-from cozyrag.retrieval import Retrieval, weighing_questions
-from cozyrag.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
 from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.signals import Interrupts
-from cozyrag.tracking import log_numbers
-from cozyrag.watcher import PhaseWatcher
+from cozyrag.training.callbacks import PhaseWatcher
+from cozyrag.training.checkpointing import Checkpoints, Progress
+from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
+from cozyrag.training.micro_batches import Cut, told
+from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
+from cozyrag.training.rollback import judge
+from cozyrag.training.round_cache import Caches
+from cozyrag.training.run_log import RunLog
+from cozyrag.training.run_retrieval import Retrieval, weighing_questions
+from cozyrag.training.tracking import log_numbers
 
 
 class Rounds:

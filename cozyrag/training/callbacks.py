@@ -1,6 +1,6 @@
 """What goes on beside the steps of a phase: lines in the log, checkpoints in time, a stop when one is asked for.
 
-Left out: the steps themselves (trainer.py and the phases), what a checkpoint holds (checkpoint.py), and the way of a run (rounds.py).
+Left out: the steps themselves (trainer.py and the phases), what a checkpoint holds (checkpointing.py), and the way of a run (rounds.py).
 """
 
 import signal
@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from cozyrag.checkpoint import Checkpoints, Progress
 from cozyrag.config import OutputSettings
 from cozyrag.errors import InputError
-from cozyrag.micro_batches import Cut
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.report import RunLog
 from cozyrag.runtime.atomic_files import write_json
 from cozyrag.runtime.signals import Interrupted, Interrupts
-from cozyrag.tracking import log_numbers
-from cozyrag.trainer import StepReport, Watcher
+from cozyrag.training.checkpointing import Checkpoints, Progress
+from cozyrag.training.micro_batches import Cut
+from cozyrag.training.run_log import RunLog
+from cozyrag.training.tracking import log_numbers
+from cozyrag.training.trainer import StepReport, Watcher
 
 
 class PhaseWatcher(Watcher):

@@ -1,6 +1,6 @@
 """The output folder of a run: what may stand there, whose it is, and whether the run in it has come to its end.
 
-Left out: checkpoints (checkpoint.py) and how files are written (atomic_files.py).
+Left out: checkpoints (checkpointing.py) and how files are written (atomic_files.py).
 """
 
 import contextlib

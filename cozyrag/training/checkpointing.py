@@ -2,7 +2,7 @@
 
 A checkpoint folder is complete: progress, both models as ordinary checkpoints, and inside a phase the optimizer's
 state. A manifest tells whether it is still what was written. Left out: what the models are (generator.py, retriever.py),
-when to save (watcher.py, rounds.py), and the output folder as a whole (output.py).
+when to save (callbacks.py, rounds.py), and the output folder as a whole (output_dir.py).
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.output import check_changes, complete_checkpoints
 from cozyrag.runtime.atomic_files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
 from cozyrag.runtime.distributed import all_manage, main_decides
+from cozyrag.training.output_dir import check_changes, complete_checkpoints
 
 PHASES = ("generator", "retriever", "examine")
 

@@ -1,7 +1,7 @@
 """The loop that both phases share: take the planned steps, keep within memory, step the optimizer, tell the watcher.
 
 A step whose loss is no number changes nothing; one that does not fit into memory is taken in smaller micro-batches. Left out: what a
-step computes and over which rows (generator_phase.py, retriever_phase.py), how it is cut (micro_batches.py), saving (checkpoint.py),
+step computes and over which rows (generator_phase.py, retriever_phase.py), how it is cut (micro_batches.py), saving (checkpointing.py),
 rounds (rounds.py).
 """
 
@@ -19,9 +19,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import get_scheduler
 
 from cozyrag.config import TrainingSettings
-from cozyrag.micro_batches import Cut, Load
 from cozyrag.models.batching import phase_seed
 from cozyrag.models.fsdp import joined, keep_state_whole
+from cozyrag.training.micro_batches import Cut, Load
 
 
 @dataclass(frozen=True)

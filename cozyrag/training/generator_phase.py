@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from cozyrag.config import TrainingSettings
-from cozyrag.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
 from cozyrag.models.batching import answer_tokens, collate, phase_seed, plan_steps
 from cozyrag.models.fsdp import Sharded, is_split
 from cozyrag.models.generator import DROPOUT_FIELDS, Generator, PenalizedLosses, TokenLosses, recomputing
 from cozyrag.models.penalties import Penalties
 from cozyrag.models.prompts import Example, encode_examples, with_keywords
 from cozyrag.runtime.hardware import room_for_training
-from cozyrag.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
+from cozyrag.training.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
+from cozyrag.training.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
 
 
 def train_generator(
