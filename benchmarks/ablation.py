@@ -29,17 +29,17 @@ from searching import accelerator_of, add_arguments, fewer, open_index, retrieve
 
 from cozyrag.cli import door
 from cozyrag.config import Settings, parse_settings
-from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.data.passages import merge_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
 from cozyrag.evaluation import examine
-from cozyrag.index import PassageIndex, Passages
-from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, normalize_answer, paired_bootstrap, ranks_of, recall_at, reciprocal_rank
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.search import Searcher
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.hybrid import Searcher
+from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.training.generator_phase import train_generator
 from cozyrag.training.lm_feedback import answer_likelihoods
 from cozyrag.training.retriever_phase import train_retriever

@@ -18,13 +18,13 @@ from pairs import Pair, Reading, base_names, load_pair
 from searching import accelerator_of, stored_index
 from suites import Task, load_task
 
-from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.evaluation import examine
-from cozyrag.index import PassageIndex, Passages
-from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Decoding, Generator
-from cozyrag.search import Searcher, Weights
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.hybrid import Searcher, Weights
+from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
 TOGETHER = 256  # questions searched for at once
 

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from cozyrag.config import TrainingSettings
-from cozyrag.index import Passages
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator, TokenLosses
 from cozyrag.models.int8_encoding import FLOAT32, INT8
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import train_generator
 from cozyrag.training.retriever_phase import train_retriever
 from cozyrag.training.trainer import StepReport, Watcher
@@ -338,8 +338,8 @@ class Retrieval:
         import faiss
         from datasets import Dataset
 
-        from cozyrag.index import PassageIndex
-        from cozyrag.lexical import LexicalIndex, SentenceWords
+        from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+        from cozyrag.retrieval.passage_index import PassageIndex
 
         self.asked, self.options = asked, options
         self.passages, self.gold = searched(asked, passages, options.searched_passages)
@@ -359,8 +359,8 @@ class Retrieval:
         """`attach_contexts` with hybrid search, as a run does it, with fresh caches."""
         from datasets import Dataset
 
-        from cozyrag.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
-        from cozyrag.search import Searcher
+        from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+        from cozyrag.retrieval.hybrid import Searcher
 
         def encode(texts: Sequence[str]) -> np.ndarray:
             return self.retriever.encode(texts, kind="query", batch_size=self.options.encode_batch)

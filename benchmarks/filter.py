@@ -16,14 +16,14 @@ import numpy as np
 from searching import add_arguments, corpus_of, open_index, retriever_of
 
 from cozyrag.cli import door
-from cozyrag.contexts import ContextMaker, sentence_source
 from cozyrag.data.sentences import split_sentences
-from cozyrag.index import Passages
-from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.search import Searcher
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.contexts import ContextMaker, sentence_source
+from cozyrag.retrieval.hybrid import Searcher
+from cozyrag.retrieval.passage_index import Passages
 
 WAYS = ("truncation", "one encode per sentence", "late chunking", "word overlap", "late chunking + overlap")
 

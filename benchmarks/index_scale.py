@@ -21,10 +21,10 @@ import numpy as np
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from cozyrag.index import PassageIndex, write_index
 from cozyrag.indexing import bytes_of
-from cozyrag.quantised import ADDED, memory_of, search_shards, stretches
-from cozyrag.vectors import Known, store_passages, write_vectors
+from cozyrag.retrieval.faiss_index import ADDED, memory_of, search_shards, stretches
+from cozyrag.retrieval.passage_index import PassageIndex, write_index
+from cozyrag.retrieval.vector_shards import Known, store_passages, write_vectors
 
 # How far passages and questions lie from real vectors, in differences of two of those.
 MOVED, ASKED = 0.4, (0.4, 0.7)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import psutil
 
 from cozyrag.data.passages import read_passages
-from cozyrag.index import Passages
-from cozyrag.lexical import LexicalIndex, SentenceWords
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.passage_index import Passages
 
 
 def main() -> None:

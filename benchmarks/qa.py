@@ -31,9 +31,9 @@ from suites import add_task_arguments
 from telling import BM25, CLOSED, GOLD, MODEL, UNTUNED, outcome, tables_of, write_questions
 
 from cozyrag.cli import door
-from cozyrag.index import PassageIndex
 from cozyrag.models.generator import Decoding
-from cozyrag.search import Searcher
+from cozyrag.retrieval.hybrid import Searcher
+from cozyrag.retrieval.passage_index import PassageIndex
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cozyrag.data.sentences import split_sentences
-from cozyrag.index import Passages
 from cozyrag.models.prompts import Example
+from cozyrag.retrieval.passage_index import Passages
 
 IGNORED = -100
 

@@ -30,7 +30,7 @@ from suites import add_task_arguments
 from cozyrag.cli import door
 from cozyrag.errors import InputError
 from cozyrag.metrics import hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
-from cozyrag.search import CANDIDATES, Searcher
+from cozyrag.retrieval.hybrid import CANDIDATES, Searcher
 
 DEPTH = 20
 TESTED = ("recall@1", "recall@5")

@@ -22,9 +22,9 @@ from cozyrag.data.passages import merge_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.data.sentences import RULES, SentenceVectors
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex, Passages
-from cozyrag.lexical import STEMMERS
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.bm25 import STEMMERS
+from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.run import make_accelerator
 
 PART = 1024  # passages whose vectors are written together: half a minute of work on a slow machine

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from cozyrag.errors import InputError
-from cozyrag.index import Passages
 from cozyrag.models.prompts import Example, encode_examples
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.assets import QUICKSTART
 
 NEIGHBOURS = 4  # passages that a context is cut from, as many as a search gives

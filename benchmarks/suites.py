@@ -22,7 +22,7 @@ from wiki import COVERAGE, RUN, Articles
 from cozyrag.data.passages import FEATURES, merge_passages, read_passages
 from cozyrag.data.questions import Questions, read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.runtime.assets import QUICKSTART, QUICKSTART_FOLDER
 
 SUITES = ("quickstart", "squad", "squad-wiki")

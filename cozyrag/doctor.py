@@ -19,11 +19,11 @@ import torch
 from cozyrag.config import Settings, TrainingSettings
 from cozyrag.data.corpus import Corpus
 from cozyrag.errors import InputError
-from cozyrag.index import Passages
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples, with_keywords
 from cozyrag.models.retriever import UNUSED, Retriever, texts_and_sentences
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import generator_losses, generator_penalties, generator_terms
 from cozyrag.training.retriever_phase import TermOfVectors, retriever_terms, step_sentences
 

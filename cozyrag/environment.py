@@ -24,9 +24,9 @@ from huggingface_hub.utils import get_session
 from transformers import GPT2Config
 
 from cozyrag.errors import InputError
-from cozyrag.index import search_shards
 from cozyrag.models.generator import Generator
 from cozyrag.models.smollm2 import HINT
+from cozyrag.retrieval.passage_index import search_shards
 from cozyrag.runtime.hardware import CGROUP, free_memory
 from cozyrag.runtime.precision import Precision, fitting, measure_products, told
 

@@ -2,7 +2,7 @@
 
 Each process encodes its share into shards on the disk, which the first one puts together without ever holding them all.
 What an older index in that folder, or a run that was stopped, has encoded already is taken over. Left out: how vectors are
-stored and found again (vectors.py).
+stored and found again (vector_shards.py).
 """
 
 import argparse
@@ -31,15 +31,15 @@ from cozyrag.data.passages import stream_passages
 from cozyrag.data.rows import SHOWN, BadRows, no_rows
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
-from cozyrag.index import FILES, LISTS, Passages, made_by, write_index
 from cozyrag.models.int8_encoding import AUTO, FLOAT32, INT8, check_int8, reading_precision
 from cozyrag.models.retriever import Retriever
-from cozyrag.quantised import SENTENCE_VECTORS, memory_of, open_vectors
+from cozyrag.retrieval.faiss_index import SENTENCE_VECTORS, memory_of, open_vectors
+from cozyrag.retrieval.passage_index import FILES, LISTS, Passages, made_by, write_index
+from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors, store_passages, write_vectors
 from cozyrag.run import make_accelerator
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.precision import fitting
 from cozyrag.values import EMBEDDED
-from cozyrag.vectors import Known, encode_shards, known_vectors, store_passages, write_vectors
 
 DESCRIPTION = """\
 Encode passages with a retriever and make their index: DIR gets passages.parquet, vectors.safetensors, index.faiss and

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex
 from cozyrag.models.int8_encoding import FLOAT32
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
+from cozyrag.retrieval.passage_index import PassageIndex
 
 REENCODED = 32  # passages of an index that are encoded anew
 NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit

@@ -19,10 +19,10 @@ from cozyrag.config import Settings
 from cozyrag.costs import Line, Phase, bite, fit, peak_at, spread
 from cozyrag.data.corpus import Corpus
 from cozyrag.gauges import Growth, Stopwatch, timed
-from cozyrag.index import Passages
 from cozyrag.models.fsdp import held_bytes
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import (
     end_lesson,
     generator_cut,

@@ -12,20 +12,20 @@ import torch
 from huggingface_hub import snapshot_download
 
 from cozyrag import __version__
-from cozyrag.contexts import Chosen, ContextMaker, sentence_source
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex
-from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.int8_encoding import reading_precision
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.contexts import Chosen, ContextMaker, sentence_source
+from cozyrag.retrieval.hybrid import Searcher, Weights
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.runtime.atomic_files import NEXT
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
 from cozyrag.runtime.precision import fitting
-from cozyrag.search import Searcher, Weights
 
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 1
@@ -35,7 +35,7 @@ FETCHED = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", 
 
 @dataclass(frozen=True)
 class Source:
-    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or the weighted sum of search.py.
+    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or the weighted sum of hybrid.py.
 
     `used`: (start, end), in characters of `text`, of each sentence that the generator was given.
     """

@@ -14,7 +14,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cozyrag.config import Settings
-from cozyrag.contexts import SEARCH_DEPTH
 from cozyrag.costs import Costs, Phase
 from cozyrag.data.corpus import Corpus
 from cozyrag.gauges import memory_now
@@ -22,6 +21,7 @@ from cozyrag.models.fsdp import is_split
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.probe import Probe
+from cozyrag.retrieval.contexts import SEARCH_DEPTH
 from cozyrag.training.run_retrieval import weighing_limit
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from cozyrag.errors import InputError
-from cozyrag.lexical import STEMMERS
 from cozyrag.models.smollm2 import SMOLLM2
+from cozyrag.retrieval.bm25 import STEMMERS
 
 EMBEDDED = "embedded"
 SCRATCH = "scratch"

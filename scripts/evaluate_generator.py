@@ -17,14 +17,14 @@ import torch
 from tqdm.auto import tqdm
 
 from cozyrag.cli import door
-from cozyrag.contexts import ContextMaker
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.index import Passages
-from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.bm25 import SentenceWords
+from cozyrag.retrieval.contexts import ContextMaker
+from cozyrag.retrieval.passage_index import Passages
 
 
 def evaluate(options: argparse.Namespace) -> dict:

@@ -167,10 +167,10 @@ def write_questions(
     """Stage 2 as token arrays: for each question its prompt tail, its answer, and one context for each of VARIANTS."""
     import bm25s
 
-    from cozyrag.contexts import ContextMaker
     from cozyrag.data.sentences import split_sentences
-    from cozyrag.index import Passages
-    from cozyrag.lexical import SentenceWords
+    from cozyrag.retrieval.bm25 import SentenceWords
+    from cozyrag.retrieval.contexts import ContextMaker
+    from cozyrag.retrieval.passage_index import Passages
 
     texts = list(passages)
     table = Passages([str(i) for i in range(len(texts))], [passages[text] for text in texts], texts)

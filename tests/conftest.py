@@ -83,10 +83,10 @@ def corpus_files(tmp_path_factory):
 def pair_folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     """A tiny pair with its index, as a run leaves it; reads three passages, 60 tokens of them."""
     from cozyrag.data.passages import read_passages
-    from cozyrag.index import PassageIndex, passage_text
     from cozyrag.models.generator import Generator
     from cozyrag.models.retriever import Retriever
     from cozyrag.pipeline import describe_pair
+    from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 
     folder = tmp_path_factory.mktemp("whole") / "my-rag"
     retriever = Retriever.load(str(retriever_path))

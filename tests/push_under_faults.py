@@ -28,10 +28,10 @@ from tqdm.auto import tqdm  # noqa: E402
 from cozyrag.data.passages import read_passages  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.hub import push_pair  # noqa: E402
-from cozyrag.index import PassageIndex, passage_text  # noqa: E402
 from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.models.retriever import Retriever  # noqa: E402
 from cozyrag.pipeline import CozyRAG, describe_pair  # noqa: E402
+from cozyrag.retrieval.passage_index import PassageIndex, passage_text  # noqa: E402
 from cozyrag.runtime.fingerprints import weights_fingerprint  # noqa: E402
 
 REPO = "me/rag"

@@ -40,10 +40,10 @@ def make_pair(folder: Path, layers: int) -> None:
     from transformers import GPT2LMHeadModel
 
     from cozyrag.data.passages import read_passages
-    from cozyrag.index import PassageIndex, Passages
     from cozyrag.models.generator import Generator
     from cozyrag.models.retriever import Retriever
     from cozyrag.pipeline import describe_pair
+    from cozyrag.retrieval.passage_index import PassageIndex, Passages
     from cozyrag.runtime.assets import GENERATOR_FOLDER, QUICKSTART
 
     small = Generator.load(str(GENERATOR_FOLDER))

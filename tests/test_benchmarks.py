@@ -24,10 +24,10 @@ from tiny import corpus, write_jsonl
 from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex, Passages
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair
+from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.runtime.assets import metric_module
 
 ROOT = Path(__file__).parents[1]

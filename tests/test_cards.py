@@ -19,10 +19,10 @@ from cozyrag.config import parse_settings
 from cozyrag.curves import draw_curves
 from cozyrag.data.passages import read_passages
 from cozyrag.evaluation import summarize
-from cozyrag.index import PassageIndex, passage_text
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair
+from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 from cozyrag.runtime.hardware import energy_sentence, machine_facts, machine_sentence
 
 ROLES = ("generator", "retriever")

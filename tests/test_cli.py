@@ -15,10 +15,10 @@ import cozyrag
 from cozyrag import app, background, cli, html_report, pipeline, run, space
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
-from cozyrag.index import PassageIndex, passage_text
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source
+from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 
 ROOT = Path(cozyrag.__file__).parents[1]
 

@@ -12,15 +12,15 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.data.questions import FEATURES
 from cozyrag.data.sentences import split_sentences
-from cozyrag.index import PassageIndex, Passages
-from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.search import Searcher
+from cozyrag.retrieval.bm25 import SentenceWords
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.hybrid import Searcher
+from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
 
 def count_words(texts):

@@ -22,13 +22,13 @@ from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import FEATURES
 from cozyrag.doctor import Term, check_terms, findings_table, one_line, refuse, small_batch
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex
 from cozyrag.models import penalties
 from cozyrag.models.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.models.prompts import encode_examples
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_check import check_pair
 from cozyrag.pipeline import describe_pair
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.training import retriever_phase
 from cozyrag.training.generator_phase import generator_step
 from cozyrag.training.micro_batches import Cut

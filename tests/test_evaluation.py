@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cozyrag.evaluation
-from cozyrag.contexts import CONTEXT_FEATURES
 from cozyrag.evaluation import VERDICTS as VERDICTS_KNOWN
 from cozyrag.evaluation import choose_threshold, examine, prompt_key, summarize, table
 from cozyrag.metrics import bootstrap_interval
 from cozyrag.models.generator import Decoding, Written
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES
 
 # (answers, prediction, rank of the positive or None, answer in context), top_k is 4
 CASES = [

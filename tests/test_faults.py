@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from short_run import STEPS, at_step, checkpoints, rows
 
 from cozyrag.errors import InputError
-from cozyrag.index import FILES, PassageIndex, made_by
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
+from cozyrag.retrieval.passage_index import FILES, PassageIndex, made_by
 from cozyrag.run import _peers_lost, train
 from cozyrag.runtime.atomic_files import damage
 from cozyrag.runtime.signals import Interrupted

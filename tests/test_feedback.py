@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from tiny import corpus
 
-from cozyrag.contexts import CONTEXT_FEATURES, ContextMaker
-from cozyrag.index import Passages
 from cozyrag.models.generator import Generator
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, ContextMaker
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.lm_feedback import answer_likelihoods
 
 

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 
 import cozyrag.training.rounds
-from cozyrag.index import made_by
 from cozyrag.models.generator import Generator, Written
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.passage_index import made_by
 from cozyrag.run import train
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.rollback import Verdict, judge

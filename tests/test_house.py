@@ -40,8 +40,8 @@ TIERS = (
         "distributed",
         "rows",
         "streams",
-        "lexical",
-        "quantised",
+        "bm25",
+        "faiss_index",
         "fsdp",
         "int8_encoding",
         "greedy_decoding",
@@ -51,7 +51,7 @@ TIERS = (
     (
         "readers",
         "prompts",
-        "index",
+        "passage_index",
         "tracking",
         "retriever",
         "finished",
@@ -61,10 +61,10 @@ TIERS = (
         "parsers",
         "values",
     ),
-    ("passages", "batching", "search", "documents", "cards"),
+    ("passages", "batching", "hybrid", "documents", "cards"),
     ("lora", "micro_batches"),
     ("questions", "generator", "contexts", "ingest_worker"),
-    ("corpus", "evaluation", "lm_feedback", "pipeline", "rollback", "ingest_assemble", "checking", "vectors"),
+    ("corpus", "evaluation", "lm_feedback", "pipeline", "rollback", "ingest_assemble", "checking", "vector_shards"),
     ("config", "hub", "comparison", "ingest", "audit", "output_dir"),
     ("trainer", "checkpointing", "html_report", "background"),
     ("generator_phase", "retriever_phase"),
@@ -218,11 +218,11 @@ def test_only_run_constructs_an_accelerator():
 
 def test_only_the_index_attaches_faiss():
     attaching = ("search_batch", "add_faiss_index_from_external_arrays", "add_faiss_index")
-    assert calling(lambda call: call[-1] in attaching) == {"index"}
+    assert calling(lambda call: call[-1] in attaching) == {"passage_index"}
 
 
 def test_kinds_of_faiss_indexes_are_made_in_one_place_and_never_read_from_files():
-    assert calling(lambda call: call[-1] in ("IndexFlatIP", "IndexIVFPQ", "index_factory")) == {"quantised"}
+    assert calling(lambda call: call[-1] in ("IndexFlatIP", "IndexIVFPQ", "index_factory")) == {"faiss_index"}
     assert calling(lambda call: call[-1] == "read_index") == set()
 
 

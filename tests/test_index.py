@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 
 from cozyrag.errors import InputError
-from cozyrag.index import (
+from cozyrag.retrieval.faiss_index import open_vectors
+from cozyrag.retrieval.passage_index import (
     FILES,
     NEEDED,
     PassageIndex,
@@ -17,7 +18,6 @@ from cozyrag.index import (
     made_by,
     passage_text,
 )
-from cozyrag.quantised import open_vectors
 
 EAST, NORTH, WEST = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
 

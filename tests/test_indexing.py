@@ -14,9 +14,9 @@ import pytest
 import tiny
 
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex, made_by, open_vectors
 from cozyrag.indexing import index
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.passage_index import PassageIndex, made_by, open_vectors
 from cozyrag.run import train
 
 ROOT = Path(__file__).parent.parent

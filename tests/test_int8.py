@@ -11,9 +11,9 @@ import torch
 import cozyrag.indexing
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex
 from cozyrag.models.int8_encoding import check_int8, quantised
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.run import train
 
 pytest.importorskip("onnxruntime")

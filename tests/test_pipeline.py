@@ -24,11 +24,11 @@ from cozyrag.config import parse_settings
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError
 from cozyrag.hub import push_pair
-from cozyrag.index import PassageIndex, passage_text
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source, read_pair
-from cozyrag.search import Weights
+from cozyrag.retrieval.hybrid import Weights
+from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 from cozyrag.training.rounds import Rounds
 
 PASSAGES, QUESTIONS = tiny.corpus()

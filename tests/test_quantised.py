@@ -9,8 +9,7 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
-from cozyrag.index import LISTS, PassageIndex, Passages, write_index
-from cozyrag.quantised import (
+from cozyrag.retrieval.faiss_index import (
     STRETCH,
     TARGET,
     Lists,
@@ -24,6 +23,7 @@ from cozyrag.quantised import (
     search_shards,
     tune,
 )
+from cozyrag.retrieval.passage_index import LISTS, PassageIndex, Passages, write_index
 
 LISTED = "IVF16,PQ8x4fs"
 

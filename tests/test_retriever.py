@@ -14,8 +14,8 @@ import torch
 
 import cozyrag.models.retriever
 from cozyrag.errors import InputError
-from cozyrag.index import Passages
 from cozyrag.models.retriever import Retriever, texts_and_sentences
+from cozyrag.retrieval.passage_index import Passages
 
 TEXTS = [passage["text"][: 9 * (i + 1)] for i, passage in enumerate(tiny.corpus(7)[0])]
 

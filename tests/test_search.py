@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 
 from cozyrag.data.sentences import SentenceVectors, split_sentences
-from cozyrag.index import PassageIndex
-from cozyrag.lexical import LexicalIndex, SentenceWords
-from cozyrag.search import CANDIDATES, SHARPNESS, TRUST, Searcher, Weights
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.hybrid import CANDIDATES, SHARPNESS, TRUST, Searcher, Weights
+from cozyrag.retrieval.passage_index import PassageIndex
 
 TEXTS = [
     "The red fox runs over the hill.",

@@ -14,10 +14,10 @@ from test_house import ROOT, TREES
 
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.run import train
 
 SECRETS = {

@@ -8,7 +8,7 @@ import tiny
 from datasets import Dataset
 
 from cozyrag.data.sentences import RULES, SentenceVectors, split_sentences
-from cozyrag.index import PassageIndex
+from cozyrag.retrieval.passage_index import PassageIndex
 
 TEXTS = (
     "One. Two! Is it three? Yes.",
@@ -34,9 +34,9 @@ def kept(folder, monkeypatch, *, rules):
     passages, _ = tiny.corpus(3)
     table = Dataset.from_list(passages).select_columns(["id", "title", "text"])
     sentences = SentenceVectors(np.ones((9, 4), np.float16), np.array([3, 6, 9]))
-    monkeypatch.setattr("cozyrag.index.RULES", rules)
+    monkeypatch.setattr("cozyrag.retrieval.passage_index.RULES", rules)
     PassageIndex(table, np.eye(3, 4, dtype=np.float32), fingerprint="f", sentences=sentences).save(folder)
-    monkeypatch.setattr("cozyrag.index.RULES", RULES)
+    monkeypatch.setattr("cozyrag.retrieval.passage_index.RULES", RULES)
     return PassageIndex.load(folder, fingerprint="f").sentences
 
 

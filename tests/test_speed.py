@@ -230,8 +230,8 @@ def test_the_penalties_of_the_reference_loop_by_hand(benchmark):
 def test_the_contexts_of_the_reference_loop_keep_the_nearest_sentences(benchmark, retriever_path, generator_path):
     import faiss
 
-    from cozyrag.index import Passages
     from cozyrag.models.retriever import Retriever
+    from cozyrag.retrieval.passage_index import Passages
 
     rows = corpus(3)[0]
     passages = Passages(*([row[name] for row in rows] for name in ("id", "title", "text")))

@@ -15,9 +15,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex, made_by
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
+from cozyrag.retrieval.passage_index import PassageIndex, made_by
 from cozyrag.run import train
 
 ROOT = Path(__file__).parents[1]

@@ -8,12 +8,12 @@ from datasets import Dataset
 from tiny import corpus
 
 from cozyrag.config import TrainingSettings
-from cozyrag.contexts import CONTEXT_FEATURES
-from cozyrag.index import Passages
 from cozyrag.models.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.models.penalties import Penalties
 from cozyrag.models.prompts import encode_examples, with_keywords
 from cozyrag.models.retriever import Retriever, texts_and_sentences
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.generator_phase import generator_cut, generator_step, train_generator
 from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss

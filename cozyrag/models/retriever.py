@@ -1,6 +1,6 @@
 """The retriever: a SentenceTransformer that turns questions and passages into vectors.
 
-It loads, embeds (with gradients) or encodes (without), fingerprints and saves. Left out: searching (index.py), losses
+It loads, embeds (with gradients) or encodes (without), fingerprints and saves. Left out: searching (passage_index.py), losses
 (losses.py), training (retriever_phase.py).
 """
 

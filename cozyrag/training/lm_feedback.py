@@ -15,9 +15,9 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cozyrag.contexts import ContextMaker
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import FLOAT32
+from cozyrag.retrieval.contexts import ContextMaker
 from cozyrag.runtime.atomic_files import writing
 from cozyrag.runtime.fingerprints import weights_fingerprint
 

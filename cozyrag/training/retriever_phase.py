@@ -14,10 +14,10 @@ from datasets import Dataset
 
 from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span, split_sentences
-from cozyrag.index import Passages
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.models.batching import phase_seed, plan_steps, share_out
 from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.training.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes

@@ -1,6 +1,6 @@
 """Search as a run needs it: the index of the retriever as it is now, both searches, and contexts tables made with them.
 
-Left out: which tables are made when and kept on disk (round_cache.py), and the searches themselves (index.py, search.py).
+Left out: which tables are made when and kept on disk (round_cache.py), and the searches themselves (passage_index.py, hybrid.py).
 """
 
 import hashlib
@@ -14,17 +14,17 @@ from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from datasets import Dataset
 
 from cozyrag.config import Settings
-from cozyrag.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.data.corpus import Corpus
 from cozyrag.data.questions import take
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
-from cozyrag.index import PassageIndex, Passages, made_by
-from cozyrag.lexical import LexicalIndex, SentenceWords
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.hybrid import Searcher, Weights
+from cozyrag.retrieval.passage_index import PassageIndex, Passages, made_by
 from cozyrag.runtime.fingerprints import weights_fingerprint
-from cozyrag.search import Searcher, Weights
 from cozyrag.training.run_log import RunLog
 
 WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other

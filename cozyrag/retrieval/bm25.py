@@ -1,6 +1,6 @@
 """Search by words: BM25 over titles and texts, and the rare words that a question shares with single sentences.
 
-It finds the rare words and names that vectors blur. Left out: joining it with the dense search (search.py), and saving:
+It finds the rare words and names that vectors blur. Left out: joining it with the dense search (hybrid.py), and saving:
 it is rebuilt from the passages in seconds.
 """
 

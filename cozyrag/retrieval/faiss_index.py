@@ -3,7 +3,7 @@
 Four kinds. "Flat" holds the vectors themselves: exact. "SQ8" holds a byte for each dimension. "IVF1024,PQ96x4fs" holds half a byte for
 every four dimensions, in lists by nearest centroid, of which a search reads some. "Mapped" holds nothing: an exact search
 that reads all vectors from the disk. SQ8 and IVF find candidates, which the caller scores by vectors on the disk. Left out:
-passages, and files other than that of the lists (index.py).
+passages, and files other than that of the lists (passage_index.py).
 """
 
 import json

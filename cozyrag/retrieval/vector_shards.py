@@ -2,7 +2,7 @@
 
 A vector is known by the hash of the text that it stands for, beside the fingerprint of the retriever that made it. So what a
 stopped run left, what an older index holds and what is new are all found in one way: a passage whose hash is known is not
-encoded again. Left out: the retriever and the processes (indexing.py), and searching (index.py).
+encoded again. Left out: the retriever and the processes (indexing.py), and searching (passage_index.py).
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 from cozyrag.data.deduplication import repeats, text_hash
 from cozyrag.data.sentences import RULES, SentenceVectors, places_of
 from cozyrag.errors import InputError
-from cozyrag.index import Passages, keeps_sentences, made_by, passage_text, precision_of
-from cozyrag.quantised import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
+from cozyrag.retrieval.faiss_index import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
+from cozyrag.retrieval.passage_index import Passages, keeps_sentences, made_by, passage_text, precision_of
 
 ROWS = 4096  # passages of a row group, which are read together
 COPIED = 8192  # passages whose vectors are copied at once, with those of their sentences some 50 MB

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from cozyrag.data.sentences import RULES, SentenceVectors, Span, sentence_spans, split_sentences
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import FLOAT32
-from cozyrag.quantised import (
+from cozyrag.retrieval.faiss_index import (
     COLUMN,
     SENTENCE_ENDS,
     SENTENCE_VECTORS,
@@ -215,7 +215,7 @@ class PassageIndex:
         vectors: (n_passages, dim) float32, row i = passage i.
         fingerprint: that of the retriever that made the vectors.
         sentences: vectors of the passages' sentences, for the context filter; None where they are made on the fly.
-        factory: one of the kinds of quantised.py. A quantised index finds candidates, which are then scored by the vectors themselves.
+        factory: one of the kinds of faiss_index.py. A quantised index finds candidates, which are then scored by the vectors themselves.
         precision: in which the retriever encoded the passages, "float32" or "int8".
         lists: what an index with lists holds, if it was made before; tuned: how that is searched. Both are found if not given.
     """

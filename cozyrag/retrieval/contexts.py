@@ -1,7 +1,7 @@
 """Questions to contexts: what the generator reads, and what the retriever is to learn from.
 
 For each question the passages found, the sentences of the best ones that fit the token budget (scored by shared words,
-by vectors, or by both), and the positive and hard negatives. Left out: encoding and searching themselves (retriever.py, index.py), tokens of the prompt (prompts.py).
+by vectors, or by both), and the positive and hard negatives. Left out: encoding and searching themselves (retriever.py, passage_index.py), tokens of the prompt (prompts.py).
 """
 
 import zlib
@@ -13,11 +13,11 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from cozyrag.data.sentences import split_sentences
-from cozyrag.index import PassageIndex, Passages
-from cozyrag.lexical import SentenceWords
 from cozyrag.metrics import contains_answer, normalize_answer
 from cozyrag.models.retriever import Retriever
-from cozyrag.search import Found
+from cozyrag.retrieval.bm25 import SentenceWords
+from cozyrag.retrieval.hybrid import Found
+from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
 FILTERS = ("overlap", "vectors", "both")
 SEARCH_DEPTH = 60

@@ -2,7 +2,7 @@
 
 A weighted sum keeps how much better one passage is than the next, which ranks throw away; and a passage is as near to a
 question as its best sentence, which the vector of a whole passage blurs. Weights are fitted on training questions. Left
-out: the two searches themselves (index.py, lexical.py).
+out: the two searches themselves (passage_index.py, bm25.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ import numpy as np
 from scipy.optimize import minimize
 
 from cozyrag.data.sentences import best_of, places_of
-from cozyrag.index import PassageIndex
-from cozyrag.lexical import LexicalIndex, SentenceWords
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.passage_index import PassageIndex
 
 MODES = ("dense", "bm25", "hybrid")
 CANDIDATES = 60  # best passages of each search that compete in the sum
