@@ -32,8 +32,15 @@ from cozyrag.config import Settings, parse_settings
 from cozyrag.data.passages import merge_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.evaluation import examine
-from cozyrag.metrics import bootstrap_interval, normalize_answer, paired_bootstrap, ranks_of, recall_at, reciprocal_rank
+from cozyrag.evaluation.evaluation import examine
+from cozyrag.evaluation.metrics import (
+    bootstrap_interval,
+    normalize_answer,
+    paired_bootstrap,
+    ranks_of,
+    recall_at,
+    reciprocal_rank,
+)
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords

@@ -18,8 +18,8 @@ from pairs import Pair, Reading, base_names, load_pair
 from searching import accelerator_of, stored_index
 from suites import Task, load_task
 
-from cozyrag.evaluation import examine
-from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.evaluation.evaluation import examine
+from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source

@@ -17,7 +17,7 @@ from searching import add_arguments, corpus_of, open_index, retriever_of
 
 from cozyrag.cli import door
 from cozyrag.data.sentences import split_sentences
-from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
+from cozyrag.evaluation.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords

@@ -29,7 +29,7 @@ from suites import add_task_arguments
 
 from cozyrag.cli import door
 from cozyrag.errors import InputError
-from cozyrag.metrics import hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
+from cozyrag.evaluation.metrics import hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
 from cozyrag.retrieval.hybrid import CANDIDATES, Searcher
 
 DEPTH = 20

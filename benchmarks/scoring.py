@@ -1,7 +1,7 @@
 """From examined questions to numbers with intervals, paired tests and tables.
 
 What it makes depends on the questions, the passages and the models alone: times go elsewhere (latency.py). Left out: the
-arithmetic of the metrics (cozyrag/metrics.py).
+arithmetic of the metrics (cozyrag/evaluation/metrics.py).
 """
 
 from collections import Counter
@@ -11,8 +11,8 @@ from itertools import combinations
 import numpy as np
 
 from cozyrag.errors import InputError
-from cozyrag.evaluation import VERDICTS
-from cozyrag.metrics import (
+from cozyrag.evaluation.evaluation import VERDICTS
+from cozyrag.evaluation.metrics import (
     bleu,
     bleu_interval,
     bleu_statistics,

@@ -22,7 +22,7 @@ from scoring import (
 )
 from suites import Task
 
-from cozyrag.audit import PARTS, audit, base_notes, brief, examples_alike, part_of
+from cozyrag.evaluation.overlap_audit import PARTS, audit, base_notes, brief, examples_alike, part_of
 
 MODEL, UNTUNED, BM25, CLOSED, GOLD = "this model", "untuned pair", "BM25 + generator", "closed book", "gold context"
 SEARCHED = FOUND[:-1]

@@ -15,7 +15,7 @@ from cozyrag.data.questions import Questions, take
 from cozyrag.data.readers import read_rows
 from cozyrag.data.rows import BadRows
 from cozyrag.data.sentences import split_sentences
-from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 
 COVERAGE = 0.5  # share of a paragraph's runs of words that must stand in the article
 RUN = 8

@@ -1,14 +1,14 @@
 """`cozyrag audit`: the leak audit of a finished run, or of what settings would train on and examine with.
 
-Left out: the audit itself (audit.py), and the one that every run makes by itself (run.py).
+Left out: the audit itself (overlap_audit.py), and the one that every run makes by itself (run.py).
 """
 
 import json
 from pathlib import Path
 
-from cozyrag.audit import audit_corpus, audit_table, brief, examples_alike, part_scores
 from cozyrag.config import Settings, parse_settings
 from cozyrag.errors import InputError
+from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, examples_alike, part_scores
 from cozyrag.run import load_tables, make_accelerator
 from cozyrag.runtime.atomic_files import write_json
 from cozyrag.runtime.precision import MEASURED

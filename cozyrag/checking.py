@@ -23,7 +23,7 @@ from cozyrag.data.questions import Question, stream_questions
 from cozyrag.data.readers import kind_of
 from cozyrag.data.rows import BadRows, no_rows
 from cozyrag.errors import InputError
-from cozyrag.metrics import normalize_answer
+from cozyrag.evaluation.metrics import normalize_answer
 
 DESCRIPTION = """\
 Make a file of questions from one or several of any layout that train.py reads, and check them.

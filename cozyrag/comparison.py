@@ -13,9 +13,9 @@ import numpy as np
 from cozyrag import pictures
 from cozyrag.cards import public_settings
 from cozyrag.errors import InputError
-from cozyrag.evaluation import SHOWN
+from cozyrag.evaluation.evaluation import SHOWN
+from cozyrag.evaluation.metrics import paired_bootstrap
 from cozyrag.finished import FinishedRun, spread
-from cozyrag.metrics import paired_bootstrap
 from cozyrag.pages import render, stylesheet
 
 FLIPS_SHOWN = 10  # of each kind on the screen; the page has them all

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from cozyrag import __version__, pictures
 from cozyrag.cards import public_settings
 from cozyrag.comparison import Difference, differences, matched, more_than_noise
-from cozyrag.evaluation import SHOWN, summarize
+from cozyrag.evaluation.evaluation import SHOWN, summarize
 from cozyrag.finished import FinishedRun, spread
 from cozyrag.pages import render, stylesheet
 from cozyrag.pipeline import CozyRAG

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from scipy.stats import binomtest
 
 from cozyrag.errors import InputError
-from cozyrag.metrics import bootstrap_interval
+from cozyrag.evaluation.metrics import bootstrap_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,13 +21,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 
-from cozyrag.audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.background import BackgroundPush
 from cozyrag.config import Settings, parse_settings
 from cozyrag.data.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.errors import InputError
-from cozyrag.evaluation import examples
+from cozyrag.evaluation.evaluation import examples
+from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
 from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding, is_split

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from cozyrag.cli import door
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
+from cozyrag.evaluation.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords

@@ -28,7 +28,9 @@ def assemble(name: str, folder: Path) -> None:
     shutil.copy(METRICS, folder / f"{BESIDE}.py")
     module = folder / f"{name}.py"
     text = module.read_text(encoding="utf-8")
-    module.write_text(text.replace("from cozyrag.metrics import", f"from .{BESIDE} import"), encoding="utf-8")
+    module.write_text(
+        text.replace("from cozyrag.evaluation.metrics import", f"from .{BESIDE} import"), encoding="utf-8"
+    )
 
 
 def main() -> None:

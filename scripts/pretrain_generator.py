@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from cozyrag.metrics import exact_match, f1
+from cozyrag.evaluation.metrics import exact_match, f1
 from cozyrag.models.batching import Reading, collate_readings, reading_mask
 from cozyrag.models.generator import Generator, TokenLosses
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from cozyrag import cli
-from cozyrag.audit import (
+from cozyrag.evaluation.metrics import normalize_answer
+from cozyrag.evaluation.overlap_audit import (
     PARTS,
     audit,
     audit_table,
@@ -18,7 +19,6 @@ from cozyrag.audit import (
     part_of,
     part_scores,
 )
-from cozyrag.metrics import normalize_answer
 
 TRAIN = {
     "id": ["t1", "t2", "t3"],

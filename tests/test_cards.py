@@ -18,7 +18,7 @@ from cozyrag.cards import card_for_hub, write_cards
 from cozyrag.config import parse_settings
 from cozyrag.curves import draw_curves
 from cozyrag.data.passages import read_passages
-from cozyrag.evaluation import summarize
+from cozyrag.evaluation.evaluation import summarize
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair

@@ -9,7 +9,7 @@ import pytest
 from cozyrag import comparison, pictures
 from cozyrag.comparison import Difference, as_text, compare, differences, matched, more_than_noise, write_page
 from cozyrag.errors import InputError
-from cozyrag.metrics import paired_bootstrap
+from cozyrag.evaluation.metrics import paired_bootstrap
 
 
 def runs(tmp_path, rows_a, rows_b, **settings):

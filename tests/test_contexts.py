@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cozyrag.data.questions import FEATURES
 from cozyrag.data.sentences import split_sentences
-from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords

@@ -13,10 +13,10 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cozyrag.evaluation
-from cozyrag.evaluation import VERDICTS as VERDICTS_KNOWN
-from cozyrag.evaluation import choose_threshold, examine, prompt_key, summarize, table
-from cozyrag.metrics import bootstrap_interval
+import cozyrag.evaluation.evaluation
+from cozyrag.evaluation.evaluation import VERDICTS as VERDICTS_KNOWN
+from cozyrag.evaluation.evaluation import choose_threshold, examine, prompt_key, summarize, table
+from cozyrag.evaluation.metrics import bootstrap_interval
 from cozyrag.models.generator import Decoding, Written
 from cozyrag.retrieval.contexts import CONTEXT_FEATURES
 
@@ -160,7 +160,7 @@ def test_batches_are_of_like_length_and_the_same_for_any_number_of_processes(mon
     lengths = [[len(context) for _, context in batch] for batch in alone.asked]
     assert [length for batch in lengths for length in batch] == sorted(range(8), reverse=True)
     first = [(prompt_key(*each), Written(CASES[at][1], 0.75, 0.25)) for at, each in enumerate(prompts_of(table))]
-    monkeypatch.setattr(cozyrag.evaluation, "gather_object", lambda mine: [*first, *mine])
+    monkeypatch.setattr(cozyrag.evaluation.evaluation, "gather_object", lambda mine: [*first, *mine])
     second = FixedAnswers()
     assert examine(Second(), second, table, **OPTIONS) == result
     assert second.asked == alone.asked[1::2]
@@ -208,7 +208,7 @@ def test_summary_is_made_of_the_rows():
 
 def test_table_by_hand():
     def summary(**values):
-        shown = dict.fromkeys(cozyrag.evaluation.SHOWN, 0.0) | values
+        shown = dict.fromkeys(cozyrag.evaluation.evaluation.SHOWN, 0.0) | values
         return shown | {"questions": 8, "em_interval": [10.04, 30.06], "f1_interval": [11.0, 31.26]}
 
     before, after = summary(em=10.04, f1=20.0), summary(em=12.5, f1=19.94, **{"mrr@10": 100.0})

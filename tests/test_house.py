@@ -65,7 +65,7 @@ TIERS = (
     ("lora", "micro_batches"),
     ("questions", "generator", "contexts", "ingest_worker"),
     ("corpus", "evaluation", "lm_feedback", "pipeline", "rollback", "ingest_assemble", "checking", "vector_shards"),
-    ("config", "hub", "comparison", "ingest", "audit", "output_dir"),
+    ("config", "hub", "comparison", "ingest", "overlap_audit", "output_dir"),
     ("trainer", "checkpointing", "html_report", "background"),
     ("generator_phase", "retriever_phase"),
     ("run_log", "doctor", "environment", "pair_check"),

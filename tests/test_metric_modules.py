@@ -12,7 +12,7 @@ from huggingface_hub import metadata_load
 
 evaluate = pytest.importorskip("evaluate")
 
-from cozyrag.metrics import exact_match, f1, ndcg_at, ranks_of, recall_at, rouge_l  # noqa: E402
+from cozyrag.evaluation.metrics import exact_match, f1, ndcg_at, ranks_of, recall_at, rouge_l  # noqa: E402
 from cozyrag.runtime.assets import metric_module  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,10 @@ def test_a_space_stands_without_this_package(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     space = tmp_path / name
     importlib.import_module("metric_space").assemble(name, space)
-    assert "cozyrag.metrics" not in (space / f"{name}.py").read_text(encoding="utf-8").split("import datasets")[1]
+    assert (
+        "cozyrag.evaluation.metrics"
+        not in (space / f"{name}.py").read_text(encoding="utf-8").split("import datasets")[1]
+    )
     assert {path.name for path in space.iterdir()} == {
         "README.md", "app.py", "requirements.txt", f"{name}.py", "cozyrag_metrics.py",
     }  # fmt: skip
@@ -142,7 +145,7 @@ def test_a_space_stands_without_this_package(name, tmp_path, monkeypatch):
         if "retrieval" in name
         else {"predictions": ["a b"], "references": [["b"]]}
     )
-    monkeypatch.setitem(sys.modules, "cozyrag.metrics", None)  # whoever imports it now gets an ImportError
+    monkeypatch.setitem(sys.modules, "cozyrag.evaluation.metrics", None)  # whoever imports it now gets an ImportError
     theirs = evaluate.load(str(space)).compute(**inputs)
     monkeypatch.undo()
     assert theirs == evaluate.load(metric_module(name)).compute(**inputs)

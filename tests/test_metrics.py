@@ -13,7 +13,7 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.metrics import (
+from cozyrag.evaluation.metrics import (
     bleu,
     bleu_interval,
     bleu_statistics,
@@ -265,7 +265,9 @@ def test_interval_covers_as_often_as_it_says():
 def test_interval_does_not_depend_on_the_blocks(monkeypatch):
     values = np.arange(101.0)
     whole = bootstrap_interval(values, resamples=90)
-    monkeypatch.setattr("cozyrag.metrics._DRAWS", 2020)  # 20 resamples of 101 at once: an even number of draws
+    monkeypatch.setattr(
+        "cozyrag.evaluation.metrics._DRAWS", 2020
+    )  # 20 resamples of 101 at once: an even number of draws
     assert bootstrap_interval(values, resamples=90) == whole
 
 

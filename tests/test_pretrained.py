@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import cozyrag.models.smollm2
-from cozyrag.audit import base_notes
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
+from cozyrag.evaluation.overlap_audit import base_notes
 from cozyrag.models.generator import Generator
 from cozyrag.models.smollm2 import FILE, SHA256, load_smollm2
 from cozyrag.run import _load_generator

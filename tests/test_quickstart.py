@@ -8,7 +8,7 @@ import pytest
 
 from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import read_questions
-from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.runtime.assets import QUICKSTART, QUICKSTART_FOLDER, QUICKSTART_SETTINGS
 
 SPLITS = ("train", "validation", "test")

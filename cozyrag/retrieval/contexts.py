@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from cozyrag.data.sentences import split_sentences
-from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.hybrid import Found

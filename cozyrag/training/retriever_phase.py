@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span, split_sentences
-from cozyrag.metrics import contains_answer, normalize_answer
+from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.batching import phase_seed, plan_steps, share_out
 from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages

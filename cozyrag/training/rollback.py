@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cozyrag.metrics import paired_bootstrap
+from cozyrag.evaluation.metrics import paired_bootstrap
 
 WORSE = 0.8  # one question that got worse stays below it (63 % of resamples), two and none better do not (86 %)
 

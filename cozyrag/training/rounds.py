@@ -18,7 +18,7 @@ from cozyrag.background import BackgroundPush
 from cozyrag.cards import write_cards
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
-from cozyrag.evaluation import choose_threshold, examine
+from cozyrag.evaluation.evaluation import choose_threshold, examine
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from cozyrag.evaluation import table
+from cozyrag.evaluation.evaluation import table
 from cozyrag.runtime.atomic_files import write_jsonl
 
 

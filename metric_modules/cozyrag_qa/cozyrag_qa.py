@@ -1,13 +1,13 @@
 """Open question answering as a module for the `evaluate` library: EM, F1, ROUGE-L, BLEU and answer-in-context.
 
-The numbers are those of cozyrag/metrics.py, which training and the benchmarks use too. Left out: how answers are made.
+The numbers are those of cozyrag/evaluation/metrics.py, which training and the benchmarks use too. Left out: how answers are made.
 """
 
 import datasets
 import evaluate
 import numpy as np
 
-from cozyrag.metrics import (
+from cozyrag.evaluation.metrics import (
     bleu,
     bleu_interval,
     bleu_statistics,

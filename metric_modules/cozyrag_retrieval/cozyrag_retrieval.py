@@ -1,13 +1,13 @@
 """Retrieval as a module for the `evaluate` library: recall@k, hit rate@k, MRR@k and nDCG@k.
 
-The numbers are those of cozyrag/metrics.py, which training and the benchmarks use too. Left out: searching.
+The numbers are those of cozyrag/evaluation/metrics.py, which training and the benchmarks use too. Left out: searching.
 """
 
 import datasets
 import evaluate
 import numpy as np
 
-from cozyrag.metrics import bootstrap_interval, hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
+from cozyrag.evaluation.metrics import bootstrap_interval, hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
 
 _DESCRIPTION = """\
 Scores of ranked lists of passages (or any other items) against the ones that are relevant, in percent: recall@k, the share of the

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
 from cozyrag.data.sentences import split_sentences
-from cozyrag.metrics import (
+from cozyrag.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
     f1,

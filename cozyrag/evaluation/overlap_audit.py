@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from cozyrag.data.corpus import Corpus
-from cozyrag.evaluation import summarize
-from cozyrag.metrics import normalize_answer
+from cozyrag.evaluation.evaluation import summarize
+from cozyrag.evaluation.metrics import normalize_answer
 from cozyrag.models.smollm2 import hub_name
 
 SIMILARITY = 0.6  # a word added to or left out of a short question still counts as the same one
