@@ -13,10 +13,10 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from cozyrag.curves import draw_curves
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
+from cozyrag.reporting.curves import draw_curves
 from cozyrag.retrieval.passage_index import made_by
 from cozyrag.runtime.assets import shipped_folder
 from cozyrag.runtime.hardware import energy_sentence, machine_sentence

@@ -163,7 +163,7 @@ def _add_pages(commands: argparse._SubParsersAction) -> None:
     space = commands.add_parser(
         "space",
         help="write that page as a folder for Hugging Face Spaces",
-        description="Write a folder with app.py, requirements.txt and README.md that can be uploaded as a Space as it is. A pair in a "
+        description="Write a folder with demo_app.py, requirements.txt and README.md that can be uploaded as a Space as it is. A pair in a "
         "folder is copied along; one on the Hub is loaded by its name.",
     )
     space.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
@@ -279,7 +279,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     """Show the page until Ctrl+C."""
     from transformers.utils import logging
 
-    from cozyrag.app import serve
+    from cozyrag.reporting.demo_app import serve
 
     logging.disable_progress_bar()
     serve(arguments.model, port=arguments.port, open_browser=arguments.open)
@@ -287,7 +287,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _space(arguments: argparse.Namespace) -> None:
     """Write the folder and say what is next."""
-    from cozyrag.space import write_space
+    from cozyrag.reporting.hf_space import write_space
 
     write_space(arguments.model, arguments.folder, title=arguments.title)
     print(f"{arguments.folder}/ is ready; its README.md says how to try and to upload it.")
@@ -297,7 +297,7 @@ def _report(arguments: argparse.Namespace) -> None:
     """Measure what the run did not, and write the report."""
     from transformers.utils import logging
 
-    from cozyrag.html_report import report
+    from cozyrag.reporting.html_report import report
 
     logging.disable_progress_bar()
     if arguments.latency < 0:
@@ -307,7 +307,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the comparison; write the page if asked."""
-    from cozyrag.comparison import as_text, compare, write_page
+    from cozyrag.reporting.compare import as_text, compare, write_page
 
     comparison = compare(arguments.run_a, arguments.run_b)
     print(as_text(comparison))

@@ -28,7 +28,6 @@ from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import examples
 from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, part_scores
-from cozyrag.html_report import tell_report
 from cozyrag.hub import refusal
 from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding, is_split
 from cozyrag.models.generator import Generator
@@ -36,6 +35,7 @@ from cozyrag.models.int8_encoding import check_int8, reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.smollm2 import SMOLLM2
 from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
+from cozyrag.reporting.html_report import tell_report
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
 from cozyrag.runtime.atomic_files import switch, write_json, writing

@@ -10,10 +10,10 @@ import examined
 import pytest
 import tiny
 
-from cozyrag import app
-from cozyrag.app import asked, depths, examined_questions, pieces, shown
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
+from cozyrag.reporting import demo_app as app
+from cozyrag.reporting.demo_app import asked, depths, examined_questions, pieces, shown
 
 EVIL = "<script>window.owned=1</script><img src=x onerror='window.owned=2'> {{#each x}} {{y}} ${window.owned=3} `t` </mark>."
 TEXT = "The fox is red. It was made in 1500. Red is its house."

@@ -13,15 +13,15 @@ from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from cozyrag import cards as card_writing
-from cozyrag import curves
 from cozyrag.cards import card_for_hub, write_cards
 from cozyrag.config import parse_settings
-from cozyrag.curves import draw_curves
 from cozyrag.data.passages import read_passages
 from cozyrag.evaluation.evaluation import summarize
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair
+from cozyrag.reporting import curves
+from cozyrag.reporting.curves import draw_curves
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 from cozyrag.runtime.hardware import energy_sentence, machine_facts, machine_sentence
 

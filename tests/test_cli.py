@@ -12,12 +12,15 @@ import examined
 import pytest
 
 import cozyrag
-from cozyrag import app, background, cli, html_report, pipeline, run, space
+from cozyrag import background, cli, pipeline, run
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source
+from cozyrag.reporting import demo_app as app
+from cozyrag.reporting import hf_space as space
+from cozyrag.reporting import html_report
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 
 ROOT = Path(cozyrag.__file__).parents[1]

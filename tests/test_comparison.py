@@ -6,10 +6,11 @@ import examined
 import numpy as np
 import pytest
 
-from cozyrag import comparison, pictures
-from cozyrag.comparison import Difference, as_text, compare, differences, matched, more_than_noise, write_page
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import paired_bootstrap
+from cozyrag.reporting import compare as comparison
+from cozyrag.reporting import plots as pictures
+from cozyrag.reporting.compare import Difference, as_text, compare, differences, matched, more_than_noise, write_page
 
 
 def runs(tmp_path, rows_a, rows_b, **settings):

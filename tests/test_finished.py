@@ -4,7 +4,7 @@ import examined
 import pytest
 
 from cozyrag.errors import InputError
-from cozyrag.finished import FinishedRun, examined_files, read_lines, spread
+from cozyrag.reporting.run_reader import FinishedRun, examined_files, read_lines, spread
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):

@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from cozyrag import html_report, pictures  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
-from cozyrag.finished import FinishedRun  # noqa: E402
-from cozyrag.html_report import certainties, measure_latency, report, samples, tell_report, write_report  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
+from cozyrag.reporting import html_report  # noqa: E402
+from cozyrag.reporting import plots as pictures  # noqa: E402
+from cozyrag.reporting.html_report import certainties, measure_latency, report, samples, tell_report, write_report  # noqa: E402
+from cozyrag.reporting.run_reader import FinishedRun  # noqa: E402
 
 EVIL = "<script>alert(1)</script><img src=https://example.org/x.png>"
 BEFORE = [examined.row(number, em=0) for number in range(30)]

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from cozyrag import pictures  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
+from cozyrag.reporting import plots as pictures  # noqa: E402
 
 EXAMINED = {
     0: [examined.row(number, em=number < 2) for number in range(10)],

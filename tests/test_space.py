@@ -11,10 +11,12 @@ from huggingface_hub import SpaceCard
 
 gradio = pytest.importorskip("gradio")
 
-from cozyrag import __version__, app, space  # noqa: E402
+from cozyrag import __version__
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
-from cozyrag.space import requirements, write_space  # noqa: E402
+from cozyrag.reporting import demo_app as app  # noqa: E402
+from cozyrag.reporting import hf_space as space  # noqa: E402
+from cozyrag.reporting.hf_space import requirements, write_space  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def folder(tmp_path_factory, pair_folder):
 
 
 def test_the_folder_is_whole(folder, pair_folder):
-    names = ["README.md", "app.py", "cozyrag", "examples.json", "pair", "requirements.txt"]
+    names = ["README.md", "demo_app.py", "cozyrag", "examples.json", "pair", "requirements.txt"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert sorted(path.name for path in (folder / "pair").iterdir()) == [
         "cozyrag.json",
@@ -43,7 +45,7 @@ def test_the_folder_is_whole(folder, pair_folder):
 def test_the_front_matter_tells_how_to_run_it(folder):
     card = SpaceCard.load(folder / "README.md")
     facts = card.data.to_dict()
-    assert (facts["sdk"], facts["sdk_version"], facts["app_file"]) == ("gradio", gradio.__version__, "app.py")
+    assert (facts["sdk"], facts["sdk_version"], facts["app_file"]) == ("gradio", gradio.__version__, "demo_app.py")
     assert facts["title"] == 'Foxes\' "TITLE" & PAIR_HERE' and "models" not in facts
     assert facts["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert len(facts["short_description"]) <= 60 and "| `pair/` |" in card.text
@@ -69,7 +71,7 @@ def test_a_package_that_is_not_installed_cannot_say_what_it_needs(monkeypatch):
 def test_a_pair_on_the_hub_is_named_and_not_copied(tmp_path):
     write_space("user/my-rag", tmp_path / "space")
     assert not (tmp_path / "space" / "pair").exists()
-    app = (tmp_path / "space" / "app.py").read_text()
+    app = (tmp_path / "space" / "demo_app.py").read_text()
     assert "page_of(PAIR or \"user/my-rag\", EXAMPLES, title='my-rag')" in app
     card = SpaceCard.load(tmp_path / "space" / "README.md")
     assert card.data.to_dict()["models"] == ["user/my-rag"] and "| `pair/` |" not in card.text
@@ -118,7 +120,7 @@ def without_the_package():
 def test_the_space_runs_with_what_it_carries(folder, pair_folder, without_the_package, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    page = runpy.run_path(str(folder / "app.py"))["demo"]
+    page = runpy.run_path(str(folder / "demo_app.py"))["demo"]
     assert sys.modules["cozyrag"].__file__ == str(folder / "cozyrag" / "__init__.py")
     assert page.title.startswith('Foxes\' "TITLE" & PAIR_HERE')
     [ask] = [function for function in page.fns.values() if function.api_name == "ask"]
@@ -129,7 +131,7 @@ def test_the_space_runs_with_what_it_carries(folder, pair_folder, without_the_pa
 def test_another_pair_can_be_named_in_the_settings_of_the_space(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(app, "page_of", lambda name, examples, *, title: asked.append((name, examples)))
-    runpy.run_path(str(folder / "app.py"))
+    runpy.run_path(str(folder / "demo_app.py"))
     monkeypatch.setenv("COZYRAG_MODEL", "user/other")
-    runpy.run_path(str(folder / "app.py"))
+    runpy.run_path(str(folder / "demo_app.py"))
     assert asked == [(str(folder / "pair"), []), ("user/other", [])]

