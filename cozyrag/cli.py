@@ -389,7 +389,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from cozyrag.background import push_run
+    from cozyrag.hub.background_push import push_run
 
     options = {"private": arguments.private, "tag": arguments.tag}
     print(f"Pushed to {push_run(arguments.model, arguments.repo, **options)}")

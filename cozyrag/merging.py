@@ -6,8 +6,8 @@ Left out: the arithmetic, which is PEFT's (lora.py), and checkpoints: the copy i
 import shutil
 from pathlib import Path
 
-from cozyrag.cards import ADAPTER_NOTE, CARD
 from cozyrag.errors import InputError
+from cozyrag.hub.model_cards import ADAPTER_NOTE, CARD
 from cozyrag.models.generator import Generator
 from cozyrag.models.lora import merged, read_adapter
 from cozyrag.pipeline import PAIR_FILE, read_pair

@@ -21,14 +21,14 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 
-from cozyrag.background import BackgroundPush
 from cozyrag.config import Settings, parse_settings
 from cozyrag.data.corpus import Corpus, load_corpus
 from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import examples
 from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, part_scores
-from cozyrag.hub import refusal
+from cozyrag.hub.background_push import BackgroundPush
+from cozyrag.hub.push import refusal
 from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding, is_split
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import check_int8, reading_precision

@@ -89,7 +89,7 @@ def start(arguments: list[str], processes: int, log: Path) -> list[int]:
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
                 )  # fmt: skip
             cozyrag.run.refusal = lambda *arguments, **options: None
-            cozyrag.background.push_pair = push
+            cozyrag.hub.background_push.push_pair = push
             cozyrag.run.train(arguments)
             code = 0
         except BaseException:  # a child must never come back into the loop of its parent

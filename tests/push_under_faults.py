@@ -27,7 +27,7 @@ from tqdm.auto import tqdm  # noqa: E402
 
 from cozyrag.data.passages import read_passages  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
-from cozyrag.hub import push_pair  # noqa: E402
+from cozyrag.hub.push import push_pair  # noqa: E402
 from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.models.retriever import Retriever  # noqa: E402
 from cozyrag.pipeline import CozyRAG, describe_pair  # noqa: E402

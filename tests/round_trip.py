@@ -27,7 +27,7 @@ print(json.dumps([[answer.text, answer.score, answer.context, [[p.id, p.score] f
 """
 PUSH = """
 import json, resource, sys, time
-from cozyrag.background import push_run
+from cozyrag.hub.background_push import push_run
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, started = peak(), time.perf_counter()
 push_run(sys.argv[1], sys.argv[2])

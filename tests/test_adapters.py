@@ -17,7 +17,7 @@ from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.data.corpus import Corpus  # noqa: E402
 from cozyrag.doctor import check_terms  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
-from cozyrag.hub import push_pair  # noqa: E402
+from cozyrag.hub.push import push_pair  # noqa: E402
 from cozyrag.models import lora as adapters  # noqa: E402
 from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402

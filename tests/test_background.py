@@ -8,11 +8,11 @@ import threading
 import pytest
 from test_hub import FILES, FINGERPRINT, REPO, commits, folder, hub, switch  # noqa: F401  (fixtures too)
 
-from cozyrag import background
-from cozyrag.background import AT_MOST, WAITING, BackgroundPush, push_run, waiting
 from cozyrag.config import parse_settings
 from cozyrag.errors import PushError
-from cozyrag.hub import push_pair
+from cozyrag.hub.background_push import AT_MOST, WAITING, BackgroundPush, push_run, waiting
+from cozyrag.hub.push import background_push as background
+from cozyrag.hub.push import push_pair
 from cozyrag.training.output_dir import FREE_TO_CHANGE, OURS
 
 

@@ -12,11 +12,11 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from cozyrag import cards as card_writing
-from cozyrag.cards import card_for_hub, write_cards
 from cozyrag.config import parse_settings
 from cozyrag.data.passages import read_passages
 from cozyrag.evaluation.evaluation import summarize
+from cozyrag.hub.model_cards import card_for_hub, write_cards
+from cozyrag.hub.push import model_cards as card_writing
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair

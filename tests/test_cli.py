@@ -12,9 +12,10 @@ import examined
 import pytest
 
 import cozyrag
-from cozyrag import background, cli, pipeline, run
+from cozyrag import cli, pipeline, run
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
+from cozyrag.hub.push import background_push as background
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source

@@ -61,12 +61,12 @@ TIERS = (
         "parsers",
         "values",
     ),
-    ("passages", "batching", "hybrid", "documents", "cards"),
+    ("passages", "batching", "hybrid", "documents", "model_cards"),
     ("lora", "micro_batches"),
     ("questions", "generator", "contexts", "ingest_worker"),
     ("corpus", "evaluation", "lm_feedback", "pipeline", "rollback", "ingest_assemble", "checking", "vector_shards"),
-    ("config", "hub", "compare", "ingest", "overlap_audit", "output_dir"),
-    ("trainer", "checkpointing", "html_report", "background"),
+    ("config", "push", "compare", "ingest", "overlap_audit", "output_dir"),
+    ("trainer", "checkpointing", "html_report", "background_push"),
     ("generator_phase", "retriever_phase"),
     ("run_log", "doctor", "environment", "pair_check"),
     ("costs",),
@@ -240,7 +240,7 @@ def test_only_the_uploader_talks_to_the_hub_to_write():
                 "delete_tag",
             )
         )
-    ) == {"hub"}
+    ) == {"push"}
 
 
 def test_only_the_doors_end_the_process():

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import HfApi
 from local_hub import LocalHub, point_client_at
 
-from cozyrag import hub as pushing
 from cozyrag.errors import InputError, PushError
-from cozyrag.hub import push_pair, refusal
+from cozyrag.hub.push import push as pushing
+from cozyrag.hub.push import push_pair, refusal
 from cozyrag.pipeline import describe_pair
 from cozyrag.runtime import hub_retry as network
 

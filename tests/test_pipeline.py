@@ -23,7 +23,7 @@ from cozyrag import pipeline
 from cozyrag.config import parse_settings
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError
-from cozyrag.hub import push_pair
+from cozyrag.hub.push import push_pair
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source, read_pair

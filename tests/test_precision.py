@@ -8,9 +8,9 @@ from accelerate.state import AcceleratorState
 from short_run import at_step, rows, send
 
 from cozyrag import auditing, cli, run
-from cozyrag.cards import public_settings
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
+from cozyrag.hub.model_cards import public_settings
 from cozyrag.run import train
 from cozyrag.runtime import precision
 from cozyrag.runtime.precision import MEASURED, Precision, agreed, asked_at_launch, choose, fitting, native_bf16

@@ -173,7 +173,7 @@ def test_no_fault_leaves_two_rounds_mixed(tmp_path):
 
 def test_the_harness_knows_a_mix_when_it_sees_one(tmp_path, monkeypatch):
     """A push that names the retriever and the index of another time is what it is there to find."""
-    from cozyrag import hub as pushing
+    from cozyrag.hub.push import push as pushing
 
     first = {}
 

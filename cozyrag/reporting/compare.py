@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cozyrag.cards import public_settings
 from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import SHOWN
 from cozyrag.evaluation.metrics import paired_bootstrap
+from cozyrag.hub.model_cards import public_settings
 from cozyrag.reporting import plots as pictures
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, stylesheet

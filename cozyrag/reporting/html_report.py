@@ -14,8 +14,8 @@ from accelerate.utils import tqdm
 from markupsafe import Markup
 
 from cozyrag import __version__
-from cozyrag.cards import public_settings
 from cozyrag.evaluation.evaluation import SHOWN, summarize
+from cozyrag.hub.model_cards import public_settings
 from cozyrag.pipeline import CozyRAG
 from cozyrag.reporting import plots as pictures
 from cozyrag.reporting.compare import Difference, differences, matched, more_than_noise

@@ -2,7 +2,7 @@
 
 huggingface_hub retries most requests of an upload by itself, but not those that make a repository, a commit or a tag,
 and not a file that answers 5xx when it is fetched; `patiently` closes that gap with tenacity. Left out: what is
-asked of the Hub (hub.py, pipeline.py).
+asked of the Hub (push.py, pipeline.py).
 """
 
 import errno

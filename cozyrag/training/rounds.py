@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 
-from cozyrag.background import BackgroundPush
-from cozyrag.cards import write_cards
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.evaluation.evaluation import choose_threshold, examine
+from cozyrag.hub.background_push import BackgroundPush
+from cozyrag.hub.model_cards import write_cards
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import describe_pair

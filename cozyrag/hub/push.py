@@ -3,7 +3,7 @@
 Three repositories: the retriever and the index (a dataset repository) go first, one commit each; the generator's commit
 goes last and carries cozyrag.json with their exact revisions, so what can be loaded is always one whole pair. Tokens
 come from the places where huggingface_hub looks for them and are never written. Left out: pushing while a run goes on
-(background.py), the words of the errors and the patience (hub_retry.py), loading (pipeline.py).
+(background_push.py), the words of the errors and the patience (hub_retry.py), loading (pipeline.py).
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from cozyrag.cards import CARD, card_for_hub
 from cozyrag.errors import InputError, PushError
+from cozyrag.hub.model_cards import CARD, card_for_hub
 from cozyrag.models.lora import read_adapter
 from cozyrag.pipeline import PAIR_FILE, read_pair
 from cozyrag.retrieval.passage_index import made_by

@@ -2,7 +2,7 @@
 
 A finished round's pair is copied first, aside and renamed, so that nothing under upload changes and a copy under its
 name is whole. A copy that could not be pushed stays and goes before the next one, and `cozyrag push` finds it too. Left
-out: the upload itself (hub.py).
+out: the upload itself (push.py).
 """
 
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from cozyrag.errors import InputError
-from cozyrag.hub import push_command, push_pair
+from cozyrag.hub.push import push_command, push_pair
 from cozyrag.pipeline import PAIR_FILE
 
 WAITING = "pushing"  # folder of the output folder; checkpointing.py knows it as the run's own
