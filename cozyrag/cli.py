@@ -343,7 +343,7 @@ def _doctor(rest: list[str]) -> None:
 
     from transformers.utils import logging
 
-    from cozyrag.pair_check import check_pair
+    from cozyrag.preflight.pair_check import check_pair
 
     logging.disable_progress_bar()
     for told in check_pair(Path(rest[0])):
@@ -357,7 +357,7 @@ def _machine(rest: list[str]) -> None:
         raise InputError(f"cozyrag doctor --machine: expected nothing else, found {rest[0]!r} after --machine. Give one at a time.")  # fmt: skip
     from transformers.utils import logging
 
-    from cozyrag.environment import examine_machine
+    from cozyrag.preflight.environment import examine_machine
 
     logging.disable_progress_bar()
     for told in examine_machine():

@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 
 from cozyrag.config import Settings, parse_settings
 from cozyrag.data.corpus import Corpus, load_corpus
-from cozyrag.doctor import check_terms, findings_table, one_line, refuse
 from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import examples
 from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, part_scores
@@ -34,7 +33,8 @@ from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import check_int8, reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.smollm2 import SMOLLM2
-from cozyrag.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
+from cozyrag.preflight.loss_check import check_terms, findings_table, one_line, refuse
+from cozyrag.preflight.plan import make_plan, plan_table, rough_generator_seconds, told_time, verdict
 from cozyrag.reporting.html_report import tell_report
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES

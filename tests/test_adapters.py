@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from cozyrag import merging
 from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.data.corpus import Corpus  # noqa: E402
-from cozyrag.doctor import check_terms  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.hub.push import push_pair  # noqa: E402
 from cozyrag.models import lora as adapters  # noqa: E402
 from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
+from cozyrag.preflight.loss_check import check_terms  # noqa: E402
 from cozyrag.reporting.run_reader import FinishedRun  # noqa: E402
 from cozyrag.run import load_tables, train  # noqa: E402
 from cozyrag.runtime.fingerprints import weights_fingerprint  # noqa: E402

@@ -15,19 +15,20 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 from tiny import corpus, make_retriever
 
-from cozyrag import cli, doctor, run
+from cozyrag import cli, run
 from cozyrag.config import parse_settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import FEATURES
-from cozyrag.doctor import Term, check_terms, findings_table, one_line, refuse, small_batch
 from cozyrag.errors import InputError
 from cozyrag.models import penalties
 from cozyrag.models.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.models.prompts import encode_examples
 from cozyrag.models.retriever import Retriever
-from cozyrag.pair_check import check_pair
 from cozyrag.pipeline import describe_pair
+from cozyrag.preflight import loss_check as doctor
+from cozyrag.preflight.loss_check import Term, check_terms, findings_table, one_line, refuse, small_batch
+from cozyrag.preflight.pair_check import check_pair
 from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.training import retriever_phase
 from cozyrag.training.generator_phase import generator_step

@@ -68,8 +68,8 @@ TIERS = (
     ("config", "push", "compare", "ingest", "overlap_audit", "output_dir"),
     ("trainer", "checkpointing", "html_report", "background_push"),
     ("generator_phase", "retriever_phase"),
-    ("run_log", "doctor", "environment", "pair_check"),
-    ("costs",),
+    ("run_log", "loss_check", "environment", "pair_check"),
+    ("cost_model",),
     ("gauges",),
     ("callbacks", "run_retrieval"),
     ("round_cache",),
@@ -88,7 +88,7 @@ MAY_KNOW_SETTINGS = {
     "generator_phase",
     "retriever_phase",
     "callbacks",
-    "doctor",
+    "loss_check",
     "run_retrieval",
     "round_cache",
     "rounds",
@@ -202,7 +202,7 @@ def test_only_the_phases_call_backward():
 
 
 def test_only_the_self_tests_take_gradients_aside():
-    assert calling(lambda call: call[-1] == "grad") == {"doctor", "environment"}
+    assert calling(lambda call: call[-1] == "grad") == {"loss_check", "environment"}
 
 
 def test_only_the_trainer_steps_an_optimizer_or_makes_one():

@@ -16,10 +16,20 @@ from transformers import GPT2Config
 
 from cozyrag import cli, run
 from cozyrag.config import parse_settings
-from cozyrag.costs import Costs, Line, Phase, bite, fit, is_sure, peak_at, spread
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
-from cozyrag.plan import Plan, Sizes, make_plan, plan_table, predict, refreshes, told_bytes, told_time, verdict
+from cozyrag.preflight.cost_model import Costs, Line, Phase, bite, fit, is_sure, peak_at, spread
+from cozyrag.preflight.plan import (
+    Plan,
+    Sizes,
+    make_plan,
+    plan_table,
+    predict,
+    refreshes,
+    told_bytes,
+    told_time,
+    verdict,
+)
 from cozyrag.run import load_models, load_tables, train
 
 PARTS = ["index", "weigh searches", "retrieve", "generator phase", "feedback", "retriever phase", "examine", "save"]
@@ -28,7 +38,7 @@ PARTS = ["index", "weigh searches", "retrieve", "generator phase", "feedback", "
 @pytest.fixture
 def brief(monkeypatch):
     """A probe of a few seconds."""
-    monkeypatch.setattr("cozyrag.phase_probe.BUDGET", 3.0)
+    monkeypatch.setattr("cozyrag.preflight.phase_probe.BUDGET", 3.0)
 
 
 @pytest.fixture
@@ -247,7 +257,7 @@ def test_the_end_of_a_phase_is_counted(arguments, brief, monkeypatch):
 
 def test_the_prediction_comes_true_within_a_quarter(arguments, tmp_path, monkeypatch):
     """A generator large enough that its work, not fixed overheads, takes the time; best of eight, machines are noisy."""
-    monkeypatch.setattr("cozyrag.phase_probe.BUDGET", 8.0)
+    monkeypatch.setattr("cozyrag.preflight.phase_probe.BUDGET", 8.0)
     texts = [row["text"] for row in corpus()[0]]
     config = GPT2Config(n_embd=192, n_layer=3, n_head=3, n_positions=160)
     Generator.from_scratch(texts, config=config, vocab_size=400).save(tmp_path / "larger")

@@ -1,7 +1,7 @@
 """Does a saved pair belong together: generator, retriever and index, with vectors that are the retriever's own?
 
 A label can be right and what it stands on wrong, so passages are encoded anew and a question is answered. Left out: whether
-loss terms move their models (doctor.py), and the file index.faiss, which is never read.
+loss terms move their models (loss_check.py), and the file index.faiss, which is never read.
 """
 
 import math

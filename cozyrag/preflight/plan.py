@@ -14,13 +14,13 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cozyrag.config import Settings
-from cozyrag.costs import Costs, Phase
 from cozyrag.data.corpus import Corpus
-from cozyrag.gauges import memory_now
 from cozyrag.models.fsdp import is_split
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.probe import Probe
+from cozyrag.preflight.cost_model import Costs, Phase
+from cozyrag.preflight.gauges import memory_now
+from cozyrag.preflight.probe import Probe
 from cozyrag.retrieval.contexts import SEARCH_DEPTH
 from cozyrag.training.run_retrieval import weighing_limit
 

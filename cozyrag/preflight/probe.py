@@ -20,13 +20,13 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.numpy import save_file
 
-from cozyrag.costs import Costs, Line, bite, fit, is_sure, spread
 from cozyrag.data.questions import take
 from cozyrag.data.sentences import SentenceVectors
-from cozyrag.doctor import left_as_found
-from cozyrag.gauges import timed
 from cozyrag.models.generator import Decoding
-from cozyrag.phase_probe import Subject, generator_cost, retriever_cost, stand_ins
+from cozyrag.preflight.cost_model import Costs, Line, bite, fit, is_sure, spread
+from cozyrag.preflight.gauges import timed
+from cozyrag.preflight.loss_check import left_as_found
+from cozyrag.preflight.phase_probe import Subject, generator_cost, retriever_cost, stand_ins
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher

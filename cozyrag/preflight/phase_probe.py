@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from cozyrag.config import Settings
-from cozyrag.costs import Line, Phase, bite, fit, peak_at, spread
 from cozyrag.data.corpus import Corpus
-from cozyrag.gauges import Growth, Stopwatch, timed
 from cozyrag.models.fsdp import held_bytes
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
+from cozyrag.preflight.cost_model import Line, Phase, bite, fit, peak_at, spread
+from cozyrag.preflight.gauges import Growth, Stopwatch, timed
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import (
     end_lesson,

@@ -1,6 +1,6 @@
 """What the probe of a plan measures with: a clock, the memory of this process, the seconds of training steps.
 
-Left out: what is measured (probe.py, phase_probe.py), and what follows from it (costs.py).
+Left out: what is measured (probe.py, phase_probe.py), and what follows from it (cost_model.py).
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from cozyrag.costs import is_sure
+from cozyrag.preflight.cost_model import is_sure
 from cozyrag.training.run_log import peak_memory
 from cozyrag.training.trainer import StepReport, Watcher
 
