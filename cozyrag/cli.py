@@ -321,9 +321,9 @@ def _prepare(command: str, rest: list[str]) -> None:
     if command == "passages":
         from cozyrag.data.ingest import passages as act
     elif command == "questions":
-        from cozyrag.checking import questions as act
+        from cozyrag.commands.check_questions import questions as act
     else:
-        from cozyrag.indexing import index as act
+        from cozyrag.commands.build_index import index as act
     act(rest)
 
 
@@ -366,7 +366,7 @@ def _machine(rest: list[str]) -> None:
 
 def _audit(rest: list[str]) -> None:
     """Audit a folder if one is named, else what the settings say."""
-    from cozyrag.auditing import audit_output, audit_settings
+    from cozyrag.commands.audit import audit_output, audit_settings
 
     if not rest or rest[0].startswith("-"):
         return audit_settings(rest)
@@ -382,7 +382,7 @@ def _audit(rest: list[str]) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from cozyrag.merging import merge
+    from cozyrag.commands.merge_adapter import merge
 
     logging.disable_progress_bar()
     print(f"{merge(arguments.model, arguments.folder)} holds the pair with one whole generator.")

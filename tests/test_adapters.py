@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from cozyrag import merging
+from cozyrag.commands import merge_adapter as merging
 from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.data.corpus import Corpus  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402

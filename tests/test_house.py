@@ -64,7 +64,16 @@ TIERS = (
     ("passages", "batching", "hybrid", "documents", "model_cards"),
     ("lora", "micro_batches"),
     ("questions", "generator", "contexts", "ingest_worker"),
-    ("corpus", "evaluation", "lm_feedback", "pipeline", "rollback", "ingest_assemble", "checking", "vector_shards"),
+    (
+        "corpus",
+        "evaluation",
+        "lm_feedback",
+        "pipeline",
+        "rollback",
+        "ingest_assemble",
+        "check_questions",
+        "vector_shards",
+    ),
     ("config", "push", "compare", "ingest", "overlap_audit", "output_dir"),
     ("trainer", "checkpointing", "html_report", "background_push"),
     ("generator_phase", "retriever_phase"),
@@ -77,8 +86,8 @@ TIERS = (
     ("phase_probe",),
     ("probe",),
     ("plan", "demo_app"),
-    ("run", "hf_space", "merging"),
-    ("indexing", "auditing"),
+    ("run", "hf_space", "merge_adapter"),
+    ("build_index", "audit"),
     ("cli",),
 )
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
@@ -95,8 +104,8 @@ MAY_KNOW_SETTINGS = {
     "phase_probe",
     "probe",
     "plan",
-    "indexing",
-    "auditing",
+    "build_index",
+    "audit",
     "cli",
 }
 FORBIDDEN_NAMES = {

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import tiny
 
+from cozyrag.commands.build_index import index
 from cozyrag.errors import InputError
-from cozyrag.indexing import index
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.passage_index import PassageIndex, made_by, open_vectors
 from cozyrag.run import train

@@ -7,7 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 from short_run import at_step, rows, send
 
-from cozyrag import auditing, cli, run
+from cozyrag import cli, run
+from cozyrag.commands import audit as auditing
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
 from cozyrag.hub.model_cards import public_settings

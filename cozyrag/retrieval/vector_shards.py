@@ -2,7 +2,7 @@
 
 A vector is known by the hash of the text that it stands for, beside the fingerprint of the retriever that made it. So what a
 stopped run left, what an older index holds and what is new are all found in one way: a passage whose hash is known is not
-encoded again. Left out: the retriever and the processes (indexing.py), and searching (passage_index.py).
+encoded again. Left out: the retriever and the processes (build_index.py), and searching (passage_index.py).
 """
 
 import hashlib
