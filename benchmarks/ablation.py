@@ -29,6 +29,7 @@ from searching import accelerator_of, add_arguments, fewer, open_index, retrieve
 
 from cozyrag.cli import door
 from cozyrag.config import Settings, parse_settings
+from cozyrag.config_checks import EMBEDDED
 from cozyrag.data.passages import merge_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
@@ -51,7 +52,6 @@ from cozyrag.training.generator_phase import train_generator
 from cozyrag.training.lm_feedback import answer_likelihoods
 from cozyrag.training.retriever_phase import train_retriever
 from cozyrag.training.trainer import Watcher
-from cozyrag.values import EMBEDDED
 
 NGRAM, FEWEST = 3, 3  # tokens: of a repeated n-gram; of an answer that is long enough
 STUDIES = {

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from cozyrag.config import parse_settings
+from cozyrag.config_checks import EMBEDDED, SCRATCH
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retrieval.hybrid import Weights
 from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.runtime.assets import GENERATOR_FOLDER
-from cozyrag.values import EMBEDDED, SCRATCH
 
 
 @dataclass(frozen=True, kw_only=True)

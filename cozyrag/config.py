@@ -2,7 +2,7 @@
 
 Settings come from the command line and from one YAML file (`--config FILE.yaml`); the command line wins. An unknown
 setting is an error wherever it stands. The quickstart set brings a settings file of its own, under both. Left out: which
-values are refused (values.py), and what the settings do; only the modules that run things (run, rounds, trainer, checkpoint) know this file.
+values are refused (config_checks.py), and what the settings do; only the modules that run things (run, rounds, trainer, checkpoint) know this file.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
+from cozyrag.config_checks import EMBEDDED, QUICKSTART, check_values
 from cozyrag.errors import InputError
 from cozyrag.models.fsdp import launched
 from cozyrag.runtime.assets import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.runtime.precision import MEASURED, asked_at_launch
-from cozyrag.values import EMBEDDED, QUICKSTART, check_values
 
 
 def setting(default, help: str, **metadata):

@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from tqdm.auto import tqdm
 
 from cozyrag.config import Settings, parse_settings
+from cozyrag.config_checks import EMBEDDED, QUICKSTART, SCRATCH
 from cozyrag.data.corpus import Corpus, load_corpus
 from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import examples
@@ -58,7 +59,6 @@ from cozyrag.training.output_dir import (
 )
 from cozyrag.training.rounds import Rounds
 from cozyrag.training.tracking import start_trackers, wanted_trackers
-from cozyrag.values import EMBEDDED, QUICKSTART, SCRATCH
 
 LOST = (
     "Connection closed by peer",

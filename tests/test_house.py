@@ -59,7 +59,7 @@ TIERS = (
         "plots",
         "chunking",
         "parsers",
-        "values",
+        "config_checks",
     ),
     ("passages", "batching", "hybrid", "documents", "model_cards"),
     ("lora", "micro_batches"),

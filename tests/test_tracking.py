@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from cozyrag.config import parse_settings
+from cozyrag.config_checks import TRACKERS
 from cozyrag.errors import InputError
 from cozyrag.training.tracking import log_numbers, start_trackers, wanted_trackers
-from cozyrag.values import TRACKERS
 
 SECRETS = {
     "HF_TOKEN": "hf_SECRETtoken",

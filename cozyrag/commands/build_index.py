@@ -27,6 +27,7 @@ from cozyrag.config import (
     Settings,
     TrainingSettings,
 )
+from cozyrag.config_checks import EMBEDDED
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.rows import SHOWN, BadRows, no_rows
 from cozyrag.data.sentences import SentenceVectors
@@ -39,7 +40,6 @@ from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors,
 from cozyrag.run import make_accelerator
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.precision import fitting
-from cozyrag.values import EMBEDDED
 
 DESCRIPTION = """\
 Encode passages with a retriever and make their index: DIR gets passages.parquet, vectors.safetensors, index.faiss and
