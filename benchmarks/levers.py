@@ -25,8 +25,7 @@ from speed import Benchmark, parse, spread
 from torch.nn import functional as F
 
 from cozyrag.cli import door
-from cozyrag.models import batching as batches
-from cozyrag.models import generator as generator_module
+from cozyrag.models import batching, generator
 from cozyrag.models.batching import plan_steps
 
 AS_IT_IS = "as it is"
@@ -56,7 +55,7 @@ def head_everywhere():
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets, reduction="none")
 
-    return patch.object(generator_module.TokenLosses, "forward", forward)
+    return patch.object(generator.TokenLosses, "forward", forward)
 
 
 @contextmanager
@@ -67,7 +66,7 @@ def nothing_changed(*_) -> Iterator[None]:
 
 def last_block_everywhere():
     """The whole last block at every position."""
-    return patch.object(generator_module, "read_only_at", nothing_changed)
+    return patch.object(generator, "read_only_at", nothing_changed)
 
 
 def shuffled(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
@@ -78,19 +77,19 @@ def shuffled(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
 
 def unsorted():
     """Rows are not sorted by length."""
-    return patch.object(batches, "_one_epoch", shuffled)
+    return patch.object(batching, "_one_epoch", shuffled)
 
 
 def loaded_with(change: Callable):
     """Models whose config is changed after the package has set it."""
-    original = generator_module._training_config
+    original = generator._training_config
 
     def changed(config, dropout):
         config = original(config, dropout)
         change(config)
         return config
 
-    return patch.object(generator_module, "_training_config", changed)
+    return patch.object(generator, "_training_config", changed)
 
 
 def composed_activation(config) -> None:

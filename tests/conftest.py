@@ -85,7 +85,7 @@ def pair_folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     from cozyrag.data.passages import read_passages
     from cozyrag.models.generator import Generator
     from cozyrag.models.retriever import Retriever
-    from cozyrag.pipeline import describe_pair
+    from cozyrag.pair_file import describe_pair
     from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 
     folder = tmp_path_factory.mktemp("whole") / "my-rag"

@@ -30,7 +30,8 @@ from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.hub.push import push_pair  # noqa: E402
 from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.models.retriever import Retriever  # noqa: E402
-from cozyrag.pipeline import CozyRAG, describe_pair  # noqa: E402
+from cozyrag.pair_file import describe_pair  # noqa: E402
+from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text  # noqa: E402
 from cozyrag.runtime.fingerprints import weights_fingerprint  # noqa: E402
 

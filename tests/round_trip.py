@@ -42,7 +42,7 @@ def make_pair(folder: Path, layers: int) -> None:
     from cozyrag.data.passages import read_passages
     from cozyrag.models.generator import Generator
     from cozyrag.models.retriever import Retriever
-    from cozyrag.pipeline import describe_pair
+    from cozyrag.pair_file import describe_pair
     from cozyrag.retrieval.passage_index import PassageIndex, Passages
     from cozyrag.runtime.assets import GENERATOR_FOLDER, QUICKSTART
 

@@ -12,12 +12,12 @@ pytest.importorskip("peft")
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from cozyrag.commands import merge_adapter as merging
+from cozyrag.commands import merge_adapter
 from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.data.corpus import Corpus  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.hub.push import push_pair  # noqa: E402
-from cozyrag.models import lora as adapters  # noqa: E402
+from cozyrag.models import lora  # noqa: E402
 from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.preflight.loss_check import check_terms  # noqa: E402
@@ -107,10 +107,10 @@ def test_the_model_of_the_package_is_found_wherever_it_lies(tmp_path, monkeypatc
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "/elsewhere/cozyrag/assets/generator"})
     )
-    assert adapters.read_adapter(str(tmp_path)) == adapters.Adapter(str(adapters.GENERATOR_FOLDER), None)
-    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
+    assert lora.read_adapter(str(tmp_path)) == lora.Adapter(str(lora.GENERATOR_FOLDER), None)
+    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"cozyrag\[lora\]"):
-        adapters.read_adapter(str(tmp_path))
+        lora.read_adapter(str(tmp_path))
 
 
 def test_names_of_layers(generator_path):
@@ -165,7 +165,7 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
         weights_fingerprint(CozyRAG.from_pretrained(tmp_path / name).generator.model) for name in ("out", "whole")
     ]
     assert prints[0] == prints[1] != weights_fingerprint(pair.generator.model)
-    merged = merging.merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    merged = merge_adapter.merge(str(tmp_path / "out"), str(tmp_path / "merged"))
     one = CozyRAG.from_pretrained(merged)
     assert not one.generator.is_adapter and not (merged / "checkpoints").exists() and FinishedRun.read(merged)
     assert [a.text for a in one.answers(ASKED)] == [
@@ -175,9 +175,9 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
         push_pair(tmp_path / "out", "me/rag", api=object())  # refused before the Hub is asked
     assert "LoRA adapter" not in (merged / "generator" / "README.md").read_text()
     with pytest.raises(InputError, match="exists"):
-        merging.merge(str(tmp_path / "out"), str(merged))
+        merge_adapter.merge(str(tmp_path / "out"), str(merged))
     with pytest.raises(InputError, match="nothing to merge"):
-        merging.merge(str(merged), str(tmp_path / "again"))
+        merge_adapter.merge(str(merged), str(tmp_path / "again"))
 
 
 @pytest.mark.slow

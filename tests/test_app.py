@@ -12,7 +12,7 @@ import tiny
 
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
-from cozyrag.reporting import demo_app as app
+from cozyrag.reporting import demo_app
 from cozyrag.reporting.demo_app import asked, depths, examined_questions, pieces, shown
 
 EVIL = "<script>window.owned=1</script><img src=x onerror='window.owned=2'> {{#each x}} {{y}} ${window.owned=3} `t` </mark>."
@@ -99,7 +99,7 @@ def test_examples_are_examined_questions_right_and_wrong_ones(tmp_path):
     rows = [examined.row(number, em=number % 10 == 0) for number in range(100)]
     found = examined_questions(examined.write_run(tmp_path / "run", [[examined.row(7, em=1)], rows]))
     right = [question for question in found if question in {f"Question {number}?" for number in range(0, 100, 10)}]
-    assert len(found) == len(set(found)) == app.EXAMPLES and len(right) == app.EXAMPLES // 2
+    assert len(found) == len(set(found)) == demo_app.EXAMPLES and len(right) == demo_app.EXAMPLES // 2
     assert examined_questions(tmp_path) == []
 
 
@@ -111,7 +111,7 @@ def test_examples_of_a_pair_that_is_never_right(tmp_path):
 def test_without_gradio_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InputError, match=r'pip install "cozyrag\[demo\]"'):
-        app.load_gradio()
+        demo_app.load_gradio()
 
 
 # ---- the page as it is served
@@ -131,12 +131,12 @@ def served(tmp_path_factory):
 
         patch.setattr(socket, "getaddrinfo", noted)
         patch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
-        gr = app.load_gradio()
+        gr = demo_app.load_gradio()
         patch.setattr(gr.Blocks, "block_thread", lambda page: ended.append(page))
         rows = [examined.row(0, em=0, question=EVIL), examined.row(1, em=0, question="Is this an example?")]
         folder = examined.write_run(tmp_path_factory.mktemp("served") / "{{y}} ${1} <b>rag", [rows])
         patch.chdir(folder)
-        app.serve(str(folder))
+        demo_app.serve(str(folder))
         [page] = ended
         yield page.local_url, looked_up
         assert sorted(path.name for path in folder.iterdir()) == ["examined", "metrics.jsonl", "settings.json"]
@@ -171,12 +171,12 @@ def test_the_browser_is_told_to_ask_nobody_else(served):
 def test_a_port_that_is_taken_is_an_input_error(served, monkeypatch):
     monkeypatch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
     with pytest.raises(InputError, match="--port: expected a free port"):
-        app.serve("user/name", port=int(served[0].rstrip("/").split(":")[-1]))
+        demo_app.serve("user/name", port=int(served[0].rstrip("/").split(":")[-1]))
 
 
 def test_the_page_of_a_real_pair_answers_as_the_pair_does(pair_folder):
     pytest.importorskip("gradio")
-    page = app.page_of(str(pair_folder))
+    page = demo_app.page_of(str(pair_folder))
     assert page.title == f"{pair_folder.name} · CoZyRAG"
     question, pair = tiny.corpus()[1][0]["question"], CozyRAG.from_pretrained(pair_folder)
     answer = pair.answer(question, top_k=2)

@@ -10,8 +10,8 @@ from test_hub import FILES, FINGERPRINT, REPO, commits, folder, hub, switch  # n
 
 from cozyrag.config import parse_settings
 from cozyrag.errors import PushError
+from cozyrag.hub import background_push
 from cozyrag.hub.background_push import AT_MOST, WAITING, BackgroundPush, push_run, waiting
-from cozyrag.hub.push import background_push as background
 from cozyrag.hub.push import push_pair
 from cozyrag.training.output_dir import FREE_TO_CHANGE, OURS
 
@@ -64,8 +64,8 @@ def test_each_round_gets_a_commit_and_a_tag_and_the_last_one_is_what_loads(hub, 
 
 
 def test_pushing_does_not_wait_for_the_upload_and_works_on_a_copy(hub, folder, pusher, monkeypatch):  # noqa: F811
-    begin, real = threading.Event(), background.push_pair
-    monkeypatch.setattr(background, "push_pair", lambda *given, **options: begin.wait(60) and real(*given, **options))
+    begin, real = threading.Event(), background_push.push_pair
+    monkeypatch.setattr(background_push, "push_pair", lambda *given, **options: begin.wait(60) and real(*given, **options))
     trained(folder, 1)
     pusher.push("round-1")  # comes back although nothing is uploaded yet
     trained(folder, 2)  # the next round is saved over it, half of it before and half of it during the upload
@@ -163,7 +163,7 @@ def test_without_every_round_only_the_end_is_pushed_and_no_tag_is_set(hub, folde
 def test_a_fault_of_the_package_is_not_swallowed(hub, folder, pusher, monkeypatch):  # noqa: F811
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with monkeypatch.context() as patched:
-        patched.setattr(background, "push_pair", lambda *_, **__: FILES["no such piece"])
+        patched.setattr(background_push, "push_pair", lambda *_, **__: FILES["no such piece"])
         pusher.push("round-1")
         with pytest.raises(KeyError):
             pusher.finish("round-2")

@@ -26,7 +26,7 @@ from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.pipeline import describe_pair
+from cozyrag.pair_file import describe_pair
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.runtime.assets import metric_module
 

@@ -15,11 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 from cozyrag.config import parse_settings
 from cozyrag.data.passages import read_passages
 from cozyrag.evaluation.evaluation import summarize
+from cozyrag.hub import model_cards
 from cozyrag.hub.model_cards import card_for_hub, write_cards
-from cozyrag.hub.push import model_cards as card_writing
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
-from cozyrag.pipeline import describe_pair
+from cozyrag.pair_file import describe_pair
 from cozyrag.reporting import curves
 from cozyrag.reporting.curves import draw_curves
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
@@ -70,7 +70,7 @@ BEFORE, AFTER = examined(2, number=0), examined(5)
 def drawing(request, monkeypatch):
     """Pictures take a second each, so only the tests of pictures draw them."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr(card_writing, "draw_curves", lambda rows, path: not path.write_bytes(b""))
+        monkeypatch.setattr(model_cards, "draw_curves", lambda rows, path: not path.write_bytes(b""))
 
 
 def rows(*examinations):
@@ -157,7 +157,7 @@ def test_without_an_audit_there_is_no_section_and_without_matplotlib_no_image(ro
     assert "## Leak audit\n\nSeen: 3.\n\n| a |\n" in str(card(tmp_path, role, leaks=["Seen: 3.", "| a |"]))
     assert "![Losses by step, scores by round](training.png)" in str(card(tmp_path, role))
     assert "Leak audit" not in str(card(tmp_path, role))
-    monkeypatch.setattr(card_writing, "draw_curves", draw_curves)
+    monkeypatch.setattr(model_cards, "draw_curves", draw_curves)
     monkeypatch.setattr(curves.importlib.util, "find_spec", lambda _: None)
     text = str(card(tmp_path, role))
     assert "training.png" not in text and "\n\n\n" not in text

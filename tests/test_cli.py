@@ -15,13 +15,11 @@ import cozyrag
 from cozyrag import cli, pipeline, run
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
-from cozyrag.hub.push import background_push as background
+from cozyrag.hub import background_push
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import Answer, CozyRAG, Source
-from cozyrag.reporting import demo_app as app
-from cozyrag.reporting import hf_space as space
-from cozyrag.reporting import html_report
+from cozyrag.reporting import demo_app, hf_space, html_report
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 
 ROOT = Path(cozyrag.__file__).parents[1]
@@ -91,8 +89,8 @@ def told(monkeypatch):
 
         monkeypatch.setattr(module, name, noted)
 
-    note(app, "serve")
-    note(space, "write_space")
+    note(demo_app, "serve")
+    note(hf_space, "write_space")
     note(html_report, "report", Path("my-run/report.html"))
     return calls
 
@@ -229,7 +227,7 @@ def test_train_help_shows_the_settings(call):
 def test_push_uploads_and_says_where_to(call, monkeypatch, arguments, options):
     seen = []
     monkeypatch.setattr(
-        background, "push_run", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag"
+        background_push, "push_run", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag"
     )
     assert call("push", "my-run", "me/rag", *arguments) == (0, "Pushed to https://hub.example/me/rag\n", "")
     assert seen == [(("my-run", "me/rag"), options)]
@@ -239,7 +237,7 @@ def test_a_failed_upload_ends_with_a_code_of_its_own(call, monkeypatch):
     def fail(*_, **__):
         raise PushError("The pair is complete in my-run, but the upload failed.")
 
-    monkeypatch.setattr(background, "push_run", fail)
+    monkeypatch.setattr(background_push, "push_run", fail)
     assert call("push", "my-run", "me/rag") == (
         3,
         "",

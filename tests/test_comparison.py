@@ -9,7 +9,7 @@ import pytest
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import paired_bootstrap
 from cozyrag.reporting import compare as comparison
-from cozyrag.reporting import plots as pictures
+from cozyrag.reporting import plots
 from cozyrag.reporting.compare import Difference, as_text, compare, differences, matched, more_than_noise, write_page
 
 
@@ -165,7 +165,7 @@ def test_the_same_settings_and_a_silent_pair_are_said(tmp_path):
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_the_page_is_one_file_with_strangers_text_escaped(tmp_path, monkeypatch, drawn):
-    monkeypatch.setattr(pictures, "plots_are_possible", lambda: drawn)
+    monkeypatch.setattr(plots, "plots_are_possible", lambda: drawn)
     evil = "<script>alert(1)</script>"
     rows = [examined.row(0, em=0, question=evil, prediction=evil, answers=[evil], verdict=evil)]
     found = compare(*runs(tmp_path, [examined.row(0, em=1, question=evil, answers=[evil])], rows, top_k=evil))

@@ -25,8 +25,8 @@ from cozyrag.models import penalties
 from cozyrag.models.generator import Generator, PenalizedLosses, TokenLosses
 from cozyrag.models.prompts import encode_examples
 from cozyrag.models.retriever import Retriever
-from cozyrag.pipeline import describe_pair
-from cozyrag.preflight import loss_check as doctor
+from cozyrag.pair_file import describe_pair
+from cozyrag.preflight import loss_check
 from cozyrag.preflight.loss_check import Term, check_terms, findings_table, one_line, refuse, small_batch
 from cozyrag.preflight.pair_check import check_pair
 from cozyrag.retrieval.passage_index import PassageIndex
@@ -144,7 +144,7 @@ def test_a_term_is_alone_the_others_do_not_add_to_its_gradient(generator, retrie
 def test_the_length_of_very_small_gradients_does_not_vanish(generator, retriever, monkeypatch):
     vector = weight(generator.model, "transformer.ln_f.weight")  # ones
     term = Term("tiny", "--off 0", "generator", lambda: 1e-21 * vector.sum())
-    monkeypatch.setattr(doctor, "active_terms", lambda *given: [term])
+    monkeypatch.setattr(loss_check, "active_terms", lambda *given: [term])
     finding = check(generator, retriever)["tiny"]
     assert finding.norm == pytest.approx(1e-21 * math.sqrt(32)) and finding.moved == 1 and finding.lowered
 
@@ -184,7 +184,7 @@ def test_the_batch_is_small_answered_and_on_gold_passages_where_they_are_known()
     questions[3]["answers"], questions[5]["passage_id"] = [], None
     questions[6]["answers"] = ["a very long answer", "no"]
     batch = small_batch(tables(questions))
-    assert len(batch.questions) == doctor.QUESTIONS and batch.questions[0] == questions[6]["question"]
+    assert len(batch.questions) == loss_check.QUESTIONS and batch.questions[0] == questions[6]["question"]
     assert batch.answers[0] == "a very long answer"
     gold = {row["question"]: row["passage_id"] for row in questions}
     for question, context, place in zip(batch.questions, batch.contexts, batch.positives, strict=True):
@@ -199,7 +199,7 @@ def test_without_gold_passages_any_will_do_and_questions_on_one_passage_get_othe
     generator, retriever
 ):
     unknown = [row | {"passage_id": None} for row in corpus(12)[1]]
-    assert len(set(small_batch(tables(unknown)).positives)) == doctor.QUESTIONS
+    assert len(set(small_batch(tables(unknown)).positives)) == loss_check.QUESTIONS
     found = check(generator, retriever, corpus=tables(corpus(12)[1][-2:]))
     assert found["contrastive loss"].value > 0.01 and found["contrastive loss"].verdict == "ok"
 
@@ -355,7 +355,7 @@ def test_a_step_that_overshoots_is_taken_again_shorter(generator, retriever, mon
     pair = torch.nn.Module()
     pair.valley = valley
     term = Term("valley", "--off 0", "generator", lambda: 1 + valley[0].square())
-    monkeypatch.setattr(doctor, "active_terms", lambda *given: [term])
+    monkeypatch.setattr(loss_check, "active_terms", lambda *given: [term])
     finding = check_terms(SimpleNamespace(model=pair), retriever, None, None)[0]
     assert finding.lowered is True  # a step of 1 % would have to be 0.5 long, and the bottom is 0.01 away
     assert torch.equal(valley, torch.tensor([0.01, 100.0]))

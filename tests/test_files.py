@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
-from cozyrag.runtime import atomic_files as files
+from cozyrag.runtime import atomic_files
 from cozyrag.runtime.atomic_files import (
     NEXT,
     check_room,
@@ -125,7 +125,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 
 def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(atomic_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     check_room(tmp_path / "new" / "folder", 10)
     with pytest.raises(InputError, match="disk is full"):
         check_room(tmp_path / "new" / "folder", 11)

@@ -11,8 +11,10 @@ pytest.importorskip("matplotlib")
 
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
-from cozyrag.reporting import html_report  # noqa: E402
-from cozyrag.reporting import plots as pictures  # noqa: E402
+from cozyrag.reporting import (
+    html_report,  # noqa: E402
+    plots,  # noqa: E402
+)
 from cozyrag.reporting.html_report import certainties, measure_latency, report, samples, tell_report, write_report  # noqa: E402
 from cozyrag.reporting.run_reader import FinishedRun  # noqa: E402
 
@@ -153,7 +155,7 @@ def test_a_report_that_cannot_be_written_costs_the_run_nothing(run, monkeypatch)
 
 
 def test_without_matplotlib_a_run_says_how_to_get_it_and_the_command_refuses(run, monkeypatch):
-    monkeypatch.setattr(pictures, "plots_are_possible", lambda: False)
+    monkeypatch.setattr(plots, "plots_are_possible", lambda: False)
     assert tell_report(run).startswith('With pip install "cozyrag[plots]"')
     with pytest.raises(InputError, match=r"cozyrag\[plots\]"):
         report(run)

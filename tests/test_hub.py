@@ -9,10 +9,10 @@ from huggingface_hub import HfApi
 from local_hub import LocalHub, point_client_at
 
 from cozyrag.errors import InputError, PushError
-from cozyrag.hub.push import push as pushing
+from cozyrag.hub import push
 from cozyrag.hub.push import push_pair, refusal
-from cozyrag.pipeline import describe_pair
-from cozyrag.runtime import hub_retry as network
+from cozyrag.pair_file import describe_pair
+from cozyrag.runtime import hub_retry
 
 REPO = "me/rag"
 REPOS = [("models", "me/rag-retriever"), ("datasets", "me/rag-index"), ("models", "me/rag")]
@@ -213,10 +213,10 @@ def test_the_hub_is_given_the_time_it_asks_for(hub, folder, fault, monkeypatch):
     hub.fail("/commit/", fault)
     push_pair(folder, REPO)
     assert hub.waited == [1.0]
-    error = network.HfHubHTTPError("x", response=_Response({"Retry-After": "17"}))
-    assert network._asked_to_wait(error) == 17
+    error = hub_retry.HfHubHTTPError("x", response=_Response({"Retry-After": "17"}))
+    assert hub_retry._asked_to_wait(error) == 17
     limit = {"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
-    assert network._asked_to_wait(network.HfHubHTTPError("x", response=_Response(limit))) == 55
+    assert hub_retry._asked_to_wait(hub_retry.HfHubHTTPError("x", response=_Response(limit))) == 55
 
 
 class _Response:
@@ -238,7 +238,7 @@ def test_a_commit_that_came_in_between_is_seen_and_built_upon(hub, folder, monke
     """Somebody commits between the look and our commit: ours is refused, looks again, and still holds exactly the piece."""
     push_pair(folder, REPO)
     (folder / "retriever" / "model.safetensors").write_bytes(b"\1heavier")
-    look = pushing._differences
+    look = push._differences
 
     def disturbed(api, name, repo_type, revision, files):
         found = look(api, name, repo_type, revision, files)
@@ -248,7 +248,7 @@ def test_a_commit_that_came_in_between_is_seen_and_built_upon(hub, folder, monke
         return found
 
     disturbed.done = False
-    monkeypatch.setattr(pushing, "_differences", disturbed)
+    monkeypatch.setattr(push, "_differences", disturbed)
     push_pair(folder, REPO)
     repo = hub.repo("me/rag-retriever")
     assert switch(hub)["retriever"]["revision"] == repo.main and "added.json" not in repo.commits[repo.main]
@@ -317,11 +317,11 @@ def test_no_network(hub, folder):
     hub.__exit__()
     message = told(folder)
     assert f"{hub.endpoint} cannot be reached" in message and "check the network" in message
-    assert len(hub.waited) == network.TRIES - 1
+    assert len(hub.waited) == hub_retry.TRIES - 1
 
 
 def test_offline_mode(hub, folder, monkeypatch):
-    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_retry.constants, "HF_HUB_OFFLINE", True)
     message = told(folder)
     assert "HF_HUB_OFFLINE is set" in message and "unset HF_HUB_OFFLINE" in message and hub.waited == []
 
@@ -365,7 +365,7 @@ def test_a_fault_of_the_package_keeps_its_traceback(hub, folder, monkeypatch):
     def broken(*_):
         raise KeyError("bug")
 
-    monkeypatch.setattr(pushing, "_differences", broken)
+    monkeypatch.setattr(push, "_differences", broken)
     with pytest.raises(KeyError):
         push_pair(folder, REPO)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import corpus, write_jsonl
 
-from cozyrag.models import batching as batches
+from cozyrag.models import batching
 from cozyrag.models import generator as generator_module
 from cozyrag.models.batching import collate, plan_steps
 from cozyrag.models.generator import Generator, TokenLosses
@@ -96,5 +96,5 @@ def test_what_is_out_is_out(levers, generator_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     with levers.one_thread():
         assert asked == [1]
-    assert asked == [1, 2] and batches._one_epoch is not levers.shuffled
+    assert asked == [1, 2] and batching._one_epoch is not levers.shuffled
     assert generator_module.TokenLosses is TokenLosses

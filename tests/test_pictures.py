@@ -9,25 +9,25 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from cozyrag.errors import InputError  # noqa: E402
-from cozyrag.reporting import plots as pictures  # noqa: E402
+from cozyrag.reporting import plots  # noqa: E402
 
 EXAMINED = {
     0: [examined.row(number, em=number < 2) for number in range(10)],
     1: [examined.row(number, em=number < 5, f1=0.75) for number in range(10)],
 }
 FIGURES = {
-    "scores": lambda: pictures.scores_by_round(EXAMINED),
-    "verdicts": lambda: pictures.verdict_bars(EXAMINED),
-    "losses": lambda: pictures.losses([row for row in examined.METRICS if row["kind"] == "step"]),
-    "times": lambda: pictures.time_bars([row for row in examined.METRICS if row["kind"] == "time"]),
-    "calibration": lambda: pictures.calibration(np.linspace(0.05, 0.95, 20), np.repeat([0.0, 1.0], 10)),
-    "latencies": lambda: pictures.latencies(np.array([0.1, 0.2, 0.4])),
-    "differences": lambda: pictures.differences([("em", 5.0, 1.0, 9.0), ("f1", 0.0, -2.0, 2.0)]),
+    "scores": lambda: plots.scores_by_round(EXAMINED),
+    "verdicts": lambda: plots.verdict_bars(EXAMINED),
+    "losses": lambda: plots.losses([row for row in examined.METRICS if row["kind"] == "step"]),
+    "times": lambda: plots.time_bars([row for row in examined.METRICS if row["kind"] == "time"]),
+    "calibration": lambda: plots.calibration(np.linspace(0.05, 0.95, 20), np.repeat([0.0, 1.0], 10)),
+    "latencies": lambda: plots.latencies(np.array([0.1, 0.2, 0.4])),
+    "differences": lambda: plots.differences([("em", 5.0, 1.0, 9.0), ("f1", 0.0, -2.0, 2.0)]),
 }
 
 
 def test_scores_stand_at_their_heights():
-    axes = pictures.scores_by_round(EXAMINED).axes[0]
+    axes = plots.scores_by_round(EXAMINED).axes[0]
     heights = {
         bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axes.containers if bars.get_label()[0] != "_"
     }
@@ -35,20 +35,20 @@ def test_scores_stand_at_their_heights():
 
 
 def test_bars_of_verdicts_are_shares_that_add_up_and_carry_counts():
-    axes = pictures.verdict_bars(EXAMINED).axes[0]
+    axes = plots.verdict_bars(EXAMINED).axes[0]
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
     assert widths == {"right": [20, 50], "reader missed": [80, 50]}
     assert sorted(text.get_text() for text in axes.texts) == ["2", "5", "5", "8"]
 
 
 def test_a_verdict_that_is_not_known_gets_a_bar_too():
-    axes = pictures.verdict_bars({0: [examined.row(1, em=0, verdict="<new> $x$"), examined.row(2, em=1)]}).axes[0]
+    axes = plots.verdict_bars({0: [examined.row(1, em=0, verdict="<new> $x$"), examined.row(2, em=1)]}).axes[0]
     assert [bars.get_label() for bars in axes.containers] == ["right", "<new> $x$"]
 
 
 def test_seconds_of_a_part_are_added_up():
     times = [{"round": 1, "part": "index", "seconds": each} for each in (2.0, 3.0)]
-    [bars] = pictures.time_bars(times).axes[0].containers
+    [bars] = plots.time_bars(times).axes[0].containers
     assert [bar.get_width() for bar in bars] == [5.0]
 
 
@@ -60,26 +60,26 @@ def test_each_phase_has_its_panel_of_losses():
 
 def test_a_run_that_trained_one_model_only_has_one_panel_of_losses():
     steps = [row for row in examined.METRICS if row.get("phase") == "retriever"]
-    assert len(pictures.losses(steps).axes) == 1
+    assert len(plots.losses(steps).axes) == 1
 
 
 def test_calibration_groups_are_equal_sorted_and_at_least_five():
     scores = np.random.default_rng(0).random(43)
-    bins = pictures.calibration_bins(scores, np.ones(43))
+    bins = plots.calibration_bins(scores, np.ones(43))
     assert len(bins) == 8 and min(len(rows) for _, _, rows in bins) >= 5
     assert sorted(np.concatenate([rows for _, _, rows in bins])) == list(range(43))
     assert [mean for mean, _, _ in bins] == sorted(mean for mean, _, _ in bins)
-    assert len(pictures.calibration_bins(scores[:3], np.ones(3))) == 1
+    assert len(plots.calibration_bins(scores[:3], np.ones(3))) == 1
 
 
 def test_calibration_error_by_hand():
     scores, right = np.repeat([0.2, 0.9], 5), np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0], dtype=float)
-    assert pictures.calibration_error(scores, right) == pytest.approx((0.0 + 0.3) / 2)
-    assert pictures.calibration_error(np.ones(10), np.ones(10)) == 0
+    assert plots.calibration_error(scores, right) == pytest.approx((0.0 + 0.3) / 2)
+    assert plots.calibration_error(np.ones(10), np.ones(10)) == 0
 
 
 def test_intervals_of_small_groups_are_no_points():
-    axes = pictures.calibration(np.linspace(0.1, 0.2, 5), np.zeros(5)).axes[0]
+    axes = plots.calibration(np.linspace(0.1, 0.2, 5), np.zeros(5)).axes[0]
     [bar] = axes.containers[0].lines[2][0].get_segments()
     assert bar[0][1] == 0 and bar[1][1] == pytest.approx(0.4345, abs=1e-3)  # 1.96**2 / (5 + 1.96**2)
 
@@ -91,7 +91,7 @@ def test_latency_lines_stand_at_the_quantiles():
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_svg_has_no_colour_of_its_own_no_name_twice_and_asks_for_nothing(name):
-    svg = pictures.as_svg(FIGURES[name]())
+    svg = plots.as_svg(FIGURES[name]())
     assert svg.startswith("<svg ") and "viewBox" in svg
     assert not re.findall(r"#[0-9a-fA-F]{6}\b", svg)
     names = re.findall(r' id="([^"]+)"', svg)
@@ -103,17 +103,17 @@ def test_svg_has_no_colour_of_its_own_no_name_twice_and_asks_for_nothing(name):
 
 def test_svg_is_the_same_every_time_and_escapes_its_texts():
     rows = {0: [examined.row(1, em=0, verdict="<script>alert(1)</script>")]}
-    svg = pictures.as_svg(pictures.verdict_bars(rows))
-    assert svg == pictures.as_svg(pictures.verdict_bars(rows))
+    svg = plots.as_svg(plots.verdict_bars(rows))
+    assert svg == plots.as_svg(plots.verdict_bars(rows))
     assert "<script" not in svg and "&lt;script&gt;" in svg
 
 
 def test_png_is_written(tmp_path):
-    pictures.save_png(FIGURES["differences"](), tmp_path / "plot.png")
+    plots.save_png(FIGURES["differences"](), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "cozyrag\[plots\]"'):
-        pictures.check_plots()
+        plots.check_plots()

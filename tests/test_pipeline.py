@@ -26,7 +26,8 @@ from cozyrag.errors import InputError
 from cozyrag.hub.push import push_pair
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.pipeline import Answer, CozyRAG, Source, read_pair
+from cozyrag.pair_file import read_pair
+from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.retrieval.hybrid import Weights
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 from cozyrag.training.rounds import Rounds

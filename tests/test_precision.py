@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from short_run import at_step, rows, send
 
 from cozyrag import cli, run
-from cozyrag.commands import audit as auditing
+from cozyrag.commands import audit
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
 from cozyrag.hub.model_cards import public_settings
@@ -355,6 +355,6 @@ def test_what_was_measured_is_no_setting(tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     assert MEASURED not in public_settings(settings)
     assert parse_settings(["--config", str(tmp_path / "settings.json")]).training.mixed_precision == "bf16"
-    audited = auditing.saved_settings(tmp_path)  # trains nothing, so it is not refused on a machine without bf16
+    audited = audit.saved_settings(tmp_path)  # trains nothing, so it is not refused on a machine without bf16
     assert audited.training.mixed_precision is None and audited.data.questions == "own.tsv"
     run.make_accelerator(audited)

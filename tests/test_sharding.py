@@ -17,7 +17,7 @@ from test_train_script import MACHINE, launch, metrics
 
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.models import fsdp as sharding
+from cozyrag.models import fsdp
 from cozyrag.models.generator import Generator
 from cozyrag.run import train
 
@@ -174,7 +174,7 @@ def test_the_configs_train_the_pair_of_one_process_and_go_on_from_each_others_ch
     ],
 )
 def test_a_launch_says_how_to_split_unless_a_setting_does(environment, expected, monkeypatch):
-    assert sharding.launched(environment) == expected
+    assert fsdp.launched(environment) == expected
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert parse_settings([]).training.generator_sharding == expected
@@ -191,7 +191,7 @@ def test_a_launch_says_how_to_split_unless_a_setting_does(environment, expected,
 )
 def test_a_launch_that_asks_for_more_is_refused(more, told):
     with pytest.raises(InputError, match=f"(?s){told}.*fsdp.yaml"):
-        sharding.launched({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | more)
+        fsdp.launched({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | more)
 
 
 def test_one_process_and_fp16_are_refused(tmp_path):
@@ -199,16 +199,16 @@ def test_one_process_and_fp16_are_refused(tmp_path):
         train(["--generator_sharding", "full_shard", "--use_cpu", "True", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="bf16"):
-        sharding.check_sharding("full_shard", processes=2, precision="fp16")
-    sharding.check_sharding("none", processes=1, precision="fp16")
-    sharding.check_sharding("shard_grad_op", processes=2, precision="bf16")
+        fsdp.check_sharding("full_shard", processes=2, precision="fp16")
+    fsdp.check_sharding("none", processes=1, precision="fp16")
+    fsdp.check_sharding("shard_grad_op", processes=2, precision="bf16")
 
 
 def test_whole_weights_are_left_to_themselves():
     weights = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]
-    assert sharding.held_bytes(weights) == 34 and sharding.joined(weights[0]) is weights[0]
+    assert fsdp.held_bytes(weights) == 34 and fsdp.joined(weights[0]) is weights[0]
     optimizer = torch.optim.AdamW(weights)
-    sharding.keep_state_whole(optimizer)
+    fsdp.keep_state_whole(optimizer)
     weights[0].grad = torch.ones(3, 2)
     optimizer.step()
     assert optimizer.state_dict()["state"][0]["exp_avg"] is optimizer.state[weights[0]]["exp_avg"]

@@ -173,7 +173,7 @@ def test_no_fault_leaves_two_rounds_mixed(tmp_path):
 
 def test_the_harness_knows_a_mix_when_it_sees_one(tmp_path, monkeypatch):
     """A push that names the retriever and the index of another time is what it is there to find."""
-    from cozyrag.hub.push import push as pushing
+    from cozyrag.hub import push
 
     first = {}
 
@@ -190,6 +190,6 @@ def test_the_harness_knows_a_mix_when_it_sees_one(tmp_path, monkeypatch):
             | {"retriever": named["retriever"] | {"fingerprint": fingerprint}}
         )
 
-    monkeypatch.setattr(pushing, "_on_hub", stale)
+    monkeypatch.setattr(push, "_on_hub", stale)
     monkeypatch.setattr(LocalHub, "fail_at_random", lambda *_: None)
     assert len(push_rounds(tmp_path, pushes=2, seed=1, rounds=2).mixed) == 2  # main and the tag of the second

@@ -15,7 +15,7 @@ from cozyrag import __version__
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.reporting import demo_app as app  # noqa: E402
-from cozyrag.reporting import hf_space as space  # noqa: E402
+from cozyrag.reporting import hf_space  # noqa: E402
 from cozyrag.reporting.hf_space import requirements, write_space  # noqa: E402
 
 
@@ -61,9 +61,9 @@ def test_requirements_are_pinned_and_leave_gradio_to_the_space():
 
 def test_a_package_that_is_not_installed_cannot_say_what_it_needs(monkeypatch):
     def missing(name):
-        raise space.importlib.metadata.PackageNotFoundError(name)
+        raise hf_space.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(space.importlib.metadata, "requires", missing)
+    monkeypatch.setattr(hf_space.importlib.metadata, "requires", missing)
     with pytest.raises(InputError, match="pip install -e"):
         requirements()
 

@@ -10,7 +10,7 @@ from cozyrag.errors import InputError
 from cozyrag.hub.model_cards import ADAPTER_NOTE, CARD
 from cozyrag.models.generator import Generator
 from cozyrag.models.lora import merged, read_adapter
-from cozyrag.pipeline import PAIR_FILE, read_pair
+from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.runtime.atomic_files import replacing, write_json
 from cozyrag.runtime.fingerprints import weights_fingerprint
 

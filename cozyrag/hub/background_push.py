@@ -14,7 +14,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from cozyrag.errors import InputError
 from cozyrag.hub.push import push_command, push_pair
-from cozyrag.pipeline import PAIR_FILE
+from cozyrag.pair_file import PAIR_FILE
 
 WAITING = "pushing"  # folder of the output folder; checkpointing.py knows it as the run's own
 PIECES = ("generator", "retriever", "index")

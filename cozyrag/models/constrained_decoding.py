@@ -7,7 +7,6 @@ tells where its tokens stand: every suffix of the context that begins a word is 
 """
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from cozyrag.errors import InputError
-from cozyrag.models import lora as adapters
+from cozyrag.models import lora
 from cozyrag.models.batching import collate
 from cozyrag.models.constrained_decoding import Spans
 from cozyrag.models.fsdp import Sharded
@@ -193,7 +193,7 @@ class Generator:
     @property
     def is_adapter(self) -> bool:
         """Whether the weights that are trained and saved are a LoRA adapter's."""
-        return adapters.has_adapter(self.model)
+        return lora.has_adapter(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -233,14 +233,14 @@ class Generator:
         if name == SMOLLM2:
             return cls._load_smollm2(dropout, chat_template)
         try:
-            adapter = adapters.read_adapter(name, revision=revision, token=token)
+            adapter = lora.read_adapter(name, revision=revision, token=token)
         except (OSError, ValueError) as error:
             raise InputError(_not_to_be_had("generator", name, error, OTHER)) from error
         if adapter:
             how = {"revision": adapter.revision, "dropout": dropout, "token": token, "chat_template": False}
             found = cls.load(adapter.base, **how)
             found = cls(found.model, _load_tokenizer(name, revision, token, chat_template))
-            adapters.load_adapter(found.model, name, adapter, revision=revision, token=token)
+            lora.load_adapter(found.model, name, adapter, revision=revision, token=token)
             return found
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, token=token)
@@ -438,7 +438,7 @@ class Generator:
         seed: int,
     ) -> None:
         """Freeze the model and train a LoRA adapter of it instead; see `adapters.add_adapter`."""
-        adapters.add_adapter(
+        lora.add_adapter(
             self.model, base, rank=rank, alpha=alpha, dropout=dropout, targets=targets, revision=revision, seed=seed
         )
 

@@ -14,7 +14,7 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import SHOWN
 from cozyrag.evaluation.metrics import paired_bootstrap
 from cozyrag.hub.model_cards import public_settings
-from cozyrag.reporting import plots as pictures
+from cozyrag.reporting import plots
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, stylesheet
 
@@ -201,9 +201,9 @@ def write_page(comparison: Comparison, path: str | Path) -> None:
     Raises InputError if it cannot be written.
     """
     picture = None
-    if pictures.plots_are_possible():
+    if plots.plots_are_possible():
         found = [(each.metric, each.points, each.low, each.high) for each in comparison.differences]
-        picture = pictures.as_svg(pictures.differences(found))
+        picture = plots.as_svg(plots.differences(found))
     groups = [("Right in A, wrong in B", comparison.lost), ("Wrong in A, right in B", comparison.won)]
     text = render(
         "comparison.html", style=stylesheet("report.css"), comparison=comparison, groups=groups, picture=picture

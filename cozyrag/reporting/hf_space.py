@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 import cozyrag
 from cozyrag import __version__
 from cozyrag.errors import InputError
-from cozyrag.pipeline import PAIR_FILE, read_pair
+from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.reporting.demo_app import examined_questions, load_gradio
 from cozyrag.runtime.assets import PAGES_FOLDER
 

@@ -21,7 +21,7 @@ from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.model_cards import write_cards
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.pipeline import describe_pair
+from cozyrag.pair_file import describe_pair
 from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.fingerprints import weights_fingerprint

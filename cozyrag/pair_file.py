@@ -1,0 +1,63 @@
+"""cozyrag.json, the file that ties generator, retriever and index into one pair: what stands in it, and reading it with care.
+
+Left out: the models and the index themselves (pipeline.py loads them, training/rounds.py writes them).
+"""
+
+import json
+from pathlib import Path
+
+from cozyrag import __version__
+from cozyrag.errors import InputError
+from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.runtime.atomic_files import NEXT
+
+PAIR_FILE = "cozyrag.json"
+FORMAT_VERSION = 1
+
+
+def describe_pair(
+    *,
+    fingerprint: str,
+    retrieval: dict,
+    generator: str | None = None,
+    chat: bool = False,
+    **contexts: int | str | float | None,
+) -> dict:
+    """The content of cozyrag.json: where the pieces lie, by which fingerprints they are known, and how they are used together.
+
+    `fingerprint`: the retriever's; `generator`: that of the generator's weights. `chat`: whether
+    the chat template of the generator's tokenizer makes the prompts. `retrieval`: mode, stemmer and weights;
+    `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "cozyrag_version": __version__,
+        "generator": {"folder": "generator"} | ({"fingerprint": generator} if generator else {}),
+        "retriever": {"folder": "retriever", "fingerprint": fingerprint},
+        "index": {"folder": "index"},
+        "prompt": {"question_cue": QUESTION_CUE} | ({"chat_template": True} if chat else {"answer_cue": ANSWER_CUE}),
+        "retrieval": retrieval,
+        "contexts": contexts,
+    }
+
+
+def read_pair(folder: Path) -> dict:
+    """cozyrag.json of a folder, checked. Raises InputError when there is none or it is of another format."""
+    path = folder / PAIR_FILE
+    if (folder / NEXT).exists():
+        raise InputError(
+            f"The run in {folder.absolute()} was interrupted while it put a new pair in the place of the old one. Give its command again: it "
+            "finishes that first and goes on."
+        )
+    if not path.exists():
+        raise InputError(
+            f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is no folder that train.py wrote to its end."
+        )
+    try:
+        pair = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file anew.") from error
+    found = pair.get("format_version") if isinstance(pair, dict) else None
+    if found != FORMAT_VERSION:
+        raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, found {found!r}. Update cozyrag.")
+    return pair
