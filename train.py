@@ -6,8 +6,8 @@
 The story of a run, act by act, is cozyrag/run.py; every setting is explained by --help.
 """
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.run import train
 
 if __name__ == "__main__":
-    door(lambda: train(description=__doc__))
+    entry_point(lambda: train(description=__doc__))

@@ -27,13 +27,13 @@ from pairs import load_generator
 from scoring import told
 from searching import accelerator_of, add_arguments, fewer, open_index, retriever_of
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.config import Settings, parse_settings
 from cozyrag.config_checks import EMBEDDED
 from cozyrag.data.passages import merge_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.evaluation.evaluation import examine
+from cozyrag.evaluation.evaluation import evaluate_pair
 from cozyrag.evaluation.metrics import (
     bootstrap_interval,
     normalize_answer,
@@ -45,13 +45,13 @@ from cozyrag.evaluation.metrics import (
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.training.generator_phase import train_generator
 from cozyrag.training.lm_feedback import answer_likelihoods
 from cozyrag.training.retriever_phase import train_retriever
-from cozyrag.training.trainer import Watcher
+from cozyrag.training.trainer import PhaseCallback
 
 NGRAM, FEWEST = 3, 3  # tokens: of a repeated n-gram; of an answer that is long enough
 STUDIES = {
@@ -139,15 +139,15 @@ class Ground:
         self.retriever = retriever_of(self.options)
         self._contexts: dict[tuple, Dataset] = {}
 
-    def maker(self, settings: Settings, index: PassageIndex, retriever: Retriever) -> ContextMaker:
+    def builder(self, settings: Settings, index: PassageIndex, retriever: Retriever) -> ContextBuilder:
         """What makes contexts as the settings say."""
         chosen = settings.contexts
-        maker = ContextMaker(
+        builder = ContextBuilder(
             self.passages, self.generator.count_tokens, top_k=chosen.top_k, budget=chosen.context_tokens,
             hard_negatives=settings.training.hard_negatives, score_by=chosen.context_filter, words=self.words,
         )  # fmt: skip
-        maker.sentence_vectors = sentence_source(index, retriever)
-        return maker
+        builder.sentence_vectors = sentence_source(index, retriever)
+        return builder
 
     def searcher(self, index: PassageIndex, retriever: Retriever, mode: str) -> Searcher:
         """The search with the weights that come with the package: none of them fitted, so that all variants have the same."""
@@ -166,7 +166,7 @@ class Ground:
                 self._contexts[key] = attach_contexts(
                     table,
                     search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-                    maker=self.maker(settings, self.index, self.retriever),
+                    builder=self.builder(settings, self.index, self.retriever),
                     fingerprint=f"ablation-{len(self._contexts)}",
                     noise=noise,
                     batch_size=256,
@@ -210,7 +210,7 @@ class GeneratorStudy:
             settings=settings.training,
             context_tokens=settings.contexts.context_tokens,
             round_number=1,
-            watcher=Watcher(),
+            callback=PhaseCallback(),
         )
         return generator
 
@@ -218,7 +218,7 @@ class GeneratorStudy:
         """Of each question, 0 to 1."""
         settings, ground = settings_of(flags, seed), self.ground
         generator = self.trained(without_decoding(flags), seed)
-        _, rows = examine(
+        _, rows = evaluate_pair(
             ground.accelerator,
             generator,
             ground.contexts("asked", settings),
@@ -251,7 +251,7 @@ class RetrieverStudy:
             ground.passages,
             settings=settings.training,
             round_number=1,
-            watcher=Watcher(),
+            callback=PhaseCallback(),
             likelihoods=self._likelihoods(settings, contexts) if settings.training.feedback_weight else None,
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -267,7 +267,7 @@ class RetrieverStudy:
                 ground.accelerator,
                 ground.generator,
                 contexts,
-                ground.maker(settings, ground.index, ground.retriever),
+                ground.builder(settings, ground.index, ground.retriever),
                 lambda texts: ground.retriever.encode(texts, kind="query", batch_size=64),
                 passages=settings.training.feedback_passages,
                 context_tokens=settings.contexts.context_tokens,
@@ -428,4 +428,4 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     chosen_options = parse()
-    door(lambda: compare(chosen_options))
+    entry_point(lambda: compare(chosen_options))

@@ -18,11 +18,11 @@ from pairs import Pair, Reading, base_names, load_pair
 from searching import accelerator_of, stored_index
 from suites import Task, load_task
 
-from cozyrag.evaluation.evaluation import examine
+from cozyrag.evaluation.evaluation import evaluate_pair
 from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
@@ -55,7 +55,7 @@ class Bench:
     reading: Reading
     clock: Clock
     lexical: LexicalIndex
-    maker: ContextMaker
+    builder: ContextBuilder
 
     def base_names(self) -> tuple[str | None, str | None]:
         """Names of the (retriever, generator) that the model was trained from, as far as they are known."""
@@ -63,7 +63,7 @@ class Bench:
 
     def index(self, pair: Pair) -> PassageIndex:
         """The pair's index of the task's passages: its own if these are they, else that of the vectors kept."""
-        if pair.index is not None and pair.index.passages == self.maker.passages:
+        if pair.index is not None and pair.index.passages == self.builder.passages:
             return pair.index
         with self.clock.timed(f"passages of the {pair.name}"):
             return stored_index(self.accelerator, self.options.index, self.task.passages, pair.retriever)
@@ -74,25 +74,25 @@ class Bench:
         `whole`: passages count as wholes and not as their best sentences, with weights of their own.
         """
         encode = lambda texts: pair.retriever.encode(texts, kind="query", batch_size=64)  # noqa: E731
-        words, weights = (None, None) if whole else (self.maker.words, pair.weights)
+        words, weights = (None, None) if whole else (self.builder.words, pair.weights)
         searcher = Searcher(index, self.lexical, encode=encode, mode=mode, words=words, weights=weights)
         if mode == "hybrid" and weights is None and self.task.weigh is not None:
             columns = self.task.weigh[:]
             known = [
-                (question, self.maker.row_of[gold])
+                (question, self.builder.row_of[gold])
                 for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
-                if gold in self.maker.row_of
+                if gold in self.builder.row_of
             ]
             if known:
                 with self.clock.timed("weighing the searches"):
-                    searcher.choose_weights(*(list(column) for column in zip(*known, strict=True)))
+                    searcher.fit_fusion_weights(*(list(column) for column in zip(*known, strict=True)))
         searcher.weights = Weights(**broadcast_object_list([asdict(searcher.weights)])[0])
         return searcher
 
     def read_with(self, pair: Pair, index: PassageIndex, score_by: str) -> None:
         """Have the maker choose sentences this way, by this pair's vectors."""
-        self.maker.score_by = score_by if pair.retriever.reads_sentences else "overlap"
-        self.maker.sentence_vectors = sentence_source(index, pair.retriever)
+        self.builder.score_by = score_by if pair.retriever.reads_sentences else "sparse"
+        self.builder.sentence_vectors = sentence_source(index, pair.retriever)
 
     def contexts(self, searcher: Searcher, name: str) -> Dataset:
         """The contexts table of all questions; every process does some blocks of them and all get the whole."""
@@ -106,7 +106,7 @@ class Bench:
             made = attach_contexts(
                 questions.select(mine),
                 search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-                maker=self.maker,
+                builder=self.builder,
                 fingerprint=f"benchmark-{name.split()[0]}-{accelerator.process_index}",
                 batch_size=TOGETHER,
                 progress=bar.update,
@@ -128,7 +128,7 @@ class Bench:
         made: list[str] = []
         for start in range(0, len(rows), TOGETHER):
             block = slice(start, start + TOGETHER)
-            made += self.maker.contexts(questions[block], rows[block], vectors_of(questions[block]))
+            made += self.builder.contexts(questions[block], rows[block], vectors_of(questions[block]))
         held = [
             contains_answer(normalize_answer(text), answers)
             for text, answers in zip(made, columns["answers"], strict=True)
@@ -140,7 +140,7 @@ class Bench:
     def answer(self, generator: Generator, contexts: Dataset, name: str, threshold: float | None) -> list[dict]:
         """Examined rows."""
         with self.clock.timed(f"answering: {name}"):
-            _, rows = examine(
+            _, rows = evaluate_pair(
                 self.accelerator,
                 generator,
                 contexts,
@@ -160,9 +160,9 @@ def open_bench(options: argparse.Namespace) -> tuple[Bench, Pair]:
     pair, reading = load_pair(options.model, accelerator.device)
     task = load_task(options, pair.index)
     passages = Passages.of(task.passages)
-    maker = ContextMaker(
-        passages, pair.generator.count_tokens, top_k=reading.top_k, budget=reading.context_tokens, score_by="overlap",
+    builder = ContextBuilder(
+        passages, pair.generator.count_tokens, top_k=reading.top_k, budget=reading.context_tokens, score_by="sparse",
         words=SentenceWords(passages.titles, passages.sentences(), stemmer=reading.stemmer),
     )  # fmt: skip
     lexical = LexicalIndex(passages.to_read(), stemmer=reading.stemmer)
-    return Bench(accelerator, options, task, reading, Clock(), lexical, maker), pair
+    return Bench(accelerator, options, task, reading, Clock(), lexical, builder), pair

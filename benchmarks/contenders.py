@@ -29,7 +29,7 @@ from cozyrag.models.int8_encoding import FLOAT32, INT8
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import train_generator
 from cozyrag.training.retriever_phase import train_retriever
-from cozyrag.training.trainer import StepReport, Watcher
+from cozyrag.training.trainer import PhaseCallback, StepReport
 
 OURS, PENALIZED, REFERENCE = "CoZyRAG", "CoZyRAG, penalties on", "reference loop"
 OURS_INT8 = "CoZyRAG, int8"
@@ -57,7 +57,7 @@ class Table:
 
 
 @dataclass
-class Losses(Watcher):
+class Losses(PhaseCallback):
     """A watcher of a phase that keeps the losses and saves nothing."""
 
     values: list[float] = field(default_factory=list)
@@ -114,7 +114,7 @@ def our_generator(
         def act() -> Generator:
             train_generator(
                 accelerator, generator, table, settings=settings, context_tokens=options.context_tokens, round_number=1,
-                watcher=Losses(),
+                callback=Losses(),
             )  # fmt: skip
             return generator
 
@@ -218,7 +218,7 @@ def our_retriever(
             rows=[[row] for row in asked.gold[:rows]],
         )
         return lambda: train_retriever(
-            accelerator, retriever, table, passages, settings=settings, round_number=1, watcher=Losses()
+            accelerator, retriever, table, passages, settings=settings, round_number=1, callback=Losses()
         )
 
     return build
@@ -359,16 +359,16 @@ class Retrieval:
         """`attach_contexts` with hybrid search, as a run does it, with fresh caches."""
         from datasets import Dataset
 
-        from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+        from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
         from cozyrag.retrieval.hybrid import Searcher
 
         def encode(texts: Sequence[str]) -> np.ndarray:
             return self.retriever.encode(texts, kind="query", batch_size=self.options.encode_batch)
 
         searcher = Searcher(self.index, self.lexical, encode=encode, mode="hybrid", words=self.words)
-        maker = ContextMaker(
+        builder = ContextBuilder(
             self.passages, self.generator.count_tokens, top_k=self.options.top_k, budget=self.options.context_tokens,
-            hard_negatives=1, score_by="both", sentence_vectors=sentence_source(self.index, self.retriever), words=self.words,
+            hard_negatives=1, score_by="hybrid", sentence_vectors=sentence_source(self.index, self.retriever), words=self.words,
         )  # fmt: skip
         questions = Dataset.from_dict(
             {
@@ -381,7 +381,7 @@ class Retrieval:
         return lambda: attach_contexts(
             questions,
             search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-            maker=maker,
+            builder=builder,
             fingerprint=f"speed-{next(self._numbers)}",
         )
 

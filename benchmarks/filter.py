@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from searching import add_arguments, corpus_of, open_index, retriever_of
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.data.sentences import split_sentences
 from cozyrag.evaluation.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import ContextMaker, sentence_source
+from cozyrag.retrieval.contexts import ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import Passages
 
@@ -44,23 +44,23 @@ def one_by_one(passages: Passages, retriever: Retriever) -> Callable[[Sequence[i
     return encode
 
 
-def truncated(maker: ContextMaker, rows: Sequence[int], tokenizer) -> str:
+def truncated(builder: ContextBuilder, rows: Sequence[int], tokenizer) -> str:
     """The passages one after another, cut off at the budget."""
-    ids = tokenizer("\n".join(maker.passages.select(rows[: maker.top_k])), verbose=False)["input_ids"]
-    return tokenizer.decode(ids[: maker.budget])
+    ids = tokenizer("\n".join(builder.passages.select(rows[: builder.top_k])), verbose=False)["input_ids"]
+    return tokenizer.decode(ids[: builder.budget])
 
 
 def contexts_of(
-    way: str, maker: ContextMaker, sources: dict, questions: Sequence[str], found, tokenizer
+    way: str, builder: ContextBuilder, sources: dict, questions: Sequence[str], found, tokenizer
 ) -> tuple[list[str], float]:
     """Contexts of all questions in one of WAYS, and the seconds it took."""
     began = time.perf_counter()
     if way == "truncation":
-        contexts = [truncated(maker, rows, tokenizer) for rows in found.rows.tolist()]
+        contexts = [truncated(builder, rows, tokenizer) for rows in found.rows.tolist()]
     else:
-        maker.score_by = {"word overlap": "overlap", "late chunking + overlap": "both"}.get(way, "vectors")
-        maker.sentence_vectors = sources["plain" if way == "one encode per sentence" else "late"]
-        contexts = maker.contexts(questions, found.rows.tolist(), found.vectors)
+        builder.score_by = {"word overlap": "sparse", "late chunking + overlap": "hybrid"}.get(way, "dense")
+        builder.sentence_vectors = sources["plain" if way == "one encode per sentence" else "late"]
+        contexts = builder.contexts(questions, found.rows.tolist(), found.vectors)
     return contexts, time.perf_counter() - began
 
 
@@ -79,9 +79,12 @@ def compare(options: argparse.Namespace) -> None:
         words=words,
     )
     found = searcher.search(questions["question"], options.top_k)
-    maker = ContextMaker(index.passages, generator.count_tokens, top_k=options.top_k, budget=1, words=words)
+    builder = ContextBuilder(index.passages, generator.count_tokens, top_k=options.top_k, budget=1, words=words)
     present = np.array(
-        [any(maker.holds_answer(r, a) for r in rows) for rows, a in zip(found.rows, questions["answers"], strict=True)]
+        [
+            any(builder.holds_answer(r, a) for r in rows)
+            for rows, a in zip(found.rows, questions["answers"], strict=True)
+        ]
     )
     print(
         f"{len(present)} questions, {len(index)} passages; an answer stands in the top {options.top_k} of {present.mean():.1%}.\n"
@@ -93,8 +96,8 @@ def compare(options: argparse.Namespace) -> None:
     for way in options.ways:
         cells, spent = [], 0.0
         for budget in options.budgets:
-            maker.budget = budget
-            contexts, seconds = contexts_of(way, maker, sources, questions["question"], found, generator.tokenizer)
+            builder.budget = budget
+            contexts, seconds = contexts_of(way, builder, sources, questions["question"], found, generator.tokenizer)
             spent = spent or seconds  # of the first budget, for which sentences were encoded
             kept = np.array(
                 [contains_answer(normalize_answer(c), a) for c, a in zip(contexts, questions["answers"], strict=True)],
@@ -136,7 +139,7 @@ def main() -> None:
     )
     parser.add_argument("--answer_at", type=int, help="one of the budgets at which the generator answers too")
     options = parser.parse_args()
-    door(lambda: compare(options))
+    entry_point(lambda: compare(options))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from cozyrag.commands.build_index import bytes_of
+from cozyrag.commands.index import bytes_of
 from cozyrag.retrieval.faiss_index import ADDED, memory_of, search_shards, stretches
 from cozyrag.retrieval.passage_index import PassageIndex, write_index
 from cozyrag.retrieval.vector_shards import Known, store_passages, write_vectors

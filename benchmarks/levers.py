@@ -24,7 +24,7 @@ from measuring import Side, measure, ratios, training_flops
 from speed import Benchmark, parse, spread
 from torch.nn import functional as F
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.models import batching, generator
 from cozyrag.models.batching import plan_steps
 
@@ -244,4 +244,4 @@ def compare(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     chosen_options = parse()
-    door(lambda: compare(chosen_options))
+    entry_point(lambda: compare(chosen_options))

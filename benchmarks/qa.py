@@ -30,7 +30,7 @@ from scoring import check_packages, with_texts_scored
 from suites import add_task_arguments
 from telling import BM25, CLOSED, GOLD, MODEL, UNTUNED, outcome, tables_of, write_questions
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.models.generator import Decoding
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex
@@ -97,7 +97,7 @@ def answer_all(
     columns = own[:]
     best = [[row] if row >= 0 else [] for row in columns["positive"]]
     tables = {MODEL: own, GOLD: bench.with_passages(own, searcher.encode, best)}
-    bench.read_with(pair, index, "overlap")
+    bench.read_with(pair, index, "sparse")
     tables[BM25] = bench.contexts(bench.searcher(pair, index, "bm25"), BM25)
     tables[CLOSED] = bench.with_passages(own, lambda texts: None, [[] for _ in best])
     weights: dict[str, dict | str] = {MODEL: asdict(searcher.weights)}
@@ -126,7 +126,7 @@ def one_by_one(bench: Bench, pair: Pair, index: PassageIndex, searcher: Searcher
 
     def answer(questions: list[str]) -> list[str]:
         found = searcher.search(questions, bench.reading.top_k)
-        contexts = bench.maker.contexts(questions, found.rows.tolist(), found.vectors)
+        contexts = bench.builder.contexts(questions, found.rows.tolist(), found.vectors)
         return pair.generator.answer(questions, contexts, **limits)
 
     return answer
@@ -146,7 +146,7 @@ def main() -> None:
         help="time N questions asked one at a time, 0: none (default: 50)",
     )
     options = parser.parse_args()
-    door(lambda: compare(options))
+    entry_point(lambda: compare(options))
 
 
 if __name__ == "__main__":

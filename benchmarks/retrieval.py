@@ -27,7 +27,7 @@ from scoring import FOUND, paired_tests, score_table, scores_of, test_table
 from searching import reciprocal_rank_fusion
 from suites import add_task_arguments
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
 from cozyrag.retrieval.hybrid import CANDIDATES, Searcher
@@ -110,9 +110,9 @@ def asked(bench: Bench) -> tuple[list[str], list[int]]:
     """The questions whose gold passage is known, and the rows of these. Raises InputError where there are none."""
     columns = bench.task.questions[:]
     known = [
-        (question, bench.maker.row_of[gold])
+        (question, bench.builder.row_of[gold])
         for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
-        if gold in bench.maker.row_of
+        if gold in bench.builder.row_of
     ]
     if not known:
         raise InputError(
@@ -181,7 +181,7 @@ def main() -> None:
     add_model_arguments(parser)
     add_task_arguments(parser)
     options = parser.parse_args()
-    door(lambda: compare(options))
+    entry_point(lambda: compare(options))
 
 
 if __name__ == "__main__":

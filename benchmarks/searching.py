@@ -25,7 +25,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import STEMMERS
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
-from cozyrag.run import make_accelerator
+from cozyrag.training.setup import make_accelerator
 
 PART = 1024  # passages whose vectors are written together: half a minute of work on a slow machine
 TOGETHER = 64  # passages encoded at once

@@ -52,7 +52,7 @@ from speed_data import Asked, Models, Prompts, make_prompts, read_corpus
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GPT2Config
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import Example
 
@@ -421,7 +421,7 @@ def add_training(group) -> None:
 def main() -> None:
     """The command line."""
     options = parse()
-    door(lambda: compare(options))
+    entry_point(lambda: compare(options))
 
 
 if __name__ == "__main__":

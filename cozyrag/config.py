@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from cozyrag.config_checks import EMBEDDED, QUICKSTART, check_values
 from cozyrag.errors import InputError
 from cozyrag.models.fsdp import launched
+from cozyrag.runtime import old_names
 from cozyrag.runtime.assets import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.runtime.precision import MEASURED, asked_at_launch
 
@@ -126,8 +127,8 @@ class ContextSettings:
     )
     top_k: int = setting(4, "Passages retrieved to make a question's context.")
     context_tokens: int = setting(128, "Budget of a context, in tokens of the generator.")
-    context_filter: Literal["both", "vectors", "overlap"] = setting(
-        "both",
+    context_filter: Literal["hybrid", "dense", "sparse"] = setting(
+        "hybrid",
         "How sentences are chosen for a context: by rare words shared with the question, by the cosine of their vectors with it, or by both.",
     )
     keep_sentence_vectors: bool = setting(
@@ -204,7 +205,7 @@ class TrainingSettings:
         0.1,
         "Temperature of the generator's likelihoods (nats per token) and of the retriever's cosines in the feedback.",
     )
-    query_side_only: bool = setting(
+    freeze_document_encoder: bool = setting(
         False,
         "Train only the side of the retriever that reads questions. Passages keep their vectors, so the index is made once; the "
         "retriever saved has two sides and takes twice the space.",
@@ -246,7 +247,7 @@ class TrainingSettings:
         "Precision of the arithmetic in training; no is float32. None: bf16 or fp16 where accelerate launch was told so (its no cannot be told from nothing "
         "said), else what fits the machine: bf16 on a GPU that has it, and on a CPU that has it where it is measured to be faster; float32 everywhere else.",
     )
-    gate: Literal["on", "off"] = setting(
+    rollback: Literal["on", "off"] = setting(
         "on",
         "Take a model back after a phase that made it worse on the held-out questions: F1 for the generator, recall@5 for the retriever.",
     )
@@ -274,7 +275,7 @@ class OutputSettings:
         "Go on with the interrupted run in --output_dir. Needed only for a run that came to its end, to add --rounds: an unfinished one with the "
         "same settings is gone on with in any case.",
     )
-    resume_anyway: bool = setting(
+    allow_changed_settings: bool = setting(
         False,
         "Go on although settings that change the rounding of sums are others than before (threads, batch sizes of encoding and answering, "
         "accumulation, processes); the end is then as good, but not the same to the last bit.",
@@ -287,10 +288,10 @@ class OutputSettings:
         10.0, "Minutes between checkpoints to resume from, at the next step. 0: by steps only."
     )
     save_total_limit: int = setting(2, "Checkpoints kept. With 2 a damaged one can be passed over.")
-    max_bad_steps: int = setting(
+    max_skipped_steps: int = setting(
         5,
         "Steps in a row whose loss or gradient is no number (they are skipped and counted) before the run stops, with their batch in "
-        "OUTPUT/bad-steps.",
+        "OUTPUT/skipped-steps.",
     )
     logging_steps: int = setting(10, "Optimizer steps between log lines.")
     report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard.")
@@ -351,7 +352,7 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
     Raises:
         InputError: an unknown setting, a value of the wrong kind or out of range; names file and line.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _current_names(list(sys.argv[1:] if arguments is None else arguments))
     for group in GROUPS:
         group._argument_group_name = group.__doc__.rstrip(".")
     parser = _Parser(GROUPS, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
@@ -402,12 +403,32 @@ def _read_yaml(path: Path) -> dict:
             raise InputError(f"{where}: expected the name of a setting, found a {key.id}. See --help.")
         if key.value == MEASURED:  # settings.json of a run, given as a file of settings
             continue
-        if key.value not in NAMES:
+        name = old_names.SETTINGS.get(key.value, key.value)
+        if name not in NAMES:
             raise InputError(f"{where}: unknown setting {key.value!r}{_did_you_mean(key.value)}. See --help.")
-        if key.value in found:
-            raise InputError(f"{where}: the setting {key.value!r} stands there twice; remove one of the two.")
-        found[key.value] = _yaml_value(key.value, value, where)
+        if name in found:
+            raise InputError(f"{where}: the setting {name!r} stands there twice; remove one of the two.")
+        if isinstance(value, yaml.ScalarNode):
+            value.value = old_names.current_value(name, value.value)
+        found[name] = _yaml_value(name, value, where)
     return found
+
+
+def _current_names(arguments: list[str]) -> list[str]:
+    """The command line with settings and values of an earlier version under their new names, each with a line on stderr."""
+    current, name = [], ""
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            name = flag[2:].replace("-", "_")
+            new = old_names.SETTINGS.get(name)
+            if new:
+                print(f"Note: --{name} is called --{new} now.", file=sys.stderr)
+                name, flag = new, f"--{new}"
+            current.append(flag + equals + str(old_names.current_value(name, value)))
+        else:
+            current.append(str(old_names.current_value(name, word)))
+    return current
 
 
 def _yaml_value(name: str, node: yaml.Node, where: str):

@@ -25,7 +25,7 @@ RANGES = {
     "encode_batch_size": (1, None), "answer_batch_size": (1, None), "generator_batch_size": (1, None), "retriever_batch_size": (2, None),
     "rounds": (0, None), "generator_epochs": (0.0, None), "retriever_epochs": (0.0, None), "generator_steps": (0, None), "retriever_steps": (0, None),
     "generator_learning_rate": (0.0, None), "retriever_learning_rate": (0.0, None), "warmup_ratio": (0.0, 1.0), "weight_decay": (0.0, None),
-    "max_grad_norm": (1e-9, None), "gradient_accumulation_steps": (1, None), "max_bad_steps": (1, None),
+    "max_grad_norm": (1e-9, None), "gradient_accumulation_steps": (1, None), "max_skipped_steps": (1, None),
     "hard_negatives": (0, 50), "temperature": (1e-4, None), "contrastive_weight": (0.0, None), "sentence_weight": (0.0, None), "feedback_weight": (0.0, None),
     "feedback_passages": (2, 60), "feedback_temperature": (1e-4, None), "refresh_steps": (1, None), "refresh_overlap": (0.0, 1.0),
     "repeat_penalty": (0.0, None), "keyword_penalty": (0.0, None), "short_penalty": (0.0, None), "repeat_ngram": (1, None), "short_tokens": (1, None),
@@ -69,9 +69,9 @@ def _check_ranges(values: dict) -> None:
 def _check_choices(values: dict) -> None:
     if values["stemmer"] not in STEMMERS:
         raise InputError(f"--stemmer: expected one of {', '.join(STEMMERS)}, found {values['stemmer']!r}.")
-    strangers = [name for name in values["report_to"] if name not in (*TRACKERS, "none")]
-    if strangers:
-        raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {strangers[0]!r}.")
+    foreign = [name for name in values["report_to"] if name not in (*TRACKERS, "none")]
+    if foreign:
+        raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {foreign[0]!r}.")
 
 
 def _check_training(values: dict) -> None:
@@ -85,7 +85,7 @@ def _check_training(values: dict) -> None:
             "--contrastive_weight, --sentence_weight and --feedback_weight are all 0: the retriever would learn from nothing. Give one of them, or "
             "--retriever_steps 0."
         )
-    if values["query_side_only"] and values["index_refresh"] != "phase":
+    if values["freeze_document_encoder"] and values["index_refresh"] != "phase":
         raise InputError(
             f"--index_refresh {values['index_refresh']}: with --query_side_only the vectors of passages never change. Leave one of the two out."
         )

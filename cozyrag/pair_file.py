@@ -10,9 +10,11 @@ from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.runtime.atomic_files import NEXT
+from cozyrag.runtime.old_names import current_settings
 
 PAIR_FILE = "cozyrag.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, FORMAT_VERSION)
 
 
 def describe_pair(
@@ -58,6 +60,6 @@ def read_pair(folder: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file anew.") from error
     found = pair.get("format_version") if isinstance(pair, dict) else None
-    if found != FORMAT_VERSION:
+    if found not in READABLE:
         raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, found {found!r}. Update cozyrag.")
-    return pair
+    return pair | {"contexts": current_settings(pair["contexts"])} if "contexts" in pair else pair

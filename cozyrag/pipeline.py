@@ -17,7 +17,7 @@ from cozyrag.models.int8_encoding import reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import Chosen, ContextMaker, sentence_source
+from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.runtime.fingerprints import weights_fingerprint
@@ -70,7 +70,7 @@ class CozyRAG:
         min_answer_tokens: int = 0,
         no_repeat_ngram_size: int = 0,
         extractive: bool = False,
-        context_filter: str = "overlap",
+        context_filter: str = "sparse",
         no_answer_threshold: float | None = None,
     ):
         self.generator = generator
@@ -96,7 +96,7 @@ class CozyRAG:
         self.extractive = extractive
         self.no_answer_threshold = no_answer_threshold
         self.context_filter = context_filter
-        self._maker = ContextMaker(
+        self._builder = ContextBuilder(
             index.passages,
             generator.count_tokens,
             top_k=top_k,
@@ -163,9 +163,9 @@ class CozyRAG:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
         found = self.searcher.search(questions, k)
         rows = found.rows.tolist()
-        self._maker.top_k = k
-        chosen = self._maker.chosen(questions, rows, found.vectors)
-        contexts = [self._maker.write(kept, ranked) for kept, ranked in zip(chosen, rows, strict=True)]
+        self._builder.top_k = k
+        chosen = self._builder.chosen(questions, rows, found.vectors)
+        contexts = [self._builder.write(kept, ranked) for kept, ranked in zip(chosen, rows, strict=True)]
         written = self.generator.write(
             questions, contexts, **Decoding.of(self).limits(self.no_answer_threshold is None)
         )

@@ -20,11 +20,11 @@ BOXES = {  # name: (x, y, colour, title, lines)
     "generator": (7.0, 5.2, GENERATOR, "3  generator learns", "answer tokens only;\nretriever is frozen"),
     "retriever": (10.4, 5.2, RETRIEVER, "4  retriever learns", "positive against others;\ngenerator is frozen"),
     "again": (10.4, 2.9, RETRIEVER, "5  index again", "with the new vectors"),
-    "examine": (7.0, 2.9, DATA, "6  examine, save", "held-out questions;\nold or new pair, whole"),
+    "evaluation": (7.0, 2.9, DATA, "6  examine, save", "held-out questions;\nold or new pair, whole"),
 }
 ARROWS = (
     ("questions", "contexts"), ("passages", "index"), ("index", "contexts"), ("contexts", "generator"), ("generator", "retriever"),
-    ("retriever", "again"), ("again", "examine"),
+    ("retriever", "again"), ("again", "evaluation"),
 )  # fmt: skip
 
 

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
-from cozyrag.retrieval.contexts import ContextMaker
+from cozyrag.retrieval.contexts import ContextBuilder
 from cozyrag.retrieval.passage_index import Passages
 
 
@@ -39,17 +39,17 @@ def evaluate(options: argparse.Namespace) -> dict:
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
     passages = Passages.of(read.passages)
     words = SentenceWords(passages.titles, passages.sentences(), stemmer="english")
-    maker = ContextMaker(
-        passages, generator.count_tokens, top_k=1, budget=options.context_tokens, score_by="both", words=words
+    builder = ContextBuilder(
+        passages, generator.count_tokens, top_k=1, budget=options.context_tokens, score_by="hybrid", words=words
     )
     retriever = Retriever.load_embedded(max_tokens=512)  # a long paragraph is read to its end
-    rows = [[maker.row_of[gold]] for gold in questions["passage_id"]]
+    rows = [[builder.row_of[gold]] for gold in questions["passage_id"]]
     golds = sorted({row for (row,) in rows})
-    _, made = retriever.encode_passages(maker.passages.select(golds), maker.passages.spans(golds), batch_size=64)
+    _, made = retriever.encode_passages(builder.passages.select(golds), builder.passages.spans(golds), batch_size=64)
     vectors = dict(zip(golds, made.of(range(len(golds))), strict=True))
-    maker.sentence_vectors = lambda wanted: [vectors[row] for row in wanted]
+    builder.sentence_vectors = lambda wanted: [vectors[row] for row in wanted]
     asked = retriever.encode(questions["question"], kind="query", batch_size=64, progress=True)
-    contexts = maker.contexts(questions["question"], rows, asked)
+    contexts = builder.contexts(questions["question"], rows, asked)
     began = time.perf_counter()
     predictions = generator.answer(
         questions["question"], contexts, context_tokens=options.context_tokens, max_new_tokens=24, batch_size=options.batch_size,
@@ -93,7 +93,7 @@ def main() -> None:
         "--extractive", action="store_true", help="write only word sequences of the context (constrained decoding)"
     )
     options = parser.parse_args()
-    door(lambda: print(json.dumps(evaluate(options), indent=2)))
+    entry_point(lambda: print(json.dumps(evaluate(options), indent=2)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.errors import InputError
 from cozyrag.runtime.assets import shipped_folder
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("name", choices=MODULES)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    door(lambda: assemble(options.name, options.folder))
+    entry_point(lambda: assemble(options.name, options.folder))
     print(f"Written. Upload it with `hf upload USER/{options.name} {options.folder} --repo-type space`.")
 
 

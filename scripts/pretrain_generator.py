@@ -169,7 +169,7 @@ def write_questions(
 
     from cozyrag.data.sentences import split_sentences
     from cozyrag.retrieval.bm25 import SentenceWords
-    from cozyrag.retrieval.contexts import ContextMaker
+    from cozyrag.retrieval.contexts import ContextBuilder
     from cozyrag.retrieval.passage_index import Passages
 
     texts = list(passages)
@@ -179,7 +179,9 @@ def write_questions(
     row_of = {text: row for row, text in enumerate(texts)}
     words = SentenceWords(table.titles, table.sentences(), stemmer="english")
     makers = [
-        ContextMaker(table, lambda t: [len(ids) for ids in tokenizer(t)["input_ids"]], top_k=k, budget=128, words=words)
+        ContextBuilder(
+            table, lambda t: [len(ids) for ids in tokenizer(t)["input_ids"]], top_k=k, budget=128, words=words
+        )
         for k in (1, 4)
     ]
     titles = sorted(set(passages.values()))
@@ -464,7 +466,7 @@ def train(options: argparse.Namespace) -> None:
     }
     validation = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
     if accelerator.is_main_process:
-        say_cost(accelerator, generator, options)
+        log_cost(accelerator, generator, options)
     for stage, steps in stages.items():
         if stage >= state["stage"] and len(steps):
             run_stage(accelerator, generator, steps, stage, state, output, validation, options)
@@ -494,7 +496,7 @@ def gpt2_config(tokenizer: GPT2Tokenizer, *, width: int, layers: int, heads: int
     )  # fmt: skip
 
 
-def say_cost(accelerator: Accelerator, generator: Generator, options: argparse.Namespace) -> None:
+def log_cost(accelerator: Accelerator, generator: Generator, options: argparse.Namespace) -> None:
     """Parameters, tokens and arithmetic of what is about to run."""
     parameters = sum(p.numel() for p in generator.model.parameters())
     tokens = (options.stage1_steps + options.stage2_steps) * options.rows * options.row_tokens

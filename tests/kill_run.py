@@ -177,7 +177,7 @@ def left(folder: Path, rounds: int = 2) -> dict[str, object]:
         for term in row.get("terms", []):
             term.pop("seconds", None)
     files = ["cozyrag.json", "generator/model.safetensors", "retriever/model.safetensors", "index/vectors.safetensors"]
-    files += [f"examined/round-{number:03d}.jsonl" for number in range(rounds + 1)]
+    files += [f"evaluations/round-{number:03d}.jsonl" for number in range(rounds + 1)]
     found: dict[str, object] = {name: (folder / name).read_bytes() for name in files}
     return found | {"metrics.jsonl": rows}
 
@@ -203,7 +203,7 @@ def trial(settings: list[str], root: Path, number: int, processes: int, seconds:
     return at
 
 
-def kill_and_compare(kills: int, processes: int, seed: int, root: Path, precision: str = "no", say=print) -> list[str]:
+def kill_and_compare(kills: int, processes: int, seed: int, root: Path, precision: str = "no", info=print) -> list[str]:
     """The whole harness; a line for each run that did not end as the undisturbed one."""
     chance, settings = random.Random(seed), materials(root, precision)
     seconds = whole([*settings, "--output_dir", str(root / "peace")], processes, root / "log")
@@ -217,9 +217,9 @@ def kill_and_compare(kills: int, processes: int, seed: int, root: Path, precisio
         places[at] += 1
         if wrong:
             failures.append(f"kill {number} ({at}): {', '.join(wrong)}")
-        say(f"kill {number + 1} of {kills}: {at}: {'bit-equal' if not wrong else failures[-1]}")
+        info(f"kill {number + 1} of {kills}: {at}: {'bit-equal' if not wrong else failures[-1]}")
     told = ", ".join(f"{place} {count}" for place, count in places.most_common())
-    say(
+    info(
         f"{kills - len(failures)} of {kills} kills resumed bit-equal, {processes} process{'es' if processes > 1 else ''}, undisturbed run {seconds:.1f} s; "
         f"killed at: {told}"
     )

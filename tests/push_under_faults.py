@@ -121,7 +121,7 @@ def _push(hub: LocalHub, folder: Path, tag: str, kill_after: int | None, found: 
 
     hub.fault_of = fault_of
     try:
-        push_pair(folder, REPO, tag=tag, say=no_more)
+        push_pair(folder, REPO, tag=tag, info=no_more)
         found.pushed += 1
     except InputError:
         found.failed += 1

@@ -22,7 +22,7 @@ from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.generator_phase import train_generator
-from cozyrag.training.trainer import Watcher
+from cozyrag.training.trainer import PhaseCallback
 
 SAVED_AT = 3
 LESSON = {
@@ -48,7 +48,7 @@ def contexts() -> Dataset:
     )
 
 
-class Notes(Watcher):
+class Notes(PhaseCallback):
     """Keeps losses and the bytes that this process holds; saves after one step, or goes on from there."""
 
     def __init__(self, accelerator, generator, *, save=lambda: None, restore=None):
@@ -89,12 +89,12 @@ class Notes(Watcher):
         self.accelerator.clip_grad_norm_, self.accelerator.backward = self.clip, self.back
 
 
-def lesson(accelerator, generator, *, settings=None, **watching) -> dict:
+def gradients(accelerator, generator, *, settings=None, **watching) -> dict:
     """A phase, and what is left of it."""
     notes = Notes(accelerator, generator, **watching)
     settings = TrainingSettings(**LESSON | (settings or {}))
     train_generator(
-        accelerator, generator, contexts(), settings=settings, context_tokens=64, round_number=1, watcher=notes
+        accelerator, generator, contexts(), settings=settings, context_tokens=64, round_number=1, callback=notes
     )
     notes.close()
     model = generator.model
@@ -137,10 +137,10 @@ def main(folder: Path, generator_path: str, retriever_path: str) -> None:
             checkpoints.folder = folder / sharding
             checkpoints.save(Progress(1, "generator", SAVED_AT), generator, retriever)
 
-        found[sharding] = lesson(accelerator, generator, settings={"generator_sharding": sharding}, save=save)
+        found[sharding] = gradients(accelerator, generator, settings={"generator_sharding": sharding}, save=save)
     for before, after in (("full_shard", "full_shard"), ("full_shard", "none"), ("none", "shard_grad_op")):
         saved = folder / before / "checkpoints" / Progress(1, "generator", SAVED_AT).name
-        found[f"{before}, then {after}"] = lesson(
+        found[f"{before}, then {after}"] = gradients(
             accelerator,
             Generator.load(str(saved / "generator")),
             settings={"generator_sharding": after},
@@ -150,7 +150,7 @@ def main(folder: Path, generator_path: str, retriever_path: str) -> None:
         for sharding in ("none", "full_shard"):
             generator = Generator.load(generator_path)
             generator.add_adapter(generator_path, **ADAPTER)
-            found[f"adapter, {sharding}"] = lesson(accelerator, generator, settings={"generator_sharding": sharding})
+            found[f"adapter, {sharding}"] = gradients(accelerator, generator, settings={"generator_sharding": sharding})
     found["halved"] = halved(accelerator, Generator.load(generator_path))
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps(found))
 

@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 from peft import AutoPeftModelForCausalLM  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from cozyrag.commands import merge_adapter
+from cozyrag.commands import merge
 from cozyrag.config import parse_settings  # noqa: E402
 from cozyrag.data.corpus import Corpus  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
@@ -22,9 +22,10 @@ from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.preflight.loss_check import check_terms  # noqa: E402
 from cozyrag.reporting.run_reader import FinishedRun  # noqa: E402
-from cozyrag.run import load_tables, train  # noqa: E402
+from cozyrag.run import train  # noqa: E402
 from cozyrag.runtime.fingerprints import weights_fingerprint  # noqa: E402
 from cozyrag.training.checkpointing import Checkpoints  # noqa: E402
+from cozyrag.training.setup import load_tables  # noqa: E402
 
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": [], "revision": None, "seed": 1}
 ASKED = ["What colour is the fox 0?", "In which year was the river 1 made?"]
@@ -148,7 +149,9 @@ def test_the_self_test_counts_the_adapter_alone(arguments, generator_path, retri
 @pytest.mark.slow
 def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_path, tmp_path):
     before = weights(Generator.load(str(generator_path)).model)
-    train([*arguments, "--output_dir", str(tmp_path / "out"), "--rounds", "1", "--gate", "off", "--report_to", "none"])
+    train(
+        [*arguments, "--output_dir", str(tmp_path / "out"), "--rounds", "1", "--rollback", "off", "--report_to", "none"]
+    )
     pair = CozyRAG.from_pretrained(tmp_path / "out")
     assert pair.generator.is_adapter
     state = pair.generator.model.state_dict()
@@ -159,13 +162,13 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
     card = (tmp_path / "out" / "generator" / "README.md").read_text()
     assert "LoRA adapter" in card
     # going on with the same command and one round more starts from the adapter that was saved
-    train([*arguments, "--output_dir", str(tmp_path / "out"), "--rounds", "2", "--gate", "off", "--resume", "True"])
-    train([*arguments, "--output_dir", str(tmp_path / "whole"), "--rounds", "2", "--gate", "off"])
+    train([*arguments, "--output_dir", str(tmp_path / "out"), "--rounds", "2", "--rollback", "off", "--resume", "True"])
+    train([*arguments, "--output_dir", str(tmp_path / "whole"), "--rounds", "2", "--rollback", "off"])
     prints = [
         weights_fingerprint(CozyRAG.from_pretrained(tmp_path / name).generator.model) for name in ("out", "whole")
     ]
     assert prints[0] == prints[1] != weights_fingerprint(pair.generator.model)
-    merged = merge_adapter.merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    merged = merge.merge(str(tmp_path / "out"), str(tmp_path / "merged"))
     one = CozyRAG.from_pretrained(merged)
     assert not one.generator.is_adapter and not (merged / "checkpoints").exists() and FinishedRun.read(merged)
     assert [a.text for a in one.answers(ASKED)] == [
@@ -175,14 +178,14 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
         push_pair(tmp_path / "out", "me/rag", api=object())  # refused before the Hub is asked
     assert "LoRA adapter" not in (merged / "generator" / "README.md").read_text()
     with pytest.raises(InputError, match="exists"):
-        merge_adapter.merge(str(tmp_path / "out"), str(merged))
+        merge.merge(str(tmp_path / "out"), str(merged))
     with pytest.raises(InputError, match="nothing to merge"):
-        merge_adapter.merge(str(merged), str(tmp_path / "again"))
+        merge.merge(str(merged), str(tmp_path / "again"))
 
 
 @pytest.mark.slow
 def test_a_run_interrupted_inside_the_generator_phase_ends_at_the_same_adapter(arguments, tmp_path, monkeypatch):
-    once = [*arguments, "--rounds", "1", "--retriever_steps", "0", "--gate", "off", "--save_steps", "2"]
+    once = [*arguments, "--rounds", "1", "--retriever_steps", "0", "--rollback", "off", "--save_steps", "2"]
     train([*once, "--output_dir", str(tmp_path / "whole")])
     save = Checkpoints.save
 

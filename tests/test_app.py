@@ -6,14 +6,14 @@ import socket
 import sys
 from types import SimpleNamespace
 
-import examined
+import evaluated
 import pytest
 import tiny
 
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.reporting import demo_app
-from cozyrag.reporting.demo_app import asked, depths, examined_questions, pieces, shown
+from cozyrag.reporting.demo_app import asked, depths, evaluation_questions, pieces, shown
 
 EVIL = "<script>window.owned=1</script><img src=x onerror='window.owned=2'> {{#each x}} {{y}} ${window.owned=3} `t` </mark>."
 TEXT = "The fox is red. It was made in 1500. Red is its house."
@@ -96,16 +96,16 @@ def test_the_api_gives_plain_data():
 
 
 def test_examples_are_examined_questions_right_and_wrong_ones(tmp_path):
-    rows = [examined.row(number, em=number % 10 == 0) for number in range(100)]
-    found = examined_questions(examined.write_run(tmp_path / "run", [[examined.row(7, em=1)], rows]))
+    rows = [evaluated.row(number, em=number % 10 == 0) for number in range(100)]
+    found = evaluation_questions(evaluated.write_run(tmp_path / "run", [[evaluated.row(7, em=1)], rows]))
     right = [question for question in found if question in {f"Question {number}?" for number in range(0, 100, 10)}]
     assert len(found) == len(set(found)) == demo_app.EXAMPLES and len(right) == demo_app.EXAMPLES // 2
-    assert examined_questions(tmp_path) == []
+    assert evaluation_questions(tmp_path) == []
 
 
 def test_examples_of_a_pair_that_is_never_right(tmp_path):
-    rows = [examined.row(number, em=0) for number in range(3)]
-    assert len(examined_questions(examined.write_run(tmp_path / "run", [rows]))) == 3
+    rows = [evaluated.row(number, em=0) for number in range(3)]
+    assert len(evaluation_questions(evaluated.write_run(tmp_path / "run", [rows]))) == 3
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch):
@@ -133,13 +133,13 @@ def served(tmp_path_factory):
         patch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
         gr = demo_app.load_gradio()
         patch.setattr(gr.Blocks, "block_thread", lambda page: ended.append(page))
-        rows = [examined.row(0, em=0, question=EVIL), examined.row(1, em=0, question="Is this an example?")]
-        folder = examined.write_run(tmp_path_factory.mktemp("served") / "{{y}} ${1} <b>rag", [rows])
+        rows = [evaluated.row(0, em=0, question=EVIL), evaluated.row(1, em=0, question="Is this an example?")]
+        folder = evaluated.write_run(tmp_path_factory.mktemp("served") / "{{y}} ${1} <b>rag", [rows])
         patch.chdir(folder)
         demo_app.serve(str(folder))
         [page] = ended
         yield page.local_url, looked_up
-        assert sorted(path.name for path in folder.iterdir()) == ["examined", "metrics.jsonl", "settings.json"]
+        assert sorted(path.name for path in folder.iterdir()) == ["evaluations", "metrics.jsonl", "settings.json"]
         page.close()
 
 

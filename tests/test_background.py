@@ -20,7 +20,7 @@ from cozyrag.training.output_dir import FREE_TO_CHANGE, OURS
 def pusher(hub, folder):  # noqa: F811
     """One that keeps what it says in `told`."""
     told = []
-    made = BackgroundPush(folder, REPO, private=False, every_round=True, say=told.append)
+    made = BackgroundPush(folder, REPO, private=False, every_round=True, info=told.append)
     made.told = told
     return made
 
@@ -65,7 +65,9 @@ def test_each_round_gets_a_commit_and_a_tag_and_the_last_one_is_what_loads(hub, 
 
 def test_pushing_does_not_wait_for_the_upload_and_works_on_a_copy(hub, folder, pusher, monkeypatch):  # noqa: F811
     begin, real = threading.Event(), background_push.push_pair
-    monkeypatch.setattr(background_push, "push_pair", lambda *given, **options: begin.wait(60) and real(*given, **options))
+    monkeypatch.setattr(
+        background_push, "push_pair", lambda *given, **options: begin.wait(60) and real(*given, **options)
+    )
     trained(folder, 1)
     pusher.push("round-1")  # comes back although nothing is uploaded yet
     trained(folder, 2)  # the next round is saved over it, half of it before and half of it during the upload
@@ -101,7 +103,7 @@ def test_a_hub_that_stays_away_costs_the_upload_and_one_command_finishes_it(hub,
     message = str(caught.value)
     assert f"complete in {folder}" in message and message.endswith(f"`cozyrag push '{folder}' {REPO} --tag round-3`.")
     hub.heal()
-    push_run(folder, REPO, tag="round-3", say=None)
+    push_run(folder, REPO, tag="round-3", info=None)
     assert [held(hub, f"round-{number}") for number in (1, 2, 3)] == [{"1"}, {"2"}, {"3"}]
     assert hub.repo(REPO).main == hub.repo(REPO).tags["round-3"] and not waiting(folder)
 
@@ -155,7 +157,7 @@ def test_rounds_are_counted_not_spelled(folder):  # noqa: F811
 
 
 def test_without_every_round_only_the_end_is_pushed_and_no_tag_is_set(hub, folder):  # noqa: F811
-    pusher = BackgroundPush(folder, REPO, private=True, every_round=False, say=print)
+    pusher = BackgroundPush(folder, REPO, private=True, every_round=False, info=print)
     pusher.finish("round-2")
     assert commits(hub) == [1, 1, 1] and hub.repo(REPO).tags == {} and hub.repo(REPO).private
 

@@ -22,7 +22,7 @@ from cozyrag.models.batching import (
     phase_seed,
     plan_steps,
     reading_mask,
-    share_out,
+    shard,
 )
 from cozyrag.models.generator import Generator, TokenLosses
 from cozyrag.models.prompts import Example
@@ -151,7 +151,7 @@ def test_batch_size_below_one_is_refused():
 
 @given(st.lists(st.integers(), max_size=40), st.integers(1, 12))
 def test_share_out_deals_every_row_to_one_part(rows, parts):
-    shares = share_out(rows, parts=parts)
+    shares = shard(rows, parts=parts)
     sizes = [len(share) for share in shares]
     assert len(shares) == parts
     assert sum(shares, []) == rows
@@ -164,7 +164,7 @@ def test_share_out_deals_every_row_to_one_part(rows, parts):
     [([7, 8, 9, 4, 5], 2, [[7, 8, 9], [4, 5]]), ([3], 3, [[3], [], []]), ([], 2, [[], []]), (range(3), 1, [[0, 1, 2]])],
 )
 def test_share_out_by_hand(rows, parts, shares):
-    assert share_out(rows, parts=parts) == shares
+    assert shard(rows, parts=parts) == shares
 
 
 # ---- collating ----

@@ -33,7 +33,7 @@ from cozyrag.runtime.assets import metric_module
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 WEIGHTS = {"vectors": 10.0, "sentence_words": 0.5}
-READING = {"top_k": 3, "context_tokens": 60, "answer_tokens": 7, "context_filter": "both"}
+READING = {"top_k": 3, "context_tokens": 60, "answer_tokens": 7, "context_filter": "hybrid"}
 
 
 @pytest.fixture
@@ -446,7 +446,7 @@ def test_tables_by_hand(benchmark):
     assert scoring.score_table(scores, ("em", "f1"), [{"name": "theirs", "em": 28.12}]).splitlines() == [
         "| | EM | F1 |", "|---|---:|---:|", "| one | 12.3 (10.0 to 14.1) | - |", "| theirs | 28.12 | - |",
     ]  # fmt: skip
-    counts = scoring.verdict_counts([{"verdict": "right"}, {"verdict": "reader missed"}, {"verdict": "right"}])
+    counts = scoring.verdict_counts([{"verdict": "correct"}, {"verdict": "reader error"}, {"verdict": "correct"}])
     assert scoring.verdict_table({"one": counts}).splitlines()[::2] == [
         "| | right | reader missed |",
         "| one | 66.7 | 33.3 |",

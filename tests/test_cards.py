@@ -15,13 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 from cozyrag.config import parse_settings
 from cozyrag.data.passages import read_passages
 from cozyrag.evaluation.evaluation import summarize
-from cozyrag.hub import model_cards
+from cozyrag.hub import card_plot, model_cards
+from cozyrag.hub.card_plot import draw_curves
 from cozyrag.hub.model_cards import card_for_hub, write_cards
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair
-from cozyrag.reporting import curves
-from cozyrag.reporting.curves import draw_curves
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 from cozyrag.runtime.hardware import energy_sentence, machine_facts, machine_sentence
 
@@ -48,7 +47,7 @@ TIMES = "| seconds | index | examine |\n|---|---:|---:|\n| before | 1.5 | 2.5 |\
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", flags=re.DOTALL)
 
 
-def examined(hits, number=1):
+def evaluated(hits, number=1):
     """A summary as a run records it after a round, of 8 questions of which `hits` are answered and found."""
     row = {
         "em": 1.0,
@@ -60,10 +59,10 @@ def examined(hits, number=1):
         "answer_in_context": 1.0,
     }
     rows = [row if number < hits else dict.fromkeys(row, 0.0) | {"f1": 0.5, "mrr@10": 0.25} for number in range(8)]
-    return {"kind": "examined", "round": number} | summarize(rows)
+    return {"kind": "evaluation", "round": number} | summarize(rows)
 
 
-BEFORE, AFTER = examined(2, number=0), examined(5)
+BEFORE, AFTER = evaluated(2, number=0), evaluated(5)
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +87,7 @@ def rows(*examinations):
         for phase in ROLES
         for step in (5, 10)
     ]
-    times = [{"kind": "time", "round": number, "part": "examine", "seconds": 1800.0} for number in (0, 1)]
+    times = [{"kind": "time", "round": number, "part": "evaluation", "seconds": 1800.0} for number in (0, 1)]
     return [run, *times, *steps, *examinations]
 
 
@@ -158,7 +157,7 @@ def test_without_an_audit_there_is_no_section_and_without_matplotlib_no_image(ro
     assert "![Losses by step, scores by round](training.png)" in str(card(tmp_path, role))
     assert "Leak audit" not in str(card(tmp_path, role))
     monkeypatch.setattr(model_cards, "draw_curves", draw_curves)
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(card_plot.importlib.util, "find_spec", lambda _: None)
     text = str(card(tmp_path, role))
     assert "training.png" not in text and "\n\n\n" not in text
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 
-from cozyrag.commands.check_questions import Wanted, questions
+from cozyrag.commands.questions import Wanted, questions
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import examined
+import evaluated
 import pytest
 
 import cozyrag
-from cozyrag import cli, pipeline, run
+from cozyrag import cli, pipeline
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
 from cozyrag.hub import background_push
@@ -125,8 +125,8 @@ def test_report_refuses_less_than_no_questions(call, told):
 
 
 def test_compare_prints_and_writes_the_page(call, tmp_path):
-    a = examined.write_run(tmp_path / "a", [[examined.row(1, em=1)]])
-    b = examined.write_run(tmp_path / "b", [[examined.row(1, em=0)]], seed=2)
+    a = evaluated.write_run(tmp_path / "a", [[evaluated.row(1, em=1)]])
+    b = evaluated.write_run(tmp_path / "b", [[evaluated.row(1, em=0)]], seed=2)
     code, out, _ = call("compare", a, b)
     assert code == 0 and "right -> wrong: 1" in out and "Written" not in out
     code, out, _ = call("compare", a, b, "--html", tmp_path / "page.html")
@@ -205,7 +205,7 @@ def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, 
 
 def test_train_hands_its_arguments_on_untouched(call, monkeypatch):
     seen = []
-    monkeypatch.setattr(run, "train", lambda arguments, *, description: seen.append(arguments))
+    monkeypatch.setattr("cozyrag.commands.train.train", lambda arguments, *, description: seen.append(arguments))
     given = ["--rounds", "3", "--report_to", "mlflow", "wandb", "--use_cpu", "--top_k=2", "--resume"]
     assert call("train", *given)[0] == 0 and call("train")[0] == 0
     assert seen == [given, []]
@@ -227,7 +227,9 @@ def test_train_help_shows_the_settings(call):
 def test_push_uploads_and_says_where_to(call, monkeypatch, arguments, options):
     seen = []
     monkeypatch.setattr(
-        background_push, "push_run", lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag"
+        background_push,
+        "push_run",
+        lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag",
     )
     assert call("push", "my-run", "me/rag", *arguments) == (0, "Pushed to https://hub.example/me/rag\n", "")
     assert seen == [(("my-run", "me/rag"), options)]
@@ -336,17 +338,17 @@ def test_of_many_processes_only_the_first_tells_but_all_end(rank, told, monkeypa
         raise InputError("Not so.")
 
     with pytest.raises(SystemExit) as end:
-        cli.door(act)
+        cli.entry_point(act)
     assert end.value.code == 2 and capsys.readouterr().err == ("error: Not so.\n" if told else "")
 
 
 def test_a_fault_of_the_package_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        cli.door(lambda: 1 // 0)
+        cli.entry_point(lambda: 1 // 0)
 
 
 def test_what_an_act_does_right_passes_through_the_door(capsys):
-    cli.door(lambda: print("done"))
+    cli.entry_point(lambda: print("done"))
     assert capsys.readouterr() == ("done\n", "")
 
 

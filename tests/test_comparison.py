@@ -2,7 +2,7 @@
 
 import re
 
-import examined
+import evaluated
 import numpy as np
 import pytest
 
@@ -14,12 +14,12 @@ from cozyrag.reporting.compare import Difference, as_text, compare, differences,
 
 
 def runs(tmp_path, rows_a, rows_b, **settings):
-    a = examined.write_run(tmp_path / "a", [[examined.row(1, em=0)], rows_a], seed=1, top_k=4)
-    return a, examined.write_run(tmp_path / "b", [rows_b], **({"seed": 2, "top_k": 4} | settings))
+    a = evaluated.write_run(tmp_path / "a", [[evaluated.row(1, em=0)], rows_a], seed=1, top_k=4)
+    return a, evaluated.write_run(tmp_path / "b", [rows_b], **({"seed": 2, "top_k": 4} | settings))
 
 
 def scored(*ems, **others):
-    return [examined.row(number, em=em, **others) for number, em in enumerate(ems)]
+    return [evaluated.row(number, em=em, **others) for number, em in enumerate(ems)]
 
 
 # ---- which questions meet
@@ -31,19 +31,19 @@ def test_questions_meet_by_id_and_text_in_the_order_of_the_first():
 
 
 def test_the_same_id_with_another_question_is_another_question():
-    a, b = [examined.row(1, em=1)], [examined.row(1, em=1, question="Something else?")]
+    a, b = [evaluated.row(1, em=1)], [evaluated.row(1, em=1, question="Something else?")]
     assert matched(a, b) == []
 
 
 def test_questions_meet_by_text_where_ids_differ():
-    a, b = examined.row(1, em=1), examined.row(1, em=0, id="other")
+    a, b = evaluated.row(1, em=1), evaluated.row(1, em=0, id="other")
     assert matched([a], [b]) == [(a, b)]
 
 
 def test_a_text_that_one_of_them_has_twice_does_not_meet_by_text():
-    twice = [examined.row(1, em=1, id="x"), examined.row(1, em=0, id="y")]
-    assert matched(twice, [examined.row(1, em=1, id="z")]) == []
-    assert matched([examined.row(1, em=1, id="z")], twice) == []
+    twice = [evaluated.row(1, em=1, id="x"), evaluated.row(1, em=0, id="y")]
+    assert matched(twice, [evaluated.row(1, em=1, id="z")]) == []
+    assert matched([evaluated.row(1, em=1, id="z")], twice) == []
 
 
 def test_the_last_rounds_are_compared(tmp_path):
@@ -53,7 +53,7 @@ def test_the_last_rounds_are_compared(tmp_path):
 
 def test_runs_without_a_common_question_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"found none in common \(1 in .*a, 1 in .*b\)"):
-        compare(*runs(tmp_path, [examined.row(1, em=0)], [examined.row(2, em=0)]))
+        compare(*runs(tmp_path, [evaluated.row(1, em=0)], [evaluated.row(2, em=0)]))
 
 
 def test_only_the_common_part_is_compared_and_that_is_said(tmp_path):
@@ -63,7 +63,7 @@ def test_only_the_common_part_is_compared_and_that_is_said(tmp_path):
 
 
 def test_other_reference_answers_are_warned_of(tmp_path):
-    other = [examined.row(0, em=0, answers=["nothing like it"])]
+    other = [evaluated.row(0, em=0, answers=["nothing like it"])]
     [warning] = compare(*runs(tmp_path, scored(1), other)).warnings
     assert warning.startswith("1 of these questions have other reference answers")
 
@@ -155,7 +155,7 @@ def test_the_screen_shows_some_flips_and_the_page_all(tmp_path):
 
 
 def test_the_same_settings_and_a_silent_pair_are_said(tmp_path):
-    rows = [examined.row(0, em=0, prediction="", answers=[], verdict="kept silent")]
+    rows = [evaluated.row(0, em=0, prediction="", answers=[], verdict="abstained")]
     text = as_text(compare(*runs(tmp_path, scored(1, answers=[]), rows, seed=1)))
     assert "The settings are the same." in text and "B: (silent) [kept silent]   reference: (none)" in text
 
@@ -167,8 +167,8 @@ def test_the_same_settings_and_a_silent_pair_are_said(tmp_path):
 def test_the_page_is_one_file_with_strangers_text_escaped(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr(plots, "plots_are_possible", lambda: drawn)
     evil = "<script>alert(1)</script>"
-    rows = [examined.row(0, em=0, question=evil, prediction=evil, answers=[evil], verdict=evil)]
-    found = compare(*runs(tmp_path, [examined.row(0, em=1, question=evil, answers=[evil])], rows, top_k=evil))
+    rows = [evaluated.row(0, em=0, question=evil, prediction=evil, answers=[evil], verdict=evil)]
+    found = compare(*runs(tmp_path, [evaluated.row(0, em=1, question=evil, answers=[evil])], rows, top_k=evil))
     write_page(found, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 5

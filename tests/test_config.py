@@ -26,7 +26,7 @@ RANGES = {  # setting: (values that must be refused, values at the edge that mus
     "warmup_ratio": ([-0.1, 1.1], [0, 1]),
     "rounds": ([-1], [0]),
     "save_minutes": ([-1], [0, 0.5]),
-    "max_bad_steps": ([0], [1]),
+    "max_skipped_steps": ([0], [1]),
     "top_k": ([0], [1]),
     "context_tokens": ([0], [1]),
     "answer_tokens": ([0], [1]),

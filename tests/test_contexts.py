@@ -18,7 +18,7 @@ from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
-from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
@@ -27,9 +27,9 @@ def count_words(texts):
     return [len(text.split()) for text in texts]
 
 
-def maker_of(*texts, titles=None, top_k=9, budget=99, hard_negatives=0, count_tokens=count_words):
+def builder_of(*texts, titles=None, top_k=9, budget=99, hard_negatives=0, count_tokens=count_words):
     passages = Passages([f"p{row}" for row in range(len(texts))], titles or [""] * len(texts), list(texts))
-    return ContextMaker(passages, count_tokens, top_k=top_k, budget=budget, hard_negatives=hard_negatives)
+    return ContextBuilder(passages, count_tokens, top_k=top_k, budget=budget, hard_negatives=hard_negatives)
 
 
 # ---- sentences ----
@@ -68,8 +68,8 @@ def test_splitting_loses_nothing_but_space(text):
 def test_filter_keeps_the_answer_sentence_within_the_budget():
     filler = [f"Nothing much happens on day {day}." for day in range(12)]
     text = " ".join([*filler[:8], "The zebra moved to Oslo.", *filler[8:]])
-    maker = maker_of(text, *["Nothing much happens here."] * 3, budget=5)
-    assert maker.context("Where did the zebra move?", [1, 0, 2, 3]) == "The zebra moved to Oslo."
+    builder = builder_of(text, *["Nothing much happens here."] * 3, budget=5)
+    assert builder.context("Where did the zebra move?", [1, 0, 2, 3]) == "The zebra moved to Oslo."
 
 
 # four passages: a word of all four weighs log(1 + 4/4) = 0.69, a word of one log(1 + 4/1) = 1.61
@@ -83,7 +83,7 @@ def test_filter_keeps_the_answer_sentence_within_the_budget():
 )
 def test_words_weigh_by_their_rarity(question, kept):
     others = ["Very old men."] * 3
-    assert maker_of("Very old men. A zebra ran.", *others, budget=3).context(question, [0]) == kept
+    assert builder_of("Very old men. A zebra ran.", *others, budget=3).context(question, [0]) == kept
 
 
 def test_titles_count_as_words_of_their_passage():
@@ -95,21 +95,21 @@ def test_titles_count_as_words_of_their_passage():
 
 def test_sentences_stand_in_their_original_order():
     first, second = "Alpha came. Beta went. Gamma stayed.", "Delta slept. Epsilon woke."
-    maker = maker_of(first, second, budget=6)
-    assert maker.context("gamma epsilon alpha", [0, 1]) == "Alpha came. Gamma stayed.\nEpsilon woke."
-    assert maker.context("gamma epsilon alpha", [1, 0]) == "Epsilon woke.\nAlpha came. Gamma stayed."
+    builder = builder_of(first, second, budget=6)
+    assert builder.context("gamma epsilon alpha", [0, 1]) == "Alpha came. Gamma stayed.\nEpsilon woke."
+    assert builder.context("gamma epsilon alpha", [1, 0]) == "Epsilon woke.\nAlpha came. Gamma stayed."
 
 
 def test_only_the_top_k_passages_compete():
     texts = ["Alpha came.", "Beta went.", "Zebra ran."]
-    assert maker_of(*texts, top_k=2).context("zebra", [0, 1, 2]) == "Alpha came.\nBeta went."
-    assert maker_of(*texts, top_k=2, budget=2).context("zebra", [0, 2, 1]) == "Zebra ran."
+    assert builder_of(*texts, top_k=2).context("zebra", [0, 1, 2]) == "Alpha came.\nBeta went."
+    assert builder_of(*texts, top_k=2, budget=2).context("zebra", [0, 2, 1]) == "Zebra ran."
 
 
 def test_ties_go_to_the_better_passage_and_its_beginning():
     texts = ["Alpha came. Beta went.", "Gamma ate. Delta slept."]
-    assert maker_of(*texts, budget=2).context("unrelated", [1, 0]) == "Gamma ate."
-    assert maker_of(*texts, budget=6).context("unrelated", [1, 0]) == "Gamma ate. Delta slept.\nAlpha came."
+    assert builder_of(*texts, budget=2).context("unrelated", [1, 0]) == "Gamma ate."
+    assert builder_of(*texts, budget=6).context("unrelated", [1, 0]) == "Gamma ate. Delta slept.\nAlpha came."
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_ties_go_to_the_better_passage_and_its_beginning():
     ],
 )
 def test_what_does_not_fit_is_left_out(budget, context):
-    maker = maker_of("Long zebra tale of many a word.", "Beta ran.", budget=budget)
-    assert maker.context("zebra", [0, 1]) == context
+    builder = builder_of("Long zebra tale of many a word.", "Beta ran.", budget=budget)
+    assert builder.context("zebra", [0, 1]) == context
 
 
 def test_a_shorter_sentence_may_take_the_room_a_longer_one_left():
-    maker = maker_of("Zebra oslo ran. Zebra slept all day long. Beta ran.", "Gamma ate.", budget=5)
-    assert maker.context("zebra oslo", [0, 1]) == "Zebra oslo ran. Beta ran."
+    builder = builder_of("Zebra oslo ran. Zebra slept all day long. Beta ran.", "Gamma ate.", budget=5)
+    assert builder.context("zebra oslo", [0, 1]) == "Zebra oslo ran. Beta ran."
 
 
 # a title of 6 letters is taken for 6 // 3 + 2 = 4 tokens, once for its passage; each sentence has 3
@@ -142,13 +142,13 @@ def test_a_shorter_sentence_may_take_the_room_a_longer_one_left():
     ],
 )
 def test_titles_come_along_once_and_cost_tokens(budget, context):
-    maker = maker_of("Alpha came home. Beta went home.", "Gamma ate home.", titles=["AB_CDE", ""], budget=budget)
-    assert maker.context("unrelated", [0, 1]) == context
+    builder = builder_of("Alpha came home. Beta went home.", "Gamma ate home.", titles=["AB_CDE", ""], budget=budget)
+    assert builder.context("unrelated", [0, 1]) == context
 
 
 def test_nothing_found_makes_an_empty_context():
-    assert maker_of("Alpha.").context("alpha", []) == ""
-    assert maker_of("", "Alpha.").context("alpha", [0]) == ""
+    assert builder_of("Alpha.").context("alpha", []) == ""
+    assert builder_of("", "Alpha.").context("alpha", [0]) == ""
 
 
 @settings(deadline=None)
@@ -165,9 +165,9 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
     sentences = [[" ".join([f"S{next(numbers)}", *words]) + "." for words in passage] for passage in passages]
     rows = list(range(len(passages)))
     chance.shuffle(rows)
-    maker = maker_of(*[" ".join(passage) for passage in sentences], budget=budget)
+    builder = builder_of(*[" ".join(passage) for passage in sentences], budget=budget)
     kept = [
-        sentence for line in maker.context("Is the fox here?", rows).split("\n") for sentence in split_sentences(line)
+        sentence for line in builder.context("Is the fox here?", rows).split("\n") for sentence in split_sentences(line)
     ]
     candidates = [sentence for row in rows for sentence in sentences[row]]
     assert kept == [sentence for sentence in candidates if sentence in kept]
@@ -176,7 +176,7 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
     assert all(count_words([sentence])[0] > room for sentence in candidates if sentence not in kept)
 
     def score(sentence):
-        return sum(map(maker.words.rarity_of, sorted({"is", "the", "fox"} & set(sentence.rstrip(".").split()))))
+        return sum(map(builder.words.rarity_of, sorted({"is", "the", "fox"} & set(sentence.rstrip(".").split()))))
 
     ranks = [rank for rank, row in enumerate(rows) for _ in sentences[row]]
     points = np.array([score(sentence) for sentence in candidates])
@@ -189,20 +189,20 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
 def test_earlier_passages_are_preferred_up_to_the_fourth():
     """The same words weigh less in a passage that was found later; a sentence with more of them still wins."""
     texts = ["None here.", "A fox.", "A fox.", "A fox, a grey fox."] + ["A fox."] * 3
-    maker = maker_of(*texts, budget=2)
-    assert maker.context("fox", [2, 1]) == maker.context("fox", [1, 2]) == "A fox."
-    scores = maker._scores("grey fox", [0, 1, 2, 4, 5, 6], [])
+    builder = builder_of(*texts, budget=2)
+    assert builder.context("fox", [2, 1]) == builder.context("fox", [1, 2]) == "A fox."
+    scores = builder._scores("grey fox", [0, 1, 2, 4, 5, 6], [])
     assert scores[1] - scores[2] == pytest.approx(0.6) and scores[2] - scores[3] == pytest.approx(0.6)
     assert scores[3] == scores[4] == scores[5] > scores[0]
-    assert maker_of(*texts, budget=5).context("grey fox", [1, 2, 4, 3]) == "A fox, a grey fox."
+    assert builder_of(*texts, budget=5).context("grey fox", [1, 2, 4, 3]) == "A fox, a grey fox."
 
 
-def cosine_maker(score_by, vectors, *texts, **more):
+def cosine_builder(score_by, vectors, *texts, **more):
     """A maker whose sentences have these vectors (one list for each text)."""
-    maker = maker_of(*texts, **more)
-    maker.score_by = score_by
-    maker.sentence_vectors = lambda rows: [np.array(vectors[row], dtype=np.float16).reshape(-1, 2) for row in rows]
-    return maker
+    builder = builder_of(*texts, **more)
+    builder.score_by = score_by
+    builder.sentence_vectors = lambda rows: [np.array(vectors[row], dtype=np.float16).reshape(-1, 2) for row in rows]
+    return builder
 
 
 EAST, NORTH, UNREAD = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)
@@ -210,9 +210,9 @@ EAST, NORTH, UNREAD = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)
 
 def test_vectors_choose_the_sentence_that_points_where_the_question_points():
     texts = ["The zebra ran. Its home is Oslo."], [[NORTH, EAST]]
-    for score_by, kept in (("overlap", "The zebra ran."), ("vectors", "Its home is Oslo.")):
-        maker = cosine_maker(score_by, texts[1], *texts[0], budget=4)
-        assert maker.contexts(["zebra"], [[0]], np.array([EAST])) == [kept]
+    for score_by, kept in (("sparse", "The zebra ran."), ("dense", "Its home is Oslo.")):
+        builder = cosine_builder(score_by, texts[1], *texts[0], budget=4)
+        assert builder.contexts(["zebra"], [[0]], np.array([EAST])) == [kept]
 
 
 def test_both_adds_z_scores():
@@ -220,36 +220,36 @@ def test_both_adds_z_scores():
     texts = ["Zebra oslo. Zebra ran. Nothing else. Void here."]
     cosines = np.array([0.1, 0.8, 0.9, 0.0])
     vectors = [[(c, math.sqrt(1 - c * c)) for c in cosines]]
-    maker = cosine_maker("both", vectors, *texts, budget=2)
+    builder = cosine_builder("hybrid", vectors, *texts, budget=2)
     zebra, oslo = (math.log(1 + 1 / 1) for _ in range(2))  # one passage
     overlap = np.array([zebra + oslo, zebra, 0.0, 0.0])
     total = sum((values - values.mean()) / values.std() for values in (overlap, cosines))
     assert (int(overlap.argmax()), int(cosines.argmax()), int(total.argmax())) == (0, 2, 1)
-    assert maker.contexts(["zebra oslo"], [[0]], np.array([EAST])) == ["Zebra ran."]
+    assert builder.contexts(["zebra oslo"], [[0]], np.array([EAST])) == ["Zebra ran."]
 
 
 def test_a_sentence_that_was_not_read_counts_as_average():
-    maker = cosine_maker("vectors", [[NORTH, UNREAD, EAST]], "Alpha ran. Beta ran. Gamma ran.", budget=4)
-    assert maker.contexts(["x"], [[0]], np.array([EAST])) == ["Beta ran. Gamma ran."]
+    builder = cosine_builder("dense", [[NORTH, UNREAD, EAST]], "Alpha ran. Beta ran. Gamma ran.", budget=4)
+    assert builder.contexts(["x"], [[0]], np.array([EAST])) == ["Beta ran. Gamma ran."]
 
 
 def test_equal_vectors_leave_the_choice_to_the_words():
-    maker = cosine_maker("both", [[EAST, EAST]], "Alpha ran. Zebra ran.", budget=2)
-    assert maker.contexts(["zebra"], [[0]], np.array([EAST])) == ["Zebra ran."]
+    builder = cosine_builder("hybrid", [[EAST, EAST]], "Alpha ran. Zebra ran.", budget=2)
+    assert builder.contexts(["zebra"], [[0]], np.array([EAST])) == ["Zebra ran."]
 
 
 def test_passages_are_asked_for_once_in_a_batch_and_only_the_top_k():
     asked = []
-    maker = cosine_maker("both", [[EAST]] * 3, "Alpha ran.", "Beta ran.", "Gamma ran.", top_k=2)
-    of = maker.sentence_vectors
-    maker.sentence_vectors = lambda rows: asked.append(list(rows)) or of(rows)
-    contexts = maker.contexts(["alpha", "beta"], [[1, 0, 2], [0, 1, 2]], np.array([EAST, EAST]))
+    builder = cosine_builder("hybrid", [[EAST]] * 3, "Alpha ran.", "Beta ran.", "Gamma ran.", top_k=2)
+    of = builder.sentence_vectors
+    builder.sentence_vectors = lambda rows: asked.append(list(rows)) or of(rows)
+    contexts = builder.contexts(["alpha", "beta"], [[1, 0, 2], [0, 1, 2]], np.array([EAST, EAST]))
     assert asked == [[0, 1]]
     assert contexts == ["Beta ran.\nAlpha ran.", "Alpha ran.\nBeta ran."]
 
 
 def test_nothing_found_asks_for_no_vectors():
-    assert cosine_maker("both", [], "Alpha.").contexts(["x"], [[]], np.array([EAST])) == [""]
+    assert cosine_builder("hybrid", [], "Alpha.").contexts(["x"], [[]], np.array([EAST])) == [""]
 
 
 def test_sentences_on_the_fly_are_those_kept_with_the_index(retriever_path, tmp_path):
@@ -271,7 +271,7 @@ def test_sentences_on_the_fly_are_those_kept_with_the_index(retriever_path, tmp_
 
 def test_an_unknown_filter_is_refused():
     with pytest.raises(ValueError, match="overlap, vectors, both"):
-        ContextMaker(Passages([], [], []), count_words, top_k=1, budget=1, score_by="magic")
+        ContextBuilder(Passages([], [], []), count_words, top_k=1, budget=1, score_by="magic")
 
 
 def test_budget_is_counted_in_the_tokens_of_the_generator(generator_path):
@@ -281,21 +281,21 @@ def test_budget_is_counted_in_the_tokens_of_the_generator(generator_path):
     lengths = [len(generator.tokenizer.encode(f" {sentence}")) for sentence in sentences]
     both = lengths[0] + lengths[1]
     for budget, kept in ((both, sentences[:2]), (both - 1, sentences[:1])):
-        maker = maker_of(text, budget=budget, count_tokens=generator.count_tokens)
-        assert maker.context("unrelated", [0]) == " ".join(kept)
+        builder = builder_of(text, budget=budget, count_tokens=generator.count_tokens)
+        assert builder.context("unrelated", [0]) == " ".join(kept)
 
 
 # ---- positives and hard negatives ----
 
 
 def test_answers_are_found_as_whole_normalised_words():
-    maker = maker_of("It was The Red-Fox, in 1815!", "A redfox.")
-    assert maker.holds_answer(0, ["redfox"])  # the SQuAD normaliser drops hyphens
-    assert maker.holds_answer(0, ["nothing", "a 1815."])
-    assert not maker.holds_answer(0, ["181"])
-    assert not maker.holds_answer(1, ["fox"])
-    assert not maker.holds_answer(0, ["the", ""])
-    assert not maker.holds_answer(0, [])
+    builder = builder_of("It was The Red-Fox, in 1815!", "A redfox.")
+    assert builder.holds_answer(0, ["redfox"])  # the SQuAD normaliser drops hyphens
+    assert builder.holds_answer(0, ["nothing", "a 1815."])
+    assert not builder.holds_answer(0, ["181"])
+    assert not builder.holds_answer(1, ["fox"])
+    assert not builder.holds_answer(0, ["the", ""])
+    assert not builder.holds_answer(0, [])
 
 
 @pytest.mark.parametrize(
@@ -312,13 +312,13 @@ def test_answers_are_found_as_whole_normalised_words():
     ],
 )
 def test_positive_is_gold_else_the_best_answer_holder_else_none(gold, ranking, answers, positive):
-    maker = maker_of("A red fox.", "A blue river.", "The red owl.", "Nothing.")
-    assert maker.positive(gold, ranking, answers) == positive
+    builder = builder_of("A red fox.", "A blue river.", "The red owl.", "Nothing.")
+    assert builder.positive(gold, ranking, answers) == positive
 
 
 def negatives_of(ranking, *, holders=(), positive=-1, count=1):
     texts = ["The zebra." if row in holders else "Nothing." for row in range(max(ranking) + 1)]
-    return maker_of(*texts, hard_negatives=count).negatives(positive, [ranking], ["zebra"])
+    return builder_of(*texts, hard_negatives=count).negatives(positive, [ranking], ["zebra"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 50])
@@ -343,8 +343,8 @@ def test_negatives_hold_no_answer_and_are_not_the_positive(ranking, holders, pos
 
 
 def test_negatives_of_two_rankings_come_from_both_in_turn_and_once_each():
-    maker = maker_of(*["Nothing."] * 20, hard_negatives=4)
-    assert maker.negatives(5, [list(range(10)), [9, 8, 7, 3, 5, 6, 4, 0]], ["zebra"]) == [3, 4, 6, 7]
+    builder = builder_of(*["Nothing."] * 20, hard_negatives=4)
+    assert builder.negatives(5, [list(range(10)), [9, 8, 7, 3, 5, 6, 4, 0]], ["zebra"]) == [3, 4, 6, 7]
 
 
 # ---- the contexts table ----
@@ -391,11 +391,11 @@ def attached(
     **limits,
 ):
     index = index or index_of()
-    maker = ContextMaker(index.passages, count_words, **{"top_k": 2, "budget": 6, "hard_negatives": 2} | limits)
+    builder = ContextBuilder(index.passages, count_words, **{"top_k": 2, "budget": 6, "hard_negatives": 2} | limits)
     return attach_contexts(
         questions() if asked is None else asked,
         search=lambda texts: Searcher(index, None, encode=encode, mode="dense").search(texts, SEARCH_DEPTH),
-        maker=maker,
+        builder=builder,
         fingerprint=fingerprint,
         batch_size=batch_size,
         noise=noise,
@@ -477,7 +477,7 @@ def test_progress_is_told_of_each_batch():
         search=lambda texts: Searcher(
             index, None, encode=lambda asked: on_circle([ANGLES[text] for text in asked]), mode="dense"
         ).search(texts, 60),
-        maker=ContextMaker(index.passages, count_words, top_k=2, budget=6),
+        builder=ContextBuilder(index.passages, count_words, top_k=2, budget=6),
         fingerprint="name",
         batch_size=3,
         progress=told.append,

@@ -27,7 +27,7 @@ def load(questions, **options):
         "eval_share": 0.1,
         "skip_bad_rows": False,
         "seed": 1,
-        "say": lambda text: None,
+        "info": lambda text: None,
     } | options
     return load_corpus(
         questions=str(questions),
@@ -128,7 +128,7 @@ def test_contexts_are_found_by_their_text_in_a_passage_file_with_ids_of_its_own(
     rows[0]["context"] = "A text that the passage file does not have."
     said = []
     corpus = load(
-        write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", QUESTIONS[4:6]), say=said.append
+        write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", QUESTIONS[4:6]), info=said.append
     )
     assert corpus.questions["passage_id"][:] == [None, *(row["passage_id"] for row in QUESTIONS[1:4])]
     assert any("1 of 4 questions are not among the passages" in text for text in said)
@@ -216,7 +216,7 @@ def test_bad_rows_stop_the_run_or_are_told_once_for_each_file(write):
     with pytest.raises(InputError, match="q.jsonl, line 5: empty question.*--skip_bad_rows"):
         load(questions, **files)
     said = []
-    corpus = load(questions, **files, skip_bad_rows=True, say=said.append)
+    corpus = load(questions, **files, skip_bad_rows=True, info=said.append)
     assert [len(table) for table in (corpus.questions, corpus.eval_questions, corpus.passages)] == [4, 2, 20]
     assert [
         name in text and "1 row skipped" in text
@@ -230,6 +230,6 @@ def test_a_held_out_file_reports_its_bad_rows_once(write, passages):
         write("q.jsonl", [*QUESTIONS, {"question": "", "answers": ["y"]}]),
         passages=passages,
         skip_bad_rows=True,
-        say=said.append,
+        info=said.append,
     )
     assert len(said) == 1

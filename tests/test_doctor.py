@@ -27,9 +27,10 @@ from cozyrag.models.prompts import encode_examples
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair
 from cozyrag.preflight import loss_check
-from cozyrag.preflight.loss_check import Term, check_terms, findings_table, one_line, refuse, small_batch
+from cozyrag.preflight.loss_check import Term, check_terms, findings_table, one_line, small_batch
 from cozyrag.preflight.pair_check import check_pair
 from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.runtime.distributed import refuse
 from cozyrag.training import retriever_phase
 from cozyrag.training.generator_phase import generator_step
 from cozyrag.training.micro_batches import Cut
@@ -103,7 +104,7 @@ def test_every_active_term_of_a_healthy_pair_moves_its_model_and_comes_down(gene
     ]
     for finding in found.values():
         size = {"generator": 28, "retriever": 21}[finding.term.model]
-        assert (finding.moved, finding.tensors, finding.still, finding.strangers) == (size, size, (), ())
+        assert (finding.moved, finding.tensors, finding.still, finding.foreign) == (size, size, (), ())
         assert finding.lowered is True and finding.verdict == "ok" and finding.fault is None
         assert 0 < finding.value < 100 and 0 < finding.norm < 100
     assert POOLER in dict(retriever.model.named_parameters())  # so that 21 is all but the pooler's two
@@ -273,7 +274,7 @@ def test_a_pooler_that_gets_a_gradient_is_caught(generator, retriever, monkeypat
     assert check(generator, retriever)["contrastive loss"].fault is None  # frozen, it cannot get one
     pooler.requires_grad_(True)
     finding = check(generator, retriever)["contrastive loss"]
-    assert finding.strangers == (f"retriever: {POOLER}",) and (finding.moved, finding.tensors) == (21, 21)
+    assert finding.foreign == (f"retriever: {POOLER}",) and (finding.moved, finding.tensors) == (21, 21)
     assert POOLER in finding.fault and finding.verdict == "FAULT"
     assert POOLER in findings_table([finding]).splitlines()[-1]
 
@@ -281,14 +282,14 @@ def test_a_pooler_that_gets_a_gradient_is_caught(generator, retriever, monkeypat
 def test_a_retriever_loss_that_reaches_the_generator_is_caught(generator, retriever, monkeypatch):
     sabotage_contrastive(monkeypatch, lambda loss: loss + weight(generator.model, "transformer.ln_f.bias").sum())
     finding = check(generator, retriever)["contrastive loss"]
-    assert finding.strangers == ("generator: transformer.ln_f.bias",) and "ln_f.bias" in finding.fault
+    assert finding.foreign == ("generator: transformer.ln_f.bias",) and "ln_f.bias" in finding.fault
 
 
 def test_a_generator_loss_that_reaches_the_retriever_instead_is_caught(generator, retriever, monkeypatch):
     away = next(parameter for parameter in retriever.model.parameters() if parameter.requires_grad)
     monkeypatch.setattr(TokenLosses, "forward", lambda self, **batch: away.sum().unsqueeze(0))
     finding = check(generator, retriever)["cross-entropy"]
-    assert len(finding.strangers) == 1 and finding.moved == 0 and "retriever: " in finding.fault
+    assert len(finding.foreign) == 1 and finding.moved == 0 and "retriever: " in finding.fault
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -320,7 +321,7 @@ def test_a_feedback_that_is_detached_or_reaches_the_generator_is_caught(generato
     assert finding.moved == 0 and finding.fault.endswith("or --feedback_weight 0.")
     spoil.append(lambda loss: loss + weight(generator.model, "transformer.ln_f.bias").sum())
     finding = check(generator, retriever, "--feedback_weight", "1")["generator feedback"]
-    assert finding.strangers == ("generator: transformer.ln_f.bias",) and finding.fault
+    assert finding.foreign == ("generator: transformer.ln_f.bias",) and finding.fault
 
 
 def test_the_feedback_is_the_generators_on_each_question_and_two_passages(generator, retriever, monkeypatch):
@@ -436,7 +437,7 @@ def arguments(corpus_files, generator_path, retriever_path, tmp_path):
     """Settings of a run of two steps a phase, as strings."""
     files = [part for name, path in corpus_files.items() for part in (f"--{name}", path)]
     small = ["--generator_steps", 2, "--retriever_steps", 2, "--generator_batch_size", 4, "--retriever_batch_size", 4]
-    rest = ["--rounds", 1, "--answer_tokens", 2, "--max_eval_questions", 4, "--gate", "off", "--use_cpu"]
+    rest = ["--rounds", 1, "--answer_tokens", 2, "--max_eval_questions", 4, "--rollback", "off", "--use_cpu"]
     models = ["--generator", generator_path, "--retriever", retriever_path, "--context_tokens", 32, "--threads", 1]
     return list(map(str, [*files, *models, *small, *rest, "--output_dir", tmp_path / "out"]))
 
@@ -475,7 +476,7 @@ def test_a_run_with_a_fault_ends_before_its_first_round(arguments, tmp_path, mon
         run.train(arguments)
     (row,) = metrics(tmp_path / "out", "self-test")
     assert [term["verdict"] for term in row["terms"]] == ["ok", "FAULT"]
-    assert metrics(tmp_path / "out", "examined") == []
+    assert metrics(tmp_path / "out", "evaluation") == []
     run.train([*arguments[:-1], str(tmp_path / "other"), "--retriever_steps", "0"])  # the way out that was named
 
 
@@ -484,7 +485,7 @@ def test_a_resumed_run_and_one_that_only_examines_do_not_test_again(arguments, t
     assert metrics(tmp_path / "out", "self-test") == []
     monkeypatch.setattr(run, "self_test", lambda rounds: pytest.fail("tested again"))
     run.train([*arguments, "--resume"])
-    assert len(metrics(tmp_path / "out", "examined")) == 2
+    assert len(metrics(tmp_path / "out", "evaluation")) == 2
 
 
 # ---- cozyrag doctor

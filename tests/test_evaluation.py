@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import cozyrag.evaluation.evaluation
 from cozyrag.evaluation.evaluation import VERDICTS as VERDICTS_KNOWN
-from cozyrag.evaluation.evaluation import choose_threshold, examine, prompt_key, summarize, table
+from cozyrag.evaluation.evaluation import choose_threshold, evaluate_pair, prompt_key, summarize, table
 from cozyrag.evaluation.metrics import bootstrap_interval
 from cozyrag.models.generator import Decoding, Written
 from cozyrag.retrieval.contexts import CONTEXT_FEATURES
@@ -27,13 +27,13 @@ CASES = [
     (["1815", "year 1816"], "1816", 6, False),  # F1: the better reference, precision 1, recall 1/2 -> 2/3
     (["stone"], "", 4, False),  # in the top 4, and yet not in the context
     ([], "", None, False),  # no answer there is, and none was given
-    (["right"], "wrong", None, False),
+    (["correct"], "wrong", None, False),
     (["tower"], "wrong", 21, False),
     (["lamp"], "wrong", 11, False),  # beyond the cutoff of MRR@10, within recall@20
 ]
 VERDICTS = [
-    "right", "reader missed", "retrieval missed", "filter dropped it",
-    "right", "retrieval missed", "retrieval missed", "retrieval missed",
+    "correct", "reader error", "retrieval miss", "context miss",
+    "correct", "retrieval miss", "retrieval miss", "retrieval miss",
 ]  # fmt: skip
 SUMMARY = {
     "questions": 8,
@@ -83,13 +83,13 @@ class FixedAnswers:
         return [Written(self.cases[int(question.split()[1][:-1])][1], 0.75, 0.25) for question in questions]
 
 
-def examined(cases=CASES, **options):
+def evaluated(cases=CASES, **options):
     generator = FixedAnswers()
-    return generator, *examine(Accelerator(cpu=True), generator, contexts_of(cases), **(OPTIONS | options))
+    return generator, *evaluate_pair(Accelerator(cpu=True), generator, contexts_of(cases), **(OPTIONS | options))
 
 
 def test_summary_by_hand():
-    _, summary, _ = examined()
+    _, summary, _ = evaluated()
     assert {name: value for name, value in summary.items() if "interval" not in name} == pytest.approx(
         SUMMARY, abs=0.0051
     )
@@ -97,16 +97,16 @@ def test_summary_by_hand():
 
 
 def test_intervals_are_those_of_em_and_f1_in_percent():
-    _, summary, rows = examined()
+    _, summary, rows = evaluated()
     for name in ("em", "f1"):
         low, high = bootstrap_interval(np.array([row[name] for row in rows]))
         assert summary[f"{name}_interval"] == pytest.approx([100 * low, 100 * high], abs=0.0051)
         assert summary[f"{name}_interval"][0] < summary[name] < summary[f"{name}_interval"][1]
-    assert examined(CASES[:1])[1]["em_interval"] == [100.0, 100.0]
+    assert evaluated(CASES[:1])[1]["em_interval"] == [100.0, 100.0]
 
 
 def test_rows_by_hand():
-    _, _, rows = examined()
+    _, _, rows = evaluated()
     assert [row["id"] for row in rows] == [f"q{number}" for number in range(8)]
     assert [row["prediction"] for row in rows] == [prediction for _, prediction, _, _ in CASES]
     assert [row["em"] for row in rows] == [1, 0, 0, 0, 1, 0, 0, 0]
@@ -118,21 +118,21 @@ def test_rows_by_hand():
     assert rows[1] == {
         "id": "q1", "question": "Question 1?", "answers": ["blue river bank"], "prediction": "blue river", "score": 0.75, "silence": 0.25, "em": 0.0,
         "f1": pytest.approx(0.8), "recall@1": 0.0, "recall@5": 1.0, "recall@20": 1.0, "mrr@10": pytest.approx(1 / 3),
-        "ndcg@10": pytest.approx(1 / 2), "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader missed",
+        "ndcg@10": pytest.approx(1 / 2), "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader error",
     }  # fmt: skip
 
 
 def test_verdicts_say_where_it_went_wrong():
-    assert [row["verdict"] for row in examined()[2]] == VERDICTS
+    assert [row["verdict"] for row in evaluated()[2]] == VERDICTS
 
 
-@pytest.mark.parametrize(("top_k", "verdict"), [(5, "retrieval missed"), (6, "filter dropped it")])
+@pytest.mark.parametrize(("top_k", "verdict"), [(5, "retrieval miss"), (6, "context miss")])
 def test_found_means_among_the_top_k(top_k, verdict):
-    assert examined(top_k=top_k)[2][2]["verdict"] == verdict
+    assert evaluated(top_k=top_k)[2][2]["verdict"] == verdict
 
 
 def test_generator_is_asked_with_the_contexts_and_budgets():
-    generator, _, _ = examined()
+    generator, _, _ = evaluated()
     asked = sorted(pair for batch in generator.asked for pair in batch)
     assert asked == [(f"Question {number}?", f"Context {number}.") for number in range(8)]
     assert [len(batch) for batch in generator.asked] == [3, 3, 2]
@@ -156,13 +156,13 @@ def test_batches_are_of_like_length_and_the_same_for_any_number_of_processes(mon
     longer = table[:] | {"context": ["x" * (number * 5 % 8) for number in range(8)]}
     table = Dataset.from_dict(longer, features=CONTEXT_FEATURES)
     alone = FixedAnswers()
-    result = examine(Accelerator(cpu=True), alone, table, **OPTIONS)
+    result = evaluate_pair(Accelerator(cpu=True), alone, table, **OPTIONS)
     lengths = [[len(context) for _, context in batch] for batch in alone.asked]
     assert [length for batch in lengths for length in batch] == sorted(range(8), reverse=True)
     first = [(prompt_key(*each), Written(CASES[at][1], 0.75, 0.25)) for at, each in enumerate(prompts_of(table))]
     monkeypatch.setattr(cozyrag.evaluation.evaluation, "gather_object", lambda mine: [*first, *mine])
     second = FixedAnswers()
-    assert examine(Second(), second, table, **OPTIONS) == result
+    assert evaluate_pair(Second(), second, table, **OPTIONS) == result
     assert second.asked == alone.asked[1::2]
 
 
@@ -173,34 +173,34 @@ def prompts_of(table):
 def test_what_was_written_before_is_not_asked_again():
     """The same prompt gives the same answer; only prompts that are new go through the generator, and each once."""
     table, known, generator = contexts_of(CASES), {}, FixedAnswers()
-    first = examine(Accelerator(cpu=True), generator, table, known=known, **OPTIONS)
+    first = evaluate_pair(Accelerator(cpu=True), generator, table, known=known, **OPTIONS)
     assert len(known) == 8 and len(generator.asked) == 3
-    assert examine(Accelerator(cpu=True), generator, table, known=known, **OPTIONS) == first
+    assert evaluate_pair(Accelerator(cpu=True), generator, table, known=known, **OPTIONS) == first
     assert len(generator.asked) == 3  # not a single pass
     changed = [
         f"Another context {number}." if number in (2, 5) else text for number, text in enumerate(table["context"])
     ]
     other = Dataset.from_dict(table[:] | {"context": changed}, features=CONTEXT_FEATURES)
-    _, rows = examine(Accelerator(cpu=True), generator, other, known=known, **OPTIONS)
+    _, rows = evaluate_pair(Accelerator(cpu=True), generator, other, known=known, **OPTIONS)
     assert sorted(generator.asked[3]) == [("Question 2?", "Another context 2."), ("Question 5?", "Another context 5.")]
     assert len(generator.asked) == 4 and [row["context"] for row in rows] == changed
     twice = Dataset.from_dict({name: column + column for name, column in table[:].items()}, features=CONTEXT_FEATURES)
     generator = FixedAnswers()
-    assert len(examine(Accelerator(cpu=True), generator, twice, **OPTIONS)[1]) == 16
+    assert len(evaluate_pair(Accelerator(cpu=True), generator, twice, **OPTIONS)[1]) == 16
     assert sum(map(len, generator.asked)) == 8
 
 
 def test_silence_above_the_threshold_is_taken_from_the_same_answers():
     known, generator = {}, FixedAnswers()
     for threshold, expected in ((0.3, "the red fox!"), (0.2, "")):
-        _, rows = examine(Accelerator(cpu=True), generator, contexts_of(CASES), known=known, no_answer_threshold=threshold, **OPTIONS)  # fmt: skip
+        _, rows = evaluate_pair(Accelerator(cpu=True), generator, contexts_of(CASES), known=known, no_answer_threshold=threshold, **OPTIONS)  # fmt: skip
         assert rows[0]["prediction"] == expected
     assert len(generator.asked) == 3 and generator.options["min_new_tokens"] == 1
 
 
 def test_summary_is_made_of_the_rows():
-    rows = examined()[2]
-    assert summarize(rows) == examined()[1]
+    rows = evaluated()[2]
+    assert summarize(rows) == evaluated()[1]
     assert summarize(rows[:1])["f1"] == 100.0
     assert summarize(rows[:2])["f1"] == 90.0
     assert summarize(rows[:3])["f1"] == 82.22
@@ -266,8 +266,8 @@ def test_without_questions_that_have_no_answer_it_always_answers():
 
 def test_silence_and_answers_to_the_unanswerable_have_their_verdicts():
     cases = [(["Red Fox"], "", 1, True), ([], "wrong", None, False), ([], "", None, False)]
-    _, rows = examine(Accelerator(cpu=True), FixedAnswers(cases), contexts_of(cases), **OPTIONS)
-    assert [row["verdict"] for row in rows] == ["kept silent", "answered the unanswerable", "right"]
+    _, rows = evaluate_pair(Accelerator(cpu=True), FixedAnswers(cases), contexts_of(cases), **OPTIONS)
+    assert [row["verdict"] for row in rows] == ["abstained", "answered an unanswerable question", "correct"]
 
 
 def test_a_right_answer_in_another_form_is_told_from_a_wrong_one():
@@ -276,12 +276,12 @@ def test_a_right_answer_in_another_form_is_told_from_a_wrong_one():
         (["U.S. Navy"], "u. s. navy", None, False),
         (["1815"], "in 1815", 1, True),
     ]
-    _, rows = examine(Accelerator(cpu=True), FixedAnswers(cases), contexts_of(cases), **OPTIONS)
+    _, rows = evaluate_pair(Accelerator(cpu=True), FixedAnswers(cases), contexts_of(cases), **OPTIONS)
     assert [row["em"] for row in rows] == [0, 0, 0]
-    assert [row["verdict"] for row in rows] == ["formatting only", "formatting only", "reader missed"]
+    assert [row["verdict"] for row in rows] == ["format mismatch", "format mismatch", "reader error"]
     assert {row["verdict"] for row in rows} <= set(VERDICTS_KNOWN)
 
 
 def test_rows_of_an_older_version_are_summed_with_what_they_hold():
-    rows = [{name: value for name, value in row.items() if name != "ndcg@10"} for row in examined()[2]]
-    assert summarize(rows) == {name: value for name, value in examined()[1].items() if name != "ndcg@10"}
+    rows = [{name: value for name, value in row.items() if name != "ndcg@10"} for row in evaluated()[2]]
+    assert summarize(rows) == {name: value for name, value in evaluated()[1].items() if name != "ndcg@10"}

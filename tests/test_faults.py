@@ -17,13 +17,14 @@ from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retrieval.passage_index import FILES, PassageIndex, made_by
-from cozyrag.run import _peers_lost, train
+from cozyrag.run import train
 from cozyrag.runtime.atomic_files import damage
 from cozyrag.runtime.signals import Interrupted
 from cozyrag.training import generator_phase
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.micro_batches import Cut, load_of
-from cozyrag.training.trainer import StepReport, Watcher, run_phase
+from cozyrag.training.setup import peers_lost
+from cozyrag.training.trainer import PhaseCallback, StepReport, run_phase
 
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
 
@@ -156,8 +157,8 @@ def spoil(monkeypatch, spoilt, function="generator_step"):
 def test_a_bad_step_is_skipped_counted_and_logged(short_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     spoil(monkeypatch, {2, 4})
-    train([*short_run, "--output_dir", str(out), "--max_bad_steps", "2", "--retriever_steps", "0"])
-    assert [(row["step"], row["in_a_row"], row["loss"]) for row in rows(out, "bad step")] == [
+    train([*short_run, "--output_dir", str(out), "--max_skipped_steps", "2", "--retriever_steps", "0"])
+    assert [(row["step"], row["in_a_row"], row["loss"]) for row in rows(out, "skipped step")] == [
         (2, 1, "nan"),
         (4, 1, "nan"),
     ]
@@ -165,21 +166,21 @@ def test_a_bad_step_is_skipped_counted_and_logged(short_run, tmp_path, monkeypat
     assert [row["step"] for row in steps] == [2, 4, 5] and all(row["loss"] > 0 for row in steps)
     weights = Generator.load(str(out / "generator")).model.state_dict()
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    assert not (out / "bad-steps").exists()
+    assert not (out / "skipped-steps").exists()
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_leave_the_batch(short_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     spoil(monkeypatch, {2, 3})
     with pytest.raises(InputError, match="2 steps of the generator in a row.*--generator_learning_rate"):
-        train([*short_run, "--output_dir", str(out), "--max_bad_steps", "2"])
-    (batch,) = (out / "bad-steps").iterdir()
+        train([*short_run, "--output_dir", str(out), "--max_skipped_steps", "2"])
+    (batch,) = (out / "skipped-steps").iterdir()
     content = json.loads(batch.read_text())
     assert batch.name == "round-001-generator-000003.json" and content["loss"] == "nan" and len(content["rows"]) == 8
     assert "\nQuestion: " in content["rows"][0]["text"]
 
 
-class Notes(Watcher):
+class Notes(PhaseCallback):
     """Keeps what it is told."""
 
     def __init__(self):
@@ -188,11 +189,11 @@ class Notes(Watcher):
     def after_step(self, report: StepReport) -> None:
         self.reports.append(report)
 
-    def bad_step(self, report, gradient_norm, rows):
+    def skipped_step(self, report, gradient_norm, rows):
         self.bad.append((report.step, gradient_norm, rows()))
 
     def out_of_memory(self, cut):
-        self.cut.append(cut.tokens or cut.pieces)
+        self.cut.append(cut.tokens or cut.micro_batches)
 
 
 def phase(take_step, *, accelerator=None, rows=4, steps=3, show=lambda number: [], **cutting):
@@ -211,7 +212,7 @@ def phase(take_step, *, accelerator=None, rows=4, steps=3, show=lambda number: [
         settings=TrainingSettings(warmup_ratio=0.0),
         learning_rate=0.1,
         round_number=1,
-        watcher=notes,
+        callback=notes,
         show=show,
         quiet=True,
         **cutting,
@@ -242,10 +243,10 @@ def test_out_of_memory_cuts_the_step_and_keeps_its_rows(error):
     tried = []
 
     def take_step(weight, number, cut):
-        tried.append((number, cut.pieces))
+        tried.append((number, cut.micro_batches))
         assert weight.grad is None or not weight.grad.any()  # nothing is left of the attempt that failed
         weight.grad = torch.ones_like(weight)
-        if cut.pieces < 4 and number == 1:
+        if cut.micro_batches < 4 and number == 1:
             raise error
         return {"loss": 1.0}
 
@@ -309,7 +310,7 @@ def test_a_run_short_of_memory_ends_as_one_with_smaller_micro_batches_and_keeps_
     real = generator_phase.generator_step
 
     def hungry(accelerator, module, examples, *, cut, **options):
-        if load_of([len(each.input_ids) for each in examples], cut).pieces < 4:
+        if load_of([len(each.input_ids) for each in examples], cut).micro_batches < 4:
             raise RuntimeError(NO_MEMORY)
         return real(accelerator, module, examples, cut=cut, **options)
 
@@ -323,7 +324,7 @@ def test_a_run_short_of_memory_ends_as_one_with_smaller_micro_batches_and_keeps_
             train([*small, "--output_dir", str(tmp_path / "out")])
     train([*small, "--output_dir", str(tmp_path / "out")])  # no lack of memory now: what there was is remembered
     told = rows(tmp_path / "out", "out of memory")
-    assert [row["pieces"] for row in told] == [2, 4] if given else [row["tokens"] for row in told][0] < 300
+    assert [row["micro_batches"] for row in told] == [2, 4] if given else [row["tokens"] for row in told][0] < 300
     four, cut = (load_file(tmp_path / name / "generator" / "model.safetensors") for name in ("four", "out"))
     for name, weight in four.items():
         torch.testing.assert_close(cut[name], weight, atol=0 if given else 1e-5, rtol=0)
@@ -336,7 +337,7 @@ def test_a_lost_process_is_told_in_one_sentence():
     with pytest.raises(
         InputError, match="Another process of this run has ended.*Connection closed by peer.*last checkpoint"
     ):
-        with _peers_lost():
+        with peers_lost():
             raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="something else"), _peers_lost():
+    with pytest.raises(RuntimeError, match="something else"), peers_lost():
         raise RuntimeError("something else")

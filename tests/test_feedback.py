@@ -7,7 +7,7 @@ from datasets import Dataset
 from tiny import corpus
 
 from cozyrag.models.generator import Generator
-from cozyrag.retrieval.contexts import CONTEXT_FEATURES, ContextMaker
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, ContextBuilder
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.lm_feedback import answer_likelihoods
 
@@ -38,14 +38,14 @@ def table():
     return Dataset.from_list(rows, features=CONTEXT_FEATURES), Passages.of(Dataset.from_list(passages))
 
 
-def judge(generator, table, folder, *, passages=2):
+def decide(generator, table, folder, *, passages=2):
     contexts, columns = table
-    maker = ContextMaker(columns, generator.count_tokens, top_k=3, budget=64)
+    builder = ContextBuilder(columns, generator.count_tokens, top_k=3, budget=64)
     return answer_likelihoods(
         Accelerator(cpu=True),
         generator,
         contexts,
-        maker,
+        builder,
         lambda texts: np.zeros((len(texts), 2), dtype=np.float32),
         passages=passages,
         context_tokens=64,
@@ -55,14 +55,14 @@ def judge(generator, table, folder, *, passages=2):
 
 
 def test_each_number_is_that_of_its_question_and_its_passage(generator, table, tmp_path):
-    likelihoods = judge(generator, table, tmp_path)
+    likelihoods = decide(generator, table, tmp_path)
     contexts, columns = table
     assert likelihoods.shape == (7, 2) and likelihoods.dtype == np.float32
     assert np.isnan(likelihoods[0]).all()  # a question without an answer
-    maker = ContextMaker(columns, generator.count_tokens, top_k=1, budget=64)
+    builder = ContextBuilder(columns, generator.count_tokens, top_k=1, budget=64)
     for row in range(1, 7):
         for place, passage in enumerate(contexts[row]["rows"][:2]):
-            context = maker.context(contexts[row]["question"], [passage])
+            context = builder.context(contexts[row]["question"], [passage])
             (alone,) = generator.log_likelihoods(
                 [contexts[row]["question"]], [context], [contexts[row]["answers"][0]], context_tokens=64
             )
@@ -70,12 +70,12 @@ def test_each_number_is_that_of_its_question_and_its_passage(generator, table, t
 
 
 def test_likelihoods_are_read_again_until_a_weight_or_the_table_changes(generator, table, tmp_path, monkeypatch):
-    first = judge(generator, table, tmp_path)
+    first = decide(generator, table, tmp_path)
     compute = Generator.log_likelihoods
     monkeypatch.setattr(Generator, "log_likelihoods", None)  # a call would fail
-    np.testing.assert_array_equal(judge(generator, table, tmp_path), first)
+    np.testing.assert_array_equal(decide(generator, table, tmp_path), first)
     monkeypatch.setattr(Generator, "log_likelihoods", compute)
     generator.model.get_input_embeddings().weight.data *= 1.5
-    assert not np.array_equal(judge(generator, table, tmp_path), first, equal_nan=True)
-    assert judge(generator, table, tmp_path, passages=3).shape == (7, 3)
+    assert not np.array_equal(decide(generator, table, tmp_path), first, equal_nan=True)
+    assert decide(generator, table, tmp_path, passages=3).shape == (7, 3)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3

@@ -1,22 +1,22 @@
 """Reading a run's folder again: what is found, what is refused, and rows taken at even distances."""
 
-import examined
+import evaluated
 import pytest
 
 from cozyrag.errors import InputError
-from cozyrag.reporting.run_reader import FinishedRun, examined_files, read_lines, spread
+from cozyrag.reporting.run_reader import FinishedRun, evaluation_files, read_lines, spread
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
-    rounds = [[examined.row(1, em=0)], [examined.row(1, em=1)]]
-    run = FinishedRun.read(examined.write_run(tmp_path / "run", rounds, seed=7))
-    assert run.examined == dict(enumerate(rounds)) and run.last == 1
-    assert run.settings["seed"] == 7 and run.metrics == examined.METRICS
+    rounds = [[evaluated.row(1, em=0)], [evaluated.row(1, em=1)]]
+    run = FinishedRun.read(evaluated.write_run(tmp_path / "run", rounds, seed=7))
+    assert run.evaluated == dict(enumerate(rounds)) and run.last == 1
+    assert run.settings["seed"] == 7 and run.metrics == evaluated.METRICS
     assert [row["seconds"] for row in run.rows("time")] == [30.0, 60.0]
 
 
 def test_a_run_without_metrics_or_settings_is_read_too(tmp_path):
-    folder = examined.write_run(tmp_path / "run", [[examined.row(1, em=0)]])
+    folder = evaluated.write_run(tmp_path / "run", [[evaluated.row(1, em=0)]])
     (folder / "metrics.jsonl").unlink()
     (folder / "settings.json").unlink()
     run = FinishedRun.read(str(folder))
@@ -24,7 +24,7 @@ def test_a_run_without_metrics_or_settings_is_read_too(tmp_path):
 
 
 def test_a_folder_without_examinations_is_refused(tmp_path):
-    assert examined_files(tmp_path) == {}
+    assert evaluation_files(tmp_path) == {}
     with pytest.raises(InputError, match="Expected examined questions in .*examined, found none"):
         FinishedRun.read(tmp_path)
 

@@ -11,103 +11,38 @@ import cozyrag
 
 PACKAGE = Path(cozyrag.__file__).parent
 ROOT = PACKAGE.parent
-TREES = {
-    path.stem: ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path.stem != "__init__" or path.parent == PACKAGE
-}
-# A module may import modules of the tiers above its own line, never of its own line or below.
-TIERS = (
-    (
-        "errors",
-        "assets",
-        "losses",
-        "metrics",
-        "fingerprints",
-        "sentences",
-        "penalties",
-        "constrained_decoding",
-        "gpt2_last_block",
-        "index_refresh",
-        "deduplication",
-        "hub_retry",
-        "hardware",
-        "curves",
-        "signals",
-    ),
-    (
-        "atomic_files",
-        "distributed",
-        "rows",
-        "streams",
-        "bm25",
-        "faiss_index",
-        "fsdp",
-        "int8_encoding",
-        "greedy_decoding",
-        "smollm2",
-        "precision",
-    ),
-    (
-        "readers",
-        "prompts",
-        "passage_index",
-        "tracking",
-        "retriever",
-        "run_reader",
-        "templates",
-        "plots",
-        "chunking",
-        "parsers",
-        "config_checks",
-    ),
-    ("passages", "batching", "hybrid", "documents", "model_cards"),
-    ("lora", "micro_batches"),
-    ("questions", "generator", "contexts", "ingest_worker"),
-    (
-        "corpus",
-        "evaluation",
-        "lm_feedback",
-        "pipeline",
-        "rollback",
-        "ingest_assemble",
-        "check_questions",
-        "vector_shards",
-    ),
-    ("config", "push", "compare", "ingest", "overlap_audit", "output_dir"),
-    ("trainer", "checkpointing", "html_report", "background_push"),
-    ("generator_phase", "retriever_phase"),
-    ("run_log", "loss_check", "environment", "pair_check"),
-    ("cost_model",),
-    ("gauges",),
-    ("callbacks", "run_retrieval"),
-    ("round_cache",),
-    ("rounds",),
-    ("phase_probe",),
-    ("probe",),
-    ("plan", "demo_app"),
-    ("run", "hf_space", "merge_adapter"),
-    ("build_index", "audit"),
-    ("cli",),
-)
-TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-MAY_KNOW_SETTINGS = {
+
+
+def _name(path):
+    """models.generator for cozyrag/models/generator.py; a package's __init__ has the package's name, the top one __init__."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+TREES = {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+MODULES = sorted(set(TREES) - ROOMS - {"__init__"})
+# Rooms and top-level modules, ground floor first: each imports those before it, never those after it.
+FLOORS = (
+    "errors",
+    "runtime",
+    "data",
+    "models",
+    "evaluation",
+    "retrieval",
+    "pair_file",
+    "pipeline",
+    "hub",
+    "reporting",
+    "config_checks",
+    "config",
+    "training",
+    "preflight",
     "run",
-    "trainer",
-    "generator_phase",
-    "retriever_phase",
-    "callbacks",
-    "loss_check",
-    "run_retrieval",
-    "round_cache",
-    "rounds",
-    "phase_probe",
-    "probe",
-    "plan",
-    "build_index",
-    "audit",
+    "commands",
     "cli",
-}
+)
+KNOW_SETTINGS = {"training", "preflight", "run", "commands"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
     "datasets.py",
@@ -123,16 +58,20 @@ def imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {
-                alias.name.rpartition(".")[2] if "." in alias.name else "__init__"
+                alias.name.partition(".")[2] or "__init__"
                 for alias in node.names
                 if alias.name.split(".")[0] == "cozyrag"
             }
-        elif isinstance(node, ast.ImportFrom) and node.module == "cozyrag":
-            found |= {alias.name if alias.name in TREES else "__init__" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cozyrag."):
-            modules = {alias.name for alias in node.names} & set(TREES)
-            found |= modules or {node.module.rpartition(".")[2]}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cozyrag":
+            place = node.module.partition(".")[2]
+            names = {f"{place}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= names & set(TREES) or {place or "__init__"}
     return found
+
+
+def room_of(module):
+    """The room of a module, or a top-level module itself."""
+    return module.split(".")[0]
 
 
 def calls(tree):
@@ -156,14 +95,28 @@ def calling(wanted):
 # ---- imports
 
 
-def test_the_table_of_tiers_names_every_module_once():
-    named = [name for tier in TIERS for name in tier]
-    assert len(named) == len(set(named)) and set(named) == set(TREES) - {"__init__"}
+def test_the_floors_name_every_room_and_top_level_module_once():
+    assert sorted(FLOORS) == sorted({room_of(name) for name in MODULES})
 
 
-@pytest.mark.parametrize("name", sorted(set(TREES) - {"__init__"}))
-def test_imports_go_to_earlier_tiers_only(name):
-    assert {other for other in imported(TREES[name]) - {"__init__"} if TIER[other] >= TIER[name]} == set()
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down_only(name):
+    own = FLOORS.index(room_of(name))
+    others = {other for other in imported(TREES[name]) - {"__init__"} if room_of(other) != room_of(name)}
+    assert {other for other in others if FLOORS.index(room_of(other)) >= own} == set()
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_modules_of_a_room_do_not_import_each_other_in_a_circle(room):
+    left = {name: imported(TREES[name]) for name in MODULES if room_of(name) == room}
+    while ready := [name for name, others in left.items() if not others & set(left)]:
+        for name in ready:
+            del left[name]
+    assert left == {}
+
+
+def test_rooms_import_nothing_by_themselves():
+    assert [room for room in ROOMS if TREES[room].body] == []
 
 
 def test_no_import_is_relative():
@@ -188,16 +141,17 @@ def test_from_the_package_itself_only_the_version_is_taken():
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "cozyrag"
         for alias in node.names
-        if alias.name not in TREES
+        if alias.name not in set(TREES) | ROOMS
     }
     assert taken <= {"__version__"}
 
 
 def test_settings_are_known_to_the_few_who_run_things():
-    assert {name for name, tree in TREES.items() if "config" in imported(tree)} <= MAY_KNOW_SETTINGS
+    knowing = {room_of(name) for name, tree in TREES.items() if "config" in imported(tree)}
+    assert knowing <= KNOW_SETTINGS
 
 
-def test_the_script_is_a_door_and_nothing_more():
+def test_the_script_is_an_entry_point_and_nothing_more():
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
     assert imported(tree) == {"cli", "run"}
     assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
@@ -207,31 +161,31 @@ def test_the_script_is_a_door_and_nothing_more():
 
 
 def test_only_the_phases_call_backward():
-    assert calling(lambda call: call[-1] == "backward") == {"generator_phase", "retriever_phase"}
+    assert calling(lambda call: call[-1] == "backward") == {"training.generator_phase", "training.retriever_phase"}
 
 
 def test_only_the_self_tests_take_gradients_aside():
-    assert calling(lambda call: call[-1] == "grad") == {"loss_check", "environment"}
+    assert calling(lambda call: call[-1] == "grad") == {"preflight.loss_check", "preflight.environment"}
 
 
 def test_only_the_trainer_steps_an_optimizer_or_makes_one():
     assert calling(
         lambda call: len(call) == 2 and call[-1] == "step" and any(word in call[0] for word in ("optim", "sched"))
-    ) == {"trainer"}
-    assert calling(lambda call: call[-1] in ("AdamW", "Adam", "SGD", "get_scheduler")) == {"trainer"}
+    ) == {"training.trainer"}
+    assert calling(lambda call: call[-1] in ("AdamW", "Adam", "SGD", "get_scheduler")) == {"training.trainer"}
 
 
-def test_only_run_constructs_an_accelerator():
-    assert calling(lambda call: call[-1] == "Accelerator") == {"run"}
+def test_only_the_setup_constructs_an_accelerator():
+    assert calling(lambda call: call[-1] == "Accelerator") == {"training.setup"}
 
 
 def test_only_the_index_attaches_faiss():
     attaching = ("search_batch", "add_faiss_index_from_external_arrays", "add_faiss_index")
-    assert calling(lambda call: call[-1] in attaching) == {"passage_index"}
+    assert calling(lambda call: call[-1] in attaching) == {"retrieval.passage_index"}
 
 
 def test_kinds_of_faiss_indexes_are_made_in_one_place_and_never_read_from_files():
-    assert calling(lambda call: call[-1] in ("IndexFlatIP", "IndexIVFPQ", "index_factory")) == {"faiss_index"}
+    assert calling(lambda call: call[-1] in ("IndexFlatIP", "IndexIVFPQ", "index_factory")) == {"retrieval.faiss_index"}
     assert calling(lambda call: call[-1] == "read_index") == set()
 
 
@@ -249,10 +203,10 @@ def test_only_the_uploader_talks_to_the_hub_to_write():
                 "delete_tag",
             )
         )
-    ) == {"push"}
+    ) == {"hub.push"}
 
 
-def test_only_the_doors_end_the_process():
+def test_only_the_command_line_ends_the_process():
     assert calling(lambda call: call[-1] in ("exit", "_exit", "quit")) == {"cli"}
 
 
@@ -273,12 +227,12 @@ def test_no_file_has_a_name_that_says_nothing_or_hides_a_package():
     ]
     sources += ROOT.glob("*.py")
     assert [str(path) for path in sources if path.name in FORBIDDEN_NAMES] == []
-    assert not set(TREES) & (
+    assert not {name.split(".")[-1] for name in MODULES if "." not in name} & (
         set(sys.stdlib_module_names) | {"torch", "faiss", "datasets", "evaluate", "accelerate", "transformers"}
     )
 
 
-@pytest.mark.parametrize("name", sorted(TREES))
+@pytest.mark.parametrize("name", MODULES)
 def test_every_module_opens_with_a_docstring(name):
     assert len((ast.get_docstring(TREES[name]) or "").split()) >= 5
 
@@ -288,7 +242,7 @@ def test_every_test_file_opens_with_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("name", sorted(TREES))
+@pytest.mark.parametrize("name", MODULES)
 def test_public_functions_and_classes_say_what_they_do(name):
     silent = [
         node.name
@@ -300,7 +254,7 @@ def test_public_functions_and_classes_say_what_they_do(name):
     assert silent == []
 
 
-@pytest.mark.parametrize("name", sorted(TREES))
+@pytest.mark.parametrize("name", MODULES)
 def test_no_broad_except_no_mutable_default_no_guessing(name):
     faults = []
     for node in ast.walk(TREES[name]):

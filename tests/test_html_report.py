@@ -3,7 +3,7 @@
 import re
 import shutil
 
-import examined
+import evaluated
 import numpy as np
 import pytest
 
@@ -11,20 +11,17 @@ pytest.importorskip("matplotlib")
 
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
-from cozyrag.reporting import (
-    html_report,  # noqa: E402
-    plots,  # noqa: E402
-)
-from cozyrag.reporting.html_report import certainties, measure_latency, report, samples, tell_report, write_report  # noqa: E402
+from cozyrag.reporting import html_report, plots  # noqa: E402
+from cozyrag.reporting.html_report import certainties, measure_latency, report, report_at_end, samples, write_report  # noqa: E402
 from cozyrag.reporting.run_reader import FinishedRun  # noqa: E402
 
 EVIL = "<script>alert(1)</script><img src=https://example.org/x.png>"
-BEFORE = [examined.row(number, em=0) for number in range(30)]
-AFTER = [examined.row(number, em=number < 20, score=0.1 + 0.8 * number / 29) for number in range(30)]
+BEFORE = [evaluated.row(number, em=0) for number in range(30)]
+AFTER = [evaluated.row(number, em=number < 20, score=0.1 + 0.8 * number / 29) for number in range(30)]
 
 
 def written(folder, rounds, **options):
-    return write_report(FinishedRun.read(examined.write_run(folder, rounds)), **options).read_text(encoding="utf-8")
+    return write_report(FinishedRun.read(evaluated.write_run(folder, rounds)), **options).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +65,13 @@ def test_the_page_is_one_file_that_asks_for_nothing(page):
 
 
 def test_strangers_text_is_escaped(tmp_path):
-    row = examined.row(0, em=0, question=EVIL, prediction=EVIL, answers=[EVIL], context=EVIL, verdict=EVIL)
+    row = evaluated.row(0, em=0, question=EVIL, prediction=EVIL, answers=[EVIL], context=EVIL, verdict=EVIL)
     page = written(tmp_path / EVIL.replace("/", ""), [[row]])
     assert "<script" not in page and "<img" not in page and page.count("&lt;script&gt;") >= 7
 
 
 def test_what_was_not_measured_is_left_out(tmp_path):
-    folder = examined.write_run(tmp_path / "run", [BEFORE], metrics=[])
+    folder = evaluated.write_run(tmp_path / "run", [BEFORE], metrics=[])
     (folder / "plots").mkdir()
     (folder / "plots" / "latency.png").touch()  # of an earlier report
     page = write_report(FinishedRun.read(folder)).read_text(encoding="utf-8")
@@ -83,12 +80,12 @@ def test_what_was_not_measured_is_left_out(tmp_path):
 
 
 def test_samples_show_each_verdict_and_the_answer_before(tmp_path):
-    verdicts = ["retrieval missed"] * 50 + ["reader missed"] * 2 + ["new"] + ["right"] * 50
-    after = [examined.row(n, em=verdict == "right", verdict=verdict) for n, verdict in enumerate(verdicts)]
-    before = [examined.row(n, em=0, prediction=f"old {n}") for n in range(len(verdicts))]
-    shown = samples(FinishedRun.read(examined.write_run(tmp_path / "run", [before, after])))
+    verdicts = ["retrieval miss"] * 50 + ["reader error"] * 2 + ["new"] + ["correct"] * 50
+    after = [evaluated.row(n, em=verdict == "correct", verdict=verdict) for n, verdict in enumerate(verdicts)]
+    before = [evaluated.row(n, em=0, prediction=f"old {n}") for n in range(len(verdicts))]
+    shown = samples(FinishedRun.read(evaluated.write_run(tmp_path / "run", [before, after])))
     counts = {verdict: sum(row["verdict"] == verdict for row in shown) for verdict in dict.fromkeys(verdicts)}
-    assert len(shown) <= html_report.SAMPLES and min(counts.values()) >= 1 and counts["reader missed"] == 2
+    assert len(shown) <= html_report.SAMPLES and min(counts.values()) >= 1 and counts["reader error"] == 2
     assert all(row["before"] == f"old {row['id'].removeprefix('q')}" for row in shown)
 
 
@@ -102,23 +99,23 @@ def run(tmp_path_factory, pair_folder):
     pair = CozyRAG.from_pretrained(folder)
     asked = [f"What colour is the fox {number}?" for number in (0, 12, 24)]
     rows = [
-        examined.row(
+        evaluated.row(
             number, em=0, question=question, prediction=answer.text, context=answer.context, score=answer.score
         )
         for number, (question, answer) in enumerate(zip(asked, pair.answers(asked), strict=True))
     ]
-    return examined.write_run(folder, [rows])
+    return evaluated.write_run(folder, [rows])
 
 
 def test_certainty_is_the_score_of_the_answer(run):
-    pair, rows = CozyRAG.from_pretrained(run), FinishedRun.read(run).examined[0]
+    pair, rows = CozyRAG.from_pretrained(run), FinishedRun.read(run).evaluated[0]
     scores, right = certainties(rows)
     assert scores.tolist() == pytest.approx([pair.answer(row["question"]).score for row in rows], rel=1e-4)
     assert right.tolist() == [0, 0, 0]
 
 
 def test_a_run_of_an_older_version_has_no_certainties():
-    assert certainties([examined.row(0, em=1)]) is None
+    assert certainties([evaluated.row(0, em=1)]) is None
 
 
 def test_latency_is_measured_question_by_question(run):
@@ -128,7 +125,7 @@ def test_latency_is_measured_question_by_question(run):
         def answer(self, question):
             asked.append(question)
 
-    rows = FinishedRun.read(run).examined[0]
+    rows = FinishedRun.read(run).evaluated[0]
     seconds = measure_latency(Clocked(), rows, 2)
     assert seconds.shape == (2,) and (seconds >= 0).all() and asked == [asked[0], asked[0], rows[1]["question"]]
 
@@ -140,7 +137,7 @@ def test_the_command_measures_and_writes(run):
 
 def test_a_run_that_ends_tells_where_its_report_is(run):
     (run / "report.html").unlink(missing_ok=True)
-    told = tell_report(run)
+    told = report_at_end(run)
     assert told == f"{run / 'report.html'} shows this run as a page with plots." and (run / "report.html").exists()
     assert (run / "plots" / "calibration.png").exists() and not (run / "plots" / "latency.png").exists()
 
@@ -150,13 +147,13 @@ def test_a_report_that_cannot_be_written_costs_the_run_nothing(run, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(html_report, "write_report", full)
-    told = tell_report(run)
+    told = report_at_end(run)
     assert told.startswith("No report.html ([Errno 28] No space left") and f"`cozyrag report {run}`" in told
 
 
 def test_without_matplotlib_a_run_says_how_to_get_it_and_the_command_refuses(run, monkeypatch):
     monkeypatch.setattr(plots, "plots_are_possible", lambda: False)
-    assert tell_report(run).startswith('With pip install "cozyrag[plots]"')
+    assert report_at_end(run).startswith('With pip install "cozyrag[plots]"')
     with pytest.raises(InputError, match=r"cozyrag\[plots\]"):
         report(run)
 

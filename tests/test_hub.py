@@ -229,7 +229,7 @@ class _Response:
 def test_waits_double_and_are_told(hub, folder):
     told = []
     hub.fail("me/rag/commit", "503", times=4)
-    push_pair(folder, REPO, say=told.append)
+    push_pair(folder, REPO, info=told.append)
     assert hub.waited == [1, 2, 4, 8]
     assert len(told) == 4 and "503" in told[0] and "trying again in 1 s" in told[0]
 
@@ -397,7 +397,7 @@ def test_a_run_is_told_before_it_begins_that_the_token_or_the_name_cannot_work(h
 def test_a_run_goes_on_when_the_hub_cannot_be_reached_yet(hub):
     hub.__exit__()
     told = []
-    assert refusal(REPO, say=told.append) is None
+    assert refusal(REPO, info=told.append) is None
     assert "The run goes on" in told[-1] and time.sleep is not None
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import tiny
 
-from cozyrag.commands.build_index import index
+from cozyrag.commands.index import index
 from cozyrag.errors import InputError
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.passage_index import PassageIndex, made_by, open_vectors
@@ -117,9 +117,9 @@ def test_only_new_and_changed_passages_are_encoded(tmp_path, retriever_path, enc
     tiny.write_jsonl(passages, later)
     run(passages, tmp_path / "index", retriever_path)
     assert len(encoded) == 6
-    anew = tmp_path / "anew"
-    run(passages, anew, retriever_path)
-    updated, fresh = loaded(tmp_path / "index", retriever_path), loaded(anew, retriever_path)
+    recompute = tmp_path / "anew"
+    run(passages, recompute, retriever_path)
+    updated, fresh = loaded(tmp_path / "index", retriever_path), loaded(recompute, retriever_path)
     assert updated.passages == fresh.passages
     np.testing.assert_allclose(updated.vectors, fresh.vectors, atol=1e-5)
     same_sentences(updated, fresh)
@@ -163,9 +163,9 @@ def test_goes_on_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retr
     encoded.clear()
     run(passages, tmp_path / "index", retriever_path, "--shard_size", "16")
     assert len(encoded) == 50 - 3 * 8
-    anew = tmp_path / "anew"
-    run(passages, anew, retriever_path)
-    np.testing.assert_allclose(open_vectors(tmp_path / "index" / "vectors.safetensors"), open_vectors(anew / "vectors.safetensors"), atol=1e-5)  # fmt: skip
+    recompute = tmp_path / "anew"
+    run(passages, recompute, retriever_path)
+    np.testing.assert_allclose(open_vectors(tmp_path / "index" / "vectors.safetensors"), open_vectors(recompute / "vectors.safetensors"), atol=1e-5)  # fmt: skip
 
 
 def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, capsys):

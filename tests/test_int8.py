@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-import cozyrag.commands.build_index
+import cozyrag.commands.index
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import check_int8, quantised
@@ -80,17 +80,17 @@ def test_the_index_command_and_a_run_say_so_and_do_not_mix(
         "--threads",
         "1",
     ]
-    cozyrag.commands.build_index.index(command)
+    cozyrag.commands.index.index(command)
     fingerprint = Retriever.load(str(retriever_path), max_tokens=160).fingerprint()
     plain = PassageIndex.load(index, fingerprint=fingerprint)
     assert plain.precision == "float32" and "precision" not in json.loads((index / "index.json").read_text())
     capsys.readouterr()
-    cozyrag.commands.build_index.index([*command, "--index_precision", "int8"])
+    cozyrag.commands.index.index([*command, "--index_precision", "int8"])
     assert f"{len(plain)} to encode" in capsys.readouterr().out
     made = PassageIndex.load(index, fingerprint=fingerprint)
     assert made.precision == "int8" and not np.array_equal(made.vectors, plain.vectors)
     assert (made.vectors * plain.vectors).sum(axis=1).min() > 0.97
-    cozyrag.commands.build_index.index([*command, "--index_precision", "int8"])
+    cozyrag.commands.index.index([*command, "--index_precision", "int8"])
     assert ", 0 to encode" in capsys.readouterr().out
 
     out = tmp_path / "out"

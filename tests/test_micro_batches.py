@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from cozyrag.models.batching import share_out
+from cozyrag.models.batching import shard
 from cozyrag.training.micro_batches import (
     Cut,
     Load,
@@ -24,8 +24,8 @@ from cozyrag.training.micro_batches import (
 
 def test_a_step_that_fits_is_shared_out_as_ever():
     for processes in (1, 2, 3):
-        assert micro_batches([30] * 8, Cut(tokens=1200), processes=processes) == share_out(range(8), parts=processes)
-    assert micro_batches([30] * 8, Cut(pieces=3), processes=2) == share_out(range(8), parts=6)
+        assert micro_batches([30] * 8, Cut(tokens=1200), processes=processes) == shard(range(8), parts=processes)
+    assert micro_batches([30] * 8, Cut(micro_batches=3), processes=2) == shard(range(8), parts=6)
 
 
 def test_by_tokens_rows_of_like_length_are_of_equal_number():
@@ -49,7 +49,10 @@ def test_every_row_is_in_one_micro_batch_and_none_is_too_large(lengths, tokens, 
 
 
 def test_a_smaller_cut_is_smaller_until_there_is_none():
-    assert Cut(pieces=3).smaller(Load(3, 0, 5)) == Cut(pieces=5) and Cut(pieces=5).smaller(Load(5, 0, 5)) is None
+    assert (
+        Cut(micro_batches=3).smaller(Load(3, 0, 5)) == Cut(micro_batches=5)
+        and Cut(micro_batches=5).smaller(Load(5, 0, 5)) is None
+    )
     cut, tried = Cut(tokens=1200, room=9000), []
     while cut:
         load = load_of([20] * 6 + [70], cut)
@@ -63,9 +66,9 @@ def test_the_pieces_of_a_retriever_step_are_as_few_as_can_be():
     sides = [[10] * 4, [100] * 8]  # 40 tokens of questions, 800 of passages
     for tokens, expected in ((840, (1, 840)), (839, (2, 420)), (300, (3, 320)), (250, (4, 210)), (1, (8, 110))):
         load = caching_load(sides, Cut(tokens=tokens), together=16)
-        assert (load.pieces, load.most) == (4 if tokens == 300 else expected[0], 8)
+        assert (load.micro_batches, load.most) == (4 if tokens == 300 else expected[0], 8)
         assert load.tokens == (210 if tokens == 300 else expected[1])
-    assert caching_load(sides, Cut(pieces=2), together=16) == Load(2, 420, 8)
+    assert caching_load(sides, Cut(micro_batches=2), together=16) == Load(2, 420, 8)
     assert caching_load([[5, 1, 5, 1], []], Cut(tokens=12), together=2) == Load(1, 12, 4)  # 2 x 1 and 2 x 5
 
 

@@ -56,7 +56,7 @@ def settings(corpus_files, generator_path, retriever_path):
     return [
         *files, "--generator", generator_path, "--retriever", retriever_path, "--generator_batch_size", 8, "--retriever_batch_size", 16,
         "--context_tokens", 64, "--answer_tokens", 4, "--generator_learning_rate", 3e-3, "--retriever_learning_rate", 1e-3, "--rounds", 1,
-        "--threads", 1, "--gate", "off", "--mixed_precision", "no", "--use_cpu", "True",
+        "--threads", 1, "--rollback", "off", "--mixed_precision", "no", "--use_cpu", "True",
     ]  # fmt: skip
 
 
@@ -86,14 +86,14 @@ def test_two_machines_take_the_steps_of_one(cluster, settings, tmp_path):
 def test_a_launch_that_splits_models_is_refused(monkeypatch):
     from accelerate.utils import DistributedType
 
-    from cozyrag import run
     from cozyrag.config import parse_settings
     from cozyrag.errors import InputError
+    from cozyrag.training import setup
 
     class Split:
         distributed_type = DistributedType.DEEPSPEED
         num_processes = 2
 
-    monkeypatch.setattr(run, "Accelerator", lambda **options: Split())
+    monkeypatch.setattr(setup, "Accelerator", lambda **options: Split())
     with pytest.raises(InputError, match=r"--generator_sharding.*DEEPSPEED.*zero2\.yaml.*--lora_rank"):
-        run.make_accelerator(parse_settings([]))
+        setup.make_accelerator(parse_settings([]))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cozyrag.commands.check_questions import questions
+from cozyrag.commands.questions import questions
 from cozyrag.data.ingest import passages
 from cozyrag.pipeline import CozyRAG
 from cozyrag.run import train

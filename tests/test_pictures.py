@@ -2,7 +2,7 @@
 
 import re
 
-import examined
+import evaluated
 import numpy as np
 import pytest
 
@@ -12,14 +12,14 @@ from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.reporting import plots  # noqa: E402
 
 EXAMINED = {
-    0: [examined.row(number, em=number < 2) for number in range(10)],
-    1: [examined.row(number, em=number < 5, f1=0.75) for number in range(10)],
+    0: [evaluated.row(number, em=number < 2) for number in range(10)],
+    1: [evaluated.row(number, em=number < 5, f1=0.75) for number in range(10)],
 }
 FIGURES = {
     "scores": lambda: plots.scores_by_round(EXAMINED),
     "verdicts": lambda: plots.verdict_bars(EXAMINED),
-    "losses": lambda: plots.losses([row for row in examined.METRICS if row["kind"] == "step"]),
-    "times": lambda: plots.time_bars([row for row in examined.METRICS if row["kind"] == "time"]),
+    "losses": lambda: plots.losses([row for row in evaluated.METRICS if row["kind"] == "step"]),
+    "times": lambda: plots.time_bars([row for row in evaluated.METRICS if row["kind"] == "time"]),
     "calibration": lambda: plots.calibration(np.linspace(0.05, 0.95, 20), np.repeat([0.0, 1.0], 10)),
     "latencies": lambda: plots.latencies(np.array([0.1, 0.2, 0.4])),
     "differences": lambda: plots.differences([("em", 5.0, 1.0, 9.0), ("f1", 0.0, -2.0, 2.0)]),
@@ -37,13 +37,13 @@ def test_scores_stand_at_their_heights():
 def test_bars_of_verdicts_are_shares_that_add_up_and_carry_counts():
     axes = plots.verdict_bars(EXAMINED).axes[0]
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
-    assert widths == {"right": [20, 50], "reader missed": [80, 50]}
+    assert widths == {"correct": [20, 50], "reader error": [80, 50]}
     assert sorted(text.get_text() for text in axes.texts) == ["2", "5", "5", "8"]
 
 
 def test_a_verdict_that_is_not_known_gets_a_bar_too():
-    axes = plots.verdict_bars({0: [examined.row(1, em=0, verdict="<new> $x$"), examined.row(2, em=1)]}).axes[0]
-    assert [bars.get_label() for bars in axes.containers] == ["right", "<new> $x$"]
+    axes = plots.verdict_bars({0: [evaluated.row(1, em=0, verdict="<new> $x$"), evaluated.row(2, em=1)]}).axes[0]
+    assert [bars.get_label() for bars in axes.containers] == ["correct", "<new> $x$"]
 
 
 def test_seconds_of_a_part_are_added_up():
@@ -59,7 +59,7 @@ def test_each_phase_has_its_panel_of_losses():
 
 
 def test_a_run_that_trained_one_model_only_has_one_panel_of_losses():
-    steps = [row for row in examined.METRICS if row.get("phase") == "retriever"]
+    steps = [row for row in evaluated.METRICS if row.get("phase") == "retriever"]
     assert len(plots.losses(steps).axes) == 1
 
 
@@ -102,7 +102,7 @@ def test_svg_has_no_colour_of_its_own_no_name_twice_and_asks_for_nothing(name):
 
 
 def test_svg_is_the_same_every_time_and_escapes_its_texts():
-    rows = {0: [examined.row(1, em=0, verdict="<script>alert(1)</script>")]}
+    rows = {0: [evaluated.row(1, em=0, verdict="<script>alert(1)</script>")]}
     svg = plots.as_svg(plots.verdict_bars(rows))
     assert svg == plots.as_svg(plots.verdict_bars(rows))
     assert "<script" not in svg and "&lt;script&gt;" in svg

@@ -65,7 +65,7 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
             "stemmer": "english",
             "weights": {"vectors": 12.5, "sentence_words": 0.5},
         },
-        maker=SimpleNamespace(score_by="both"),
+        builder=SimpleNamespace(score_by="hybrid"),
     )
     run.threshold = None
     run._describe = lambda path: Rounds._describe(run, path)

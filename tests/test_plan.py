@@ -22,17 +22,27 @@ from cozyrag.preflight.cost_model import Costs, Line, Phase, bite, fit, is_sure,
 from cozyrag.preflight.plan import (
     Plan,
     Sizes,
+    format_bytes,
+    format_time,
     make_plan,
     plan_table,
     predict,
     refreshes,
-    told_bytes,
-    told_time,
     verdict,
 )
-from cozyrag.run import load_models, load_tables, train
+from cozyrag.run import train
+from cozyrag.training.setup import load_models, load_tables
 
-PARTS = ["index", "weigh searches", "retrieve", "generator phase", "feedback", "retriever phase", "examine", "save"]
+PARTS = [
+    "index",
+    "fit fusion weights",
+    "retrieve",
+    "generator phase",
+    "feedback",
+    "retriever phase",
+    "evaluation",
+    "save",
+]
 
 
 @pytest.fixture
@@ -138,12 +148,12 @@ def test_seconds_by_hand():
     assert list(parts) == PARTS
     for name, expected in {
         "index": (18.5, 18, 18),  # 8 batches and 1000 tokens; BM25 once
-        "weigh searches": (1, 1, 1),  # on a tenth of the questions
+        "fit fusion weights": (1, 1, 1),  # on a tenth of the questions
         "retrieve": (0.2, 2.2, 2.2),
         "generator phase": (0, 18, 18),  # 30 * 0.5 + 3000 * 0.001
         "feedback": (0, 90, 90),
         "retriever phase": (0, 27, 27),  # 25 * 50 * 0.02 and 2 at its end
-        "examine": (4, 8, 8),  # two batches of up to 64, and again for the gate
+        "evaluation": (4, 8, 8),  # two batches of up to 64, and again for the gate
     }.items():
         assert parts[name].seconds == pytest.approx(expected), name
     pair, index = 6_300, 2 * 20_000 + 50_000 + 2000 * 10 * 2 + 500 * 8
@@ -178,23 +188,23 @@ def test_memory_and_disk_by_hand():
 
 
 def test_settings_change_the_counts():
-    assert counted("--gate", "off")["examine"].seconds == pytest.approx((4, 4, 4))
+    assert counted("--rollback", "off")["evaluation"].seconds == pytest.approx((4, 4, 4))
     still = replace(COSTS, generator=replace(COSTS.generator, steps=0))
-    assert counted(costs=still)["examine"].seconds == pytest.approx((4, 4, 4))
+    assert counted(costs=still)["evaluation"].seconds == pytest.approx((4, 4, 4))
     fixed = replace(COSTS, retriever=replace(COSTS.retriever, steps=0))  # the same contexts: the answers are known
-    assert counted(costs=fixed)["examine"].seconds == pytest.approx((4, 4, 4))
+    assert counted(costs=fixed)["evaluation"].seconds == pytest.approx((4, 4, 4))
     neither = replace(fixed, generator=replace(COSTS.generator, steps=0))
-    assert counted(costs=neither)["examine"].seconds == pytest.approx((4, 0, 0))
-    assert counted("--query_side_only", "True")["index"].seconds == pytest.approx((18.5, 0, 0))
+    assert counted(costs=neither)["evaluation"].seconds == pytest.approx((4, 0, 0))
+    assert counted("--freeze_document_encoder", "True")["index"].seconds == pytest.approx((18.5, 0, 0))
     assert counted("--rounds", "0")["retrieve"].seconds == pytest.approx((0.2,))
     silent = counted("--no_answer", "True")
-    assert silent["examine"].seconds == pytest.approx((2 * 4, *[2 * 2 * 4] * 2))  # as found, and without the answer
+    assert silent["evaluation"].seconds == pytest.approx((2 * 4, *[2 * 2 * 4] * 2))  # as found, and without the answer
     assert silent["retrieve"].seconds == pytest.approx((0.4, 2.6, 2.6))  # each of two looks searches again
     often = counted("--index_refresh", "steps", "--refresh_steps", "10")  # after 10 and 20 of 25 steps
     assert often["index"].seconds == pytest.approx((18.5, 54, 54))
     assert often["retrieve"].seconds == pytest.approx((0.2, 6.2, 6.2))
     still = counted(costs=replace(COSTS, retriever=replace(COSTS.retriever, steps=0)))
-    assert still["index"].seconds == pytest.approx((18.5, 0, 0)) and still["weigh searches"].seconds == (1, 0, 0)
+    assert still["index"].seconds == pytest.approx((18.5, 0, 0)) and still["fit fusion weights"].seconds == (1, 0, 0)
     halves = counted("--feedback_weight", "1", sizes=replace(SIZES, processes=2))
     assert halves["feedback"].seconds == pytest.approx((0, 45, 45))
 
@@ -212,8 +222,8 @@ def test_the_table_and_the_sentence():
     assert "each later round" in lines[0] and "30 steps a round, 900 questions" in lines[4]
     told = verdict(plan)
     assert "'feedback'" in told and "--feedback_passages" in told and "One round less" in told
-    assert [told_time(seconds) for seconds in (1.23, 99, 120, 7200)] == ["1.2 s", "99 s", "2.0 min", "2.0 h"]
-    assert (told_bytes(1_500_000), told_bytes(2.5e9)) == ("1.5 MB", "2.50 GB")
+    assert [format_time(seconds) for seconds in (1.23, 99, 120, 7200)] == ["1.2 s", "99 s", "2.0 min", "2.0 h"]
+    assert (format_bytes(1_500_000), format_bytes(2.5e9)) == ("1.5 MB", "2.50 GB")
 
 
 # ---- against real runs
@@ -223,7 +233,7 @@ CHANGES = [
     [],
     ["--generator_epochs", "1.5", "--retriever_steps", "3"],
     ["--feedback_weight", "0.5", "--generator_steps", "0", "--gradient_accumulation_steps", "2"],
-    ["--retrieval", "dense", "--keep_sentence_vectors", "False", "--query_side_only", "True", "--no_answer", "True", "--context_noise", "0.3"],
+    ["--retrieval", "dense", "--keep_sentence_vectors", "False", "--freeze_document_encoder", "True", "--no_answer", "True", "--context_noise", "0.3"],
 ]  # fmt: skip
 
 
@@ -265,7 +275,7 @@ def test_the_prediction_comes_true_within_a_quarter(arguments, tmp_path, monkeyp
     for number in range(8):
         folder = tmp_path / f"out-{number}"
         given = [*arguments, "--generator", str(tmp_path / "larger"), "--generator_epochs", "4", "--rounds", "1"]
-        given += ["--gate", "off", "--save_steps", "0", "--output_dir", str(folder)]
+        given += ["--rollback", "off", "--save_steps", "0", "--output_dir", str(folder)]
         plan, _ = planned(given)
         train(given)
         predicted = sum(sum(part.seconds) for part in plan.parts if part.name != "save")

@@ -16,6 +16,7 @@ from cozyrag.run import train
 from cozyrag.runtime import precision
 from cozyrag.runtime.precision import MEASURED, Precision, agreed, asked_at_launch, choose, fitting, native_bf16
 from cozyrag.runtime.signals import Interrupted
+from cozyrag.training import setup
 
 REASON = "a product of matrices is 4.3 times as fast as in float32 (846 against 197 GFLOP/s)"
 FAST = Precision("bf16", REASON, 197.0, 846.0)
@@ -318,17 +319,17 @@ def test_bf16_on_a_processor_without_it_ends_with_a_sentence_and_nothing_is_writ
 def test_one_process_that_refuses_stops_all_and_one_without_bf16_decides(machine, monkeypatch):
     machine(True, (197.0, 846.0))
     slow = Precision("no", "this processor has no native bf16")
-    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, (slow, None)])
-    assert run._agree_on_precision("cpu", None, None) == slow
-    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, (None, "refused there")])
+    monkeypatch.setattr(setup, "gather_object", lambda mine: [*mine, (slow, None)])
+    assert setup._agree_on_precision("cpu", None, None) == slow
+    monkeypatch.setattr(setup, "gather_object", lambda mine: [*mine, (None, "refused there")])
     with pytest.raises(InputError, match="refused there"):
-        run._agree_on_precision("cpu", None, None)
+        setup._agree_on_precision("cpu", None, None)
 
 
 def test_processes_that_do_not_see_the_folder_keep_what_the_main_process_keeps(machine, monkeypatch):
     machine(False)
-    monkeypatch.setattr(run, "broadcast_object_list", lambda mine: [KEPT_BF16])
-    assert run._agree_on_precision("cpu", None, None).name == "bf16"
+    monkeypatch.setattr(setup, "broadcast_object_list", lambda mine: [KEPT_BF16])
+    assert setup._agree_on_precision("cpu", None, None).name == "bf16"
 
 
 def test_the_plan_probes_in_the_precision_of_the_run_and_names_it(
@@ -342,7 +343,7 @@ def test_the_plan_probes_in_the_precision_of_the_run_and_names_it(
         "make_plan",
         lambda accelerator, *rest: probed.append(accelerator.mixed_precision) or made(accelerator, *rest),
     )
-    run.plan([*auto, "--output_dir", str(tmp_path / "out")])
+    run.show_plan(parse_settings([*auto, "--output_dir", str(tmp_path / "out")]))
     assert probed == ["bf16"] and f"precision bf16: {REASON}; nothing is trained." in capsys.readouterr().out
 
 
@@ -357,4 +358,4 @@ def test_what_was_measured_is_no_setting(tmp_path, monkeypatch):
     assert parse_settings(["--config", str(tmp_path / "settings.json")]).training.mixed_precision == "bf16"
     audited = audit.saved_settings(tmp_path)  # trains nothing, so it is not refused on a machine without bf16
     assert audited.training.mixed_precision is None and audited.data.questions == "own.tsv"
-    run.make_accelerator(audited)
+    setup.make_accelerator(audited)

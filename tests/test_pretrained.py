@@ -16,7 +16,7 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation.overlap_audit import base_notes
 from cozyrag.models.generator import Generator
 from cozyrag.models.smollm2 import FILE, SHA256, load_smollm2
-from cozyrag.run import _load_generator
+from cozyrag.training.setup import _load_generator
 
 CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,

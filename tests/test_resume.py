@@ -16,7 +16,7 @@ from short_run import at_step, checkpoints, rows, send
 import cozyrag.run
 import cozyrag.training.callbacks
 import cozyrag.training.rounds
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 from cozyrag.errors import InputError
 from cozyrag.run import train
 from cozyrag.runtime.signals import Interrupted, Interrupts
@@ -40,7 +40,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on_to_the_same_end(
     with monkeypatch.context() as patched:
         at_step(patched, 3, send(number), function)
         with pytest.raises(SystemExit) as ended:
-            door(lambda: train([*short_run, "--output_dir", str(out)]))
+            entry_point(lambda: train([*short_run, "--output_dir", str(out)]))
     assert ended.value.code == 128 + number and signal.getsignal(number) is before
     assert f"Interrupted; {saved} is saved in {out}. Give the same command again" in capsys.readouterr().err
     assert checkpoints(out)[-1] == saved
@@ -52,7 +52,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on_to_the_same_end(
 def test_a_signal_outside_the_steps_ends_at_once(short_run, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(cozyrag.training.rounds, "examine", lambda *rest, **options: send(signal.SIGTERM)())
+        patched.setattr(cozyrag.training.rounds, "evaluate_pair", lambda *rest, **options: send(signal.SIGTERM)())
         with pytest.raises(Interrupted) as ended:
             train([*short_run, "--output_dir", str(out)])
     assert "nothing was saved yet" in ended.value.told
@@ -65,7 +65,7 @@ def test_a_run_ended_while_its_report_was_made_is_not_finished_yet(
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(cozyrag.run, "tell_report", lambda *rest, **options: send(signal.SIGTERM)())
+        patched.setattr(cozyrag.run, "report_at_end", lambda *rest, **options: send(signal.SIGTERM)())
         with pytest.raises(Interrupted):
             train([*short_run, "--output_dir", str(out)])
     train([*short_run, "--output_dir", str(out)])
@@ -146,7 +146,7 @@ def interrupted(short_run, tmp_path_factory):
     ("changed", "told"),
     [
         (["--seed", "1"], r"seed \(was 42, now 1\).*Give the old ones"),
-        (["--seed", "1", "--resume_anyway"], r"seed \(was 42, now 1\)"),
+        (["--seed", "1", "--allow_changed_settings"], r"seed \(was 42, now 1\)"),
         (["--threads", "2"], r"threads \(was 1, now 2\).*--resume_anyway"),
         (["--threads", "2", "--seed", "1"], r"for seed \(was 42, now 1\)\."),
     ],
@@ -163,7 +163,7 @@ def test_other_data_are_refused(short_run, interrupted, corpus_files):
     corpus_files["eval_questions"].write_text(before.replace("colour", "hue"))
     try:
         with pytest.raises(InputError, match=r"data \(was '"):
-            train([*short_run, "--output_dir", str(interrupted), "--resume_anyway"])
+            train([*short_run, "--output_dir", str(interrupted), "--allow_changed_settings"])
     finally:
         corpus_files["eval_questions"].write_text(before)
 
@@ -191,7 +191,7 @@ def test_a_finished_run_is_left_alone_and_more_rounds_need_resume(short_run, int
     (path,) = out.glob("round-*")
     path.rename(out / "checkpoints" / path.name)
     train([*arguments, "--rounds", "1", "--resume"])
-    assert [row["round"] for row in rows(out, "examined")] == [0, 1]
+    assert [row["round"] for row in rows(out, "evaluation")] == [0, 1]
 
 
 def test_minutes_call_for_a_checkpoint_and_the_wall_clock_does_not(short_run, tmp_path, monkeypatch):
@@ -205,12 +205,12 @@ def test_minutes_call_for_a_checkpoint_and_the_wall_clock_does_not(short_run, tm
         lambda self, progress, *models: (saved.append(progress.name), real(self, progress, *models)),
     )
 
-    class Slow(cozyrag.training.callbacks.PhaseWatcher):
+    class Slow(cozyrag.training.callbacks.RunCallback):
         def after_step(self, report):
             clock[0] += 4 * 60
             super().after_step(report)
 
-    monkeypatch.setattr(cozyrag.training.rounds, "PhaseWatcher", Slow)
+    monkeypatch.setattr(cozyrag.training.rounds, "RunCallback", Slow)
     train([*short_run, "--output_dir", str(tmp_path / "out"), "--save_total_limit", "3"])
     inside = [name for name in saved if not name.endswith("000000")]
     assert inside == ["round-001-0-generator-000003"]  # 12 minutes; the phase ends before the next ten are over
@@ -262,8 +262,8 @@ def test_the_folder_of_a_run_that_cannot_begin_goes_again(short_run, tmp_path):
 
 def test_progress_keeps_what_the_next_phase_needs():
     progress = Progress(1, "generator", 7, [{"kind": "x"}], 7, [[1.0, {}, 0.1]], {"a": 1.0}, 2, {"generator": 4})
-    progress.cuts = {"generator": {"pieces": 1, "tokens": 600, "room": 900}}
-    kept = {"pieces": {"generator": 4}, "cuts": progress.cuts}
+    progress.cuts = {"generator": {"micro_batches": 1, "tokens": 600, "room": 900}}
+    kept = {"micro_batches": {"generator": 4}, "cuts": progress.cuts}
     assert progress.following(1, "retriever") == Progress(1, "retriever", steps_so_far=7, **kept)
 
 
@@ -284,7 +284,7 @@ def test_a_resumed_run_keeps_its_micro_batches_whatever_is_free_by_then(
 
 
 def test_a_checkpoint_from_before_micro_batches_were_chosen_is_read(tmp_path):
-    kept = {"round": 1, "phase": "retriever", "step": 2, "pieces": {"generator": 4}, "facts": {}}
+    kept = {"round": 1, "phase": "retriever", "step": 2, "micro_batches": {"generator": 4}, "facts": {}}
     (tmp_path / "progress.json").write_text(json.dumps(kept))
-    found = Checkpoints(Accelerator(cpu=True), tmp_path, limit=2, facts={}).read(tmp_path, anyway=False)
-    assert found.cuts == {} and found.pieces == {"generator": 4}
+    found = Checkpoints(Accelerator(cpu=True), tmp_path, limit=2, facts={}).read(tmp_path, allow_changes=False)
+    assert found.cuts == {} and found.micro_batches == {"generator": 4}

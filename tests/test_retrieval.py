@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from cozyrag.config import parse_settings
-from cozyrag.training.run_retrieval import WEIGHT_QUESTIONS, weighing_limit, weighing_questions
+from cozyrag.training.run_retrieval import WEIGHT_QUESTIONS, fusion_limit, fusion_questions
 
 OWN = ["--questions", "q.jsonl", "--passages", "p.jsonl"]
 MANY = 20 * WEIGHT_QUESTIONS
@@ -12,7 +12,7 @@ MANY = 20 * WEIGHT_QUESTIONS
 
 def asked(count, *arguments):
     questions = Dataset.from_dict({"id": [f"q{number}" for number in range(count)]})
-    return weighing_questions(questions, parse_settings([*OWN, *arguments]))["id"][:]
+    return fusion_questions(questions, parse_settings([*OWN, *arguments]))["id"][:]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def asked(count, *arguments):
 )
 def test_a_tenth_is_kept_for_weighing_where_the_retriever_learns(arguments, counts):
     for count, kept in counts.items():
-        assert weighing_limit(count, parse_settings([*OWN, *arguments])) == len(asked(count, *arguments)) == kept
+        assert fusion_limit(count, parse_settings([*OWN, *arguments])) == len(asked(count, *arguments)) == kept
 
 
 def test_they_are_the_same_questions_every_time():

@@ -133,7 +133,7 @@ def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
         )
         return surprise + TRUST / 2 * ((theta / (SHARPNESS * start) - 1) ** 2).sum()
 
-    facts = search.choose_weights(questions, relevant)
+    facts = search.fit_fusion_weights(questions, relevant)
     assert facts["vectors"] == search.weights.vectors and 0 <= facts["recall@5 before"] <= facts["recall@5"] == 1.0
     grid = [
         (a, b, c) for a in np.linspace(0.05, 0.6, 12) for b in np.linspace(0, 1.5, 16) for c in np.linspace(0, 0.8, 17)
@@ -146,14 +146,14 @@ def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
 
 def test_fitting_follows_what_finds_the_passages_and_nothing_to_learn_from_changes_nothing():
     by_vectors = searcher("hybrid", aimed_at=0)  # vectors say row 0, words say row 2
-    by_vectors.choose_weights(["Vitamin C"] * 200, [0] * 200)
+    by_vectors.fit_fusion_weights(["Vitamin C"] * 200, [0] * 200)
     by_words = searcher("hybrid", aimed_at=0)
-    by_words.choose_weights(["Vitamin C"] * 200, [2] * 200)
+    by_words.fit_fusion_weights(["Vitamin C"] * 200, [2] * 200)
     assert by_vectors.weights.vectors > Weights.usual(False).vectors > by_words.weights.vectors >= 0
     assert by_vectors.search(["Vitamin C"], 1).rows.tolist() == [[0]]
     assert by_words.search(["Vitamin C"], 1).rows.tolist() == [[2]]
     nothing = searcher("hybrid")
-    nothing.choose_weights([], [])
+    nothing.fit_fusion_weights([], [])
     assert nothing.weights == Weights.usual(False)
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("shard_grad_op", "full_shard")
 STOPPED = """import os, signal, sys
 import cozyrag.run, cozyrag.training.generator_phase
-from cozyrag.cli import door
+from cozyrag.cli import entry_point
 real, calls = cozyrag.training.generator_phase.generator_step, []
 def step(*arguments, **options):
     calls.append(1)
@@ -33,7 +33,7 @@ def step(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*arguments, **options)
 cozyrag.training.generator_phase.generator_step = step
-door(lambda: cozyrag.run.train(sys.argv[1:]))
+entry_point(lambda: cozyrag.run.train(sys.argv[1:]))
 """
 
 
@@ -137,7 +137,7 @@ def test_the_configs_train_the_pair_of_one_process_and_go_on_from_each_others_ch
     settings = [
         *files, "--generator", generator_path, "--retriever", retriever_path, "--generator_batch_size", 8, "--generator_steps", 5,
         "--retriever_batch_size", 16, "--retriever_steps", 2, "--context_tokens", 64, "--answer_tokens", 4, "--generator_learning_rate", 3e-3,
-        "--retriever_learning_rate", 1e-3, "--rounds", 1, "--logging_steps", 1, "--threads", 1, "--gate", "off", "--mixed_precision", "no",
+        "--retriever_learning_rate", 1e-3, "--rounds", 1, "--logging_steps", 1, "--threads", 1, "--rollback", "off", "--mixed_precision", "no",
         "--use_cpu", "True",
     ]  # fmt: skip
     stopped, two = tmp_path / "stopped.py", [*settings, "--output_dir", tmp_path / "two"]
@@ -147,7 +147,7 @@ def test_the_configs_train_the_pair_of_one_process_and_go_on_from_each_others_ch
     assert "round-001-0-generator-000003 is saved" in first.stderr, first.stderr[-3000:]
     assert "self-test: without the terms of the generator" in first.stdout and "contrastive" in first.stdout
     assert "2 processes on cpu, the generator's training split between them (full_shard)" in first.stdout
-    last = launch([*two, "--resume_anyway"], config="zero2.yaml", environment=path)
+    last = launch([*two, "--allow_changed_settings"], config="zero2.yaml", environment=path)
     assert "Going on from round-001-0-generator-000003" in last.stdout and "(shard_grad_op)" in last.stdout
     prints = [row["fingerprints"] for row in metrics(tmp_path / "two", "processes")]
     assert len(prints) == 4 and all(len(pair) == 2 and pair[0] == pair[1] for pair in prints)

@@ -5,13 +5,13 @@ import re
 import runpy
 import sys
 
-import examined
+import evaluated
 import pytest
 from huggingface_hub import SpaceCard
 
 gradio = pytest.importorskip("gradio")
 
-from cozyrag import __version__
+from cozyrag import __version__  # noqa: E402
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.reporting import demo_app as app  # noqa: E402
@@ -79,7 +79,7 @@ def test_a_pair_on_the_hub_is_named_and_not_copied(tmp_path):
 
 
 def test_questions_of_the_examination_go_along(tmp_path, pair_folder):
-    run = examined.write_run(tmp_path / "run", [[examined.row(1, em=1), examined.row(2, em=0)]])
+    run = evaluated.write_run(tmp_path / "run", [[evaluated.row(1, em=1), evaluated.row(2, em=0)]])
     for piece in ("cozyrag.json", "generator", "retriever", "index"):
         (run / piece).symlink_to(pair_folder / piece)
     write_space(str(run), tmp_path / "space")

@@ -185,12 +185,12 @@ def test_numbers_are_plain_floats_under_a_prefix():
     recorder = Recorder()
     log_numbers(
         recorder,
-        {"loss": np.float64(0.5), "recall@1": 3, "em_interval": [0.1, 0.2], "kind": "examined"},
+        {"loss": np.float64(0.5), "recall@1": 3, "em_interval": [0.1, 0.2], "kind": "evaluation"},
         step=7,
-        prefix="examined",
+        prefix="evaluation",
     )
     [(numbers, step)] = recorder.logged
-    assert numbers == {"examined/loss": 0.5, "examined/recall_at_1": 3.0} and step == 7
+    assert numbers == {"evaluation/loss": 0.5, "evaluation/recall_at_1": 3.0} and step == 7
     assert {type(value) for value in numbers.values()} == {float}
 
 

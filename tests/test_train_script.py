@@ -138,7 +138,7 @@ def test_what_a_run_leaves_behind_loads_with_the_ordinary_libraries(one_process)
         "retriever/README.md",
         "settings.json",
         "metrics.jsonl",
-        "examined/round-002.jsonl",
+        "evaluations/round-002.jsonl",
         "audit.json",
     ):
         assert (folder / name).stat().st_size > 0
@@ -197,7 +197,7 @@ def test_two_processes_take_the_same_steps_as_one(one_process, two_processes, ph
 
 
 def test_two_processes_examine_alike(one_process, two_processes):
-    for a, b in zip(metrics(one_process[0], "examined"), metrics(two_processes, "examined"), strict=True):
+    for a, b in zip(metrics(one_process[0], "evaluation"), metrics(two_processes, "evaluation"), strict=True):
         assert a["recall@5"] == b["recall@5"] and a["em"] == pytest.approx(
             b["em"], abs=7
         )  # a near tie may turn one of 16 answers
@@ -240,8 +240,16 @@ def test_query_side_only_moves_questions_and_leaves_passages_and_index_alone(set
     train(
         [
             *map(str, settings[:skip] + settings[skip + 4 :]),
-            *("--output_dir", str(tmp_path / "out"), "--query_side_only", "--generator_steps", "0", "--rounds", "1"),
-            *("--gate", "off", "--threads", "1"),
+            *(
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--freeze_document_encoder",
+                "--generator_steps",
+                "0",
+                "--rounds",
+                "1",
+            ),
+            *("--rollback", "off", "--threads", "1"),
         ]
     )
     base, trained = (

@@ -25,10 +25,10 @@ from cozyrag.training.retriever_phase import (
     step_sentences,
     train_retriever,
 )
-from cozyrag.training.trainer import Watcher, first_cut
+from cozyrag.training.trainer import PhaseCallback, first_cut
 
 
-class Notes(Watcher):
+class Notes(PhaseCallback):
     """A watcher that keeps the reports."""
 
     def __init__(self):
@@ -108,7 +108,7 @@ def test_generator_phase_moves_every_generator_weight_and_no_retriever_weight(
         settings=settings(generator_epochs=3),
         context_tokens=64,
         round_number=1,
-        watcher=notes,
+        callback=notes,
     )
     assert steps == len(notes.reports) == 18
     assert moved(generator.model, before) == set(before)
@@ -128,7 +128,7 @@ def test_retriever_phase_moves_every_retriever_weight_but_the_pooler_and_no_gene
         *tables,
         settings=settings(retriever_epochs=8, retriever_learning_rate=2e-3),
         round_number=1,
-        watcher=notes,
+        callback=notes,
     )
     pooler = {name for name in before if ".pooler." in name}
     assert pooler
@@ -143,11 +143,11 @@ def test_steps_of_zero_leave_the_weights_alone(accelerator, generator, retriever
     still = settings(generator_steps=0, retriever_steps=0)
     assert (
         train_generator(
-            accelerator, generator, tables[0], settings=still, context_tokens=64, round_number=1, watcher=Notes()
+            accelerator, generator, tables[0], settings=still, context_tokens=64, round_number=1, callback=Notes()
         )
         == 0
     )
-    assert train_retriever(accelerator, retriever, *tables, settings=still, round_number=1, watcher=Notes()) == 0
+    assert train_retriever(accelerator, retriever, *tables, settings=still, round_number=1, callback=Notes()) == 0
     assert (weights_fingerprint(generator.model), retriever.fingerprint()) == before
 
 
@@ -159,12 +159,12 @@ def test_rows_without_answer_or_positive_are_left_out(accelerator, generator, re
     half = Dataset.from_list(rows, features=CONTEXT_FEATURES)
     assert (
         train_generator(
-            accelerator, generator, half, settings=settings(), context_tokens=64, round_number=1, watcher=Notes()
+            accelerator, generator, half, settings=settings(), context_tokens=64, round_number=1, callback=Notes()
         )
         == len(rows) // 2 // 8
     )
     assert (
-        train_retriever(accelerator, retriever, half, passages, settings=settings(), round_number=1, watcher=Notes())
+        train_retriever(accelerator, retriever, half, passages, settings=settings(), round_number=1, callback=Notes())
         == len(rows) // 2 // 8
     )
 
@@ -181,7 +181,7 @@ def test_the_retriever_does_not_learn_from_questions_left_out(accelerator, retri
         ),
     )
     left_out = contexts["id"][:5]
-    given = {"settings": settings(retriever_batch_size=8), "round_number": 1, "watcher": Notes()}
+    given = {"settings": settings(retriever_batch_size=8), "round_number": 1, "callback": Notes()}
     train_retriever(accelerator, retriever, contexts, passages, left_out=left_out, **given)
     wanted = [row["question"] for row in contexts if row["id"] not in left_out and row["positive"] >= 0]
     assert set(asked) == set(wanted) and not set(asked) & set(contexts["question"][:5])
@@ -198,7 +198,7 @@ def test_where_there_is_no_answer_the_generator_learns_to_write_nothing(accelera
     half = Dataset.from_list(rows, features=CONTEXT_FEATURES)
     chosen = settings(no_answer=True, generator_epochs=6, generator_learning_rate=3e-3)
     steps = train_generator(
-        accelerator, generator, half, settings=chosen, context_tokens=64, round_number=1, watcher=Notes()
+        accelerator, generator, half, settings=chosen, context_tokens=64, round_number=1, callback=Notes()
     )
     assert steps == 6 * len(rows) // 8
     limits = {"context_tokens": 64, "max_new_tokens": 4}
@@ -220,7 +220,7 @@ def test_warm_up_climbs_and_the_schedule_falls(accelerator, generator, tables):
         settings=settings(warmup_ratio=0.5),
         context_tokens=64,
         round_number=1,
-        watcher=notes,
+        callback=notes,
     )
     rates = [report.learning_rate for report in notes.reports]
     assert rates[0] == 0 and rates[3] == pytest.approx(1e-2) and rates[-1] < rates[3]
@@ -237,7 +237,7 @@ def test_same_seed_same_weights_and_another_round_another_order(accelerator, gen
             settings=settings(generator_steps=3),
             context_tokens=64,
             round_number=round_number,
-            watcher=Notes(),
+            callback=Notes(),
         )
         prints.append(weights_fingerprint(generator.model))
     assert prints[0] == prints[1] != prints[2]
@@ -359,7 +359,7 @@ def test_the_sentence_with_the_answer_comes_to_be_preferred(accelerator, retriev
     )
     retriever.model.eval()
     before = preferred()
-    train_retriever(accelerator, retriever, few, passages, settings=chosen, round_number=1, watcher=Notes())
+    train_retriever(accelerator, retriever, few, passages, settings=chosen, round_number=1, callback=Notes())
     assert before == 0 and preferred() == 8
 
 
@@ -368,8 +368,8 @@ def test_the_sentence_loss_moves_the_side_that_reads_questions_where_passages_ar
 ):
     retriever.freeze_documents()
     before, indexed = weights(retriever.model), retriever.fingerprint()
-    chosen = settings(contrastive_weight=0.0, sentence_weight=1.0, retriever_steps=2, query_side_only=True)
-    train_retriever(accelerator, retriever, *tables, settings=chosen, round_number=1, watcher=Notes())
+    chosen = settings(contrastive_weight=0.0, sentence_weight=1.0, retriever_steps=2, freeze_document_encoder=True)
+    train_retriever(accelerator, retriever, *tables, settings=chosen, round_number=1, callback=Notes())
     changed = moved(retriever.model, before)
     assert changed and all(".query." in name for name in changed) and retriever.fingerprint() == indexed
 
@@ -391,7 +391,7 @@ def test_a_retriever_step_lowers_its_term_on_its_own_batch(accelerator, retrieve
         **weights,
     )
     train_retriever(
-        accelerator, retriever, few, passages, settings=chosen, round_number=1, watcher=notes, likelihoods=likelihoods
+        accelerator, retriever, few, passages, settings=chosen, round_number=1, callback=notes, likelihoods=likelihoods
     )
     losses = [report.loss for report in notes.reports]
     assert len(losses) == 4 and losses[-1] < losses[0]
@@ -431,14 +431,14 @@ def test_feedback_alone_teaches_questions_without_a_positive(accelerator, retrie
         passages,
         settings=chosen,
         round_number=1,
-        watcher=Notes(),
+        callback=Notes(),
         likelihoods=likelihoods,
     )
     after = preferred()
     assert steps == 12
     assert sum(after[1:]) > sum(before[1:]) + 0.1
     assert (
-        train_retriever(accelerator, retriever, blind, passages, settings=settings(), round_number=1, watcher=Notes())
+        train_retriever(accelerator, retriever, blind, passages, settings=settings(), round_number=1, callback=Notes())
         == 0
     )
 
@@ -450,20 +450,20 @@ def test_cuts_are_chosen_from_free_bytes_and_the_run_comes_first(accelerator, ge
     assert plenty.tokens == 1200 < plenty.room and 1 < scarce.tokens == scarce.room < 200
     few, many = (retriever_cut(accelerator, retriever, free=free) for free in (1e6, 1e9))
     assert few.room is None and few.tokens < many.tokens
-    watcher = Notes()
-    assert first_cut(settings(), watcher, lambda: few) == few
-    watcher.cut = lambda: many
-    assert first_cut(settings(), watcher, lambda: few) == many
-    assert first_cut(settings(gradient_accumulation_steps=3), watcher, lambda: few) == Cut(3)
+    callback = Notes()
+    assert first_cut(settings(), callback, lambda: few) == few
+    callback.cut = lambda: many
+    assert first_cut(settings(), callback, lambda: few) == many
+    assert first_cut(settings(gradient_accumulation_steps=3), callback, lambda: few) == Cut(3)
 
 
 def test_a_phase_with_rows_that_have_no_room_ends_as_one_that_has(accelerator, generator_path, retriever, tables):
     ends, told = [], []
     for cut in (Cut(tokens=1200, room=1200), Cut(tokens=1200, room=45)):
-        generator, watcher = Generator.load(str(generator_path)), Notes()
-        watcher.cut, watcher.recomputes = lambda cut=cut: cut, lambda longest, cut: told.append((longest, cut.room))
+        generator, callback = Generator.load(str(generator_path)), Notes()
+        callback.cut, callback.recomputes = lambda cut=cut: cut, lambda longest, cut: told.append((longest, cut.room))
         train_generator(
-            accelerator, generator, tables[0], settings=settings(), context_tokens=64, round_number=1, watcher=watcher
+            accelerator, generator, tables[0], settings=settings(), context_tokens=64, round_number=1, callback=callback
         )
         ends.append(weights(generator.model))
     assert len(told) == 1 and told[0][0] > told[0][1] == 45
@@ -479,7 +479,7 @@ def test_penalties_are_told_and_a_penalty_that_is_off_is_not(accelerator, genera
         generator, notes = Generator.load(str(generator_path)), Notes()
         chosen = settings(generator_steps=2, **wanted)
         train_generator(
-            accelerator, generator, tables[0], settings=chosen, context_tokens=64, round_number=1, watcher=notes
+            accelerator, generator, tables[0], settings=chosen, context_tokens=64, round_number=1, callback=notes
         )
         names = {"repeat_penalty": "repeats", "keyword_penalty": "keywords", "short_penalty": "shortness"}
         assert set(notes.reports[0].terms) == {names[name] for name in wanted if name in names}
@@ -493,7 +493,7 @@ def test_each_penalty_alone_moves_the_generator_and_comes_down(accelerator, gene
         generator, notes = Generator.load(str(generator_path)), Notes()
         told = settings(generator_epochs=3, repeat_ngram=1, **{"short_tokens": 9, name: max(weight, 1e-9)})
         train_generator(
-            accelerator, generator, tables[0], settings=told, context_tokens=64, round_number=1, watcher=notes
+            accelerator, generator, tables[0], settings=told, context_tokens=64, round_number=1, callback=notes
         )
         found[weight] = np.mean([next(iter(report.terms.values())) for report in notes.reports[-3:]])
     assert found[30.0] < found[0.0]

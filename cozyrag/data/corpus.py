@@ -38,7 +38,7 @@ def load_corpus(
     eval_share: float,
     skip_bad_rows: bool,
     seed: int,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> Corpus:
     """Read the tables; `columns` names the question file's columns as `read_questions` takes them.
 
@@ -53,14 +53,14 @@ def load_corpus(
     )
     for report in dict.fromkeys((train.report, asked.report)):
         if report:
-            say(report)
+            info(report)
     if passages is not None:
         names = {name: columns[name] for name in ("id_column", "title_column")}
         pool, report = read_passages(
             passages, split=passages_split, text_column=text_column, skip_bad_rows=skip_bad_rows, **names
         )
         if report:
-            say(report)
+            info(report)
     else:
         carried = [table for table in (train.passages, asked.passages) if table is not None]
         if not carried:
@@ -69,8 +69,8 @@ def load_corpus(
                 "Give --passages FILE, or a question file with contexts."
             )
         pool = merge_passages(carried)
-    train_table = _with_gold(train, pool, questions, say)
-    asked_table = train_table if asked is train else _with_gold(asked, pool, eval_questions, say)
+    train_table = _with_gold(train, pool, questions, info)
+    asked_table = train_table if asked is train else _with_gold(asked, pool, eval_questions, info)
     if eval_questions is None:
         train_table, asked_table = hold_out(
             train_table, share=eval_share, limit=max_eval_questions or len(train_table), seed=seed
@@ -78,7 +78,7 @@ def load_corpus(
     return Corpus(take(train_table, max_questions, seed), take(asked_table, max_eval_questions, seed), pool)
 
 
-def _with_gold(questions: Questions, passages: Dataset, source: str, say: Callable[[str], None]) -> Dataset:
+def _with_gold(questions: Questions, passages: Dataset, source: str, info: Callable[[str], None]) -> Dataset:
     """The questions table with gold ids that are among the passages.
 
     An id that the question file names and no passage has is an error: it would silently turn into "unknown". A context
@@ -92,7 +92,7 @@ def _with_gold(questions: Questions, passages: Dataset, source: str, say: Callab
         columns["passage_id"] = [gold if gold in known else place.get(gold, gold) for gold in columns["passage_id"]]
         unknown = sum(gold is None for gold in columns["passage_id"])
         if unknown:
-            say(
+            info(
                 f"{source}: the contexts of {unknown} of {len(questions.table)} questions are not among the passages, so their gold passage is unknown."
             )
     for row_id, gold in zip(columns["id"], columns["passage_id"], strict=True):

@@ -38,11 +38,11 @@ class _Counted(io.FileIO):
 
     def __init__(self, path: str, told: Callable[[int], None]):
         super().__init__(path)
-        self._told = told
+        self._formatted = told
 
     def readinto(self, buffer) -> int | None:
         count = super().readinto(buffer)
-        self._told(count or 0)
+        self._formatted(count or 0)
         return count
 
 

@@ -28,17 +28,17 @@ RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
 SUMMED = (*SHOWN, "ndcg@10")
 VERDICTS = (
-    "right",
-    "formatting only",
-    "reader missed",
-    "kept silent",
-    "filter dropped it",
-    "retrieval missed",
-    "answered the unanswerable",
+    "correct",
+    "format mismatch",
+    "reader error",
+    "abstained",
+    "context miss",
+    "retrieval miss",
+    "answered an unanswerable question",
 )
 
 
-def examine(
+def evaluate_pair(
     accelerator: Accelerator,
     generator: Generator,
     contexts: Dataset,
@@ -73,7 +73,7 @@ def examine(
         desc=desc,
     )
     rows = [
-        _examined(
+        _scored(
             {name: column[row] for name, column in columns.items()},
             known[key].kept_above(no_answer_threshold),
             top_k,
@@ -122,7 +122,7 @@ def _batches(questions: Sequence[str], contexts: Sequence[str], size: int) -> li
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _examined(question: dict, written: Written, top_k: int) -> dict:
+def _scored(question: dict, written: Written, top_k: int) -> dict:
     """Scores of one prediction, 0 to 1, and where it went wrong."""
     prediction = written.text
     ranks = ranks_of(question["rows"], {question["positive"]})
@@ -168,14 +168,14 @@ def choose_threshold(
 
 def _verdict(row: dict, *, found: bool) -> str:
     if row["em"]:
-        return "right"
+        return "correct"
     if not row["answers"]:
-        return "answered the unanswerable"
+        return "answered an unanswerable question"
     if same_letters(row["prediction"], row["answers"]):
-        return "formatting only"
+        return "format mismatch"
     if row["answer_in_context"]:
-        return "reader missed" if row["prediction"] else "kept silent"
-    return "filter dropped it" if found else "retrieval missed"
+        return "reader error" if row["prediction"] else "abstained"
+    return "context miss" if found else "retrieval miss"
 
 
 def summarize(rows: Sequence[dict]) -> dict:

@@ -27,12 +27,12 @@ def push_run(
     *,
     private: bool = False,
     tag: str | None = None,
-    say: Callable[[str], None] | None = print,
+    info: Callable[[str], None] | None = print,
 ) -> str:
     """Push the rounds of a run that still wait, oldest first, then its pair. Returns and raises as `hub.push_pair`."""
     folder = Path(folder)
     again = push_command(folder, repo_id, private=private, tag=tag)
-    options = {"private": private, "say": say, "kept": folder, "again": again}
+    options = {"private": private, "info": info, "kept": folder, "again": again}
     if (folder / PAIR_FILE).exists():
         for copy in waiting(folder):
             push_pair(copy, repo_id, tag=copy.name, message=f"CoZyRAG pair, {copy.name}", **options)
@@ -53,12 +53,12 @@ class BackgroundPush:
         folder: the run's output folder. say: takes lines for the screen, from the thread too.
     """
 
-    def __init__(self, folder: Path, repo_id: str, *, private: bool, every_round: bool, say: Callable[[str], None]):
+    def __init__(self, folder: Path, repo_id: str, *, private: bool, every_round: bool, info: Callable[[str], None]):
         self.folder = folder
         self.repo_id = repo_id
         self.private = private
         self.every_round = every_round
-        self.say = say
+        self.info = info
         self._thread: threading.Thread | None = None
         self._more = threading.Event()
         self._over = threading.Event()
@@ -74,7 +74,7 @@ class BackgroundPush:
             self._copy(tag)
         except OSError as error:
             shutil.rmtree(self.folder / WAITING / f"{tag}.partial", ignore_errors=True)
-            return self.say(f"{tag} is not pushed: its pair could not be copied ({error.strerror}). The run goes on.")
+            return self.info(f"{tag} is not pushed: its pair could not be copied ({error.strerror}). The run goes on.")
         self._give_up_oldest()
         self._more.set()
         if self._thread is None:
@@ -87,10 +87,10 @@ class BackgroundPush:
             self._over.set()
             self._more.set()
             if self._thread.is_alive() and waiting(self.folder):
-                self.say(f"Waiting for the upload of {waiting(self.folder)[0].name} ...")
+                self.info(f"Waiting for the upload of {waiting(self.folder)[0].name} ...")
             self._thread.join()
         return push_run(
-            self.folder, self.repo_id, private=self.private, tag=tag if self.every_round else None, say=self.say
+            self.folder, self.repo_id, private=self.private, tag=tag if self.every_round else None, info=self.info
         )
 
     def _copy(self, tag: str) -> None:
@@ -107,7 +107,7 @@ class BackgroundPush:
         with self._lock:
             for copy in [each for each in waiting(self.folder)[:-AT_MOST] if each != self._under_way]:
                 shutil.rmtree(copy)
-                self.say(f"{copy.name} gets no place of its own on the Hub: {AT_MOST} later rounds wait already.")
+                self.info(f"{copy.name} gets no place of its own on the Hub: {AT_MOST} later rounds wait already.")
 
     def _next(self) -> Path | None:
         """The oldest copy that waits; from now on it is under way."""
@@ -132,9 +132,9 @@ class BackgroundPush:
             try:
                 address = self._push(copy)
             except InputError as error:
-                return self.say(f"{copy.name} is not pushed yet; it waits in {copy} and is tried again later. {error}")
+                return self.info(f"{copy.name} is not pushed yet; it waits in {copy} and is tried again later. {error}")
             shutil.rmtree(copy)
-            self.say(f"{copy.name} is pushed to {address}.")
+            self.info(f"{copy.name} is pushed to {address}.")
 
     def _push(self, copy: Path) -> str:
         return push_pair(

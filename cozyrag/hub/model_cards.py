@@ -13,10 +13,10 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from cozyrag.hub.card_plot import draw_curves
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
-from cozyrag.reporting.curves import draw_curves
 from cozyrag.retrieval.passage_index import made_by
 from cozyrag.runtime.assets import shipped_folder
 from cozyrag.runtime.hardware import energy_sentence, machine_sentence
@@ -64,13 +64,13 @@ def write_cards(
         times: Markdown table of seconds. leaks: paragraphs of a leak audit; none, no section. references: (name, summary)
         of what the pair is to be compared with, such as BM25 alone or the gold context.
     """
-    examined = [row for row in rows if row["kind"] == "examined"]
+    evaluated = [row for row in rows if row["kind"] == "evaluation"]
     run = [row for row in rows if row["kind"] == "run"][-1]
     seconds = sum(row["seconds"] for row in rows if row["kind"] == "time")
     facts = {
         "questions": _public(settings["questions"]),
         "data": _data_lines(settings, run),
-        "results": results_table([*references, *((_round_name(row), row) for row in examined)]),
+        "results": results_table([*references, *((_round_name(row), row) for row in evaluated)]),
         "leaks": "\n\n".join(leaks),
         "prompt": json.dumps(prompt, ensure_ascii=False),
         "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
@@ -86,7 +86,7 @@ def write_cards(
         shutil.copyfile(folder / "generator" / PICTURE, folder / "retriever" / PICTURE)
     for role in ("generator", "retriever"):
         base = _base(role, settings)
-        data = _model_data(role, settings, base, examined[-1])
+        data = _model_data(role, settings, base, evaluated[-1])
         own = facts | {"picture": PICTURE if drawn else "", "base": _public(base)}
         template = shipped_folder("model_cards") / f"{role}.md"
         ModelCard.from_template(data, template_path=str(template), **own).save(folder / role / CARD)

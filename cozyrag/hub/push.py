@@ -46,7 +46,7 @@ def push_pair(
     tag: str | None = None,
     api: HfApi | None = None,
     message: str = "CoZyRAG pair",
-    say: Say | None = None,
+    info: Say | None = None,
     kept: Path | None = None,
     again: str | None = None,
 ) -> str:
@@ -65,18 +65,18 @@ def push_pair(
     _check_base(folder)
     where = repositories(repo_id)
     try:
-        claimed = _claim_all(api, where, private, say)
+        claimed = _claim_all(api, where, private, info)
         repo_id = claimed["generator"]
         for role, files in pieces.items():
             files[CARD] = card_for_hub(files.get(CARD), role, repo_id).encode()
         made = {
-            role: _publish(api, claimed[role], where[role][1], pieces[role], message, say)
+            role: _publish(api, claimed[role], where[role][1], pieces[role], message, info)
             for role in ("retriever", "index")
         }
         switch = json.dumps(_on_hub(pair, claimed, made), indent=2).encode()
-        made["generator"] = _publish(api, repo_id, "model", pieces["generator"] | {PAIR_FILE: switch}, message, say)
+        made["generator"] = _publish(api, repo_id, "model", pieces["generator"] | {PAIR_FILE: switch}, message, info)
         for role, revision in made.items() if tag else ():
-            _tag(api, claimed[role], where[role][1], tag, revision, say)
+            _tag(api, claimed[role], where[role][1], tag, revision, info)
     except HUB_FAULTS as error:
         kept, again = kept or folder, again or push_command(folder, repo_id, private=private, tag=tag)
         raise PushError(f"The pair is complete in {kept.absolute()}, but {_failed(error, repo_id, again)}") from error
@@ -97,21 +97,21 @@ def push_command(folder: Path, repo_id: str, *, private: bool, tag: str | None) 
     return shlex.join(words + (["--tag", tag] if tag else []))
 
 
-def refusal(repo_id: str, *, private: bool = False, api: HfApi | None = None, say: Say | None = None) -> str | None:
+def refusal(repo_id: str, *, private: bool = False, api: HfApi | None = None, info: Say | None = None) -> str | None:
     """Why the Hub would not take a pair under that name, seen by making its repositories; None where it would.
 
     A Hub that cannot be reached now is no reason, since it may be back when the upload begins.
     """
     try:
-        _claim_all(api or HfApi(), repositories(repo_id), private, say, tries=2)
+        _claim_all(api or HfApi(), repositories(repo_id), private, info, tries=2)
     except InputError as error:
         return f"--push_to_hub: {error} Nothing was trained."
     except HUB_FAULTS as error:
         what, remedy = explain(error, repo_id, writing=True)
         if not is_passing(error):
             return f"--push_to_hub: {what}. Nothing was trained; {remedy}, then start again."
-        if say is not None:
-            say(f"Note: {what}. The run goes on, and tries to push when there is something to push.")
+        if info is not None:
+            info(f"Note: {what}. The run goes on, and tries to push when there is something to push.")
     return None
 
 
@@ -161,7 +161,7 @@ def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> di
 
 
 def _claim_all(
-    api: HfApi, where: Mapping[str, tuple[str, str]], private: bool, say: Say | None, *, tries: int | None = None
+    api: HfApi, where: Mapping[str, tuple[str, str]], private: bool, info: Say | None, *, tries: int | None = None
 ) -> dict[str, str]:
     """Full names of the repositories, made where they are missing.
 
@@ -172,16 +172,16 @@ def _claim_all(
         raise LocalTokenNotFoundError("no token")
     claimed = {}
     for role, (name, repo_type) in where.items():
-        claimed[role] = _claim(api, name, repo_type, private, say, tries)
+        claimed[role] = _claim(api, name, repo_type, private, info, tries)
     return claimed
 
 
-def _claim(api: HfApi, name: str, repo_type: str, private: bool, say: Say | None, tries: int | None) -> str:
+def _claim(api: HfApi, name: str, repo_type: str, private: bool, info: Say | None, tries: int | None) -> str:
     def made() -> str:
         return api.create_repo(name, repo_type=repo_type, private=private or None, exist_ok=True).repo_id
 
-    name = patiently(made, tries=tries, say=say)
-    info = patiently(lambda: api.repo_info(name, repo_type=repo_type), tries=tries, say=say)
+    name = patiently(made, tries=tries, info=info)
+    info = patiently(lambda: api.repo_info(name, repo_type=repo_type), tries=tries, info=info)
     held = [each.rfilename for each in info.siblings or () if PurePosixPath(each.rfilename).suffix in READ]
     if held and TAG not in (info.tags or ()):
         raise InputError(
@@ -197,7 +197,7 @@ def _claim(api: HfApi, name: str, repo_type: str, private: bool, say: Say | None
 
 
 def _publish(
-    api: HfApi, name: str, repo_type: str, files: Mapping[str, Path | bytes], message: str, say: Say | None
+    api: HfApi, name: str, repo_type: str, files: Mapping[str, Path | bytes], message: str, info: Say | None
 ) -> str:
     """Make a repository hold these files by at most one commit; gives the revision at which the Hub lists exactly them.
 
@@ -217,7 +217,7 @@ def _publish(
             raise Unsettled(f"{name} does not list what was committed to it")
         return made
 
-    return patiently(attempt, say=say)
+    return patiently(attempt, info=info)
 
 
 def _differences(
@@ -250,7 +250,7 @@ def _digest(source: Path | bytes, digest) -> str:
         return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
-def _tag(api: HfApi, name: str, repo_type: str, tag: str, revision: str, say: Say | None) -> None:
+def _tag(api: HfApi, name: str, repo_type: str, tag: str, revision: str, info: Say | None) -> None:
     """Give a revision a name, taking it from the one that had it."""
 
     def attempt() -> None:
@@ -266,4 +266,4 @@ def _tag(api: HfApi, name: str, repo_type: str, tag: str, revision: str, say: Sa
                 raise
             raise Unsettled(f"tag {tag} of {name}") from error
 
-    patiently(attempt, say=say)
+    patiently(attempt, info=info)

@@ -13,7 +13,7 @@ import torch
 
 from cozyrag.models.prompts import Example
 
-PHASES = ("generator", "retriever", "examine")
+PHASES = ("generator", "retriever", "evaluation")
 SORTING_POOL = 32  # batches whose rows are sorted by length together: enough to pad little, few enough to stay mixed
 
 
@@ -63,7 +63,7 @@ def _one_epoch(lengths: np.ndarray, batch_size: int, random: np.random.Generator
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def share_out(rows: Sequence[int], *, parts: int) -> list[list[int]]:
+def shard(rows: Sequence[int], *, parts: int) -> list[list[int]]:
     """Deal the rows of a step into `parts` lists whose sizes differ by one at most; some are empty when rows are few.
 
     Neighbours go to the same part: rows come sorted by length, so every part pads little.

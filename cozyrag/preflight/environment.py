@@ -92,10 +92,10 @@ class Finding:
         return f"{mark:5}  {self.what}: {self.found}{f'. {self.remedy}' if self.remedy else ''}"
 
 
-def examine_machine(folder: str = ".", *, endpoint: str | None = None) -> Iterator[str]:
+def check_machine(folder: str = ".", *, endpoint: str | None = None) -> Iterator[str]:
     """Look at the machine and tell each finding; `folder`: where the output would go. Raises InputError for a fault."""
     started = time.perf_counter()
-    findings = judge(probe(folder, endpoint=endpoint or constants.ENDPOINT))
+    findings = decide(probe(folder, endpoint=endpoint or constants.ENDPOINT))
     yield from map(str, findings)
     faults = [finding for finding in findings if finding.stops]
     if faults:
@@ -181,7 +181,7 @@ def try_training() -> tuple[float, float]:
 # ---- deciding
 
 
-def judge(machine: Machine) -> list[Finding]:
+def decide(machine: Machine) -> list[Finding]:
     """What the facts mean, worst or not, in the order in which a person would put them right."""
     return [
         _python(machine),

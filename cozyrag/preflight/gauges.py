@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from cozyrag.preflight.cost_model import is_sure
 from cozyrag.training.run_log import peak_memory
-from cozyrag.training.trainer import StepReport, Watcher
+from cozyrag.training.trainer import PhaseCallback, StepReport
 
 
 def timed(act: Callable) -> tuple[float, object]:
@@ -69,7 +69,7 @@ class Growth:
         return found
 
 
-class Stopwatch(Watcher):
+class Stopwatch(PhaseCallback):
     """A watcher that notes the seconds of every step and ends the phase when its time is over or it is sure."""
 
     def __init__(self, sizes: list[tuple[int, float]], ends: float):

@@ -9,7 +9,7 @@ belongs together (pair_check.py).
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,6 @@ import torch
 
 from cozyrag.config import Settings, TrainingSettings
 from cozyrag.data.corpus import Corpus
-from cozyrag.errors import InputError
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples, with_keywords
@@ -172,12 +171,12 @@ def _retriever_terms(retriever: Retriever, batch: Batch, training: TrainingSetti
     spans = sentences.spans if sentences else None
 
     def value(term: TermOfVectors) -> Callable[[], torch.Tensor]:
-        def anew() -> torch.Tensor:
+        def recompute() -> torch.Tensor:
             queries = retriever.embed(batch.questions, kind="query")
             vectors = retriever.embed(batch.passages.to_read(), kind="document", spans=spans)
             return term(queries, *texts_and_sentences(vectors, spans))
 
-        return anew
+        return recompute
 
     terms = retriever_terms(training, positives=batch.positives, sentences=sentences, **feedback)
     return [Term(*NAMES[name], "retriever", value(term)) for name, (_, term) in terms.items()]
@@ -203,7 +202,7 @@ class Finding:
     norm: float
     still: tuple[str, ...]
     broken: tuple[str, ...]
-    strangers: tuple[str, ...]
+    foreign: tuple[str, ...]
     lowered: bool | None
 
     @property
@@ -226,10 +225,10 @@ class Finding:
                 f"gradients of {len(self.broken)} tensors{_such_as(self.broken)}; one step would spoil the whole {model}. Give another --{model}, "
                 f"or {self.term.switch}."
             )
-        if self.strangers:
+        if self.foreign:
             return (
-                f"Self-test: expected the {name} to move the {model} and nothing else, found that it also reaches {len(self.strangers)} tensors"
-                f"{_such_as(self.strangers)}, which training must leave as they are. The fault is in the code of the loss or of the model: "
+                f"Self-test: expected the {name} to move the {model} and nothing else, found that it also reaches {len(self.foreign)} tensors"
+                f"{_such_as(self.foreign)}, which training must leave as they are. The fault is in the code of the loss or of the model: "
                 f"put it right, give another --{model}, or {self.term.switch}."
             )
         if not self.moved and not self.rests:
@@ -259,7 +258,7 @@ class Finding:
             "tensors": self.tensors,
             "tensors_moved": self.moved,
             "without_gradient": list(self.still),
-            "wrongly_moved": list(self.strangers),
+            "wrongly_moved": list(self.foreign),
             "lowered": self.lowered,
             "verdict": self.verdict,
         }
@@ -285,12 +284,6 @@ def check_terms(
     with left_as_found(models.values()):
         terms = active_terms(generator, retriever, corpus, settings)
         return [_check_term(term, models) for term in terms if term.model in moving]
-
-
-def refuse(faults: Iterable[str | None]) -> None:
-    """Raise InputError for the first fault, if there is one."""
-    for fault in filter(None, faults):
-        raise InputError(fault)
 
 
 @contextmanager
@@ -336,7 +329,7 @@ def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
         norm=norm,
         still=tuple(name for name in weights if name in claimed and name not in norms),
         broken=tuple(name for name in norms if not math.isfinite(norms[name])),
-        strangers=tuple(name for name in norms if name not in claimed),
+        foreign=tuple(name for name in norms if name not in claimed),
         lowered=lowered,
     )
 
@@ -410,6 +403,6 @@ def findings_table(findings: Sequence[Finding]) -> str:
     for found in findings:
         if found.still and not found.rests:
             lines.append(f"{found.term.name}: no gradient in {', '.join(found.still)}")
-        if found.strangers:
-            lines.append(f"{found.term.name}: gradient where none belongs, in {', '.join(found.strangers)}")
+        if found.foreign:
+            lines.append(f"{found.term.name}: gradient where none belongs, in {', '.join(found.foreign)}")
     return "\n".join(lines)

@@ -53,9 +53,9 @@ def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
     """Encode passages anew, evenly spread over the index, and compare: a label can be right and the vectors wrong."""
     rows = np.unique(np.linspace(0, len(index) - 1, REENCODED).round().astype(int))
     texts = index.passages.to_read()
-    anew = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
+    recompute = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
     near = NEAR if index.precision == FLOAT32 else NEAR_INT8
-    cosines = np.einsum("ij,ij->i", anew, index.vectors[rows])  # all are of length 1
+    cosines = np.einsum("ij,ij->i", recompute, index.vectors[rows])  # all are of length 1
     worst = int(np.argmin(cosines))
     if cosines[worst] <= near:
         row = int(rows[worst])

@@ -24,22 +24,22 @@ from cozyrag.preflight.cost_model import Line, Phase, bite, fit, peak_at, spread
 from cozyrag.preflight.gauges import Growth, Stopwatch, timed
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import (
-    end_lesson,
     generator_cut,
     generator_examples,
-    generator_lesson,
+    generator_gradients,
     generator_steps,
+    tear_down,
 )
 from cozyrag.training.micro_batches import Cut, micro_batches, padded
 from cozyrag.training.retriever_phase import (
     retriever_cut,
-    retriever_lesson,
+    retriever_gradients,
     retriever_steps,
     retriever_usable,
     step_passages,
 )
-from cozyrag.training.run_retrieval import weighing_questions
-from cozyrag.training.trainer import Watcher, first_cut, run_phase, trainable
+from cozyrag.training.run_retrieval import fusion_questions
+from cozyrag.training.trainer import PhaseCallback, first_cut, run_phase, trainable
 
 BUDGET = 18.0  # seconds of all parts together; beginnings and what is begun when they end come on top
 SHARES = {"index": 4, "retrieve": 4, "generator": 6, "feedback": 2, "retriever": 5, "answer": 3}
@@ -120,8 +120,8 @@ def generator_cost(subject: Subject, asked: dict[str, list], places: list[int]) 
         return Phase(0, 0, 0, Line(0, 0), len(usable), 0)
     context_tokens = subject.settings.contexts.context_tokens
     choose = partial(generator_cut, subject.accelerator, subject.generator, training, context_tokens)
-    cut = first_cut(training, Watcher(), choose)
-    module, take_rows = generator_lesson(subject.accelerator, subject.generator, examples, training)
+    cut = first_cut(training, PhaseCallback(), choose)
+    module, take_rows = generator_gradients(subject.accelerator, subject.generator, examples, training)
 
     def groups(rows: Sequence[int]) -> list[float]:
         lengths = [len(examples[row].input_ids) for row in rows]
@@ -130,7 +130,7 @@ def generator_cost(subject: Subject, asked: dict[str, list], places: list[int]) 
 
     steps = _Steps("generator", steps, lambda rows: sum(groups(rows)), lambda rows: max(groups(rows)))
     phase = _phase(subject, steps, trainable(module), take_rows, cut, training.generator_learning_rate)
-    end_lesson(subject.accelerator, subject.generator, module)
+    tear_down(subject.accelerator, subject.generator, module)
     return replace(phase, rows=len(usable))
 
 
@@ -142,7 +142,7 @@ def retriever_cost(subject: Subject, asked: dict[str, list], places: list[int]) 
         judged = min([training.feedback_passages, *map(len, asked["rows"])])
         likelihoods = np.zeros((len(places), judged), dtype=np.float32)
         likelihoods[[not answers for answers in asked["answers"]]] = np.nan
-    left_out = weighing_questions(subject.corpus.questions, subject.settings)["id"][:]
+    left_out = fusion_questions(subject.corpus.questions, subject.settings)["id"][:]
     usable = retriever_usable(asked, training, likelihoods, left_out)
     at = [asked["positive"][row] if asked["positive"][row] >= 0 else asked["rows"][row][0] for row in usable]
     lengths = [len(text) for text in subject.passages.select(at)]
@@ -155,17 +155,17 @@ def retriever_cost(subject: Subject, asked: dict[str, list], places: list[int]) 
         read = [asked["question"][row] for row in rows] + subject.passages.select(found)
         return sum(map(subject.tokens, read))
 
-    cut = first_cut(training, Watcher(), partial(retriever_cut, subject.accelerator, subject.retriever))
+    cut = first_cut(training, PhaseCallback(), partial(retriever_cut, subject.accelerator, subject.retriever))
 
     def take_rows(rows: Sequence[int], cut: Cut) -> dict[str, float]:
-        return retriever_lesson(
+        return retriever_gradients(
             subject.accelerator, subject.retriever, asked, subject.passages, rows, training, likelihoods, cut
         )
 
     def held(rows: Sequence[int]) -> float:
         """Tokens at the peak: those of its largest micro-batch, by the same estimate."""
         mine = units(rows) / subject.accelerator.num_processes
-        return mine / cut.pieces if cut.tokens is None else min(mine, cut.tokens)
+        return mine / cut.micro_batches if cut.tokens is None else min(mine, cut.tokens)
 
     subject.retriever.model.eval()
     steps = _Steps("retriever", [[usable[row] for row in step] for step in steps], units, held)
@@ -207,7 +207,7 @@ def _phase(
         watch = Stopwatch([(len(rows), units(rows)) for rows in tried], ends)
         run_phase(
             subject.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number, cut: take_rows(tried[number], cut),
-            settings=subject.settings.training, learning_rate=rate, round_number=1, watcher=watch, quiet=True, cut=cut,
+            settings=subject.settings.training, learning_rate=rate, round_number=1, callback=watch, quiet=True, cut=cut,
         )  # fmt: skip
         return watch.measured, timed(subject.accelerator.free_memory)[0]
 

@@ -22,19 +22,19 @@ from cozyrag.preflight.cost_model import Costs, Phase
 from cozyrag.preflight.gauges import memory_now
 from cozyrag.preflight.probe import Probe
 from cozyrag.retrieval.contexts import SEARCH_DEPTH
-from cozyrag.training.run_retrieval import weighing_limit
+from cozyrag.training.run_retrieval import fusion_limit
 
 NUMBER = 4  # bytes of a weight, of a gradient and of each of AdamW's two states
 PYTHON = 72  # bytes of a row number and its score, once they stand in Python lists
 SHARE_OF_PEAK = 0.7  # of the rate of products of matrices that training reaches on a CPU
 SHORTER = {  # settings that make a part shorter
     "index": "--passage_tokens, --query_side_only, --rounds, or fewer --passages",
-    "weigh searches": "--retrieval dense, --rounds",
+    "fit fusion weights": "--retrieval dense, --rounds",
     "retrieve": "--max_questions, --retrieval dense, --rounds",
     "generator phase": "--generator_steps, --max_questions, --context_tokens, --rounds",
     "feedback": "--feedback_passages, --max_questions, --context_tokens, --rounds",
     "retriever phase": "--retriever_steps, --max_questions, --passage_tokens, --hard_negatives, --rounds",
-    "examine": "--max_eval_questions, --answer_tokens, --gate off, --rounds",
+    "evaluation": "--max_eval_questions, --answer_tokens, --rollback off, --rounds",
     "save": "--save_steps, --save_minutes, --rounds",
 }
 
@@ -159,13 +159,13 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
     moves = costs.retriever.steps > 0  # the retriever changes, so its searches do
     again = refreshes(settings, costs.retriever.steps)
     made = 1 + again if moves else 0  # searches made anew in a round
-    indexed = 0 if training.query_side_only else made
-    looks = 2 if training.gate == "on" and costs.generator.steps else 1  # examinations of a round
+    indexed = 0 if training.freeze_document_encoder else made
+    looks = 2 if training.rollback == "on" and costs.generator.steps else 1  # examinations of a round
     parts = [_index(settings, sizes, costs, indexed)]
     if costs.weigh:
-        known = min(sizes.known, weighing_limit(sizes.questions, settings))
+        known = min(sizes.known, fusion_limit(sizes.questions, settings))
         weighed = costs.weigh * known
-        parts.append(Part("weigh searches", f"{known} questions", (weighed, *[weighed * made] * rounds)))
+        parts.append(Part("fit fusion weights", f"{known} questions", (weighed, *[weighed * made] * rounds)))
     parts += [_retrieve(settings, sizes, costs, again, looks), _generator_phase(settings, sizes, costs)]
     if training.feedback_weight and moves:
         asked = math.ceil(sizes.answered / sizes.processes)
@@ -174,9 +174,9 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
         parts.append(Part("feedback", work, (0.0, *[costs.feedback * asked] * rounds), kept, kept * rounds))
     trains = costs.generator.steps > 0
     written = (
-        trains + moves if training.gate == "on" else int(trains or moves)
+        trains + moves if training.rollback == "on" else int(trains or moves)
     )  # answers of the same weights and contexts are kept
-    parts += [_retriever_phase(settings, sizes, costs), _examine(settings, sizes, costs, written)]
+    parts += [_retriever_phase(settings, sizes, costs), _evaluate(settings, sizes, costs, written)]
     return [*parts, _save(settings, sizes, costs)]
 
 
@@ -203,9 +203,9 @@ def _sentences(sizes: Sizes, costs: Costs) -> int:
 def _retrieve(settings: Settings, sizes: Sizes, costs: Costs, again: int, looks: int) -> Part:
     """Questions of the first round meet most passages for the first time, which costs once more."""
     training = settings.training
-    robbed = int(training.no_answer)  # each examination that chooses a threshold searches once more
-    before = sizes.eval_questions * (1 + robbed)
-    each = sizes.questions * (1 + again) + sizes.eval_questions * (1 + robbed * looks)
+    answerless = int(training.no_answer)  # each examination that chooses a threshold searches once more
+    before = sizes.eval_questions * (1 + answerless)
+    each = sizes.questions * (1 + again) + sizes.eval_questions * (1 + answerless * looks)
     asked = [before, *[each] * training.rounds]
     mine = [math.ceil(count / sizes.processes) for count in asked]
     reached, seconds = 0.0, []
@@ -240,7 +240,7 @@ def _retriever_phase(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     return Part("retriever phase", work, (0.0, *[phase.seconds] * rounds), _trained(phase, sizes.retriever_trained))
 
 
-def _examine(settings: Settings, sizes: Sizes, costs: Costs, written: int) -> Part:
+def _evaluate(settings: Settings, sizes: Sizes, costs: Costs, written: int) -> Part:
     """`written`: how often a round writes answers. With --no_answer it does so for the contexts as found, and for those without the answer.
 
     What is written again after the retriever's phase, of questions whose context has changed, is counted in full.
@@ -250,7 +250,9 @@ def _examine(settings: Settings, sizes: Sizes, costs: Costs, written: int) -> Pa
     batches = math.ceil(asked / settings.contexts.answer_batch_size)
     once = tables * costs.answer.seconds(batches, asked)
     seconds = (once, *[once * written] * settings.training.rounds)
-    return Part("examine", f"{sizes.eval_questions} questions, {written} times a round", seconds, memory=costs.writing)
+    return Part(
+        "evaluation", f"{sizes.eval_questions} questions, {written} times a round", seconds, memory=costs.writing
+    )
 
 
 def checkpoints(settings: Settings, phase: Phase) -> int:
@@ -300,14 +302,14 @@ def rough_generator_seconds(weights: int, *, trained: int, asked: int, tokens: i
 # ---- how it is told
 
 
-def told_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Seconds, minutes or hours, whichever suits."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def told_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """MB below one GB, else GB, in powers of ten."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
@@ -331,7 +333,7 @@ def plan_table(plan: Plan) -> str:
 
 def _line(name: str, seconds: Sequence[float], columns: int, memory: int, disk: int, work: str) -> tuple[str, ...]:
     shown = [*seconds[: min(columns, 2)], *([sum(seconds[2:]) / len(seconds[2:])] if columns > 2 else [])]
-    return (name, *map(told_time, shown), told_time(sum(seconds)), told_bytes(memory), told_bytes(disk), work)
+    return (name, *map(format_time, shown), format_time(sum(seconds)), format_bytes(memory), format_bytes(disk), work)
 
 
 def verdict(plan: Plan) -> str:
@@ -339,11 +341,11 @@ def verdict(plan: Plan) -> str:
     first = max(plan.parts, key=lambda part: sum(part.seconds))
     share = sum(first.seconds) / max(plan.seconds, 1e-9)
     sentence = (
-        f"About {told_time(plan.seconds)}, {told_bytes(plan.memory)} of memory {'on the GPU or beside it' if plan.sizes.device != 'cpu' else 'for each process'} and "
-        f"{told_bytes(plan.disk)} on disk. Most of the time, {share:.0%}, goes into the part {first.name!r}; it would be shorter with {SHORTER[first.name]}."
+        f"About {format_time(plan.seconds)}, {format_bytes(plan.memory)} of memory {'on the GPU or beside it' if plan.sizes.device != 'cpu' else 'for each process'} and "
+        f"{format_bytes(plan.disk)} on disk. Most of the time, {share:.0%}, goes into the part {first.name!r}; it would be shorter with {SHORTER[first.name]}."
     )
     rounds = len(first.seconds) - 1
     if rounds > 1:
         saved = sum(part.seconds[-1] for part in plan.parts)
-        sentence += f" One round less would save {told_time(saved)}."
+        sentence += f" One round less would save {format_time(saved)}."
     return sentence

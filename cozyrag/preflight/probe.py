@@ -28,11 +28,11 @@ from cozyrag.preflight.gauges import timed
 from cozyrag.preflight.loss_check import left_as_found
 from cozyrag.preflight.phase_probe import Subject, generator_cost, retriever_cost, stand_ins
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.training.run_log import peak_memory
-from cozyrag.training.run_retrieval import RETRIEVE_TOGETHER, context_maker
+from cozyrag.training.run_retrieval import RETRIEVE_TOGETHER, context_builder
 
 SAMPLE = 512  # questions, at most
 CHARACTERS = 4_000_000  # of passages that are searched, at most
@@ -67,7 +67,7 @@ class Probe(Subject):
             generator = generator_cost(self, asked, places)
             retriever = retriever_cost(self, asked, places)
             answer, writing = self._answering(columns)
-            feedback = self._feeding(columns, found.maker) if self.feeds else 0.0
+            feedback = self._feeding(columns, found.builder) if self.feeds else 0.0
         size = self.settings.contexts.encode_batch_size
         costs = Costs(
             encode=encode, batches=-(-len(order) // size), tokens=self._batch_tokens(order, size), lexical=found.lexical,
@@ -132,21 +132,21 @@ class Probe(Subject):
             lexical = LexicalIndex(passages.to_read(), stemmer=self.settings.contexts.stemmer)
         words = SentenceWords(passages.titles, passages.sentences(), stemmer=self.settings.contexts.stemmer)
         built = time.perf_counter() - clock
-        maker = context_maker(passages, self.settings, self.generator, self.retriever)
-        keep = self.settings.contexts.keep_sentence_vectors and maker.score_by != "overlap"
+        builder = context_builder(passages, self.settings, self.generator, self.retriever)
+        keep = self.settings.contexts.keep_sentence_vectors and builder.score_by != "sparse"
         index = PassageIndex(
             table, vectors[np.arange(len(table)) % len(vectors)], fingerprint="probe",
             sentences=_borrowed(passages, sentences) if keep else None,
         )  # fmt: skip
-        maker.sentence_vectors, maker.words = sentence_source(index, self.retriever), words
+        builder.sentence_vectors, builder.words = sentence_source(index, self.retriever), words
         searcher = Searcher(index, lexical, encode=self._encode_questions, mode=mode, words=words)
         share = self.share["retrieve"]
         first = sample.select(range(min(32, len(sample))))
         searcher.search(first["question"][:4], SEARCH_DEPTH)  # warm up
-        seconds = timed(lambda: self._attach(first, searcher, maker))[0]
+        seconds = timed(lambda: self._attach(first, searcher, builder))[0]
         sample = sample.select(range(bite(len(sample), len(first), seconds, share)))
-        cold, _ = timed(lambda: self._attach(sample, searcher, maker))
-        warm, contexts = timed(lambda: self._attach(sample, searcher, maker))
+        cold, _ = timed(lambda: self._attach(sample, searcher, builder))
+        warm, contexts = timed(lambda: self._attach(sample, searcher, builder))
         grown = (scale - 1) * self._search_seconds(searcher, sample["question"])
         touched = len({row for rows in contexts["rows"] for row in rows})
         columns = contexts[:]
@@ -156,10 +156,10 @@ class Probe(Subject):
         known = [(text, row) for text, row in zip(columns["question"], contexts["gold_row"], strict=True) if row >= 0]
         weigh = 0.0
         if mode == "hybrid" and known:
-            weigh = timed(lambda: searcher.choose_weights(*map(list, zip(*known, strict=True))))[0] / len(known)
+            weigh = timed(lambda: searcher.fit_fusion_weights(*map(list, zip(*known, strict=True))))[0] / len(known)
             weigh += grown / len(sample)
         return _Found(
-            maker=maker, columns=columns, lexical=built / part, search=(warm + grown) / len(sample),
+            builder=builder, columns=columns, lexical=built / part, search=(warm + grown) / len(sample),
             first=max(0.0, cold - warm) / max(1, touched - len(first)), reach=-math.log(1 - min(touched / len(table), 0.999)) * len(table) / len(sample),
             weigh=weigh, row_bytes=contexts.data.nbytes / len(contexts), lexical_bytes=((lexical.nbytes if lexical else 0) + words.nbytes) / part,
         )  # fmt: skip
@@ -173,11 +173,11 @@ class Probe(Subject):
         gold = [self.row_of[name] for name in sample["passage_id"] if name in self.row_of]
         return sorted({*gold, *self.some(count)})
 
-    def _attach(self, questions: Dataset, searcher: Searcher, maker: ContextMaker) -> Dataset:
+    def _attach(self, questions: Dataset, searcher: Searcher, builder: ContextBuilder) -> Dataset:
         return attach_contexts(
             questions,
             search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-            maker=maker,
+            builder=builder,
             fingerprint=f"probe{time.perf_counter_ns()}",
             noise=self.settings.training.context_noise,
             batch_size=RETRIEVE_TOGETHER,
@@ -222,10 +222,10 @@ class Probe(Subject):
             measured.append((count, write(count, at=len(measured) * most)))
         return fit(measured), self.growth.bytes(reset=False)
 
-    def _feeding(self, columns: dict[str, list], maker: ContextMaker) -> float:
+    def _feeding(self, columns: dict[str, list], builder: ContextBuilder) -> float:
         """Seconds of the generator's feedback for a question."""
         chosen, judged = self.settings.contexts, self.settings.training.feedback_passages
-        sub = maker.row_of
+        sub = builder.row_of
         rows = [row for row, answers in enumerate(columns["answers"]) if answers]
         if not rows:
             return 0.0
@@ -239,7 +239,7 @@ class Probe(Subject):
             repeated = np.repeat(vectors, [len(columns["rows"][row][:judged]) for row in rows[:count]], axis=0)
             self.generator.log_likelihoods(
                 asked,
-                maker.contexts(asked, [[passage] for _, passage in pairs], repeated),
+                builder.contexts(asked, [[passage] for _, passage in pairs], repeated),
                 [columns["answers"][row][0] for row, _ in pairs],
                 context_tokens=chosen.context_tokens,
                 batch_size=chosen.answer_batch_size,
@@ -262,7 +262,7 @@ class Probe(Subject):
 class _Found:
     """What searching told; see Costs. `columns`: the contexts table of the sample, rows of passages as in the whole table."""
 
-    maker: ContextMaker
+    builder: ContextBuilder
     columns: dict[str, list]
     lexical: float
     search: float

@@ -77,7 +77,7 @@ class Comparison:
 def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
     """Compare the last rounds of two runs. Raises InputError when one is no run, or no question was examined by both."""
     a, b = FinishedRun.read(run_a), FinishedRun.read(run_b)
-    rows_a, rows_b = a.examined[a.last], b.examined[b.last]
+    rows_a, rows_b = a.evaluated[a.last], b.evaluated[b.last]
     pairs = matched(rows_a, rows_b)
     if not pairs:
         raise InputError(
@@ -175,7 +175,10 @@ def as_text(comparison: Comparison) -> str:
     if comparison.settings:
         width = max(len(name) for name, _, _ in comparison.settings)
         lines.append("Settings that differ:")
-        lines += [f"  {name:<{width}}  {_told(left)}  ->  {_told(right)}" for name, left, right in comparison.settings]
+        lines += [
+            f"  {name:<{width}}  {_formatted(left)}  ->  {_formatted(right)}"
+            for name, left, right in comparison.settings
+        ]
     else:
         lines.append("The settings are the same.")
     lines += ["", "|  | A | B | difference | 95 % interval |", "|---|---:|---:|---:|---:|"]
@@ -214,7 +217,7 @@ def write_page(comparison: Comparison, path: str | Path) -> None:
         raise InputError(f"--html: {path} cannot be written ({error}). Name a file in a folder that exists.") from error
 
 
-def _told(value: object) -> str:
+def _formatted(value: object) -> str:
     return "not set" if value is None else str(value)
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
-from cozyrag.reporting.run_reader import examined_files, read_lines, spread
+from cozyrag.reporting.run_reader import read_lines, spread
 from cozyrag.reporting.templates import render, stylesheet
+from cozyrag.runtime.old_names import evaluation_files
 
 if TYPE_CHECKING:
     import gradio
@@ -79,7 +80,7 @@ def page_of(name: str, examples: Sequence[str] | None = None, *, title: str | No
     """The page of the pair in a folder or repository; its examples are questions it was examined with, where there are any."""
     pair, local = CozyRAG.from_pretrained(name), Path(name).is_dir()
     if examples is None:
-        examples = examined_questions(Path(name)) if local else []
+        examples = evaluation_questions(Path(name)) if local else []
     return build_page(pair, name=title or (Path(name).resolve().name if local else name), examples=examples)
 
 
@@ -93,9 +94,9 @@ def look(gr: ModuleType) -> dict:
     return {"theme": theme, "css": stylesheet("demo.css"), "footer_links": [], "quiet": True, "ssr_mode": False}
 
 
-def examined_questions(folder: Path) -> list[str]:
+def evaluation_questions(folder: Path) -> list[str]:
     """Some questions of the last examination in a run's folder, right and wrong ones in turn; none where there is none."""
-    files = examined_files(folder)
+    files = evaluation_files(folder)
     if not files:
         return []
     rows = read_lines(files[max(files)])

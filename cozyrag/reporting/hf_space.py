@@ -19,7 +19,7 @@ import cozyrag
 from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.pair_file import PAIR_FILE, read_pair
-from cozyrag.reporting.demo_app import examined_questions, load_gradio
+from cozyrag.reporting.demo_app import evaluation_questions, load_gradio
 from cozyrag.runtime.assets import PAGES_FOLDER
 
 PACKAGE = Path(cozyrag.__file__).parent
@@ -51,7 +51,7 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
     card.save(folder / "README.md")
     (folder / "demo_app.py").write_text(_app(title, None if local else source), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
-    examples = examined_questions(Path(source)) if local else []
+    examples = evaluation_questions(Path(source)) if local else []
     (folder / "examples.json").write_text(json.dumps(examples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -47,11 +47,11 @@ def report(folder: str | Path, *, latency: int = 0) -> Path:
     """
     pictures.check_plots()
     run = FinishedRun.read(folder)
-    seconds = measure_latency(CozyRAG.from_pretrained(folder), run.examined[run.last], latency) if latency else None
+    seconds = measure_latency(CozyRAG.from_pretrained(folder), run.evaluated[run.last], latency) if latency else None
     return write_report(run, seconds=seconds)
 
 
-def tell_report(folder: Path) -> str:
+def report_at_end(folder: Path) -> str:
     """Write the report when a run ends and say where it is; without Matplotlib, how to get it.
 
     A report that cannot be made costs the run nothing: the sentence says so.
@@ -98,7 +98,7 @@ def write_report(
     Args:
         seconds: see `measure_latency`; None: not measured, and left out.
     """
-    changes = differences(matched(run.examined[min(run.examined)], run.examined[run.last]))
+    changes = differences(matched(run.evaluated[min(run.evaluated)], run.evaluated[run.last]))
     text = render(
         "report.html",
         style=stylesheet("report.css"),
@@ -107,10 +107,10 @@ def write_report(
         run=run,
         conclusion=_conclusion(run, changes),
         changes={each.metric: each for each in changes},
-        plots=_plots(run, certainties(run.examined[run.last]), seconds),
+        plots=_plots(run, certainties(run.evaluated[run.last]), seconds),
         metrics=SHOWN,
-        summaries=[(pictures.round_name(each), summarize(run.examined[each])) for each in sorted(run.examined)],
-        gates=run.rows("gate"),
+        summaries=[(pictures.round_name(each), summarize(run.evaluated[each])) for each in sorted(run.evaluated)],
+        rollbacks=run.rows("rollback"),
         samples=samples(run),
         settings=public_settings(run.settings),
     )
@@ -120,15 +120,15 @@ def write_report(
 
 
 def _conclusion(run: FinishedRun, changes: Sequence[Difference]) -> str:
-    questions = len(run.examined[run.last])
-    if run.last == min(run.examined):
+    questions = len(run.evaluated[run.last])
+    if run.last == min(run.evaluated):
         return f"Examined on {questions} questions; nothing was trained yet."
     return more_than_noise(changes, questions, names=("the pair before training", "the trained pair"))
 
 
 def samples(run: FinishedRun) -> list[dict]:
     """Rows of the last examination for the table, of each verdict some, with what the pair answered before training."""
-    rows, first = run.examined[run.last], run.examined[min(run.examined)]
+    rows, first = run.evaluated[run.last], run.evaluated[min(run.evaluated)]
     before = {id(row): old["prediction"] for old, row in matched(first, rows)}
     verdicts = [name for name in pictures.VERDICTS if any(row["verdict"] == name for row in rows)]
     verdicts += sorted({row["verdict"] for row in rows} - set(verdicts))
@@ -154,10 +154,10 @@ def _plots(run: FinishedRun, scores: tuple[np.ndarray, np.ndarray] | None, secon
 
 def _drawn(run: FinishedRun, scores, seconds):
     """(name, figure, words of the caption) of everything there is something to draw of."""
-    questions = len(run.examined[run.last])
+    questions = len(run.evaluated[run.last])
     yield (
         "scores",
-        pictures.scores_by_round(run.examined),
+        pictures.scores_by_round(run.evaluated),
         {
             "title": "Scores by round",
             "about": "Exact match and F1 say how good the answers are, recall@5 how often the right passage is among the first five. "
@@ -167,12 +167,12 @@ def _drawn(run: FinishedRun, scores, seconds):
     )
     yield (
         "verdicts",
-        pictures.verdict_bars(run.examined),
+        pictures.verdict_bars(run.evaluated),
         {
             "title": "What became of the questions",
             "about": "Right; or where it went wrong: the passage was not found (retrieval missed), its sentence was not passed on "
             "(filter dropped it), or the generator had the answer before it and wrote something else (reader missed).",
-            "told": _told_verdict(run),
+            "told": _verdict_summary(run),
         },
     )
     if scores is not None:
@@ -210,9 +210,9 @@ def _drawn(run: FinishedRun, scores, seconds):
         )
 
 
-def _told_verdict(run: FinishedRun) -> str:
+def _verdict_summary(run: FinishedRun) -> str:
     """The most frequent way to go wrong after the last round."""
-    wrong = [row["verdict"] for row in run.examined[run.last] if row["verdict"] != "right"]
+    wrong = [row["verdict"] for row in run.evaluated[run.last] if row["verdict"] != "correct"]
     if not wrong:
         return "All are right."
     most = max(sorted(set(wrong)), key=wrong.count)

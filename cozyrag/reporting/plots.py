@@ -32,13 +32,13 @@ VARIABLES = {INK: "currentColor", GRID: "var(--grid)", ON_BAR: "var(--on-bar)"} 
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
 }
 VERDICTS = {  # in the order of the bars; a verdict that is not here comes after them
-    "right": SERIES[2],
-    "formatting only": SERIES[7],
-    "kept silent": SERIES[5],
-    "reader missed": SERIES[0],
-    "filter dropped it": SERIES[4],
-    "retrieval missed": SERIES[1],
-    "answered the unanswerable": SERIES[3],
+    "correct": SERIES[2],
+    "format mismatch": SERIES[7],
+    "abstained": SERIES[5],
+    "reader error": SERIES[0],
+    "context miss": SERIES[4],
+    "retrieval miss": SERIES[1],
+    "answered an unanswerable question": SERIES[3],
 }
 STYLE = {
     "font.size": 9.5,
@@ -75,12 +75,12 @@ def check_plots() -> None:
         raise InputError('Expected Matplotlib for the plots, found none. Install it with: pip install "cozyrag[plots]"')
 
 
-def scores_by_round(examined: Mapping[int, Sequence[dict]]) -> "Figure":
+def scores_by_round(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":
     """EM, F1 and recall@5 after each round, in percent, with 95 % bootstrap intervals over the questions."""
     figure, [axes] = _figure()
-    rounds = sorted(examined)
+    rounds = sorted(evaluated)
     for number, (metric, name) in enumerate(METRICS.items()):
-        values = [np.array([row[metric] for row in examined[each]], dtype=np.float64) for each in rounds]
+        values = [np.array([row[metric] for row in evaluated[each]], dtype=np.float64) for each in rounds]
         means = 100 * np.array([column.mean() for column in values])
         ends = 100 * np.array([bootstrap_interval(column) for column in values]).T
         places = np.arange(len(rounds)) + 0.06 * (number - 1)
@@ -101,10 +101,10 @@ def scores_by_round(examined: Mapping[int, Sequence[dict]]) -> "Figure":
     return figure
 
 
-def verdict_bars(examined: Mapping[int, Sequence[dict]]) -> "Figure":
+def verdict_bars(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":
     """For each round a bar of what became of the questions, with counts."""
-    rounds = sorted(examined)
-    counts = [Counter(row["verdict"] for row in examined[each]) for each in rounds]
+    rounds = sorted(evaluated)
+    counts = [Counter(row["verdict"] for row in evaluated[each]) for each in rounds]
     seen = {name for count in counts for name in count}
     names = [name for name in VERDICTS if name in seen] + sorted(seen - set(VERDICTS))
     figure, [axes] = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(names) + 1) // 2))

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.old_names import (
+    EVALUATIONS,
+    current_evaluation,
+    current_metrics,
+    current_settings,
+    evaluation_files,
+)
 
 
 @dataclass(frozen=True)
@@ -18,39 +25,41 @@ class FinishedRun:
     folder: Path
     settings: dict
     metrics: list[dict]
-    examined: dict[int, list[dict]]
+    evaluated: dict[int, list[dict]]
 
     @classmethod
     def read(cls, folder: str | Path) -> "FinishedRun":
         """Read a run's folder. Raises InputError when there is no examination in it, or a file is broken."""
         folder = Path(folder)
-        found = examined_files(folder)
+        found = evaluation_files(folder)
         if not found:
             raise InputError(
-                f"Expected examined questions in {(folder / 'examined').absolute()}, found none: this is no folder that train.py "
+                f"Expected examined questions in {(folder / EVALUATIONS).absolute()}, found none: this is no folder that train.py "
                 "examined a pair in. Name the output folder of a run."
             )
         settings = folder / "settings.json"
         return cls(
             folder,
-            settings=json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {},
-            metrics=read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else [],
-            examined={number: read_lines(path) for number, path in found.items()},
+            settings=current_settings(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else {},
+            metrics=[current_metrics(row) for row in read_lines(folder / "metrics.jsonl")]
+            if (folder / "metrics.jsonl").exists()
+            else [],
+            evaluated={number: read_evaluation(path) for number, path in found.items()},
         )
 
     @property
     def last(self) -> int:
         """The number of the last round that was examined."""
-        return max(self.examined)
+        return max(self.evaluated)
 
     def rows(self, kind: str) -> list[dict]:
         """The rows of metrics.jsonl of that kind."""
         return [row for row in self.metrics if row["kind"] == kind]
 
 
-def examined_files(folder: Path) -> dict[int, Path]:
-    """The file of each round's examination; empty where there is none."""
-    return {int(path.stem.removeprefix("round-")): path for path in sorted((folder / "examined").glob("round-*.jsonl"))}
+def read_evaluation(path: Path) -> list[dict]:
+    """The rows of an evaluation file, one for each question. Raises InputError for a broken line."""
+    return [current_evaluation(row) for row in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -19,7 +19,7 @@ from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.hybrid import Found
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
-FILTERS = ("overlap", "vectors", "both")
+FILTERS = ("sparse", "dense", "hybrid")
 SEARCH_DEPTH = 60
 RANKS = 3  # from this rank on (from 0) passages do not differ any more: the search sorts the first ones best
 RANK_COST = 0.6  # the best passage is the right one four times of five: answers kept at 128 tokens rise by two points of a hundred
@@ -75,7 +75,7 @@ def _standardized(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class ContextMaker:
+class ContextBuilder:
     """Chooses from the passages found: sentences for the context, a positive and hard negatives for the retriever.
 
     Args:
@@ -83,11 +83,11 @@ class ContextMaker:
         count_tokens: lengths in generator tokens of a list of texts.
         top_k: passages whose sentences compete for the context.
         budget: tokens of the context.
-        score_by: one of FILTERS. "overlap": the summed rarity (inverse document frequency) of the words that a sentence
-            shares with the question; "vectors": the cosine of sentence and question; "both": their sum, each z-scored
+        score_by: one of FILTERS. "sparse": the summed rarity (inverse document frequency) of the words that a sentence
+            shares with the question; "dense": the cosine of sentence and question; "hybrid": their sum, each z-scored
             over the sentences that compete.
-        sentence_vectors: see `sentence_source`; not needed for "overlap".
-        words: of the sentences; not needed for "vectors". None: made here, endings of words left as they are.
+        sentence_vectors: see `sentence_source`; not needed for "sparse".
+        words: of the sentences; not needed for "dense". None: made here, endings of words left as they are.
     """
 
     passages: Passages
@@ -95,7 +95,7 @@ class ContextMaker:
     top_k: int
     budget: int
     hard_negatives: int = 0
-    score_by: str = "overlap"
+    score_by: str = "sparse"
     sentence_vectors: Callable[[Sequence[int]], list[np.ndarray]] | None = None
     words: SentenceWords | None = None
     _normalized: dict[int, str] = field(default_factory=dict)
@@ -130,11 +130,11 @@ class ContextMaker:
 
         Args:
             found: for each question the rows of the passages found, best first.
-            vectors: (n_questions, dim) of the questions; not needed for "overlap".
+            vectors: (n_questions, dim) of the questions; not needed for "sparse".
         """
         competing = sorted({row for rows in found for row in rows[: self.top_k]})
         self._read(competing)
-        if self.score_by == "overlap":
+        if self.score_by == "sparse":
             return [self._choose(question, rows) for question, rows in zip(questions, found, strict=True)]
         sentences = dict(zip(competing, self.sentence_vectors(competing) if competing else [], strict=True))
         return [
@@ -171,9 +171,9 @@ class ContextMaker:
             return np.zeros(0)
         counts = [len(self._sentences_of(row)[0]) for row in rows]
         scores = -RANK_COST * np.repeat(np.minimum(np.arange(len(rows)), RANKS), counts)
-        if self.score_by != "overlap":
+        if self.score_by != "sparse":
             scores = scores + _standardized(np.concatenate(cosines))
-        if self.score_by != "vectors":
+        if self.score_by != "dense":
             if self.words is None:
                 self.words = SentenceWords(self.passages.titles, self.passages.sentences())
             scores = scores + _standardized(np.concatenate(self.words.overlaps(question, rows)))
@@ -233,7 +233,7 @@ def attach_contexts(
     questions: Dataset,
     *,
     search: Callable[[list[str]], Found],
-    maker: ContextMaker,
+    builder: ContextBuilder,
     fingerprint: str,
     noise: float = 0.0,
     noise_seed: str = "",
@@ -255,15 +255,15 @@ def attach_contexts(
         rankings = [ranking.tolist() for ranking in result.rankings]
         columns: dict[str, list] = {name: [] for name in CONTEXT_FEATURES if name not in questions.column_names}
         rows = result.rows.tolist()
-        golds = [maker.row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
+        golds = [builder.row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
         noised = [_share_of(f"{noise_seed}|{row_id}") < noise for row_id in batch["id"]]
         read = [
-            maker.without_answer(found, gold, answers) if spoiled else found
+            builder.without_answer(found, gold, answers) if spoiled else found
             for found, gold, answers, spoiled in zip(rows, golds, batch["answers"], noised, strict=True)
         ]
-        contexts = maker.contexts(batch["question"], read, result.vectors)
+        contexts = builder.contexts(batch["question"], read, result.vectors)
         for i, (context, answers, found, gold) in enumerate(zip(contexts, batch["answers"], rows, golds, strict=True)):
-            positive = maker.positive(gold, found, answers)
+            positive = builder.positive(gold, found, answers)
             columns["noised"].append(noised[i])
             columns["rows"].append(found)
             columns["scores"].append(result.scores[i].tolist())
@@ -272,7 +272,7 @@ def attach_contexts(
             columns["gold_row"].append(gold)
             columns["positive"].append(positive)
             columns["negatives"].append(
-                maker.negatives(positive, [ranking[i] for ranking in rankings], answers) if positive >= 0 else []
+                builder.negatives(positive, [ranking[i] for ranking in rankings], answers) if positive >= 0 else []
             )
         progress(len(batch["question"]))
         return columns

@@ -97,7 +97,7 @@ class Searcher:
             vectors,
         )
 
-    def choose_weights(self, questions: Sequence[str], relevant: Sequence[int]) -> dict[str, float]:
+    def fit_fusion_weights(self, questions: Sequence[str], relevant: Sequence[int]) -> dict[str, float]:
         """Fit the weights so that the relevant row of each question stands out among its candidates.
 
         Softmax regression over the candidates of each question (ListNet's top-one loss, Cao et al. 2007) with weights of at

@@ -3,7 +3,7 @@
 Left out: what is decided. Nothing here starts or ends a process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from accelerate import Accelerator
@@ -36,3 +36,9 @@ def all_manage(accelerator: Accelerator, act: Callable[[], object]) -> None:
     faults = [each for each in gather_object([fault]) if each]
     if faults:
         raise InputError(faults[0])
+
+
+def refuse(faults: Iterable[str | None]) -> None:
+    """Raise InputError for the first fault, if there is one."""
+    for fault in filter(None, faults):
+        raise InputError(fault)

@@ -44,7 +44,7 @@ class Unsettled(ConnectionError):
     """A repository does not hold what was just committed to it; worth another look."""
 
 
-def patiently(do: Callable[[], T], *, tries: int | None = None, say: Callable[[str], None] | None = None) -> T:
+def patiently(do: Callable[[], T], *, tries: int | None = None, info: Callable[[str], None] | None = None) -> T:
     """`do()`, done again after a while when a network fault, a 5xx or a 429 ends it; `do` must be safe to do twice.
 
     Raises:
@@ -59,8 +59,8 @@ def patiently(do: Callable[[], T], *, tries: int | None = None, say: Callable[[s
             raise cause_of(error) from error
 
     def before_sleep(state: RetryCallState) -> None:
-        if say is not None:
-            say(f"{summary(state.outcome.exception())}; trying again in {state.next_action.sleep:.0f} s.")
+        if info is not None:
+            info(f"{summary(state.outcome.exception())}; trying again in {state.next_action.sleep:.0f} s.")
 
     retrying = Retrying(
         retry=retry_if_exception(is_passing),

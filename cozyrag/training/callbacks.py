@@ -23,10 +23,10 @@ from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.micro_batches import Cut
 from cozyrag.training.run_log import RunLog
 from cozyrag.training.tracking import log_numbers
-from cozyrag.training.trainer import StepReport, Watcher
+from cozyrag.training.trainer import PhaseCallback, StepReport
 
 
-class PhaseWatcher(Watcher):
+class RunCallback(PhaseCallback):
     """Logs and saves inside a phase, and brings back an interrupted one.
 
     Args:
@@ -67,9 +67,9 @@ class PhaseWatcher(Watcher):
             self.checkpoints.restore_optimizer(self.resumed_from)
         return self.progress.step
 
-    def pieces(self) -> int:
+    def micro_batches(self) -> int:
         """Micro-batches that memory asked for in an earlier phase of this kind, or before the interruption."""
-        return self.progress.pieces.get(self.progress.phase, 1)
+        return self.progress.micro_batches.get(self.progress.phase, 1)
 
     def cut(self) -> Cut | None:
         """The tokens of micro-batches that this run has chosen for phases of this kind."""
@@ -86,7 +86,7 @@ class PhaseWatcher(Watcher):
         progress.step = report.step
         self.log.steps += 1
         if not report.bad:
-            progress.bad_steps = 0
+            progress.skipped_steps = 0
             progress.pending.append([report.loss, report.terms, 1 / report.rate])
         if report.step % self.output.logging_steps == 0 or report.step == report.steps:
             self._log(report)
@@ -114,10 +114,10 @@ class PhaseWatcher(Watcher):
         self.checkpoints.save(self.progress, self.generator, self.retriever)
         self.saved = time.monotonic()
 
-    def bad_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:
+    def skipped_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:
         """Count a step that was skipped. Raises InputError after `max_bad_steps` in a row, with the batch in a file."""
         progress = self.progress
-        progress.bad_steps += 1
+        progress.skipped_steps += 1
         facts = {
             "round": progress.round,
             "phase": progress.phase,
@@ -125,18 +125,18 @@ class PhaseWatcher(Watcher):
             "loss": str(report.loss),
             "gradient_norm": str(gradient_norm),
         }
-        self.log.record({"kind": "bad step", "in_a_row": progress.bad_steps} | facts)
-        self.log.say(
+        self.log.record({"kind": "skipped step", "in_a_row": progress.skipped_steps} | facts)
+        self.log.info(
             f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {report.loss}, gradient norm {gradient_norm}; the step is "
-            f"skipped ({progress.bad_steps} in a row)."
+            f"skipped ({progress.skipped_steps} in a row)."
         )
-        if progress.bad_steps < self.output.max_bad_steps:
+        if progress.skipped_steps < self.output.max_skipped_steps:
             return
-        path = self.log.folder / "bad-steps" / f"round-{progress.round:03d}-{progress.phase}-{report.step:06d}.json"
+        path = self.log.folder / "skipped-steps" / f"round-{progress.round:03d}-{progress.phase}-{report.step:06d}.json"
         if self.accelerator.is_main_process:
             write_json(path, facts | {"rows": rows()})
         raise InputError(
-            f"Expected losses that are numbers, found {progress.bad_steps} steps of the {progress.phase} in a row that have none: the training has "
+            f"Expected losses that are numbers, found {progress.skipped_steps} steps of the {progress.phase} in a row that have none: the training has "
             f"diverged, or the data holds what it should not. The last batch is in {path}. Lower --{progress.phase}_learning_rate and start anew, "
             "or correct the data."
         )
@@ -144,7 +144,7 @@ class PhaseWatcher(Watcher):
     def recomputes(self, longest: int, cut: Cut) -> None:
         """Say that steps with long rows compute activations again."""
         progress = self.progress
-        self.log.say(
+        self.log.info(
             f"round {progress.round} {progress.phase}: the longest row has {longest:,} tokens and there is room for {cut.room:,}; steps with longer "
             "rows compute their activations again on the way back (activation checkpointing), slower, with the same result."
         )
@@ -153,14 +153,14 @@ class PhaseWatcher(Watcher):
         """Note that steps are worked through in smaller micro-batches from here."""
         progress = self.progress
         if cut.tokens is None:
-            progress.pieces[progress.phase] = cut.pieces
-            size, how = {"pieces": cut.pieces}, f"{cut.pieces} micro-batches"
+            progress.micro_batches[progress.phase] = cut.micro_batches
+            size, how = {"micro_batches": cut.micro_batches}, f"{cut.micro_batches} micro-batches"
         else:
             progress.cuts[progress.phase] = asdict(cut)
             size, how = {"tokens": cut.tokens}, f"micro-batches of up to {cut.tokens:,} tokens"
         where = {"round": progress.round, "phase": progress.phase, "step": progress.step}
         self.log.record({"kind": "out of memory"} | where | size)
-        self.log.say(
+        self.log.info(
             f"round {progress.round} {progress.phase} step {progress.step + 1}: out of memory; from here each step is worked through in {how}, "
             "with the same result."
         )
@@ -188,6 +188,6 @@ class PhaseWatcher(Watcher):
         numbers = {"loss": loss, "learning_rate": report.learning_rate, "rows_per_second": rate} | means
         log_numbers(self.accelerator, numbers, step=self.log.steps, prefix=progress.phase)
         told = "".join(f", {name} {value:.4f}" for name, value in means.items())
-        self.log.say(
+        self.log.info(
             f"round {progress.round} {progress.phase} step {report.step}/{report.steps}: loss {loss:.4f}{told}, learning rate {report.learning_rate:.2e}, {rate:.1f} {self.unit}"
         )

@@ -18,9 +18,10 @@ from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.atomic_files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
 from cozyrag.runtime.distributed import all_manage, main_decides
+from cozyrag.runtime.old_names import current_progress
 from cozyrag.training.output_dir import check_changes, complete_checkpoints
 
-PHASES = ("generator", "retriever", "examine")
+PHASES = ("generator", "retriever", "evaluation")
 
 
 @dataclass
@@ -40,14 +41,14 @@ class Progress:
     """
 
     round: int = 0
-    phase: str = "examine"
+    phase: str = "evaluation"
     step: int = 0
     metrics: list[dict] = field(default_factory=list)
     steps_so_far: int = 0
     pending: list[list] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
-    bad_steps: int = 0
-    pieces: dict[str, int] = field(default_factory=dict)
+    skipped_steps: int = 0
+    micro_batches: dict[str, int] = field(default_factory=dict)
     cuts: dict[str, dict] = field(default_factory=dict)
 
     @property
@@ -57,7 +58,9 @@ class Progress:
 
     def following(self, round_number: int, phase: str) -> "Progress":
         """The beginning of the phase that comes after this one."""
-        return Progress(round_number, phase, steps_so_far=self.steps_so_far, pieces=self.pieces, cuts=self.cuts)
+        return Progress(
+            round_number, phase, steps_so_far=self.steps_so_far, micro_batches=self.micro_batches, cuts=self.cuts
+        )
 
 
 class Checkpoints:
@@ -100,11 +103,11 @@ class Checkpoints:
             )
         return None, told
 
-    def read(self, checkpoint: Path, *, anyway: bool) -> Progress:
+    def read(self, checkpoint: Path, *, allow_changes: bool) -> Progress:
         """Progress of a checkpoint. Raises InputError if the data or the number of processes are others than then."""
         saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        check_changes(saved.pop("facts"), self.facts, anyway)
-        return Progress(**saved)
+        check_changes(saved.pop("facts"), self.facts, allow_changes)
+        return Progress(**current_progress(saved))
 
     def save(self, progress: Progress, generator: Generator, retriever: Retriever) -> None:
         """Write a checkpoint on every process's behalf and drop the oldest beyond the limit.

@@ -21,7 +21,7 @@ from cozyrag.models.penalties import Penalties
 from cozyrag.models.prompts import Example, encode_examples, with_keywords
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
-from cozyrag.training.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
+from cozyrag.training.trainer import PhaseCallback, chosen_together, first_cut, run_phase, trainable
 
 
 def train_generator(
@@ -32,7 +32,7 @@ def train_generator(
     settings: TrainingSettings,
     context_tokens: int,
     round_number: int,
-    watcher: Watcher,
+    callback: PhaseCallback,
 ) -> int:
     """Teach the generator to answer from the contexts; returns the number of steps. Loss on answer and EOS tokens only.
 
@@ -41,10 +41,10 @@ def train_generator(
     examples = generator_examples(generator, contexts[:], settings=settings, context_tokens=context_tokens)
     lengths = [len(example.input_ids) for example in examples]
     steps = generator_steps(lengths, settings, round_number)
-    cut = first_cut(settings, watcher, lambda: generator_cut(accelerator, generator, settings, context_tokens))
+    cut = first_cut(settings, callback, lambda: generator_cut(accelerator, generator, settings, context_tokens))
     if steps and cut.recomputes(max(lengths)):
-        watcher.recomputes(max(lengths), cut)
-    module, take = generator_lesson(accelerator, generator, examples, settings)
+        callback.recomputes(max(lengths), cut)
+    module, take = generator_gradients(accelerator, generator, examples, settings)
 
     def take_step(number: int, cut: Cut) -> dict[str, float]:
         return take(steps[number], cut)
@@ -57,10 +57,10 @@ def train_generator(
 
     run_phase(
         accelerator, "generator", trainable(module), steps, take_step,
-        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, watcher=watcher, show=show, cut=cut,
+        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, callback=callback, show=show, cut=cut,
         load=load,
     )  # fmt: skip
-    end_lesson(accelerator, generator, module)
+    tear_down(accelerator, generator, module)
     generator.model.eval()
     return len(steps)
 
@@ -133,7 +133,7 @@ def generator_token_bytes(accelerator: Accelerator, generator: Generator, contex
     return token_bytes(config, precision=accelerator.mixed_precision, dropout=dropout, length=context_tokens)
 
 
-def generator_lesson(
+def generator_gradients(
     accelerator: Accelerator, generator: Generator, examples: Sequence[Example], settings: TrainingSettings
 ) -> tuple[torch.nn.Module, Callable[..., dict[str, float]]]:
     """The module that a generator phase trains, and what leaves in it the gradients of a step on some of the examples.
@@ -173,7 +173,7 @@ def _prepared(
     return generator.parts.module
 
 
-def end_lesson(accelerator: Accelerator, generator: Generator, module: torch.nn.Module) -> None:
+def tear_down(accelerator: Accelerator, generator: Generator, module: torch.nn.Module) -> None:
     """Give the generator back whole and plain after `generator_lesson`, and let go of what trained it."""
     if generator.parts is None:
         accelerator.unwrap_model(module, keep_fp32_wrapper=False)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import FLOAT32
-from cozyrag.retrieval.contexts import ContextMaker
+from cozyrag.retrieval.contexts import ContextBuilder
 from cozyrag.runtime.atomic_files import writing
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
@@ -26,7 +26,7 @@ def answer_likelihoods(
     accelerator: Accelerator,
     generator: Generator,
     contexts: Dataset,
-    maker: ContextMaker,
+    builder: ContextBuilder,
     encode: Callable[[Sequence[str]], np.ndarray],
     *,
     passages: int,
@@ -35,7 +35,7 @@ def answer_likelihoods(
     folder: Path,
     progress: Callable[[int], object] = lambda questions: None,
     ready: Callable[[], object] = lambda: None,
-    say: Callable[[str], object] = lambda warning: None,
+    info: Callable[[str], object] = lambda warning: None,
 ) -> np.ndarray:
     """(n_questions, k) float32: mean log-likelihood of an answer token given each of the k best passages alone.
 
@@ -57,7 +57,7 @@ def answer_likelihoods(
         columns["answers"],
         candidates,
         context_tokens,
-        maker.score_by,
+        builder.score_by,
         *([generator.precision] if generator.precision != FLOAT32 else []),
     )
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
@@ -65,7 +65,7 @@ def answer_likelihoods(
     if kept is not None:
         return kept
     if fault:
-        say(f"The kept feedback {path.name} is damaged ({fault}); it is computed anew.")
+        info(f"The kept feedback {path.name} is damaged ({fault}); it is computed anew.")
     ready()
     mine = range(len(contexts))[accelerator.process_index :: accelerator.num_processes]
     answered = [row for row in mine if columns["answers"][row]]
@@ -77,7 +77,7 @@ def answer_likelihoods(
     likelihoods = np.full((len(contexts), min(map(len, candidates), default=0)), np.nan, dtype=np.float32)
     likelihoods[answered] = generator.log_likelihoods(
         asked,
-        maker.contexts(asked, [[passage] for _, passage in pairs], vectors),
+        builder.contexts(asked, [[passage] for _, passage in pairs], vectors),
         [columns["answers"][row][0] for row, _ in pairs],
         context_tokens=context_tokens,
         batch_size=batch_size,

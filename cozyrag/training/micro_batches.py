@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from cozyrag.models.batching import share_out
+from cozyrag.models.batching import shard
 
 ENOUGH = 1200  # tokens of a micro-batch of the generator beyond which a CPU gets no faster
 GENERATOR_SHARE = 1 / 2  # of the memory that weights, gradients and AdamW's moments leave
@@ -32,7 +32,7 @@ class Cut:
     room: most tokens whose activations fit. A step with a longer row computes activations again on the way back. None: none does.
     """
 
-    pieces: int = 1
+    micro_batches: int = 1
     tokens: int | None = None
     room: int | None = None
 
@@ -43,8 +43,12 @@ class Cut:
     def smaller(self, load: "Load") -> "Cut | None":
         """The next cut to try where memory did not do for this load: twice the pieces, or half the tokens; None: there is none."""
         if self.tokens is None:
-            return None if load.pieces >= load.most else replace(self, pieces=min(2 * load.pieces, load.most))
-        if load.pieces >= load.most and (self.room is None or self.recomputes(load.tokens)):
+            return (
+                None
+                if load.micro_batches >= load.most
+                else replace(self, micro_batches=min(2 * load.micro_batches, load.most))
+            )
+        if load.micro_batches >= load.most and (self.room is None or self.recomputes(load.tokens)):
             return None
         tokens = max(1, load.tokens // 2)
         return replace(self, tokens=tokens, room=None if self.room is None else min(self.room, tokens))
@@ -54,7 +58,7 @@ class Cut:
 class Load:
     """What a cut makes of a step: micro-batches of each process, tokens of the largest one, and the most that would be of use."""
 
-    pieces: int
+    micro_batches: int
     tokens: int
     most: int
 
@@ -70,10 +74,10 @@ def micro_batches(lengths: Sequence[int], cut: Cut, *, processes: int = 1) -> li
     """
     rows = range(len(lengths))
     if cut.tokens is None:
-        return share_out(rows, parts=processes * cut.pieces)
+        return shard(rows, parts=processes * cut.micro_batches)
     groups = _fewest(lengths, cut.tokens)
     parts = processes * max(1, -(-len(groups) // processes))
-    even = share_out(rows, parts=parts)
+    even = shard(rows, parts=parts)
     if all(len(group) <= 1 or padded(lengths, group) <= cut.tokens for group in even):
         return even
     return groups + [[] for _ in range(parts - len(groups))]
@@ -116,13 +120,15 @@ def caching_load(sides: Sequence[Sequence[int]], cut: Cut, *, together: int) -> 
     """
     most = max(1, *(len(side) for side in sides))
 
-    def tokens(pieces: int) -> int:
-        shares = ([[side[at] for at in piece] for piece in share_out(range(len(side)), parts=pieces)] for side in sides)
+    def tokens(micro_batches: int) -> int:
+        shares = (
+            [[side[at] for at in piece] for piece in shard(range(len(side)), parts=micro_batches)] for side in sides
+        )
         return sum(max(_padded_together(piece, together) for piece in pieces_of_side) for pieces_of_side in shares)
 
     if cut.tokens is None:
-        return Load(cut.pieces, tokens(cut.pieces), most)
-    found = (Load(pieces, tokens(pieces), most) for pieces in range(1, most + 1))
+        return Load(cut.micro_batches, tokens(cut.micro_batches), most)
+    found = (Load(micro_batches, tokens(micro_batches), most) for micro_batches in range(1, most + 1))
     return next((load for load in found if load.tokens <= cut.tokens), Load(most, tokens(most), most))
 
 
@@ -184,6 +190,6 @@ def retriever_budget(each: int, free: float, *, states: float, device: str) -> C
 def told(model: str, cut: Cut, each: int | None) -> str:
     """What was chosen, in a line."""
     if cut.tokens is None:
-        return f"{model}: {cut.pieces} micro-batch{'es' if cut.pieces > 1 else ''} a step in each process"
+        return f"{model}: {cut.micro_batches} micro-batch{'es' if cut.micro_batches > 1 else ''} a step in each process"
     size = f" (about {cut.tokens * each / 1e9:.1f} GB of activations)" if each else ""
     return f"{model}: micro-batches of up to {cut.tokens:,} tokens{size}"

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from cozyrag.errors import InputError
 from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, writing
 from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.old_names import EVALUATIONS, OLD_EVALUATIONS, current_settings, evaluation_files
 from cozyrag.runtime.precision import asked_at_launch
 
 LOCK = ".lock"
@@ -26,14 +27,15 @@ OURS = (
     "contexts",
     "feedback",
     "answers",
-    "examined",
+    EVALUATIONS,
+    OLD_EVALUATIONS,
     "audit.json",
     "generator",
     "retriever",
     "index",
     "pushing",
     "trackers",
-    "bad-steps",
+    "skipped-steps",
     "report.html",
     "plots",
     "cozyrag.json",
@@ -46,10 +48,10 @@ OURS = (
 )
 # Settings that touch neither losses nor weights: a resumed run may have others without a word.
 FREE_TO_CHANGE = {
-    "resume", "resume_anyway", "overwrite_output_dir", "output_dir", "plan", "save_steps", "save_minutes", "save_total_limit", "logging_steps",
-    "report_to", "project_name", "run_name", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "model_license", "data_license", "rounds", "max_bad_steps",
+    "resume", "allow_changed_settings", "overwrite_output_dir", "output_dir", "plan", "save_steps", "save_minutes", "save_total_limit", "logging_steps",
+    "report_to", "project_name", "run_name", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "model_license", "data_license", "rounds", "max_skipped_steps",
 }  # fmt: skip
-# Settings that change the rounding of sums and nothing else: with --resume_anyway, and the end is no longer bit-equal.
+# Settings that change the rounding of sums and nothing else: with --allow_changed_settings, and the end is no longer bit-equal.
 SAFE_TO_CHANGE = {
     "threads", "encode_batch_size", "answer_batch_size", "gradient_accumulation_steps", "generator_sharding", "use_cpu", "processes",
 }  # fmt: skip
@@ -71,7 +73,7 @@ def check_output(folder: Path, settings: Mapping) -> bool:
     _check_leave(folder)
     content = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else []
     if settings["overwrite_output_dir"]:
-        _check_strangers(folder, content)
+        _check_foreign_files(folder, content)
         return False
     begun = (folder / SETTINGS).exists()
     if begun and _nothing_saved(folder):
@@ -85,7 +87,7 @@ def check_output(folder: Path, settings: Mapping) -> bool:
     if settings["resume"] or (begun and saved and not (folder / FINISHED).exists()):
         before = settings_before(folder)
         asked = settings["mixed_precision"] or before["mixed_precision"]  # what nobody asks for stays as it was
-        check_changes(before, {**settings, "mixed_precision": asked}, settings["resume_anyway"])
+        check_changes(before, {**settings, "mixed_precision": asked}, settings["allow_changed_settings"])
         return True
     if content:
         held = "a finished run" if begun else f"{content[0]!r}{' and more' if len(content) > 1 else ''}"
@@ -101,18 +103,19 @@ def settings_before(folder: Path) -> dict:
 
     Runs that left the precision out once took what accelerate launch was told, else float32.
     """
-    before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    before = current_settings(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
     asked = before.get("mixed_precision") or asked_at_launch(os.environ) or "no"
     return before | {"mixed_precision": asked}
 
 
 def _nothing_saved(folder: Path) -> bool:
     """Whether the run in the folder was ended before its first checkpoint, so that starting anew loses nothing."""
-    examined = {path.name for path in folder.glob("examined/*.jsonl")}
-    return not (folder / FINISHED).exists() and not complete_checkpoints(folder) and examined <= {"round-000.jsonl"}
+    return (
+        not (folder / FINISHED).exists() and not complete_checkpoints(folder) and set(evaluation_files(folder)) <= {0}
+    )
 
 
-def check_changes(before: Mapping, now: Mapping, anyway: bool) -> None:
+def check_changes(before: Mapping, now: Mapping, allow_changes: bool) -> None:
     """Refuse settings that lead elsewhere than those of the interrupted run. Raises InputError that names them.
 
     Args:
@@ -124,13 +127,13 @@ def check_changes(before: Mapping, now: Mapping, anyway: bool) -> None:
         if before.get(name) != now[name] and name not in FREE_TO_CHANGE and not name.startswith("hub_")
     ]
     grave = [name for name in changed if name not in SAFE_TO_CHANGE]
-    refused = grave or ([] if anyway else changed)
+    refused = grave or ([] if allow_changes else changed)
     if not refused:
         return
     listed = ", ".join(f"{name} (was {before.get(name)!r}, now {now[name]!r})" for name in refused)
     ways = "Give the old ones, another --output_dir, or --overwrite_output_dir to start anew"
     if not grave:
-        ways += ", or --resume_anyway: these change the rounding only, so the end will be as good but not the same to the last bit"
+        ways += ", or --allow_changed_settings: these change the rounding only, so the end will be as good but not the same to the last bit"
     raise InputError(f"Expected the settings of the interrupted run, found other ones for {listed}. {ways}.")
 
 
@@ -142,11 +145,11 @@ def _check_leave(folder: Path) -> None:
         )
 
 
-def _check_strangers(folder: Path, content: list[str]) -> None:
-    strangers = [name for name in content if name.removesuffix(PARTIAL) not in OURS]
-    if strangers:
+def _check_foreign_files(folder: Path, content: list[str]) -> None:
+    foreign = [name for name in content if name.removesuffix(PARTIAL) not in OURS]
+    if foreign:
         raise InputError(
-            f"--overwrite_output_dir deletes what a run left behind, but {folder.absolute()} also holds {strangers[0]!r}, which no run wrote; "
+            f"--overwrite_output_dir deletes what a run left behind, but {folder.absolute()} also holds {foreign[0]!r}, which no run wrote; "
             "nothing was touched. Move it away or give another --output_dir."
         )
 

@@ -15,13 +15,13 @@ from datasets import Dataset
 from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span, split_sentences
 from cozyrag.evaluation.metrics import contains_answer, normalize_answer
-from cozyrag.models.batching import phase_seed, plan_steps, share_out
+from cozyrag.models.batching import phase_seed, plan_steps, shard
 from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.training.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
-from cozyrag.training.trainer import Watcher, chosen_together, first_cut, run_phase, trainable
+from cozyrag.training.trainer import PhaseCallback, chosen_together, first_cut, run_phase, trainable
 
 # Vectors of the questions (n_questions, dim), passages (n_passages, dim) and sentences (n_sentences, dim) of a step to a scalar.
 TermOfVectors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,7 +35,7 @@ def train_retriever(
     *,
     settings: TrainingSettings,
     round_number: int,
-    watcher: Watcher,
+    callback: PhaseCallback,
     likelihoods: np.ndarray | None = None,
     left_out: Collection[str] = (),
     refreshed: Callable[[int, int], Dataset | None] = lambda done, total: None,
@@ -63,7 +63,7 @@ def train_retriever(
 
     def take_step(number: int, cut: Cut) -> dict[str, float]:
         rows = [usable[row] for row in steps[number]]
-        return retriever_lesson(accelerator, retriever, columns, passages, rows, settings, likelihoods, cut)
+        return retriever_gradients(accelerator, retriever, columns, passages, rows, settings, likelihoods, cut)
 
     def load(number: int, cut: Cut) -> Load:
         rows = [usable[row] for row in steps[number]]
@@ -76,8 +76,8 @@ def train_retriever(
 
     run_phase(
         accelerator, "retriever", trainable(retriever.model), steps, take_step,
-        settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, watcher=watcher, begin_step=begin_step, show=show,
-        cut=first_cut(settings, watcher, lambda: retriever_cut(accelerator, retriever)), load=load,
+        settings=settings, learning_rate=settings.retriever_learning_rate, round_number=round_number, callback=callback, begin_step=begin_step, show=show,
+        cut=first_cut(settings, callback, lambda: retriever_cut(accelerator, retriever)), load=load,
     )  # fmt: skip
     accelerator.free_memory()
     return len(steps)
@@ -157,17 +157,17 @@ def retriever_load(
     ]
     most = retriever.model.max_seq_length
     if cut.tokens is None or (not exact and most and most * sum(map(len, texts)) <= cut.tokens):
-        return Load(cut.pieces, 0, max(1, *map(len, texts)))
+        return Load(cut.micro_batches, 0, max(1, *map(len, texts)))
     sides = [retriever.count_tokens(side, kind=kind) for side, kind in zip(texts, ("query", "document"), strict=True)]
     return caching_load(sides, cut, together=EMBED_TOGETHER)
 
 
 def _shares(accelerator: Accelerator, texts: Sequence[str]) -> list[list[int]]:
     """Which of the texts each process embeds."""
-    return share_out(range(len(texts)), parts=accelerator.num_processes)
+    return shard(range(len(texts)), parts=accelerator.num_processes)
 
 
-def retriever_lesson(
+def retriever_gradients(
     accelerator: Accelerator,
     retriever: Retriever,
     columns: dict[str, list],
@@ -312,10 +312,10 @@ def retriever_step(
     Args:
         spans: for each passage where the sentences stand in it whose vectors the terms look at, too.
     """
-    pieces = retriever_load(accelerator, retriever, questions, passages, cut).pieces
+    micro_batches = retriever_load(accelerator, retriever, questions, passages, cut).micro_batches
     sides = [
-        _Side(accelerator, retriever, questions, "query", pieces),
-        _Side(accelerator, retriever, passages, "document", pieces, spans),
+        _Side(accelerator, retriever, questions, "query", micro_batches),
+        _Side(accelerator, retriever, passages, "document", micro_batches, spans),
     ]
     leaves = [side.gathered() for side in sides]
     vectors = leaves[0], *texts_and_sentences(leaves[1], spans)
@@ -341,16 +341,20 @@ class _Side:
         retriever: Retriever,
         texts: Sequence[str],
         kind: str,
-        pieces: int,
+        micro_batches: int,
         spans: Sequence[Sequence[Span]] | None = None,
     ):
         self.accelerator, self.retriever, self.kind = accelerator, retriever, kind
         self.texts, self.spans = texts, spans
         self.shares = _shares(accelerator, texts)
-        self.pieces = [piece for piece in share_out(self.shares[accelerator.process_index], parts=pieces) if piece]
+        self.micro_batches = [
+            piece for piece in shard(self.shares[accelerator.process_index], parts=micro_batches) if piece
+        ]
         with torch.no_grad():
-            self.vectors = [self._embed(piece) for piece in self.pieces[:-1]]
-        self.vectors += [self._embed(piece) for piece in self.pieces[-1:]]  # its graph is kept: one piece less to redo
+            self.vectors = [self._embed(piece) for piece in self.micro_batches[:-1]]
+        self.vectors += [
+            self._embed(piece) for piece in self.micro_batches[-1:]
+        ]  # its graph is kept: one piece less to redo
 
     def _embed(self, piece: Sequence[int]) -> torch.Tensor:
         spans = [self.spans[at] for at in piece] if self.spans else None
@@ -378,8 +382,8 @@ class _Side:
         if self.vectors and not self.vectors[-1].requires_grad:
             return  # this side of the retriever is frozen
         end = sum(self._height(share) for share in self.shares[: self.accelerator.process_index + 1])
-        while self.pieces:
-            piece, vectors = self.pieces.pop(), self.vectors.pop()
+        while self.micro_batches:
+            piece, vectors = self.micro_batches.pop(), self.vectors.pop()
             vectors = vectors if vectors.requires_grad else self._embed(piece)
             vectors.backward(gradient[end - len(vectors) : end])
             end -= len(vectors)

@@ -32,7 +32,7 @@ class Verdict:
         )
 
 
-def judge(before: np.ndarray, after: np.ndarray) -> Verdict:
+def decide(before: np.ndarray, after: np.ndarray) -> Verdict:
     """Keep the new model unless the questions say that it got worse.
 
     Paired bootstrap over the questions (see metrics.paired_bootstrap): taken back when the mean got lower in more than

@@ -84,7 +84,7 @@ class Caches:
                     self.retrieval.contexts(self.corpus.questions, f"round {self.retrieval.round}: refreshing"), here
                 )
                 self.log.record(row)
-                self.log.say(
+                self.log.info(
                     f"round {self.retrieval.round} retriever step {done}: index made anew, negatives mined again."
                 )
             return Dataset.load_from_disk(str(here), keep_in_memory=True)
@@ -96,7 +96,7 @@ class Caches:
         if not refreshed:
             return None
         if not self._whole(refreshed[-1]):
-            self.log.say(
+            self.log.info(
                 "Its negatives are mined with the retriever as it is now, so the end will not be the same to the last bit."
             )
             self._keep(
@@ -140,7 +140,7 @@ class Caches:
                 self.accelerator,
                 generator,
                 contexts,
-                search.maker,
+                search.builder,
                 search.encode_questions,
                 passages=k,
                 context_tokens=self.settings.contexts.context_tokens,
@@ -148,7 +148,7 @@ class Caches:
                 folder=self.folder / "feedback",
                 progress=bar.update,
                 ready=search.current_searcher,  # gives the context filter its sentence vectors
-                say=self.log.say,
+                info=self.log.info,
             )
             bar.close()
         return likelihoods
@@ -170,7 +170,7 @@ class Caches:
         """Whether that table is there and what was written; says so if it is there and damaged."""
         fault = main_decides(self.accelerator, lambda: damage(path) if path.exists() else "")
         if fault:
-            self.log.say(f"The kept table {path.name} is damaged ({fault}); it is made anew.")
+            self.log.info(f"The kept table {path.name} is damaged ({fault}); it is made anew.")
         return fault is None
 
     def _report_positives(self, contexts: Dataset) -> None:
@@ -183,7 +183,7 @@ class Caches:
             "answer_in_context": sum(columns["answer_in_context"]),
         }
         self.log.record({"kind": "contexts", "round": self.retrieval.round} | facts)
-        self.log.say(
+        self.log.info(
             f"round {self.retrieval.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold passage; the answer is in the context "
             f"of {facts['answer_in_context']}; {facts['without_positive']} without a positive passage teach the generator only"
             + (f"; {facts['without_answer']} without an answer teach neither" if facts["without_answer"] else "")

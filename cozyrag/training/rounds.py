@@ -5,7 +5,6 @@ there. Left out: how a phase trains (generator_phase.py, retriever_phase.py), wh
 files (corpus.py), the log (run_log.py).
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,25 +15,27 @@ from datasets import Dataset
 
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
-from cozyrag.evaluation.evaluation import choose_threshold, examine
+from cozyrag.evaluation.evaluation import choose_threshold, evaluate_pair
 from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.model_cards import write_cards
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair
+from cozyrag.reporting.run_reader import read_evaluation
 from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.fingerprints import weights_fingerprint
+from cozyrag.runtime.old_names import EVALUATIONS, evaluation_files
 from cozyrag.runtime.signals import Interrupts
-from cozyrag.training.callbacks import PhaseWatcher
+from cozyrag.training.callbacks import RunCallback
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.training.micro_batches import Cut, told
 from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
-from cozyrag.training.rollback import judge
+from cozyrag.training.rollback import decide
 from cozyrag.training.round_cache import Caches
 from cozyrag.training.run_log import RunLog
-from cozyrag.training.run_retrieval import Retrieval, weighing_questions
+from cozyrag.training.run_retrieval import Retrieval, fusion_questions
 from cozyrag.training.tracking import log_numbers
 
 
@@ -68,7 +69,7 @@ class Rounds:
         self.interrupts = interrupts
         self.folder = Path(settings.output.output_dir)
         self.held_out: Dataset | None = None  # contexts of the held-out questions, as of the last examination
-        self.examined: list[dict] | None = None  # and its rows
+        self.evaluated: list[dict] | None = None  # and its rows
         self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
         self.log = RunLog(accelerator, self.folder, progress.metrics, steps=progress.steps_so_far, spent=progress.spent)
         self.retrieval = self._search(retriever)
@@ -79,7 +80,11 @@ class Rounds:
     def run(self) -> None:
         """All that is left to do, from where the progress says to the last examination."""
         self._choose_cuts()
-        acts = {"generator": self.teach_generator, "retriever": self.teach_retriever, "examine": self.examine}
+        acts = {
+            "generator": self.run_generator_phase,
+            "retriever": self.run_retriever_phase,
+            "evaluation": self.evaluate,
+        }
         while self.progress.round <= self.settings.training.rounds:
             acts[self.progress.phase]()
 
@@ -101,7 +106,7 @@ class Rounds:
             "retriever": retriever_token_bytes(self.accelerator, self.retriever),
         }
         for model, each in sizes.items():
-            self.log.say(told(model, Cut(**cuts[model]), each))
+            self.log.info(told(model, Cut(**cuts[model]), each))
 
     def _search(self, retriever: Retriever) -> Retrieval:
         made = Retrieval(
@@ -125,8 +130,8 @@ class Rounds:
         saved.precision = self.retriever.precision
         return self._search(saved)
 
-    def _watcher(self, unit: str) -> PhaseWatcher:
-        return PhaseWatcher(
+    def _callback(self, unit: str) -> RunCallback:
+        return RunCallback(
             self.accelerator,
             self.settings.output,
             progress=self.progress,
@@ -141,7 +146,7 @@ class Rounds:
 
     # ---- the acts ----
 
-    def teach_generator(self) -> None:
+    def run_generator_phase(self) -> None:
         """Generator phase: the retriever is frozen, its contexts are made once."""
         contexts = self.caches.training_contexts()
         with self.interrupts.held(), self.log.timed("generator phase", self.progress.round):
@@ -152,13 +157,13 @@ class Rounds:
                 settings=self.settings.training,
                 context_tokens=self.settings.contexts.context_tokens,
                 round_number=self.progress.round,
-                watcher=self._watcher("QA pairs/s"),
+                callback=self._callback("QA pairs/s"),
             )
-        if steps and self.settings.training.gate == "on":  # one that took no step is what it was
-            self._gate_generator()
-        self._go_on(self.progress.following(self.progress.round, "retriever"))
+        if steps and self.settings.training.rollback == "on":  # one that took no step is what it was
+            self._keep_or_roll_back_generator()
+        self._advance(self.progress.following(self.progress.round, "retriever"))
 
-    def teach_retriever(self) -> None:
+    def run_retriever_phase(self) -> None:
         """Retriever phase: the generator is frozen, positives and hard negatives come from the contexts table."""
         contexts = self.caches.training_contexts()
         likelihoods = (
@@ -172,76 +177,75 @@ class Rounds:
                 self.retrieval.passages,
                 settings=self.settings.training,
                 round_number=self.progress.round,
-                watcher=self._watcher("pairs/s"),
+                callback=self._callback("pairs/s"),
                 likelihoods=likelihoods,
-                left_out=weighing_questions(self.corpus.questions, self.settings)["id"][:],
+                left_out=fusion_questions(self.corpus.questions, self.settings)["id"][:],
                 refreshed=self._refreshed,
             )
-        self._go_on(self.progress.following(self.progress.round, "examine"))
+        self._advance(self.progress.following(self.progress.round, "evaluation"))
 
     def _refreshed(self, done: int, total: int) -> Dataset | None:
         """New contexts where a refresh is due within the retriever phase; a resumed phase begins with the ones it had."""
         resumed, self.resumed_from = self.resumed_from is not None, None
         return self.caches.refreshed(done, total, resumed=resumed)
 
-    def examine(self) -> None:
+    def evaluate(self) -> None:
         """Index again, let the pair answer the held-out questions, and save it."""
         round_number = self.progress.round
         contexts = self._held_out_contexts()
-        if round_number and self.settings.training.gate == "on":
-            contexts = self._gate_retriever(contexts)
-        summary, rows = self._examine(contexts, f"round {round_number}: examining")
-        self.held_out, self.examined = contexts, rows
-        self.log.record({"kind": "examined", "round": round_number} | summary)
-        log_numbers(self.accelerator, summary, step=self.log.steps, prefix="examined")
+        if round_number and self.settings.training.rollback == "on":
+            contexts = self._keep_or_roll_back_retriever(contexts)
+        summary, rows = self._evaluate(contexts, f"round {round_number}: examining")
+        self.held_out, self.evaluated = contexts, rows
+        self.log.record({"kind": "evaluation", "round": round_number} | summary)
+        log_numbers(self.accelerator, summary, step=self.log.steps, prefix="evaluation")
         if self.accelerator.is_main_process:
-            write_jsonl(self._examined_path(round_number), rows)
+            write_jsonl(self._evaluation_path(round_number), rows)
         main_decides(self.accelerator, self._save_pair)
         self._push_round(round_number)
         if round_number < self.settings.training.rounds:  # the last table comes with the times, at the end
-            self.log.say(f"\n{self.log.results()}\n")
-        self._go_on(self.progress.following(round_number + 1, "generator"))
+            self.log.info(f"\n{self.log.results()}\n")
+        self._advance(self.progress.following(round_number + 1, "generator"))
 
     # ---- do no harm ----
 
-    def _gate_generator(self) -> None:
+    def _keep_or_roll_back_generator(self) -> None:
         """Take the generator back if it answers worse than before the phase, from the same contexts."""
         contexts = self.held_out or self._held_out_contexts()
-        _, rows = self._examine(contexts, f"round {self.progress.round}: has the generator gained?")
-        if not self._judged("generator", "f1", [row["f1"] for row in rows]):
+        _, rows = self._evaluate(contexts, f"round {self.progress.round}: has the generator gained?")
+        if not self._improved("generator", "f1", [row["f1"] for row in rows]):
             self.generator.restore(self.folder / "generator")
 
-    def _gate_retriever(self, contexts: Dataset) -> Dataset:
+    def _keep_or_roll_back_retriever(self, contexts: Dataset) -> Dataset:
         """Take the retriever back if it finds less than before the phase; gives the contexts of the one that stays."""
         columns = contexts.select_columns(["rows", "positive"])[:]
         found = [
             float(positive in rows[:5]) for rows, positive in zip(columns["rows"], columns["positive"], strict=True)
         ]
-        if self._judged("retriever", "recall@5", found):
+        if self._improved("retriever", "recall@5", found):
             return contexts
         self.retriever.restore(self.folder / "retriever")
         self.retrieval.index = None  # the one that was saved with it is read again
         return self._held_out_contexts()
 
-    def _judged(self, model: str, metric: str, after: list[float]) -> bool:
+    def _improved(self, model: str, metric: str, after: list[float]) -> bool:
         """Whether the model stays; the reason goes to the screen and to metrics.jsonl."""
-        before = [row[metric] for row in self._last_examined()]
-        verdict = judge(np.array(before), np.array(after))
+        before = [row[metric] for row in self._last_evaluation()]
+        verdict = decide(np.array(before), np.array(after))
         self.log.record(
-            {"kind": "gate", "round": self.progress.round, "model": model, "metric": metric} | asdict(verdict)
+            {"kind": "rollback", "round": self.progress.round, "model": model, "metric": metric} | asdict(verdict)
         )
-        self.log.say(f"round {self.progress.round}: {verdict.sentence(model, metric)}")
+        self.log.info(f"round {self.progress.round}: {verdict.sentence(model, metric)}")
         return verdict.kept
 
-    def _last_examined(self) -> list[dict]:
+    def _last_evaluation(self) -> list[dict]:
         """Rows of the last examination; a resumed run reads them again."""
-        if self.examined is None:
-            lines = self._examined_path(self.progress.round - 1).read_text(encoding="utf-8").splitlines()
-            self.examined = [json.loads(line) for line in lines]
-        return self.examined
+        if self.evaluated is None:
+            self.evaluated = read_evaluation(evaluation_files(self.folder)[self.progress.round - 1])
+        return self.evaluated
 
-    def _examined_path(self, round_number: int) -> Path:
-        return self.folder / "examined" / f"round-{round_number:03d}.jsonl"
+    def _evaluation_path(self, round_number: int) -> Path:
+        return self.folder / EVALUATIONS / f"round-{round_number:03d}.jsonl"
 
     # ---- what the acts stand on ----
 
@@ -250,8 +254,8 @@ class Rounds:
             self.corpus.eval_questions, f"round {self.progress.round}: retrieving for held-out questions"
         )
 
-    def _examine(self, contexts: Dataset, desc: str) -> tuple[dict, list[dict]]:
-        with self.log.timed("examine", self.progress.round):
+    def _evaluate(self, contexts: Dataset, desc: str) -> tuple[dict, list[dict]]:
+        with self.log.timed("evaluation", self.progress.round):
             if self.settings.training.no_answer:
                 self.threshold = self._choose_threshold(contexts)
             return self._answer(contexts, self.threshold, desc)
@@ -260,7 +264,7 @@ class Rounds:
         chosen = self.settings.contexts
         decoding = Decoding.of(chosen)
         known = self.caches.answers(self.generator, decoding, may_be_empty=threshold is None)
-        examined = examine(
+        evaluated = evaluate_pair(
             self.accelerator,
             self.generator,
             contexts,
@@ -272,7 +276,7 @@ class Rounds:
             desc=desc,
         )
         known.keep()
-        return examined
+        return evaluated
 
     def _choose_threshold(self, contexts: Dataset) -> float:
         """Above which probability of writing nothing the pair shall keep silent, by F1 on the held-out questions.
@@ -280,9 +284,9 @@ class Rounds:
         They count as found, and again with contexts that were robbed of the answer, these in the share of --context_noise.
         """
         noise = self.settings.training.context_noise
-        robbed = self.retrieval.contexts(self.corpus.eval_questions, "the same without their answers", noise=1.0)
+        answerless = self.retrieval.contexts(self.corpus.eval_questions, "the same without their answers", noise=1.0)
         nothing, gain, answerable = [], [], []
-        for table in (contexts, robbed):
+        for table in (contexts, answerless):
             rows = self._answer(table, 1.0, f"round {self.progress.round}: how sure is sure enough?")[1]
             nothing.append([row["silence"] for row in rows])
             gain.append([row["f1"] if table is contexts else 0.0 for row in rows])
@@ -316,7 +320,7 @@ class Rounds:
                 retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
                 **asdict(Decoding.of(contexts)),
-                context_filter=self.retrieval.maker.score_by,
+                context_filter=self.retrieval.builder.score_by,
                 no_answer_threshold=self.threshold,
             ),
         )
@@ -340,7 +344,7 @@ class Rounds:
 
     # ---- keeping the log ----
 
-    def _go_on(self, progress: Progress) -> None:
+    def _advance(self, progress: Progress) -> None:
         self._check_processes_agree()
         progress.metrics, progress.steps_so_far = self.log.rows, self.log.steps
         self.progress = progress

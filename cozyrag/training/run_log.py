@@ -63,7 +63,7 @@ class RunLog:
         if self.accelerator.is_main_process:
             write_jsonl(self.folder / "metrics.jsonl", self.rows)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line on the screen, above the progress bars, from the main process only."""
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stdout)
@@ -76,14 +76,14 @@ class RunLog:
         seconds = round(time.perf_counter() - self._began.pop(part), 2)
         self.record({"kind": "time", "round": round_number, "part": part, "seconds": seconds})
 
-    def examined(self) -> list[tuple[str, dict]]:
+    def evaluated(self) -> list[tuple[str, dict]]:
         """(name, summary) of every examination so far."""
-        rows = [row for row in self.rows if row["kind"] == "examined"]
+        rows = [row for row in self.rows if row["kind"] == "evaluation"]
         return [("before" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
 
     def results(self) -> str:
         """The before -> after table."""
-        return table(self.examined())
+        return table(self.evaluated())
 
     def times(self) -> str:
         """Seconds of each part of each round as a Markdown table, and the peak memory of this process."""

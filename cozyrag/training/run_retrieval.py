@@ -21,7 +21,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextMaker, attach_contexts, sentence_source
+from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex, Passages, made_by
 from cozyrag.runtime.fingerprints import weights_fingerprint
@@ -31,16 +31,16 @@ WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weig
 RETRIEVE_TOGETHER = 256  # questions that are searched for at once
 
 
-def weighing_questions(questions: Dataset, settings: Settings) -> Dataset:
+def fusion_questions(questions: Dataset, settings: Settings) -> Dataset:
     """The training questions on which a hybrid search is weighed: a tenth of them, of which the retriever learns nothing.
 
     On questions that it has learned, its vectors look better than they are for any other question, and would count too much.
     """
-    limit = weighing_limit(len(questions), settings)
+    limit = fusion_limit(len(questions), settings)
     return take(questions, limit, settings.training.seed) if limit else questions.select([])
 
 
-def weighing_limit(questions: int, settings: Settings) -> int:
+def fusion_limit(questions: int, settings: Settings) -> int:
     """How many of so many training questions those are; as many as are of use, where the retriever learns nothing anyway."""
     if settings.contexts.retrieval != "hybrid":
         return 0
@@ -49,15 +49,17 @@ def weighing_limit(questions: int, settings: Settings) -> int:
     return min(WEIGHT_QUESTIONS, questions // 10 if learns else questions)
 
 
-def context_maker(passages: Passages, settings: Settings, generator: Generator, retriever: Retriever) -> ContextMaker:
+def context_builder(
+    passages: Passages, settings: Settings, generator: Generator, retriever: Retriever
+) -> ContextBuilder:
     """What makes the contexts of a run; its sentence vectors come with the index."""
-    return ContextMaker(
+    return ContextBuilder(
         passages,
         generator.count_tokens,
         top_k=settings.contexts.top_k,
         budget=settings.contexts.context_tokens,
         hard_negatives=settings.training.hard_negatives,
-        score_by=settings.contexts.context_filter if retriever.reads_sentences else "overlap",
+        score_by=settings.contexts.context_filter if retriever.reads_sentences else "sparse",
     )
 
 
@@ -86,7 +88,7 @@ class Retrieval:
         self.searcher: Searcher | None = None
         self.searched_by = ""  # fingerprint of all weights it was made for: those that read questions count too
         self.passages = Passages.of(corpus.passages)
-        self.maker = context_maker(self.passages, settings, generator, retriever)
+        self.builder = context_builder(self.passages, settings, generator, retriever)
 
     def contexts(self, questions: Dataset, desc: str, *, noise: float = 0.0) -> Dataset:
         """Retrieve for a table of questions; every process does a share and all get the whole."""
@@ -97,7 +99,7 @@ class Retrieval:
             contexts = attach_contexts(
                 share,
                 search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-                maker=self.maker,
+                builder=self.builder,
                 fingerprint=_digest(
                     self.searched_by,
                     searcher.index.fingerprint,
@@ -130,10 +132,10 @@ class Retrieval:
         self.searched_by = weights
         mode = self.settings.contexts.retrieval
         self._index_words(mode)
-        self.maker.sentence_vectors = sentence_source(index, self.retriever)
-        self.searcher = Searcher(index, self.lexical, encode=self.encode_questions, mode=mode, words=self.maker.words)
+        self.builder.sentence_vectors = sentence_source(index, self.retriever)
+        self.searcher = Searcher(index, self.lexical, encode=self.encode_questions, mode=mode, words=self.builder.words)
         if mode == "hybrid":
-            self._choose_weights(self.searcher)
+            self._fit_fusion_weights(self.searcher)
         return self.searcher
 
     def _index_words(self, mode: str) -> None:
@@ -142,29 +144,29 @@ class Retrieval:
         with self.log.timed("index", self.round):
             if mode != "dense" and self.lexical is None:
                 self.lexical = LexicalIndex(self.passages.to_read(), stemmer=stemmer)
-            if self.maker.words is None:
-                self.maker.words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=stemmer)
+            if self.builder.words is None:
+                self.builder.words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=stemmer)
 
     def description(self) -> dict:
         """How the pair searches, for cozyrag.json."""
         chosen, weights = self.settings.contexts, self.current_searcher().weights
         return {"mode": chosen.retrieval, "stemmer": chosen.stemmer, "weights": asdict(weights)}
 
-    def _choose_weights(self, searcher: Searcher) -> None:
+    def _fit_fusion_weights(self, searcher: Searcher) -> None:
         """What vectors and words count, by training questions whose gold passage is known."""
-        columns = weighing_questions(self.corpus.questions, self.settings)[:]
+        columns = fusion_questions(self.corpus.questions, self.settings)[:]
         known = [
-            (question, self.maker.row_of[gold])
+            (question, self.builder.row_of[gold])
             for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
             if gold is not None
         ]
         if not known:
-            self.log.say(
+            self.log.info(
                 "No gold passage is known of the questions kept for it, so vectors and words are weighed against each other as usual."
             )
             return
-        with self.log.timed("weigh searches", self.round):
-            facts = searcher.choose_weights(*(list(column) for column in zip(*known, strict=True)))
+        with self.log.timed("fit fusion weights", self.round):
+            facts = searcher.fit_fusion_weights(*(list(column) for column in zip(*known, strict=True)))
         # rounding differs between machines: processes must not part
         searcher.weights = Weights(**broadcast_object_list([asdict(searcher.weights)])[0])
         if not self.log.holds(
@@ -199,7 +201,7 @@ class Retrieval:
         try:
             return PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
         except InputError as error:
-            self.log.say(f"{error.args[0].split(' Copy ')[0]} The passages are indexed again.")
+            self.log.info(f"{error.args[0].split(' Copy ')[0]} The passages are indexed again.")
             return None
 
     def _encode_passages(self) -> tuple[np.ndarray, SentenceVectors | None]:
@@ -207,7 +209,7 @@ class Retrieval:
 
         Longest first, so the time left is never underrated.
         """
-        keep = self.settings.contexts.keep_sentence_vectors and self.maker.score_by != "overlap"
+        keep = self.settings.contexts.keep_sentence_vectors and self.builder.score_by != "sparse"
         mine = range(len(self.passages.ids))[self.accelerator.process_index :: self.accelerator.num_processes]
         order = sorted(mine, key=lambda row: -len(self.passages.texts[row]))
         size = self.settings.contexts.encode_batch_size

@@ -41,14 +41,14 @@ class StepReport:
     bad: bool = False
 
 
-class Watcher:
+class PhaseCallback:
     """Who is told about a phase: it restores an interrupted one, and logs and saves after steps."""
 
     def restore(self) -> int:
         """Load the optimizer of an interrupted phase, if there is one; returns the steps already taken."""
         return 0
 
-    def pieces(self) -> int:
+    def micro_batches(self) -> int:
         """Micro-batches that steps are to be worked through in at least, since fewer did not fit into memory before.
 
         Asked where the settings give a number.
@@ -64,7 +64,7 @@ class Watcher:
     def after_step(self, report: StepReport) -> bool | None:
         """Called after each optimizer step, on every process; true ends the phase there, as a probe does that knows enough."""
 
-    def bad_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:
+    def skipped_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:
         """Called before `after_step` when a step was skipped; `rows` gives its batch to look at."""
 
     def out_of_memory(self, cut: Cut) -> None:
@@ -76,11 +76,11 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def first_cut(settings: TrainingSettings, watcher: Watcher, choose: Callable[[], Cut]) -> Cut:
+def first_cut(settings: TrainingSettings, callback: PhaseCallback, choose: Callable[[], Cut]) -> Cut:
     """How a phase cuts its steps to begin with: as the settings, the run or, if neither says, `choose` will have it."""
     if settings.gradient_accumulation_steps is not None:
-        return Cut(pieces=max(settings.gradient_accumulation_steps, watcher.pieces()))
-    return watcher.cut() or choose()
+        return Cut(micro_batches=max(settings.gradient_accumulation_steps, callback.micro_batches()))
+    return callback.cut() or choose()
 
 
 def chosen_together(accelerator: Accelerator, cut: Cut) -> Cut:
@@ -102,7 +102,7 @@ def run_phase(
     settings: TrainingSettings,
     learning_rate: float,
     round_number: int,
-    watcher: Watcher,
+    callback: PhaseCallback,
     begin_step: Callable[[int], object] = lambda number: None,
     show: Callable[[int], list[dict]] = lambda number: [],
     quiet: bool = False,
@@ -124,8 +124,8 @@ def run_phase(
     optimizer, scheduler = accelerator.prepare(
         *_optimizer(parameters, len(steps), learning_rate, settings, accelerator.device.type)
     )
-    done = watcher.restore()
-    load = load or (lambda number, cut: Load(cut.pieces, 0, len(steps[number])))
+    done = callback.restore()
+    load = load or (lambda number, cut: Load(cut.micro_batches, 0, len(steps[number])))
     bar = tqdm(total=len(steps), initial=done, desc=f"round {round_number}: {phase} phase", unit="step", disable=quiet)
     clock = time.perf_counter()
     for number in range(done, len(steps)):
@@ -135,7 +135,7 @@ def run_phase(
             set_seed(phase_seed(settings.seed, round_number=round_number, phase=phase, step=number))
             return take_step(number, cut)
 
-        told, cut = _within_memory(accelerator, attempt, optimizer, cut, partial(load, number), watcher)
+        told, cut = _within_memory(accelerator, attempt, optimizer, cut, partial(load, number), callback)
         norm = float(joined(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)))
         used_rate = scheduler.get_last_lr()[0]
         bad = not (math.isfinite(told["loss"]) and (accelerator.scaler or math.isfinite(norm)))
@@ -146,8 +146,8 @@ def run_phase(
         rate = len(steps[number]) / (time.perf_counter() - clock)
         report = StepReport(number + 1, len(steps), told.pop("loss"), used_rate, rate, told, bad)
         if bad:
-            watcher.bad_step(report, norm, lambda number=number: show(number))
-        enough = watcher.after_step(report)
+            callback.skipped_step(report, norm, lambda number=number: show(number))
+        enough = callback.after_step(report)
         clock = time.perf_counter()  # what the watcher took (saving, logging) is not training time
         bar.update()
         if enough:
@@ -161,7 +161,7 @@ def _within_memory(
     optimizer: torch.optim.Optimizer,
     cut: Cut,
     load: Callable[[Cut], Load],
-    watcher: Watcher,
+    callback: PhaseCallback,
 ) -> tuple[dict[str, float], Cut]:
     """What an attempt at a step gives and the cut it took: a smaller one than before whenever memory does not do.
 
@@ -178,7 +178,7 @@ def _within_memory(
                 raise
             if accelerator.num_processes > 1:
                 raise RuntimeError(
-                    f"out of memory on process {accelerator.process_index}: run again with --gradient_accumulation_steps {2 * load(cut).pieces} and "
+                    f"out of memory on process {accelerator.process_index}: run again with --gradient_accumulation_steps {2 * load(cut).micro_batches} and "
                     "--resume_anyway, which goes on from the last checkpoint with the same batches in smaller micro-batches"
                 ) from error
             smaller = cut.smaller(load(cut))
@@ -189,7 +189,7 @@ def _within_memory(
         cut = smaller
         optimizer.zero_grad()
         clear_device_cache(garbage_collection=True)
-        watcher.out_of_memory(cut)
+        callback.out_of_memory(cut)
 
 
 def _optimizer(

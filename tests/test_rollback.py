@@ -13,7 +13,7 @@ from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.passage_index import made_by
 from cozyrag.run import train
 from cozyrag.runtime.fingerprints import weights_fingerprint
-from cozyrag.training.rollback import Verdict, judge
+from cozyrag.training.rollback import Verdict, decide
 from cozyrag.training.round_cache import Answers
 
 
@@ -35,24 +35,24 @@ def scores(ones, of=100):
     ],
 )
 def test_a_model_is_kept_unless_the_questions_say_it_got_worse(before, after, kept):
-    assert judge(scores(before), scores(after)).kept is kept
+    assert decide(scores(before), scores(after)).kept is kept
 
 
 def test_questions_are_compared_in_pairs():
     before, after = scores(50), scores(50)[::-1].copy()  # the same mean, every question turned over
-    assert 0.3 < judge(before, after).worse < 0.7
-    clear = judge(scores(50), np.maximum(scores(50), scores(10)[::-1]))
+    assert 0.3 < decide(before, after).worse < 0.7
+    clear = decide(scores(50), np.maximum(scores(50), scores(10)[::-1]))
     assert clear.worse == 0 and clear.interval[0] > 0
 
 
 def test_the_verdict_tells_numbers_in_percent_and_the_sentence_says_them():
-    verdict = judge(scores(60), scores(40))
+    verdict = decide(scores(60), scores(40))
     assert (verdict.before, verdict.after) == (60.0, 40.0)
     assert verdict.interval[0] < -20 < verdict.interval[1] < 0
     assert verdict.sentence("retriever", "recall@5").startswith(
         "retriever taken back to what it was before this phase: recall@5 60.0 -> 40.0 ("
     )
-    assert judge(scores(40), scores(60)).sentence("generator", "f1").startswith("generator kept: f1 40.0 -> 60.0 (+")
+    assert decide(scores(40), scores(60)).sentence("generator", "f1").startswith("generator kept: f1 40.0 -> 60.0 (+")
 
 
 # ---- in a run whose training is replaced by damage ----
@@ -89,9 +89,9 @@ def run(corpus_files, generator_path, retriever_path, tmp_path, monkeypatch):
             "--threads",
             "1",
         ]
-        train([*files, *models, *small, "--output_dir", str(tmp_path / "out"), "--gate", gate, *more])
+        train([*files, *models, *small, "--output_dir", str(tmp_path / "out"), "--rollback", gate, *more])
         rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-        return tmp_path / "out", [row for row in rows if row["kind"] == "gate"]
+        return tmp_path / "out", [row for row in rows if row["kind"] == "rollback"]
 
     return go
 
@@ -108,7 +108,7 @@ def test_a_spoiled_retriever_is_taken_back_with_its_index(run, monkeypatch, retr
     assert weights_fingerprint(saved.model) == weights_fingerprint(Retriever.load(str(retriever_path)).model)
     assert made_by(folder / "index") == saved.fingerprint()
     summaries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    before, after = (row for row in summaries if row["kind"] == "examined")
+    before, after = (row for row in summaries if row["kind"] == "evaluation")
     assert before["recall@5"] == after["recall@5"]
 
 
@@ -124,9 +124,9 @@ def test_without_the_gate_it_stays(run, monkeypatch, retriever_path):
 
 
 def test_a_generator_that_took_no_step_is_not_examined_again(run, monkeypatch):
-    looked, real = [], cozyrag.training.rounds.examine
+    looked, real = [], cozyrag.training.rounds.evaluate
     monkeypatch.setattr(
-        cozyrag.training.rounds, "examine", lambda *given, **options: looked.append(1) or real(*given, **options)
+        cozyrag.training.rounds, "evaluate_pair", lambda *given, **options: looked.append(1) or real(*given, **options)
     )
     _, rows = run("on", "--generator_steps", "0", "--retriever_steps", "1")
     assert len(looked) == 2 and [row["model"] for row in rows] == ["retriever"]  # before the round and after it
@@ -170,9 +170,9 @@ def test_a_resumed_run_finds_its_answers_again(run, asked, monkeypatch, tmp_path
 
 def test_a_spoiled_generator_is_taken_back(run, monkeypatch, generator_path):
     untouched = weights_fingerprint(Generator.load(str(generator_path)).model)
-    real = cozyrag.training.rounds.examine
+    real = cozyrag.training.rounds.evaluate
 
-    def examine(accelerator, generator, contexts, **options):
+    def evaluate_pair(accelerator, generator, contexts, **options):
         """The real examination, except that the untouched generator answers everything right."""
         if weights_fingerprint(generator.model) == untouched:
             right = dict(zip(contexts["question"][:], (answers[0] for answers in contexts["answers"][:]), strict=True))
@@ -182,7 +182,7 @@ def test_a_spoiled_generator_is_taken_back(run, monkeypatch, generator_path):
             monkeypatch.delattr(generator, "write")
         return real(accelerator, generator, contexts, **options)
 
-    monkeypatch.setattr(cozyrag.training.rounds, "examine", examine)
+    monkeypatch.setattr(cozyrag.training.rounds, "evaluate_pair", evaluate_pair)
     monkeypatch.setattr(
         cozyrag.training.rounds, "train_generator", lambda a, generator, *rest, **options: spoil(generator.model)
     )

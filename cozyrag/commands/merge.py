@@ -3,8 +3,12 @@
 Left out: the arithmetic, which is PEFT's (lora.py), and checkpoints: the copy is a pair to use, not a run to go on with.
 """
 
+import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+from transformers.utils import logging
 
 from cozyrag.errors import InputError
 from cozyrag.hub.model_cards import ADAPTER_NOTE, CARD
@@ -16,6 +20,27 @@ from cozyrag.runtime.fingerprints import weights_fingerprint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LEFT_BEHIND = ("checkpoints", "trackers", ".lock", "*.partial")
+
+
+DESCRIPTION = (
+    "Copy a pair whose generator is a LoRA adapter, adding the adapter to the weights of its base: the copy's generator is an "
+    'ordinary checkpoint and needs neither PEFT nor the base. Needs: pip install "cozyrag[lora]".'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.description = DESCRIPTION
+    parser.add_argument("model", metavar="OUTPUT", help="output folder of a run with --lora_rank")
+    parser.add_argument("folder", metavar="FOLDER", help="new folder to write; checkpoints are not copied")
+
+
+def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Merge, and print where the copy is."""
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    print(f"{merge(options.model, options.folder)} holds the pair with one whole generator.")
 
 
 def merge(output: str, folder: str) -> Path:
@@ -43,11 +68,11 @@ def merge(output: str, folder: str) -> Path:
         generator.save(coming / "generator")
         pair["generator"]["fingerprint"] = weights_fingerprint(generator.model)
         write_json(coming / PAIR_FILE, pair)
-        _tell_card(coming / "generator" / CARD)
+        _update_card(coming / "generator" / CARD)
     return target
 
 
-def _tell_card(path: Path) -> None:
+def _update_card(path: Path) -> None:
     """The card, if there is one, no longer speaks of an adapter."""
     if path.exists():
         text = path.read_text(encoding="utf-8").replace(ADAPTER_NOTE, "")

@@ -37,9 +37,9 @@ from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.faiss_index import SENTENCE_VECTORS, memory_of, open_vectors
 from cozyrag.retrieval.passage_index import FILES, LISTS, Passages, made_by, write_index
 from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors, store_passages, write_vectors
-from cozyrag.run import make_accelerator
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.precision import fitting
+from cozyrag.training.setup import make_accelerator
 
 DESCRIPTION = """\
 Encode passages with a retriever and make their index: DIR gets passages.parquet, vectors.safetensors, index.faiss and
@@ -58,9 +58,10 @@ examples:
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def index(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """The command. Raises InputError for what the user can put right; what is encoded until then is kept for a later run."""
-    options = _parser().parse_args(arguments)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
     started = time.perf_counter()
     accelerator = make_accelerator(
         Settings(
@@ -127,10 +128,10 @@ class _Work:
     def open(self) -> None:
         """Make the folders; leave alone a folder that holds other things."""
         if self.folder.exists() and not self.place.exists():
-            strangers = sorted({path.name for path in self.folder.iterdir()} - {*FILES, LISTS})
-            if strangers:
+            foreign = sorted({path.name for path in self.folder.iterdir()} - {*FILES, LISTS})
+            if foreign:
                 raise InputError(
-                    f"--output {self.folder}: expected a new folder or one with an index, found {strangers[0]} in it. Name another folder."
+                    f"--output {self.folder}: expected a new folder or one with an index, found {foreign[0]} in it. Name another folder."
                 )
         self.shards.mkdir(parents=True, exist_ok=True)
 
@@ -143,13 +144,9 @@ class _Work:
         shutil.rmtree(self.place)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cozyrag index",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     contexts, data, add = ContextSettings(), DataSettings(), parser.add_argument
     add(
         "passages",
@@ -171,7 +168,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
     add("--use_cpu", action="store_true", help="encode on the CPU although there is a GPU")
     add("--threads", type=int, help="CPU threads of each process (default: the cores shared by the processes)")
-    return parser
 
 
 def bytes_of(text: str) -> int:

@@ -15,8 +15,8 @@ COLOURS = ("#3366aa", "#cc6633", "#338855")
 def draw_curves(rows: Sequence[Mapping], path: Path) -> bool:
     """Write a PNG of these rows of metrics.jsonl; says whether it did: not without matplotlib, nor before anything was trained."""
     steps = [row for row in rows if row["kind"] == "step"]
-    examined = [row for row in rows if row["kind"] == "examined"]
-    if importlib.util.find_spec("matplotlib") is None or not steps or not examined:
+    evaluated = [row for row in rows if row["kind"] == "evaluation"]
+    if importlib.util.find_spec("matplotlib") is None or not steps or not evaluated:
         return False
     from matplotlib.figure import Figure
 
@@ -24,7 +24,7 @@ def draw_curves(rows: Sequence[Mapping], path: Path) -> bool:
     panels = figure.subplots(1, 3)
     for panel, phase, colour in zip(panels, PHASES, COLOURS, strict=False):
         _draw_losses(panel, [row for row in steps if row["phase"] == phase], phase, colour)
-    _draw_scores(panels[2], examined)
+    _draw_scores(panels[2], evaluated)
     figure.savefig(path, metadata={"Software": None})  # the same rows give the same bytes
     return True
 
@@ -40,14 +40,14 @@ def _draw_losses(panel, rows: Sequence[Mapping], phase: str, colour: str) -> Non
     panel.set(title=f"loss of the {phase}", xlabel=f"{phase} steps (grey: end of a round)")
 
 
-def _draw_scores(panel, examined: Sequence[Mapping]) -> None:
+def _draw_scores(panel, evaluated: Sequence[Mapping]) -> None:
     """Scores on the held-out questions, with their 95 % intervals where there are any."""
-    rounds = [row["round"] for row in examined]
+    rounds = [row["round"] for row in evaluated]
     for shift, ((name, label), colour) in enumerate(zip(SCORES.items(), COLOURS, strict=True)):
         places = [number + 0.04 * (shift - 1) for number in rounds]
-        values = [row[name] for row in examined]
+        values = [row[name] for row in evaluated]
         panel.plot(places, values, color=colour, marker="o", label=label)
-        ends = [row.get(f"{name}_interval") or (row[name], row[name]) for row in examined]
+        ends = [row.get(f"{name}_interval") or (row[name], row[name]) for row in evaluated]
         panel.vlines(places, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.5)
     panel.set(title="held-out questions, percent", xlabel="round (0: before)", xticks=rounds, ylim=(0, 100))
     panel.legend(loc="best", frameon=False)

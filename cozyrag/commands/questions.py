@@ -71,9 +71,9 @@ def vars_of(question: Question) -> dict:
     return {"id": question.id, "question": question.question, "answers": question.answers, **named}
 
 
-def questions(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """The command. Raises InputError for what the user can put right."""
-    parser = _parser()
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     if not options.output and not options.check_only:
         parser.error("give --output FILE, or --check_only")
@@ -91,19 +91,15 @@ def questions(arguments: Sequence[str]) -> None:
     check(asked, passages=options.passages, columns=_passage_columns(options))
     drop = {"repeated", *options.drop}
     kept = [each for each in asked if not drop & each.odd.keys()]
-    print(_told(asked, kept, options, report))
+    print(_formatted(asked, kept, options, report))
     if not options.check_only:
         _write(options.output, kept)
         _write_summary(options, asked, kept, bad)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cozyrag questions",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IN", help="file or Hub dataset")
     add("--output", metavar="FILE", help=".jsonl or .jsonl.gz; an older one is replaced")
@@ -116,7 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, column in (("question", "question"), ("answer", "answers"), ("context", "context"), ("title", "title"), ("id", "id"), ("passage_id", "passage_id"), ("text", "text")):  # fmt: skip
         add(f"--{name}_column", default=column, help=f"default: {column}")
     add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
-    return parser
 
 
 def _read(options: argparse.Namespace, bad: BadRows) -> Iterator[Asked]:
@@ -249,7 +244,7 @@ def _words(text: str) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------------------- the report
 
 
-def _told(asked: Sequence[Asked], kept: Sequence[Asked], options: argparse.Namespace, report: str | None) -> str:
+def _formatted(asked: Sequence[Asked], kept: Sequence[Asked], options: argparse.Namespace, report: str | None) -> str:
     lines = [report] if report else []
     for kind in KINDS:
         odd = [each for each in asked if kind in each.odd]

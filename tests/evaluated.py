@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tiny
 
-RIGHT, WRONG = "right", "reader missed"
+RIGHT, WRONG = "correct", "reader error"
 
 
 def row(number: int, *, em: float, f1: float | None = None, **others) -> dict:
@@ -34,7 +34,7 @@ METRICS = [
     {"kind": "step", "round": 1, "phase": "retriever", "step": 1, "loss": 0.5, "steps_so_far": 3},
     {"kind": "time", "round": 1, "part": "generator phase", "seconds": 60.0},
     {
-        "kind": "gate", "round": 1, "model": "generator", "metric": "f1", "kept": False, "before": 20.0, "after": 10.0,
+        "kind": "rollback", "round": 1, "model": "generator", "metric": "f1", "kept": False, "before": 20.0, "after": 10.0,
         "interval": [-15.0, -5.0], "worse": 0.99,
     },
 ]  # fmt: skip
@@ -42,9 +42,9 @@ METRICS = [
 
 def write_run(folder: Path, rounds: list[list[dict]], *, metrics=METRICS, **settings) -> Path:
     """A folder with these examinations, the first of them before training."""
-    (folder / "examined").mkdir(parents=True)
+    (folder / "evaluations").mkdir(parents=True)
     for number, rows in enumerate(rounds):
-        tiny.write_jsonl(folder / "examined" / f"round-{number:03d}.jsonl", rows)
+        tiny.write_jsonl(folder / "evaluations" / f"round-{number:03d}.jsonl", rows)
     tiny.write_jsonl(folder / "metrics.jsonl", metrics)
     settings = {"questions": "qa.tsv", "generator": "gpt2", "retriever": "embedded", "seed": 1} | settings
     (folder / "settings.json").write_text(json.dumps(settings | {"output_dir": str(folder), "hub_model_id": None}))
