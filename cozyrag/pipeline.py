@@ -4,7 +4,7 @@ Left out: training, evaluation, and any way to change the pair.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -53,7 +53,15 @@ class Answer:
 
 
 class CozyRAG:
-    """A generator, a retriever and their index, ready to answer."""
+    """A generator, a retriever and their index, ready to answer. Threads can share it.
+
+    Args:
+        mode, weights, stemmer: of the search; see `Searcher`.
+        top_k: passages whose sentences compete for a context.
+        decoding: how contexts are cut and answers are written.
+        context_filter: how sentences are chosen; see `ContextBuilder`.
+        no_answer_threshold: the probability of an empty answer above which the pair abstains; None: it never does.
+    """
 
     def __init__(
         self,
@@ -65,18 +73,13 @@ class CozyRAG:
         weights: dict[str, float],
         stemmer: str,
         top_k: int,
-        context_tokens: int,
-        answer_tokens: int,
-        min_answer_tokens: int = 0,
-        no_repeat_ngram_size: int = 0,
-        extractive: bool = False,
+        decoding: Decoding,
         context_filter: str = "sparse",
         no_answer_threshold: float | None = None,
     ):
-        self.generator = generator
         generator.only_read()
-        self.retriever = retriever
-        self.index = index
+        self.generator, self.retriever, self.index = generator, retriever, index
+        self.top_k, self.decoding, self.no_answer_threshold = top_k, decoding, no_answer_threshold
         lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)
         words = SentenceWords(index.passages.titles, index.passages.sentences(), stemmer=stemmer)
         self.searcher = Searcher(
@@ -87,20 +90,11 @@ class CozyRAG:
             words=words,
             weights=Weights(**weights),
         )
-        self.top_k = top_k
-        self.stemmer = stemmer
-        self.context_tokens = context_tokens
-        self.answer_tokens = answer_tokens
-        self.min_answer_tokens = min_answer_tokens
-        self.no_repeat_ngram_size = no_repeat_ngram_size
-        self.extractive = extractive
-        self.no_answer_threshold = no_answer_threshold
-        self.context_filter = context_filter
         self._builder = ContextBuilder(
             index.passages,
             generator.count_tokens,
             top_k=top_k,
-            budget=context_tokens,
+            budget=decoding.context_tokens,
             score_by=context_filter,
             sentence_vectors=sentence_source(index, retriever),
             words=words,
@@ -116,16 +110,16 @@ class CozyRAG:
         device: str | None = None,
         precision: str | None = None,
     ) -> "CozyRAG":
-        """Load what train.py left in a folder, or what was pushed as `user/name`.
+        """Load the output folder of train.py, or a pair that was pushed as `user/name`.
 
-        From the Hub come the generator at `revision` (a branch, a tag such as round-1, a commit; None: the newest) and the
-        retriever and the index at the exact revisions that it names. What was fetched once loads without the network.
+        From the Hub, the generator comes at `revision` (a branch, a tag such as round-1, a commit; None: the newest), and the
+        retriever and the index come at the exact revisions that it names. Later loads need no network.
 
         Args:
-            precision: in which the generator reads, "float32" or "bf16"; None: bf16 where the machine has it and it is faster.
+            precision: precision of inference, "float32" or "bf16"; None: bf16 where the machine has it and it is faster.
 
         Raises:
-            InputError: nothing usable under that name, or generator, retriever and index are not of one pair.
+            InputError: there is no usable pair under that name, or generator, retriever and index are not of one pair.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
@@ -134,8 +128,8 @@ class CozyRAG:
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
         if expected not in (None, found):
             raise InputError(
-                f"{folder / PAIR_FILE} names the generator {expected}, but the one beside it is {found}: the files come from different rounds or "
-                "runs. Copy the whole folder again, or train again."
+                f"{folder / PAIR_FILE} names the generator {expected}, but the one beside it is {found}: the files come "
+                "from different rounds or runs. Copy the whole folder again, or train again."
             )
         generator.model.to(device).eval()
         generator.precision = precision or reading_precision(fitting(torch.device(device).type).name)
@@ -144,10 +138,14 @@ class CozyRAG:
         index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
         if found != named:
             raise InputError(
-                f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they are not of one pair. Load another "
-                "revision, copy the folder anew or run train.py again."
+                f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they are not of one pair. "
+                "Load another revision, copy the folder again or run train.py again."
             )
-        return cls(generator, retriever, index, **pair["retrieval"], **pair["contexts"])
+        contexts = dict(pair["contexts"])
+        decoding = Decoding(
+            **{each.name: contexts.pop(each.name) for each in fields(Decoding) if each.name in contexts}
+        )
+        return cls(generator, retriever, index, **pair["retrieval"], decoding=decoding, **contexts)
 
     def answer(self, question: str, *, top_k: int | None = None) -> Answer:
         """Answer one question; see `answers`."""
@@ -163,12 +161,9 @@ class CozyRAG:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
         found = self.searcher.search(questions, k)
         rows = found.rows.tolist()
-        self._builder.top_k = k
-        chosen = self._builder.chosen(questions, rows, found.vectors)
+        chosen = self._builder.chosen(questions, rows, found.vectors, top_k=k)
         contexts = [self._builder.write(kept, ranked) for kept, ranked in zip(chosen, rows, strict=True)]
-        written = self.generator.write(
-            questions, contexts, **Decoding.of(self).limits(self.no_answer_threshold is None)
-        )
+        written = self.generator.write(questions, contexts, **self.decoding.limits(self.no_answer_threshold is None))
         written = [each.kept_above(self.no_answer_threshold) for each in written]
         sources = [self._sources(*each) for each in zip(rows, found.scores.tolist(), chosen, strict=True)]
         return [

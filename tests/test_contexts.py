@@ -5,6 +5,7 @@ real.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,11 @@ from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
 def count_words(texts):
     return [len(text.split()) for text in texts]
+
+
+def context_of(builder, question, rows):
+    """The context of one question."""
+    return builder.contexts([question], [rows])[0]
 
 
 def builder_of(*texts, titles=None, top_k=9, budget=99, hard_negatives=0, count_tokens=count_words):
@@ -69,7 +75,7 @@ def test_filter_keeps_the_answer_sentence_within_the_budget():
     filler = [f"Nothing much happens on day {day}." for day in range(12)]
     text = " ".join([*filler[:8], "The zebra moved to Oslo.", *filler[8:]])
     builder = builder_of(text, *["Nothing much happens here."] * 3, budget=5)
-    assert builder.context("Where did the zebra move?", [1, 0, 2, 3]) == "The zebra moved to Oslo."
+    assert context_of(builder, "Where did the zebra move?", [1, 0, 2, 3]) == "The zebra moved to Oslo."
 
 
 # four passages: a word of all four weighs log(1 + 4/4) = 0.69, a word of one log(1 + 4/1) = 1.61
@@ -83,7 +89,7 @@ def test_filter_keeps_the_answer_sentence_within_the_budget():
 )
 def test_words_weigh_by_their_rarity(question, kept):
     others = ["Very old men."] * 3
-    assert builder_of("Very old men. A zebra ran.", *others, budget=3).context(question, [0]) == kept
+    assert context_of(builder_of("Very old men. A zebra ran.", *others, budget=3), question, [0]) == kept
 
 
 def test_titles_count_as_words_of_their_passage():
@@ -96,20 +102,20 @@ def test_titles_count_as_words_of_their_passage():
 def test_sentences_stand_in_their_original_order():
     first, second = "Alpha came. Beta went. Gamma stayed.", "Delta slept. Epsilon woke."
     builder = builder_of(first, second, budget=6)
-    assert builder.context("gamma epsilon alpha", [0, 1]) == "Alpha came. Gamma stayed.\nEpsilon woke."
-    assert builder.context("gamma epsilon alpha", [1, 0]) == "Epsilon woke.\nAlpha came. Gamma stayed."
+    assert context_of(builder, "gamma epsilon alpha", [0, 1]) == "Alpha came. Gamma stayed.\nEpsilon woke."
+    assert context_of(builder, "gamma epsilon alpha", [1, 0]) == "Epsilon woke.\nAlpha came. Gamma stayed."
 
 
 def test_only_the_top_k_passages_compete():
     texts = ["Alpha came.", "Beta went.", "Zebra ran."]
-    assert builder_of(*texts, top_k=2).context("zebra", [0, 1, 2]) == "Alpha came.\nBeta went."
-    assert builder_of(*texts, top_k=2, budget=2).context("zebra", [0, 2, 1]) == "Zebra ran."
+    assert context_of(builder_of(*texts, top_k=2), "zebra", [0, 1, 2]) == "Alpha came.\nBeta went."
+    assert context_of(builder_of(*texts, top_k=2, budget=2), "zebra", [0, 2, 1]) == "Zebra ran."
 
 
 def test_ties_go_to_the_better_passage_and_its_beginning():
     texts = ["Alpha came. Beta went.", "Gamma ate. Delta slept."]
-    assert builder_of(*texts, budget=2).context("unrelated", [1, 0]) == "Gamma ate."
-    assert builder_of(*texts, budget=6).context("unrelated", [1, 0]) == "Gamma ate. Delta slept.\nAlpha came."
+    assert context_of(builder_of(*texts, budget=2), "unrelated", [1, 0]) == "Gamma ate."
+    assert context_of(builder_of(*texts, budget=6), "unrelated", [1, 0]) == "Gamma ate. Delta slept.\nAlpha came."
 
 
 @pytest.mark.parametrize(
@@ -122,12 +128,12 @@ def test_ties_go_to_the_better_passage_and_its_beginning():
 )
 def test_what_does_not_fit_is_left_out(budget, context):
     builder = builder_of("Long zebra tale of many a word.", "Beta ran.", budget=budget)
-    assert builder.context("zebra", [0, 1]) == context
+    assert context_of(builder, "zebra", [0, 1]) == context
 
 
 def test_a_shorter_sentence_may_take_the_room_a_longer_one_left():
     builder = builder_of("Zebra oslo ran. Zebra slept all day long. Beta ran.", "Gamma ate.", budget=5)
-    assert builder.context("zebra oslo", [0, 1]) == "Zebra oslo ran. Beta ran."
+    assert context_of(builder, "zebra oslo", [0, 1]) == "Zebra oslo ran. Beta ran."
 
 
 # a title of 6 letters is taken for 6 // 3 + 2 = 4 tokens, once for its passage; each sentence has 3
@@ -143,12 +149,12 @@ def test_a_shorter_sentence_may_take_the_room_a_longer_one_left():
 )
 def test_titles_come_along_once_and_cost_tokens(budget, context):
     builder = builder_of("Alpha came home. Beta went home.", "Gamma ate home.", titles=["AB_CDE", ""], budget=budget)
-    assert builder.context("unrelated", [0, 1]) == context
+    assert context_of(builder, "unrelated", [0, 1]) == context
 
 
 def test_nothing_found_makes_an_empty_context():
-    assert builder_of("Alpha.").context("alpha", []) == ""
-    assert builder_of("", "Alpha.").context("alpha", [0]) == ""
+    assert context_of(builder_of("Alpha."), "alpha", []) == ""
+    assert context_of(builder_of("", "Alpha."), "alpha", [0]) == ""
 
 
 @settings(deadline=None)
@@ -167,7 +173,9 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
     chance.shuffle(rows)
     builder = builder_of(*[" ".join(passage) for passage in sentences], budget=budget)
     kept = [
-        sentence for line in builder.context("Is the fox here?", rows).split("\n") for sentence in split_sentences(line)
+        sentence
+        for line in context_of(builder, "Is the fox here?", rows).split("\n")
+        for sentence in split_sentences(line)
     ]
     candidates = [sentence for row in rows for sentence in sentences[row]]
     assert kept == [sentence for sentence in candidates if sentence in kept]
@@ -176,7 +184,9 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
     assert all(count_words([sentence])[0] > room for sentence in candidates if sentence not in kept)
 
     def score(sentence):
-        return sum(map(builder.words.rarity_of, sorted({"is", "the", "fox"} & set(sentence.rstrip(".").split()))))
+        return sum(
+            map(builder._sentence_words.rarity_of, sorted({"is", "the", "fox"} & set(sentence.rstrip(".").split())))
+        )
 
     ranks = [rank for rank, row in enumerate(rows) for _ in sentences[row]]
     points = np.array([score(sentence) for sentence in candidates])
@@ -190,19 +200,21 @@ def test_earlier_passages_are_preferred_up_to_the_fourth():
     """The same words weigh less in a passage that was found later; a sentence with more of them still wins."""
     texts = ["None here.", "A fox.", "A fox.", "A fox, a grey fox."] + ["A fox."] * 3
     builder = builder_of(*texts, budget=2)
-    assert builder.context("fox", [2, 1]) == builder.context("fox", [1, 2]) == "A fox."
+    assert context_of(builder, "fox", [2, 1]) == context_of(builder, "fox", [1, 2]) == "A fox."
+    builder._read([0, 1, 2, 4, 5, 6])
     scores = builder._scores("grey fox", [0, 1, 2, 4, 5, 6], [])
     assert scores[1] - scores[2] == pytest.approx(0.6) and scores[2] - scores[3] == pytest.approx(0.6)
     assert scores[3] == scores[4] == scores[5] > scores[0]
-    assert builder_of(*texts, budget=5).context("grey fox", [1, 2, 4, 3]) == "A fox, a grey fox."
+    assert context_of(builder_of(*texts, budget=5), "grey fox", [1, 2, 4, 3]) == "A fox, a grey fox."
 
 
 def cosine_builder(score_by, vectors, *texts, **more):
-    """A maker whose sentences have these vectors (one list for each text)."""
-    builder = builder_of(*texts, **more)
-    builder.score_by = score_by
-    builder.sentence_vectors = lambda rows: [np.array(vectors[row], dtype=np.float16).reshape(-1, 2) for row in rows]
-    return builder
+    """A builder whose sentences have these vectors (one list for each text)."""
+
+    def sentence_vectors(rows):
+        return [np.array(vectors[row], dtype=np.float16).reshape(-1, 2) for row in rows]
+
+    return replace(builder_of(*texts, **more), score_by=score_by, sentence_vectors=sentence_vectors)
 
 
 EAST, NORTH, UNREAD = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)
@@ -242,7 +254,7 @@ def test_passages_are_asked_for_once_in_a_batch_and_only_the_top_k():
     asked = []
     builder = cosine_builder("hybrid", [[EAST]] * 3, "Alpha ran.", "Beta ran.", "Gamma ran.", top_k=2)
     of = builder.sentence_vectors
-    builder.sentence_vectors = lambda rows: asked.append(list(rows)) or of(rows)
+    builder = replace(builder, sentence_vectors=lambda rows: asked.append(list(rows)) or of(rows))
     contexts = builder.contexts(["alpha", "beta"], [[1, 0, 2], [0, 1, 2]], np.array([EAST, EAST]))
     assert asked == [[0, 1]]
     assert contexts == ["Beta ran.\nAlpha ran.", "Alpha ran.\nBeta ran."]
@@ -270,7 +282,7 @@ def test_sentences_on_the_fly_are_those_kept_with_the_index(retriever_path, tmp_
 
 
 def test_an_unknown_filter_is_refused():
-    with pytest.raises(ValueError, match="overlap, vectors, both"):
+    with pytest.raises(ValueError, match="sparse, dense, hybrid"):
         ContextBuilder(Passages([], [], []), count_words, top_k=1, budget=1, score_by="magic")
 
 
@@ -282,7 +294,7 @@ def test_budget_is_counted_in_the_tokens_of_the_generator(generator_path):
     both = lengths[0] + lengths[1]
     for budget, kept in ((both, sentences[:2]), (both - 1, sentences[:1])):
         builder = builder_of(text, budget=budget, count_tokens=generator.count_tokens)
-        assert builder.context("unrelated", [0]) == " ".join(kept)
+        assert context_of(builder, "unrelated", [0]) == " ".join(kept)
 
 
 # ---- positives and hard negatives ----

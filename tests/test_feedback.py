@@ -45,7 +45,8 @@ def decide(generator, table, folder, *, passages=2):
         Accelerator(cpu=True),
         generator,
         contexts,
-        builder,
+        builder.score_by,
+        lambda: builder,
         lambda texts: np.zeros((len(texts), 2), dtype=np.float32),
         passages=passages,
         context_tokens=64,
@@ -62,7 +63,7 @@ def test_each_number_is_that_of_its_question_and_its_passage(generator, table, t
     builder = ContextBuilder(columns, generator.count_tokens, top_k=1, budget=64)
     for row in range(1, 7):
         for place, passage in enumerate(contexts[row]["rows"][:2]):
-            context = builder.context(contexts[row]["question"], [passage])
+            [context] = builder.contexts([contexts[row]["question"]], [[passage]])
             (alone,) = generator.log_likelihoods(
                 [contexts[row]["question"]], [context], [contexts[row]["answers"][0]], context_tokens=64
             )

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from cozyrag.errors import InputError
 from cozyrag.hub.push import push_pair
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.pair_file import read_pair
+from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.retrieval.hybrid import Weights
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
@@ -58,14 +59,13 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
         folder=root, settings=SETTINGS, generator=Generator.load(str(generator_path)), retriever=retriever
     )
     run.retrieval = SimpleNamespace(
-        index=index,
-        current_index=lambda: index,
+        index=lambda: index,
         description=lambda: {
             "mode": "dense",
             "stemmer": "english",
             "weights": {"vectors": 12.5, "sentence_words": 0.5},
         },
-        builder=SimpleNamespace(score_by="hybrid"),
+        context_filter="hybrid",
     )
     run.threshold = None
     run._describe = lambda path: Rounds._describe(run, path)
@@ -89,7 +89,7 @@ def copy(folder, tmp_path):
 
 def test_the_folder_carries_how_the_pieces_are_used_together(folder, pair):
     assert sorted(path.name for path in folder.iterdir()) == ["cozyrag.json", "generator", "index", "retriever"]
-    assert (pair.top_k, pair.context_tokens, pair.answer_tokens) == (3, 60, 7)
+    assert (pair.top_k, pair.decoding.context_tokens, pair.decoding.answer_tokens) == (3, 60, 7)
     assert (pair.searcher.mode, pair.searcher.weights) == ("dense", Weights(12.5, 0.5))
     assert pair.retriever.model.max_seq_length == 32
     assert not pair.generator.model.training and {p.dtype for p in pair.generator.model.parameters()} == {torch.float32}
@@ -295,9 +295,9 @@ def test_a_missing_piece_is_refused(copy, piece):
         (None, "found none"),
         ("{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
-        ("[]", "expected format_version 1, found None"),
-        ("{}", "expected format_version 1, found None"),
-        ('{"format_version": 2}', "expected format_version 1, found 2"),
+        ("[]", "expected format_version 2, found None"),
+        ("{}", "expected format_version 2, found None"),
+        ('{"format_version": 3}', "expected format_version 2, found 3"),
     ],
 )
 def test_a_cozyrag_json_that_says_nothing_usable_is_refused(copy, content, words):
@@ -533,3 +533,30 @@ def test_a_pair_that_names_a_place_outside_its_folder_is_refused(copy, piece, pl
     (copy / "cozyrag.json").write_text(json.dumps(pair))
     with pytest.raises(InputError, match="outside"):
         CozyRAG.from_pretrained(copy)
+
+
+# ---- threads
+
+
+def test_threads_with_different_top_k_share_one_pair(folder):
+    """Eight threads ask at once, each with its own top_k, and get the answers that one thread gets alone."""
+    pair, alone = CozyRAG.from_pretrained(folder), CozyRAG.from_pretrained(folder)
+    asked = [(f"What colour is the fox {number}?", number % 4 + 1) for number in range(40)]
+    expected = [alone.answer(question, top_k=k) for question, k in asked]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda each: pair.answer(each[0], top_k=each[1]), asked))
+    for each, right in zip(found, expected, strict=True):
+        assert (each.text, each.context, each.passages) == (right.text, right.context, right.passages)
+
+
+# ---- earlier versions
+
+
+def test_a_pair_of_format_1_is_read_with_its_old_names(copy, pair):
+    path = copy / PAIR_FILE
+    facts = json.loads(path.read_text())
+    facts["format_version"], facts["contexts"]["context_filter"] = 1, "both"
+    path.write_text(json.dumps(facts))
+    assert read_pair(copy)["contexts"]["context_filter"] == "hybrid"
+    question = "What colour is the fox 3?"
+    assert CozyRAG.from_pretrained(copy).answer(question).text == pair.answer(question).text

@@ -116,15 +116,15 @@ def test_with_sentences_a_passage_counts_as_its_best_sentence():
 
 
 def test_without_words_of_sentences_or_vectors_of_them_passages_count_as_wholes():
-    assert sentence_searcher(words=False).weights == searcher("hybrid").weights == Weights.usual(False)
-    assert sentence_searcher().weights == Weights.usual(True)
+    assert sentence_searcher(words=False).fusion_weights == searcher("hybrid").fusion_weights == Weights.default(False)
+    assert sentence_searcher().fusion_weights == Weights.default(True)
 
 
 def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
     search = sentence_searcher(weights=Weights(2.0, 1.0))
     questions, relevant = ["red fox", "blue sea", "oranges", "the red hen"], [3, 1, 2, 0]
     start = np.array([1.0, 2.0, 1.0])
-    lists = [points for _, points in search._pool(questions, search.encode(questions), 5).candidates]
+    lists = [points for _, points in search._pool(search.lexical, questions, search.encode(questions), 5).candidates]
 
     def loss(theta):
         surprise = sum(
@@ -133,7 +133,7 @@ def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
         )
         return surprise + TRUST / 2 * ((theta / (SHARPNESS * start) - 1) ** 2).sum()
 
-    facts = search.fit_fusion_weights(questions, relevant)
+    search, facts = search.fitted(questions, relevant)
     assert facts["vectors"] == search.weights.vectors and 0 <= facts["recall@5 before"] <= facts["recall@5"] == 1.0
     grid = [
         (a, b, c) for a in np.linspace(0.05, 0.6, 12) for b in np.linspace(0, 1.5, 16) for c in np.linspace(0, 0.8, 17)
@@ -146,15 +146,15 @@ def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
 
 def test_fitting_follows_what_finds_the_passages_and_nothing_to_learn_from_changes_nothing():
     by_vectors = searcher("hybrid", aimed_at=0)  # vectors say row 0, words say row 2
-    by_vectors.fit_fusion_weights(["Vitamin C"] * 200, [0] * 200)
+    by_vectors = by_vectors.fitted(["Vitamin C"] * 200, [0] * 200)[0]
     by_words = searcher("hybrid", aimed_at=0)
-    by_words.fit_fusion_weights(["Vitamin C"] * 200, [2] * 200)
-    assert by_vectors.weights.vectors > Weights.usual(False).vectors > by_words.weights.vectors >= 0
+    by_words = by_words.fitted(["Vitamin C"] * 200, [2] * 200)[0]
+    assert by_vectors.weights.vectors > Weights.default(False).vectors > by_words.weights.vectors >= 0
     assert by_vectors.search(["Vitamin C"], 1).rows.tolist() == [[0]]
     assert by_words.search(["Vitamin C"], 1).rows.tolist() == [[2]]
     nothing = searcher("hybrid")
-    nothing.fit_fusion_weights([], [])
-    assert nothing.weights == Weights.usual(False)
+    nothing = nothing.fitted([], [])[0]
+    assert nothing.fusion_weights == Weights.default(False)
 
 
 def test_words_of_sentences_do_not_depend_on_the_order_of_a_set_and_empty_passages_are_no_trouble():

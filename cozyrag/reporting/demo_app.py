@@ -223,7 +223,7 @@ def depths(pair: CozyRAG, question: str) -> str:
         except InputError as error:
             return render("refusal.html", message=str(error))
         rows.append(_depth(top_k, answer) | {"changed": bool(rows) and rows[-1]["text"] != answer.text})
-    return render("depths.html", rows=rows, context_tokens=pair.context_tokens)
+    return render("depths.html", rows=rows, context_tokens=pair.decoding.context_tokens)
 
 
 def _depth(top_k: int, answer: Answer) -> dict:

@@ -7,6 +7,7 @@ by vectors, or by both), and the positive and hard negatives. Left out: encoding
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -20,6 +21,7 @@ from cozyrag.retrieval.hybrid import Found
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
 FILTERS = ("sparse", "dense", "hybrid")
+SentenceSource = Callable[[Sequence[int]], list[np.ndarray]]  # rows of passages to (n_sentences, dim) each
 SEARCH_DEPTH = 60
 RANKS = 3  # from this rank on (from 0) passages do not differ any more: the search sorts the first ones best
 RANK_COST = 0.6  # the best passage is the right one four times of five: answers kept at 128 tokens rise by two points of a hundred
@@ -43,7 +45,7 @@ CONTEXT_FEATURES = Features(
 )
 
 
-def sentence_source(index: PassageIndex, retriever: Retriever) -> Callable[[Sequence[int]], list[np.ndarray]]:
+def sentence_source(index: PassageIndex, retriever: Retriever) -> SentenceSource:
     """Vectors of the sentences of passages, by row: those kept with the index, or made on the fly where it keeps none."""
     if index.sentences is not None:
         return index.sentences.of
@@ -74,20 +76,22 @@ def _standardized(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num((values - known.mean()) / known.std(), nan=0.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ContextBuilder:
     """Chooses from the passages found: sentences for the context, a positive and hard negatives for the retriever.
+
+    It never changes once it is made, so threads can share it; what it has read of passages is only ever added to.
 
     Args:
         passages: the columns of the passages table.
         count_tokens: lengths in generator tokens of a list of texts.
-        top_k: passages whose sentences compete for the context.
+        top_k: passages whose sentences compete for the context, unless a call names another number.
         budget: tokens of the context.
         score_by: one of FILTERS. "sparse": the summed rarity (inverse document frequency) of the words that a sentence
             shares with the question; "dense": the cosine of sentence and question; "hybrid": their sum, each z-scored
             over the sentences that compete.
         sentence_vectors: see `sentence_source`; not needed for "sparse".
-        words: of the sentences; not needed for "dense". None: made here, endings of words left as they are.
+        words: words of the sentences; not needed for "dense". None: computed on first use, without stemming.
     """
 
     passages: Passages
@@ -96,7 +100,7 @@ class ContextBuilder:
     budget: int
     hard_negatives: int = 0
     score_by: str = "sparse"
-    sentence_vectors: Callable[[Sequence[int]], list[np.ndarray]] | None = None
+    sentence_vectors: SentenceSource | None = None
     words: SentenceWords | None = None
     _normalized: dict[int, str] = field(default_factory=dict)
     _sentences: dict[int, tuple[list[str], list[int]]] = field(default_factory=dict)
@@ -104,7 +108,17 @@ class ContextBuilder:
     def __post_init__(self):
         if self.score_by not in FILTERS:
             raise ValueError(f"expected a filter among {', '.join(FILTERS)}, found {self.score_by!r}")
-        self.row_of = {passage_id: row for row, passage_id in enumerate(self.passages.ids)}
+        if self.score_by != "sparse" and self.sentence_vectors is None:
+            raise ValueError(f"expected sentence vectors for the {self.score_by} filter, found none")
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """The row of each passage, by its id."""
+        return {passage_id: row for row, passage_id in enumerate(self.passages.ids)}
+
+    @cached_property
+    def _sentence_words(self) -> SentenceWords:
+        return self.words or SentenceWords(self.passages.titles, self.passages.sentences())
 
     def holds_answer(self, row: int, answers: Sequence[str]) -> bool:
         """Whether the passage of that row contains one of the answers as whole words."""
@@ -119,43 +133,46 @@ class ContextBuilder:
         chosen = self.chosen(questions, found, vectors)
         return [self.write(kept, rows) for kept, rows in zip(chosen, found, strict=True)]
 
-    def context(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray] = ()) -> str:
-        """The context of one question; see `_choose`."""
-        return self.write(self._choose(question, rows, cosines), rows)
-
     def chosen(
-        self, questions: Sequence[str], found: Sequence[Sequence[int]], vectors: np.ndarray | None = None
+        self,
+        questions: Sequence[str],
+        found: Sequence[Sequence[int]],
+        vectors: np.ndarray | None = None,
+        *,
+        top_k: int | None = None,
     ) -> list[list[Chosen]]:
-        """The sentences that make the context of each question.
+        """The sentences that make up the context of each question.
 
         Args:
             found: for each question the rows of the passages found, best first.
             vectors: (n_questions, dim) of the questions; not needed for "sparse".
+            top_k: passages whose sentences compete; None: as the builder was made.
         """
-        competing = sorted({row for rows in found for row in rows[: self.top_k]})
-        self._read(competing)
+        competing = [rows[: self.top_k if top_k is None else top_k] for rows in found]
+        rows = sorted({row for each in competing for row in each})
+        self._read(rows)
         if self.score_by == "sparse":
-            return [self._choose(question, rows) for question, rows in zip(questions, found, strict=True)]
-        sentences = dict(zip(competing, self.sentence_vectors(competing) if competing else [], strict=True))
+            return [self._choose(question, each) for question, each in zip(questions, competing, strict=True)]
+        if self.sentence_vectors is None or vectors is None:
+            raise ValueError(f"expected vectors of sentences and questions for the {self.score_by} filter, found none")
+        sentences = dict(zip(rows, self.sentence_vectors(rows) if rows else [], strict=True))
         return [
-            self._choose(question, rows, [_cosines(sentences[row], vector) for row in rows[: self.top_k]])
-            for question, rows, vector in zip(questions, found, vectors, strict=True)
+            self._choose(question, each, [_cosines(sentences[row], vector) for row in each])
+            for question, each, vector in zip(questions, competing, vectors, strict=True)
         ]
 
     def _choose(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray] = ()) -> list[Chosen]:
-        """The best-scored sentences of the top-k passages, in original order, within the budget.
+        """The best-scored sentences of these passages, in original order, within the budget.
 
         Earlier passages win ties. Each passage brings its title along.
 
         Args:
-            cosines: for each of the top-k passages those of its sentences with the question; NaN where it was not read.
+            cosines: of the sentences of each passage with the question; NaN where the retriever did not read so far.
         """
         choices = []  # (passage rank, sentence number, text, tokens)
-        for rank, row in enumerate(rows[: self.top_k]):
-            choices.extend(
-                (rank, number, *each) for number, each in enumerate(zip(*self._sentences_of(row), strict=True))
-            )
-        scores = self._scores(question, rows[: self.top_k], cosines)
+        for rank, row in enumerate(rows):
+            choices.extend((rank, number, *each) for number, each in enumerate(zip(*self._sentences[row], strict=True)))
+        scores = self._scores(question, rows, cosines)
         kept, room, titled = [], self.budget, set()
         for _, (rank, number, sentence, length) in sorted(zip((-scores).tolist(), choices, strict=True)):
             cost = length + (0 if rank in titled else self._title_tokens(rows[rank]))
@@ -166,17 +183,15 @@ class ContextBuilder:
         return sorted(kept)
 
     def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
-        """What each sentence of these passages is worth, in standard deviations, less `RANK_COST` for each of its passage's first ranks."""
+        """The score of each sentence in standard deviations, less `RANK_COST` for each of the first ranks of its passage."""
         if not rows:
             return np.zeros(0)
-        counts = [len(self._sentences_of(row)[0]) for row in rows]
+        counts = [len(self._sentences[row][0]) for row in rows]
         scores = -RANK_COST * np.repeat(np.minimum(np.arange(len(rows)), RANKS), counts)
         if self.score_by != "sparse":
             scores = scores + _standardized(np.concatenate(cosines))
         if self.score_by != "dense":
-            if self.words is None:
-                self.words = SentenceWords(self.passages.titles, self.passages.sentences())
-            scores = scores + _standardized(np.concatenate(self.words.overlaps(question, rows)))
+            scores = scores + _standardized(np.concatenate(self._sentence_words.overlaps(question, rows)))
         return scores
 
     def write(self, kept: Sequence[Chosen], rows: Sequence[int]) -> str:
@@ -187,10 +202,6 @@ class ContextBuilder:
             text = " ".join(sentence for at, _, sentence in kept if at == rank)
             parts.append(f"{title}: {text}" if title else text)
         return "\n".join(parts)
-
-    def _sentences_of(self, row: int) -> tuple[list[str], list[int]]:
-        self._read([row])
-        return self._sentences[row]
 
     def _read(self, rows: Sequence[int]) -> None:
         """Split passages into sentences and count their tokens, all at once: a tokenizer takes longer to call than to count."""

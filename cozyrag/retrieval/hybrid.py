@@ -1,12 +1,13 @@
-"""How questions find passages: by vectors, by words, or by both, their scores added up with weights.
+"""Dense, sparse (BM25) and hybrid search. Hybrid search adds up scores with fusion weights.
 
-A weighted sum keeps how much better one passage is than the next, which ranks throw away; and a passage is as near to a
-question as its best sentence, which the vector of a whole passage blurs. Weights are fitted on training questions. Left
-out: the two searches themselves (passage_index.py, bm25.py).
+A weighted sum keeps score differences, which ranks throw away. A passage counts as near to a question as its best sentence
+is, because the vector of a whole passage blurs its sentences. The weights are fitted on training questions. Left out: the two
+searches themselves (passage_index.py, bm25.py).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import minimize
@@ -18,28 +19,29 @@ from cozyrag.retrieval.passage_index import PassageIndex
 MODES = ("dense", "bm25", "hybrid")
 CANDIDATES = 60  # best passages of each search that compete in the sum
 SHARPNESS = 0.25  # of the softmax over BM25 points with which fitting begins
-TRUST = 10.0  # questions that the usual weights count for when weights are fitted
+TRUST = 10.0  # number of questions that the default weights count as in fitting
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What counts in the sum, in BM25 points: a cosine of 1 (`vectors`), and one point of rarity that the best sentence shares
-    with the question (`sentence_words`)."""
+    """Fusion weights in BM25 points: `vectors` is the weight of a cosine of 1, `sentence_words` that of one point of rarity
+    that the best sentence shares with the question."""
 
     vectors: float
     sentence_words: float = 0.0
 
     @classmethod
-    def usual(cls, sentences: bool) -> "Weights":
-        """Those used where no training question has a known passage; with sentences, or with whole passages only."""
+    def default(cls, sentences: bool) -> "Weights":
+        """The weights used when no training question has a known passage: with sentences, or with whole passages only."""
         return cls(45.0, 1.0) if sentences else cls(15.0)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search gives: `scores` (n, k) float32 descending, `rows` (n, k) int64, and the rankings (n, k) that negatives are mined from.
+    """The result of a search over n questions.
 
-    `vectors`: (n, dim) float32, those of the questions, which the context filter wants whatever the mode.
+    scores: (n, k) float32, descending. rows: (n, k) int64. rankings: (n, k) each, the rankings that negatives are mined from.
+    vectors: (n, dim) float32 of the questions, which the context filter needs in every mode.
     """
 
     scores: np.ndarray
@@ -48,47 +50,54 @@ class Found:
     vectors: np.ndarray
 
 
+@dataclass(frozen=True)
 class Searcher:
-    """Search in one of MODES.
+    """Search in one of MODES. It never changes, so threads can share it.
 
-    In mode hybrid the score of a passage is its BM25 points plus, times their weights, the cosine of its best sentence
-    and what the rare words are worth that its best sentence shares with the question. Without vectors and words of
-    sentences it is BM25 points plus the weighted cosine of the passage.
+    In hybrid mode the score of a passage is its BM25 points plus two weighted terms of its best sentence: the cosine with the
+    question, and the rarity of the words it shares with the question. Without vectors and words of sentences, the score is
+    the BM25 points plus the weighted cosine of the passage.
 
     Args:
-        words: of the sentences; used where the index keeps vectors of sentences too.
-        weights: as fitted before; None: the usual ones.
+        lexical: needed in every mode but dense.
+        encode: questions to (n, dim) float32.
+        words: words of the sentences; used where the index keeps vectors of sentences too.
+        weights: fusion weights; None: the default ones.
     """
 
-    def __init__(
-        self,
-        index: PassageIndex,
-        lexical: LexicalIndex | None,
-        *,
-        encode: Callable[[Sequence[str]], np.ndarray],
-        mode: str,
-        words: SentenceWords | None = None,
-        weights: Weights | None = None,
-    ):
-        if mode not in MODES:
-            raise ValueError(f"expected a retrieval mode among {', '.join(MODES)}, found {mode!r}")
-        if mode != "dense" and lexical is None:
-            raise ValueError(f"expected a lexical index for retrieval mode {mode!r}, found none")
-        self.index, self.lexical, self.encode, self.mode = index, lexical, encode, mode
-        self.words = words if index.sentences is not None else None
-        self.weights = weights or Weights.usual(self.words is not None)
+    index: PassageIndex
+    lexical: LexicalIndex | None
+    encode: Callable[[Sequence[str]], np.ndarray]
+    mode: str
+    words: SentenceWords | None = None
+    weights: Weights | None = None
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"expected a retrieval mode among {', '.join(MODES)}, found {self.mode!r}")
+        if self.mode != "dense" and self.lexical is None:
+            raise ValueError(f"expected a lexical index for retrieval mode {self.mode!r}, found none")
+
+    @cached_property
+    def fusion_weights(self) -> Weights:
+        """The weights in use."""
+        return self.weights or Weights.default(self._words is not None)
+
+    @property
+    def _words(self) -> SentenceWords | None:
+        return self.words if self.index.sentences is not None else None
 
     def search(self, questions: Sequence[str], k: int) -> Found:
-        """The k best passages of each question; equal scores stand in the order of the rows."""
+        """The k best passages of each question; ties keep the order of the rows."""
         vectors = self.encode(questions)
+        if self.mode == "dense" or self.lexical is None:
+            scores, rows = self.index.search(vectors, k)
+            return Found(scores, rows, (rows,), vectors)
         if self.mode == "bm25":
             scores, rows = self.lexical.search(questions, k)
             return Found(scores, rows, (rows,), vectors)
-        if self.mode == "dense":
-            scores, rows = self.index.search(vectors, k)
-            return Found(scores, rows, (rows,), vectors)
-        pool = self._pool(questions, vectors, max(k, CANDIDATES))
-        weights = self._as_array()
+        pool = self._pool(self.lexical, questions, vectors, max(k, CANDIDATES))
+        weights = _as_array(self.fusion_weights)
         best = [_best(rows, points @ weights, k) for rows, points in pool.candidates]
         return Found(
             np.stack([scores for scores, _ in best]).astype(np.float32),
@@ -97,47 +106,47 @@ class Searcher:
             vectors,
         )
 
-    def fit_fusion_weights(self, questions: Sequence[str], relevant: Sequence[int]) -> dict[str, float]:
-        """Fit the weights so that the relevant row of each question stands out among its candidates.
+    def fitted(self, questions: Sequence[str], relevant: Sequence[int]) -> tuple["Searcher", dict[str, float]]:
+        """This search with weights that rank the relevant row of each question above its other candidates.
 
         Softmax regression over the candidates of each question (ListNet's top-one loss, Cao et al. 2007) with weights of at
-        least 0, held near the usual ones by as much as TRUST questions. Questions whose relevant row is no candidate
-        say nothing.
+        least 0, held near the default ones as if by TRUST questions. Questions whose relevant row is not a candidate do not count.
 
         Returns:
-            the weights, and recall@5 on the questions before and after.
+            the search, and its weights with recall@5 on the questions before and after.
         """
-        if not len(questions):
-            return asdict(self.weights)
-        pool = self._pool(questions, self.encode(questions), CANDIDATES)
+        start = self.fusion_weights
+        if not len(questions) or self.lexical is None:
+            return self, asdict(start)
+        pool = self._pool(self.lexical, questions, self.encode(questions), CANDIDATES)
         lists = [(rows == row, points) for (rows, points), row in zip(pool.candidates, relevant, strict=True)]
-        before = _recall(lists, self._as_array())
-        self.weights = _fit([each for each in lists if each[0].any()], self._as_array())
-        return asdict(self.weights) | {"recall@5 before": before, "recall@5": _recall(lists, self._as_array())}
+        weights = _fit([each for each in lists if each[0].any()], _as_array(start))
+        recalls = {"recall@5 before": _recall(lists, _as_array(start)), "recall@5": _recall(lists, _as_array(weights))}
+        return replace(self, weights=weights), asdict(weights) | recalls
 
-    def _as_array(self) -> np.ndarray:
-        return np.array([1.0, self.weights.vectors, self.weights.sentence_words])
-
-    def _pool(self, questions: Sequence[str], vectors: np.ndarray, depth: int) -> "_Pool":
-        """For each question the union of both searches' best rows, with what each of them scores in each way."""
+    def _pool(self, lexical: LexicalIndex, questions: Sequence[str], vectors: np.ndarray, depth: int) -> "_Pool":
+        """For each question the union of the best rows of both searches, with the scores of each row."""
         _, dense_rows = self.index.search(vectors, depth)
-        _, lexical_rows = self.lexical.search(questions, depth)
+        _, lexical_rows = lexical.search(questions, depth)
         candidates = []
-        asked = self.lexical.split(questions)
-        for words, vector, a, b in zip(asked, vectors, dense_rows, lexical_rows, strict=True):
+        for words, vector, a, b in zip(lexical.split(questions), vectors, dense_rows, lexical_rows, strict=True):
             rows = np.union1d(a, b)
-            candidates.append((rows, self._points(words, vector, rows)))
+            candidates.append((rows, self._points(lexical, words, vector, rows)))
         return _Pool(candidates, dense_rows, lexical_rows)
 
-    def _points(self, words: list[str], vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _points(self, lexical: LexicalIndex, words: list[str], vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(n_rows, 3): BM25, cosine, shared rarity; the last two of the best sentence where sentences are known."""
         cosines, shared = self.index.vectors[rows] @ vector, np.zeros(len(rows), dtype=np.float32)
-        if self.words is not None:
-            kept = self.index.sentences
+        kept = self.index.sentences
+        if kept is not None and self.words is not None:
             places, counts = places_of(kept.ends, rows)
             cosines = best_of(kept.products(places, vector), counts, cosines)
             shared = best_of(*self.words.shared(words, rows), shared)
-        return np.stack([self.lexical.scores_at(words, rows), cosines, shared], axis=1)
+        return np.stack([lexical.scores_at(words, rows), cosines, shared], axis=1)
+
+
+def _as_array(weights: Weights) -> np.ndarray:
+    return np.array([1.0, weights.vectors, weights.sentence_words])
 
 
 @dataclass(frozen=True)

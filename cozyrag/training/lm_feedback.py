@@ -26,7 +26,8 @@ def answer_likelihoods(
     accelerator: Accelerator,
     generator: Generator,
     contexts: Dataset,
-    builder: ContextBuilder,
+    context_filter: str,
+    make_builder: Callable[[], ContextBuilder],
     encode: Callable[[Sequence[str]], np.ndarray],
     *,
     passages: int,
@@ -34,7 +35,6 @@ def answer_likelihoods(
     batch_size: int,
     folder: Path,
     progress: Callable[[int], object] = lambda questions: None,
-    ready: Callable[[], object] = lambda: None,
     info: Callable[[str], object] = lambda warning: None,
 ) -> np.ndarray:
     """(n_questions, k) float32: mean log-likelihood of an answer token given each of the k best passages alone.
@@ -43,10 +43,11 @@ def answer_likelihoods(
 
     Args:
         contexts: the contexts table; the first reference answer of a row counts.
+        context_filter: how the builder chooses sentences; part of the name of what is kept.
+        make_builder: gives the context builder; called only where nothing is kept yet.
         encode: vectors of questions, for the context filter.
         passages: k; fewer where fewer were found.
         folder: where results are kept.
-        ready: called before the first context is made, that is, only where nothing is kept yet.
         say: told when what was kept is damaged; it is computed anew.
     """
     columns = contexts.select_columns(["id", "question", "answers", "rows"])[:]
@@ -57,7 +58,7 @@ def answer_likelihoods(
         columns["answers"],
         candidates,
         context_tokens,
-        builder.score_by,
+        context_filter,
         *([generator.precision] if generator.precision != FLOAT32 else []),
     )
     path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
@@ -66,7 +67,6 @@ def answer_likelihoods(
         return kept
     if fault:
         info(f"The kept feedback {path.name} is damaged ({fault}); it is computed anew.")
-    ready()
     mine = range(len(contexts))[accelerator.process_index :: accelerator.num_processes]
     answered = [row for row in mine if columns["answers"][row]]
     pairs = [(row, passage) for row in answered for passage in candidates[row]]
@@ -77,7 +77,7 @@ def answer_likelihoods(
     likelihoods = np.full((len(contexts), min(map(len, candidates), default=0)), np.nan, dtype=np.float32)
     likelihoods[answered] = generator.log_likelihoods(
         asked,
-        builder.contexts(asked, [[passage] for _, passage in pairs], vectors),
+        make_builder().contexts(asked, [[passage] for _, passage in pairs], vectors),
         [columns["answers"][row][0] for row, _ in pairs],
         context_tokens=context_tokens,
         batch_size=batch_size,

@@ -63,11 +63,11 @@ class Caches:
         if not self._whole(path):
             noise = self.settings.training.context_noise
             contexts = self.at_start().contexts(
-                self.corpus.questions, f"round {self.retrieval.round}: retrieving", noise=noise
+                self.corpus.questions, f"round {self.log.round}: retrieving", noise=noise
             )
             self._keep(contexts, path)
         contexts = Dataset.load_from_disk(str(path), keep_in_memory=True)
-        if not self.log.holds(kind="contexts", round=self.retrieval.round):
+        if not self.log.holds(kind="contexts", round=self.log.round):
             self._report_positives(contexts)
         return contexts
 
@@ -78,14 +78,14 @@ class Caches:
         """
         here = self._contexts_path(step=done)
         if self.refresh.due(done=done, total=total, overlap=lambda: self._probe_overlap(self._tables_before(here)[-1])):
-            row = {"kind": "refresh", "round": self.retrieval.round, "step": done}
+            row = {"kind": "refresh", "round": self.log.round, "step": done}
             if not (self.log.holds(**row) and self._whole(here)):
                 self._keep(
-                    self.retrieval.contexts(self.corpus.questions, f"round {self.retrieval.round}: refreshing"), here
+                    self.retrieval.contexts(self.corpus.questions, f"round {self.log.round}: refreshing"), here
                 )
                 self.log.record(row)
                 self.log.info(
-                    f"round {self.retrieval.round} retriever step {done}: index made anew, negatives mined again."
+                    f"round {self.log.round} retriever step {done}: index made anew, negatives mined again."
                 )
             return Dataset.load_from_disk(str(here), keep_in_memory=True)
         return self._earlier(here) if resumed else None
@@ -100,7 +100,7 @@ class Caches:
                 "Its negatives are mined with the retriever as it is now, so the end will not be the same to the last bit."
             )
             self._keep(
-                self.retrieval.contexts(self.corpus.questions, f"round {self.retrieval.round}: mining again"),
+                self.retrieval.contexts(self.corpus.questions, f"round {self.log.round}: mining again"),
                 refreshed[-1],
             )
         return Dataset.load_from_disk(str(refreshed[-1]), keep_in_memory=True)
@@ -134,27 +134,27 @@ class Caches:
             return None
         search = self.at_start()
         k = self.settings.training.feedback_passages
-        with self.log.timed("feedback", self.retrieval.round):
-            bar = tqdm(desc=f"round {self.retrieval.round}: generator feedback", unit="passage")
+        with self.log.timed("feedback", self.log.round):
+            bar = tqdm(desc=f"round {self.log.round}: generator feedback", unit="passage")
             likelihoods = answer_likelihoods(
                 self.accelerator,
                 generator,
                 contexts,
-                search.builder,
+                self.retrieval.context_filter,
+                lambda: search.snapshot().builder,
                 search.encode_questions,
                 passages=k,
                 context_tokens=self.settings.contexts.context_tokens,
                 batch_size=self.settings.contexts.answer_batch_size,
                 folder=self.folder / "feedback",
                 progress=bar.update,
-                ready=search.current_searcher,  # gives the context filter its sentence vectors
                 info=self.log.info,
             )
             bar.close()
         return likelihoods
 
     def _contexts_path(self, step: int | None = None) -> Path:
-        name = f"round-{self.retrieval.round:03d}" + ("" if step is None else f"-step-{step:06d}")
+        name = f"round-{self.log.round:03d}" + ("" if step is None else f"-step-{step:06d}")
         return self.folder / "contexts" / name
 
     def _keep(self, contexts: Dataset, path: Path) -> None:
@@ -182,9 +182,9 @@ class Caches:
             "without_answer": sum(not answers for answers in columns["answers"]),
             "answer_in_context": sum(columns["answer_in_context"]),
         }
-        self.log.record({"kind": "contexts", "round": self.retrieval.round} | facts)
+        self.log.record({"kind": "contexts", "round": self.log.round} | facts)
         self.log.info(
-            f"round {self.retrieval.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold passage; the answer is in the context "
+            f"round {self.log.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold passage; the answer is in the context "
             f"of {facts['answer_in_context']}; {facts['without_positive']} without a positive passage teach the generator only"
             + (f"; {facts['without_answer']} without an answer teach neither" if facts["without_answer"] else "")
             + "."

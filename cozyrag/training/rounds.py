@@ -72,6 +72,7 @@ class Rounds:
         self.evaluated: list[dict] | None = None  # and its rows
         self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
         self.log = RunLog(accelerator, self.folder, progress.metrics, steps=progress.steps_so_far, spent=progress.spent)
+        self.log.round = progress.round
         self.retrieval = self._search(retriever)
         self.caches = Caches(
             accelerator, settings, corpus=corpus, retrieval=self.retrieval, at_start=self._search_at_start, log=self.log
@@ -109,7 +110,7 @@ class Rounds:
             self.log.info(told(model, Cut(**cuts[model]), each))
 
     def _search(self, retriever: Retriever) -> Retrieval:
-        made = Retrieval(
+        return Retrieval(
             self.accelerator,
             self.settings,
             corpus=self.corpus,
@@ -117,8 +118,6 @@ class Rounds:
             retriever=retriever,
             log=self.log,
         )
-        made.round = self.progress.round
-        return made
 
     def _search_at_start(self) -> Retrieval:
         """The search as it was when the round began: a retriever that a resumed phase has moved is read from the saved pair."""
@@ -225,7 +224,7 @@ class Rounds:
         if self._improved("retriever", "recall@5", found):
             return contexts
         self.retriever.restore(self.folder / "retriever")
-        self.retrieval.index = None  # the one that was saved with it is read again
+        self.retrieval.forget()
         return self._held_out_contexts()
 
     def _improved(self, model: str, metric: str, after: list[float]) -> bool:
@@ -305,7 +304,7 @@ class Rounds:
         with replacing(self.folder / NEXT, needed=before) as coming:
             self.generator.save(coming / "generator")
             self.retriever.save(coming / "retriever")
-            self.retrieval.current_index().save(coming / "index")
+            self.retrieval.index().save(coming / "index")
             self._describe(coming / "cozyrag.json")
         switch(self.folder)
 
@@ -314,13 +313,13 @@ class Rounds:
         write_json(
             path,
             describe_pair(
-                fingerprint=self.retrieval.index.fingerprint,
+                fingerprint=self.retrieval.index().fingerprint,
                 generator=weights_fingerprint(self.generator.model),
                 chat=bool(self.generator.tokenizer.chat_template),
                 retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
                 **asdict(Decoding.of(contexts)),
-                context_filter=self.retrieval.builder.score_by,
+                context_filter=self.retrieval.context_filter,
                 no_answer_threshold=self.threshold,
             ),
         )
@@ -348,7 +347,7 @@ class Rounds:
         self._check_processes_agree()
         progress.metrics, progress.steps_so_far = self.log.rows, self.log.steps
         self.progress = progress
-        self.retrieval.round = progress.round
+        self.log.round = progress.round
         self.resumed_from = None
         with self.interrupts.held():
             self.checkpoints.save(progress, self.generator, self.retriever)

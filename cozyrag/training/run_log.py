@@ -41,6 +41,7 @@ class RunLog:
         self.folder = folder
         self.rows = rows
         self.steps = steps
+        self.round = 0  # the round under way
         self._spent = dict(spent)
         self._began: dict[str, float] = {}
         if rows:

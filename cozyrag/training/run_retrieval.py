@@ -1,11 +1,11 @@
-"""Search as a run needs it: the index of the retriever as it is now, both searches, and contexts tables made with them.
+"""Retrieval in a run: the index of the current retriever, the searches over it, and contexts tables made with them.
 
 Left out: which tables are made when and kept on disk (round_cache.py), and the searches themselves (passage_index.py, hybrid.py).
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +21,34 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
+from cozyrag.retrieval.contexts import (
+    CONTEXT_FEATURES,
+    SEARCH_DEPTH,
+    ContextBuilder,
+    SentenceSource,
+    attach_contexts,
+    sentence_source,
+)
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex, Passages, made_by
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.run_log import RunLog
 
-WEIGHT_QUESTIONS = 1000  # training questions on which the two searches are weighed against each other
-RETRIEVE_TOGETHER = 256  # questions that are searched for at once
+WEIGHT_QUESTIONS = 1000  # training questions on which the fusion weights are fitted
+RETRIEVE_TOGETHER = 256  # questions of one search
 
 
 def fusion_questions(questions: Dataset, settings: Settings) -> Dataset:
-    """The training questions on which a hybrid search is weighed: a tenth of them, of which the retriever learns nothing.
+    """The training questions on which fusion weights are fitted: a tenth of them, from which the retriever does not learn.
 
-    On questions that it has learned, its vectors look better than they are for any other question, and would count too much.
+    On questions that the retriever has learned from, its vectors look better than on new ones and would weigh too much.
     """
     limit = fusion_limit(len(questions), settings)
     return take(questions, limit, settings.training.seed) if limit else questions.select([])
 
 
 def fusion_limit(questions: int, settings: Settings) -> int:
-    """How many of so many training questions those are; as many as are of use, where the retriever learns nothing anyway."""
+    """How many of that many training questions those are. Where the retriever does not learn, all of them may serve."""
     if settings.contexts.retrieval != "hybrid":
         return 0
     training = settings.training
@@ -50,21 +57,48 @@ def fusion_limit(questions: int, settings: Settings) -> int:
 
 
 def context_builder(
-    passages: Passages, settings: Settings, generator: Generator, retriever: Retriever
+    passages: Passages,
+    settings: Settings,
+    generator: Generator,
+    retriever: Retriever,
+    *,
+    sentence_vectors: SentenceSource,
+    words: SentenceWords,
 ) -> ContextBuilder:
-    """What makes the contexts of a run; its sentence vectors come with the index."""
+    """The context builder of a run."""
     return ContextBuilder(
         passages,
         generator.count_tokens,
         top_k=settings.contexts.top_k,
         budget=settings.contexts.context_tokens,
         hard_negatives=settings.training.hard_negatives,
-        score_by=settings.contexts.context_filter if retriever.reads_sentences else "sparse",
+        score_by=context_filter(settings, retriever),
+        sentence_vectors=sentence_vectors,
+        words=words,
     )
 
 
+def context_filter(settings: Settings, retriever: Retriever) -> str:
+    """The context filter of a run: a retriever without mean pooling has no vectors of sentences."""
+    return settings.contexts.context_filter if retriever.reads_sentences else "sparse"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Retrieval with one state of the retriever: nothing in it changes after it is made.
+
+    fingerprint: of all weights of the retriever, those that encode questions included; `index.fingerprint` is of those that
+    encode passages.
+    """
+
+    fingerprint: str
+    index: PassageIndex
+    searcher: Searcher
+    builder: ContextBuilder
+
+
 class Retrieval:
-    """Searching with one retriever over the passages of a run; `round` is the one that is being run."""
+    """Retrieval with one retriever over the passages of a run, in the round that the log is in."""
 
     def __init__(
         self,
@@ -79,39 +113,37 @@ class Retrieval:
         self.accelerator = accelerator
         self.settings = settings
         self.corpus = corpus
+        self.generator = generator
         self.retriever = retriever
         self.log = log
         self.folder = Path(settings.output.output_dir)
-        self.round = 0
-        self.index: PassageIndex | None = None
-        self.lexical: LexicalIndex | None = None
-        self.searcher: Searcher | None = None
-        self.searched_by = ""  # fingerprint of all weights it was made for: those that read questions count too
         self.passages = Passages.of(corpus.passages)
-        self.builder = context_builder(self.passages, settings, generator, retriever)
+        self.context_filter = context_filter(settings, retriever)
+        self._index: PassageIndex | None = None
+        self._snapshot: Snapshot | None = None
 
     def contexts(self, questions: Dataset, desc: str, *, noise: float = 0.0) -> Dataset:
-        """Retrieve for a table of questions; every process does a share and all get the whole."""
-        searcher = self.current_searcher()
-        with self.log.timed("retrieve", self.round):
+        """Retrieve for a table of questions. Each process takes a share, and all get the whole table."""
+        snapshot = self.snapshot()
+        with self.log.timed("retrieve", self.log.round):
             share = questions.shard(self.accelerator.num_processes, self.accelerator.process_index, contiguous=True)
             bar = tqdm(total=len(share), desc=desc, unit="question")
             contexts = attach_contexts(
                 share,
-                search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-                builder=self.builder,
+                search=lambda texts: snapshot.searcher.search(texts, SEARCH_DEPTH),
+                builder=snapshot.builder,
                 fingerprint=_digest(
-                    self.searched_by,
-                    searcher.index.fingerprint,
-                    searcher.mode,
-                    str(searcher.weights),
+                    snapshot.fingerprint,
+                    snapshot.index.fingerprint,
+                    snapshot.searcher.mode,
+                    str(snapshot.searcher.fusion_weights),
                     questions._fingerprint,
-                    str(self.round),
+                    str(self.log.round),
                     str(self.accelerator.process_index),
                     str(noise),
                 ),
                 noise=noise,
-                noise_seed=f"{self.settings.training.seed}|{self.round}",
+                noise_seed=f"{self.settings.training.seed}|{self.log.round}",
                 batch_size=RETRIEVE_TOGETHER,
                 progress=bar.update,
             )
@@ -124,99 +156,118 @@ class Retrieval:
                 )
         return contexts
 
-    def current_searcher(self) -> Searcher:
-        """The search over the index as it is now; in hybrid mode its weights are fitted anew whenever the vectors are new."""
-        index, weights = self.current_index(), weights_fingerprint(self.retriever.model)
-        if self.searcher is not None and self.searched_by == weights:
-            return self.searcher
-        self.searched_by = weights
-        mode = self.settings.contexts.retrieval
-        self._index_words(mode)
-        self.builder.sentence_vectors = sentence_source(index, self.retriever)
-        self.searcher = Searcher(index, self.lexical, encode=self.encode_questions, mode=mode, words=self.builder.words)
-        if mode == "hybrid":
-            self._fit_fusion_weights(self.searcher)
-        return self.searcher
+    def snapshot(self) -> Snapshot:
+        """Retrieval with the retriever as it is now. In hybrid mode, new vectors get new fusion weights."""
+        fingerprint = weights_fingerprint(self.retriever.model)
+        if self._snapshot is None or self._snapshot.fingerprint != fingerprint:
+            index = self.index()
+            builder, lexical = self._builder(index), self._lexical()
+            mode = self.settings.contexts.retrieval
+            searcher = Searcher(index, lexical, encode=self.encode_questions, mode=mode, words=builder.words)
+            if mode == "hybrid":
+                searcher = self._with_fitted_weights(searcher, builder, fingerprint)
+            self._snapshot = Snapshot(fingerprint, index, searcher, builder)
+        return self._snapshot
 
-    def _index_words(self, mode: str) -> None:
-        """The words of passages and sentences, which no training changes."""
-        stemmer = self.settings.contexts.stemmer
-        with self.log.timed("index", self.round):
-            if mode != "dense" and self.lexical is None:
-                self.lexical = LexicalIndex(self.passages.to_read(), stemmer=stemmer)
-            if self.builder.words is None:
-                self.builder.words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=stemmer)
+    def _builder(self, index: PassageIndex) -> ContextBuilder:
+        """A context builder over this index. Training changes no words, so those of the sentences are computed once."""
+        source = sentence_source(index, self.retriever)
+        if self._snapshot is not None:
+            return replace(self._snapshot.builder, sentence_vectors=source)
+        with self.log.timed("index", self.log.round):
+            stemmer = self.settings.contexts.stemmer
+            words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=stemmer)
+            given = (self.passages, self.settings, self.generator, self.retriever)
+            return context_builder(*given, sentence_vectors=source, words=words)
+
+    def _lexical(self) -> LexicalIndex | None:
+        """BM25 over the passages, computed once, or None for dense search."""
+        if self._snapshot is not None:
+            return self._snapshot.searcher.lexical
+        if self.settings.contexts.retrieval == "dense":
+            return None
+        with self.log.timed("index", self.log.round):
+            return LexicalIndex(self.passages.to_read(), stemmer=self.settings.contexts.stemmer)
 
     def description(self) -> dict:
         """How the pair searches, for cozyrag.json."""
-        chosen, weights = self.settings.contexts, self.current_searcher().weights
+        chosen, weights = self.settings.contexts, self.snapshot().searcher.fusion_weights
         return {"mode": chosen.retrieval, "stemmer": chosen.stemmer, "weights": asdict(weights)}
 
-    def _fit_fusion_weights(self, searcher: Searcher) -> None:
-        """What vectors and words count, by training questions whose gold passage is known."""
+    def _with_fitted_weights(self, searcher: Searcher, builder: ContextBuilder, fingerprint: str) -> Searcher:
+        """The search with fusion weights fitted on training questions whose gold passage is known."""
         columns = fusion_questions(self.corpus.questions, self.settings)[:]
         known = [
-            (question, self.builder.row_of[gold])
+            (question, builder.row_of[gold])
             for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
             if gold is not None
         ]
         if not known:
             self.log.info(
-                "No gold passage is known of the questions kept for it, so vectors and words are weighed against each other as usual."
+                "No gold passage is known for the questions kept for fitting, so dense and sparse scores are fused with "
+                "the default weights."
             )
-            return
-        with self.log.timed("fit fusion weights", self.round):
-            facts = searcher.fit_fusion_weights(*(list(column) for column in zip(*known, strict=True)))
-        # rounding differs between machines: processes must not part
-        searcher.weights = Weights(**broadcast_object_list([asdict(searcher.weights)])[0])
-        if not self.log.holds(
-            kind="weights", retriever=self.searched_by
-        ):  # a resumed run fits what it has fitted before
-            self.log.record({"kind": "weights", "round": self.round, "retriever": self.searched_by} | facts)
+            return searcher
+        questions, rows = (list(column) for column in zip(*known, strict=True))
+        with self.log.timed("fit fusion weights", self.log.round):
+            fitted, facts = searcher.fitted(questions, rows)
+        # rounding differs between machines, but all processes need the same weights
+        weights = Weights(**broadcast_object_list([asdict(fitted.fusion_weights)])[0])
+        if not self.log.holds(kind="weights", retriever=fingerprint):  # a resumed run fits the same weights again
+            self.log.record({"kind": "weights", "round": self.log.round, "retriever": fingerprint} | facts)
+        return replace(fitted, weights=weights)
 
     def encode_questions(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, dim) float32, the vectors of questions."""
         return self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size)
 
-    def current_index(self) -> PassageIndex:
-        """The index of the retriever as it is now: kept, read from the output folder, or made anew."""
+    def forget(self) -> None:
+        """Drop the index after the retriever was rolled back: the one saved with the older retriever is read again."""
+        self._index = None
+
+    def index(self) -> PassageIndex:
+        """The index of the retriever as it is now: in memory, read from the output folder or from --index, or made."""
         fingerprint = self.retriever.fingerprint()
-        if self.index is None and made_by(self.folder / "index") == fingerprint:
-            self.index = self._saved_index(fingerprint)
-        given = self.settings.data.index
-        if self.index is None and given is not None and made_by(given) == fingerprint:
-            self.index = PassageIndex.load(given, fingerprint=fingerprint, expected=self.passages)
-        if self.index is None or self.index.fingerprint != fingerprint:
-            with self.log.timed("index", self.round):
+        if self._index is not None and self._index.fingerprint == fingerprint:
+            return self._index
+        self._index = self._kept_index(fingerprint) if self._index is None else None
+        if self._index is None:
+            with self.log.timed("index", self.log.round):
                 vectors, sentences = self._encode_passages()
-                self.index = PassageIndex(
+                self._index = PassageIndex(
                     self.corpus.passages,
                     vectors,
                     fingerprint=fingerprint,
                     sentences=sentences,
                     precision=self.retriever.reads_in(self.settings.contexts.index_precision),
                 )
-        return self.index
+        return self._index
 
-    def _saved_index(self, fingerprint: str) -> PassageIndex | None:
-        try:
-            return PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
-        except InputError as error:
-            self.log.info(f"{error.args[0].split(' Copy ')[0]} The passages are indexed again.")
-            return None
+    def _kept_index(self, fingerprint: str) -> PassageIndex | None:
+        """The index of the output folder, or that of --index, if it was made with this retriever."""
+        if made_by(self.folder / "index") == fingerprint:
+            try:
+                return PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+            except InputError as error:
+                self.log.info(f"{error.args[0].split(' Copy ')[0]} The passages are indexed again.")
+        given = self.settings.data.index
+        if given is not None and made_by(given) == fingerprint:
+            return PassageIndex.load(given, fingerprint=fingerprint, expected=self.passages)
+        return None
 
     def _encode_passages(self) -> tuple[np.ndarray, SentenceVectors | None]:
-        """Vectors of all passages and their sentences, every process encoding a share.
+        """Vectors of all passages and of their sentences; each process encodes a share.
 
-        Longest first, so the time left is never underrated.
+        Longest passages first, so that the progress bar never promises too much.
         """
-        keep = self.settings.contexts.keep_sentence_vectors and self.builder.score_by != "sparse"
+        keep = self.settings.contexts.keep_sentence_vectors and self.context_filter != "sparse"
         mine = range(len(self.passages.ids))[self.accelerator.process_index :: self.accelerator.num_processes]
         order = sorted(mine, key=lambda row: -len(self.passages.texts[row]))
         size = self.settings.contexts.encode_batch_size
         vectors: dict[int, np.ndarray] = {}
         sentences: dict[int, np.ndarray] = {}
         reading = self.retriever.reading_in(self.settings.contexts.index_precision)
-        with reading, tqdm(total=len(order), desc=f"round {self.round}: indexing", unit="passage") as bar:
+        with reading, tqdm(total=len(order), desc=f"round {self.log.round}: indexing", unit="passage") as bar:
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
                 texts = self.passages.select(rows)
