@@ -175,7 +175,7 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
         a.text for a in CozyRAG.from_pretrained(tmp_path / "out").answers(ASKED)
     ]
     with pytest.raises(InputError, match="nobody else"):
-        push_pair(tmp_path / "out", "me/rag", api=object())  # refused before the Hub is asked
+        push_pair(tmp_path / "out", "me/rag")  # refused before any request
     assert "LoRA adapter" not in (merged / "generator" / "README.md").read_text()
     with pytest.raises(InputError, match="exists"):
         merge.merge(str(tmp_path / "out"), str(merged))

@@ -1,4 +1,4 @@
-"""Rounds pushed while the run goes on: from copies, in order, tried again later, and never at the cost of the run."""
+"""Rounds pushed during a run: from copies, in order, tried again later, and never at the cost of the run."""
 
 import errno
 import json
@@ -18,10 +18,10 @@ from cozyrag.training.output_dir import FREE_TO_CHANGE, OURS
 
 @pytest.fixture
 def pusher(hub, folder):  # noqa: F811
-    """One that keeps what it says in `told`."""
-    told = []
-    made = BackgroundPush(folder, REPO, private=False, every_round=True, info=told.append)
-    made.told = told
+    """Keeps its log lines in `lines`."""
+    lines = []
+    made = BackgroundPush(folder, REPO, private=False, every_round=True, info=lines.append)
+    made.lines = lines
     return made
 
 
@@ -37,18 +37,18 @@ def trained(folder, number):  # noqa: F811
 
 
 def held(hub, revision):  # noqa: F811
-    """Which round the three pieces at a revision of the generator's repository are of."""
+    """The rounds that the three pieces at a revision of the generator's repository belong to."""
     pair = switch(hub, revision)
-    told = [pair["retriever"]["fingerprint"].lstrip("0")]
-    told.append(hub.read(REPO, "model.safetensors", revision=revision).decode().split()[-1])
+    found = [pair["retriever"]["fingerprint"].lstrip("0")]
+    found.append(hub.read(REPO, "model.safetensors", revision=revision).decode().split()[-1])
     place = pair["retriever"]
-    told.append(hub.read(place["repo"], "model.safetensors", revision=place["revision"]).decode().split()[-1])
+    found.append(hub.read(place["repo"], "model.safetensors", revision=place["revision"]).decode().split()[-1])
     place = pair["index"]
     made = json.loads(hub.read(place["repo"], "index.json", kind="datasets", revision=place["revision"]))
-    return {*told, made["retriever_fingerprint"].lstrip("0")}
+    return {*found, made["retriever_fingerprint"].lstrip("0")}
 
 
-def test_each_round_gets_a_commit_and_a_tag_and_the_last_one_is_what_loads(hub, folder, pusher):  # noqa: F811
+def test_each_round_gets_a_commit_and_a_tag_and_the_last_one_loads(hub, folder, pusher):  # noqa: F811
     for number in (1, 2):
         trained(folder, number)
         pusher.push(f"round-{number}")
@@ -57,7 +57,7 @@ def test_each_round_gets_a_commit_and_a_tag_and_the_last_one_is_what_loads(hub, 
     assert list(hub.repo(REPO).tags) == ["round-1", "round-2", "round-3"] and commits(hub) == [3, 3, 3]
     assert [held(hub, f"round-{number}") for number in (1, 2, 3)] == [{"1"}, {"2"}, {"3"}]
     assert hub.repo(REPO).main == hub.repo(REPO).tags["round-3"] and not waiting(folder)
-    assert [line.split(" to ")[0] for line in pusher.told if "pushed" in line] == [
+    assert [line.split(" to ")[0] for line in pusher.lines if "pushed" in line] == [
         "round-1 is pushed",
         "round-2 is pushed",
     ]
@@ -69,7 +69,7 @@ def test_pushing_does_not_wait_for_the_upload_and_works_on_a_copy(hub, folder, p
         background_push, "push_pair", lambda *given, **options: begin.wait(60) and real(*given, **options)
     )
     trained(folder, 1)
-    pusher.push("round-1")  # comes back although nothing is uploaded yet
+    pusher.push("round-1")  # returns although nothing is uploaded yet
     trained(folder, 2)  # the next round is saved over it, half of it before and half of it during the upload
     begin.set()
     trained(folder, 3)
@@ -77,13 +77,13 @@ def test_pushing_does_not_wait_for_the_upload_and_works_on_a_copy(hub, folder, p
     assert held(hub, "round-1") == {"1"} and held(hub, "main") == {"3"}
 
 
-def test_what_could_not_be_pushed_goes_before_the_next_round(hub, folder, pusher):  # noqa: F811
+def test_a_failed_round_is_pushed_before_the_next_one(hub, folder, pusher):  # noqa: F811
     hub.fail("/commit/", "403", times=1)
     trained(folder, 1)
     pusher.push("round-1")
-    while not pusher.told:
+    while not pusher.lines:
         threading.Event().wait(0.01)
-    assert "round-1 is not pushed yet" in pusher.told[0] and waiting(folder) == [folder / WAITING / "round-1"]
+    assert "round-1 is not pushed yet" in pusher.lines[0] and waiting(folder) == [folder / WAITING / "round-1"]
     trained(folder, 2)
     pusher.push("round-2")
     trained(folder, 3)
@@ -92,7 +92,7 @@ def test_what_could_not_be_pushed_goes_before_the_next_round(hub, folder, pusher
     assert hub.repo(REPO).main == hub.repo(REPO).tags["round-3"]
 
 
-def test_a_hub_that_stays_away_costs_the_upload_and_one_command_finishes_it(hub, folder, pusher):  # noqa: F811
+def test_without_a_hub_one_command_completes_the_upload_later(hub, folder, pusher):  # noqa: F811
     hub.fail("/commit/", "403", times=999)
     for number in (1, 2):
         trained(folder, number)
@@ -113,10 +113,10 @@ def test_copies_do_not_fill_the_disk(hub, folder, pusher, monkeypatch):  # noqa:
     for number in range(1, AT_MOST + 3):
         pusher.push(f"round-{number}")
     assert [copy.name for copy in waiting(folder)] == [f"round-{number}" for number in range(3, AT_MOST + 3)]
-    assert "round-1 gets no place of its own" in pusher.told[0]
+    assert "round-1 is not pushed: 3 later rounds" in pusher.lines[0]
 
 
-def test_the_copy_under_upload_is_not_taken_away(hub, folder, pusher, monkeypatch):  # noqa: F811
+def test_the_copy_under_upload_is_not_deleted(hub, folder, pusher, monkeypatch):  # noqa: F811
     monkeypatch.setattr(BackgroundPush, "_push_waiting", lambda self: None)
     pusher.push("round-1")
     assert pusher._next() == folder / WAITING / "round-1"
@@ -133,14 +133,14 @@ def test_a_full_disk_costs_the_copy_and_not_the_run(hub, folder, pusher, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copytree", full)
         pusher.push("round-1")
-    assert pusher.told == [
-        "round-1 is not pushed: its pair could not be copied (No space left on device). The run goes on."
+    assert pusher.lines == [
+        "round-1 is not pushed: its pair could not be copied (No space left on device). The run continues."
     ]
     assert list((folder / WAITING).iterdir()) == []
     assert pusher.finish("round-2") and list(hub.repo(REPO).tags) == ["round-2"]
 
 
-def test_what_a_killed_run_left_is_pushed_by_the_next(hub, folder, pusher):  # noqa: F811
+def test_copies_of_a_killed_run_are_pushed_by_the_next(hub, folder, pusher):  # noqa: F811
     trained(folder, 1)
     pusher._copy("round-1")
     (folder / WAITING / "round-2.partial").mkdir()  # killed while copying
@@ -150,7 +150,7 @@ def test_what_a_killed_run_left_is_pushed_by_the_next(hub, folder, pusher):  # n
     assert [held(hub, f"round-{number}") for number in (1, 2)] == [{"1"}, {"2"}]
 
 
-def test_rounds_are_counted_not_spelled(folder):  # noqa: F811
+def test_rounds_are_sorted_by_number(folder):  # noqa: F811
     for number in (10, 9, 2):
         (folder / WAITING / f"round-{number}").mkdir(parents=True)
     assert [copy.name for copy in waiting(folder)] == ["round-2", "round-9", "round-10"]
@@ -172,7 +172,7 @@ def test_a_fault_of_the_package_is_not_swallowed(hub, folder, pusher, monkeypatc
     assert push_pair(folder, REPO) and FINGERPRINT
 
 
-def test_the_run_knows_the_folder_of_copies_as_its_own_and_pushing_does_not_change_its_course():
+def test_the_folder_of_copies_belongs_to_the_run_and_push_settings_are_free_to_change():
     assert WAITING in OURS
     assert {
         "push_to_hub",

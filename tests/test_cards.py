@@ -43,12 +43,13 @@ PRECISION = {
     "ratio": 4.29,
     "reason": "a product of matrices is 4.3 times as fast as in float32 (846 against 197 GFLOP/s)",
 }
-TIMES = "| seconds | index | examine |\n|---|---:|---:|\n| before | 1.5 | 2.5 |\n\nPeak memory: 0.50 GiB."
+TIMES = "| seconds | index | evaluation |\n|---|---:|---:|\n| untuned baseline | 1.5 | 2.5 |\n\nPeak memory: 0.50 GiB."
+PROMPT = f"Some context.{QUESTION_CUE}Your question?{ANSWER_CUE}"
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", flags=re.DOTALL)
 
 
 def evaluated(hits, number=1):
-    """A summary as a run records it after a round, of 8 questions of which `hits` are answered and found."""
+    """A row of metrics.jsonl for an evaluation on 8 questions, `hits` of which are answered and found."""
     row = {
         "em": 1.0,
         "f1": 1.0,
@@ -67,12 +68,12 @@ BEFORE, AFTER = evaluated(2, number=0), evaluated(5)
 
 @pytest.fixture(autouse=True)
 def drawing(request, monkeypatch):
-    """Pictures take a second each, so only the tests of pictures draw them."""
-    if "picture" not in request.node.name:
+    """A plot takes a second, so only the tests of plots draw them."""
+    if "plot" not in request.node.name:
         monkeypatch.setattr(model_cards, "draw_curves", lambda rows, path: not path.write_bytes(b""))
 
 
-def rows(*examinations):
+def rows(*evaluations):
     """metrics.jsonl of a run of one round."""
     run = {
         "kind": "run",
@@ -88,16 +89,16 @@ def rows(*examinations):
         for step in (5, 10)
     ]
     times = [{"kind": "time", "round": number, "part": "evaluation", "seconds": 1800.0} for number in (0, 1)]
-    return [run, *times, *steps, *examinations]
+    return [run, *times, *steps, *evaluations]
 
 
 def cards(folder, *arguments, metrics=None, **options):
-    """Write the cards of a run with these arguments; gives its settings."""
+    """Write the cards of a run with these arguments; returns its settings."""
     settings = parse_settings(["--questions", "data/my.tsv", *arguments]).to_dict()
     for piece in PIECES:
         (folder / piece).mkdir(exist_ok=True)
     (folder / "index" / "index.json").write_text(json.dumps({"retriever_fingerprint": FINGERPRINT}))
-    write_cards(folder, settings=settings, rows=metrics or rows(BEFORE, AFTER), times=TIMES, **options)
+    write_cards(folder, settings=settings, rows=metrics or rows(BEFORE, AFTER), times=TIMES, prompt=PROMPT, **options)
     return settings
 
 
@@ -108,31 +109,31 @@ def card(folder, role, *arguments, **options):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_card_is_whole(role, tmp_path):
-    """Every line of it, from the settings, the rows and the machine above."""
+def test_a_card_is_complete(role, tmp_path):
+    """Every line, from the settings, the rows and the machine above."""
     settings = cards(tmp_path, "--generator", "distilgpt2", leaks=["Nothing leaked."])
     expected = (Path(__file__).parent / "cards" / f"{role}.md").read_text(encoding="utf-8")
-    expected = expected.replace("SETTINGS", "\n".join(f"| {name} | {value} |" for name, value in told(settings)))
+    expected = expected.replace("SETTINGS", "\n".join(f"| {name} | {value} |" for name, value in listed(settings)))
     assert (tmp_path / role / "README.md").read_text(encoding="utf-8") == expected
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_run_from_before_there_was_a_choice_tells_no_precision(role, tmp_path):
+def test_a_run_of_an_older_version_has_no_precision(role, tmp_path):
     run, *rest = rows(BEFORE, AFTER)
     del run["precision"]
     text = str(card(tmp_path, role, metrics=[run, *rest]))
     assert "Precision" not in text and "Python 3.11.0.\n\nEnergy" in text
 
 
-def told(settings):
-    """The settings that a card tells, with local files by name only."""
+def listed(settings):
+    """The settings that a card lists, with local files by name only."""
     hidden = {"output_dir", *(name for name in settings if name.startswith("hub_"))}
     for name, value in settings.items():
         if name not in hidden and value is not None:
             yield name, "my.tsv" if name == "questions" else value
 
 
-def test_the_card_of_the_index_is_whole(tmp_path):
+def test_the_card_of_the_index_is_complete(tmp_path):
     cards(tmp_path)
     expected = (Path(__file__).parent / "cards" / "index.md").read_text(encoding="utf-8")
     assert (tmp_path / "index" / "README.md").read_text(encoding="utf-8") == expected
@@ -163,21 +164,19 @@ def test_without_an_audit_there_is_no_section_and_without_matplotlib_no_image(ro
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_the_table_has_a_line_for_each_round_and_for_what_it_is_compared_with(role, tmp_path):
-    text = str(card(tmp_path, role, references=[("gold context", AFTER | {"em": 99.0, "em_interval": [98.0, 100.0]})]))
-    lines = [line for line in text.splitlines() if re.match(r"\| (gold|before|after)", line)]
-    assert [line.split(" | ")[0] for line in lines[:3]] == ["| gold context", "| before", "| after round 1"]
-    assert lines[0].split(" | ")[1] == "99.0 (98.0 to 100.0)"
-    assert lines[2].split(" | ")[1] == "62.5 ({:.1f} to {:.1f})".format(*AFTER["em_interval"])
+def test_the_table_has_a_row_for_each_round(role, tmp_path):
+    lines = [line for line in str(card(tmp_path, role)).splitlines() if re.match(r"\| (untuned|after).*\(", line)]
+    assert [line.split(" | ")[0] for line in lines] == ["| untuned baseline", "| after round 1"]
+    assert lines[1].split(" | ")[1] == "62.5 ({:.1f} to {:.1f})".format(*AFTER["em_interval"])
 
 
-def test_the_energy_is_the_formula_that_stands_there():
+def test_the_energy_is_the_result_of_its_formula():
     machine = MACHINE | {"busy_cores": 4, "memory_gb": 16, "gpus": ["NVIDIA A100-SXM4-80GB", "Own GPU"]}
-    told = energy_sentence(machine, 1800)
-    assert told.startswith(
+    sentence = energy_sentence(machine, 1800)
+    assert sentence.startswith(
         "about 0.37 kWh = 0.5 h × (4 busy cores × 10 W + 16 GB of memory × 0.375 W + "
     )  # 0.5 × 746 W
-    assert "1 NVIDIA A100-SXM4-80GB × 400 W + 1 Own GPU × 300 W" in told and "assumed, not measured" in told
+    assert "1 NVIDIA A100-SXM4-80GB × 400 W + 1 Own GPU × 300 W" in sentence and "assumed, not measured" in sentence
 
 
 def test_this_machine_can_be_described():
@@ -186,7 +185,7 @@ def test_this_machine_can_be_described():
     assert machine["versions"]["torch"] == torch.__version__ and "1 of " in machine_sentence(machine)
 
 
-def test_the_picture_is_a_png_that_is_the_same_in_both_and_each_time(tmp_path):
+def test_the_plot_is_the_same_png_in_both_cards_and_each_time(tmp_path):
     cards(tmp_path)
     drawn = [(tmp_path / role / "training.png").read_bytes() for role in ROLES]
     assert drawn[0].startswith(b"\x89PNG") and len(drawn[0]) > 5_000
@@ -194,7 +193,7 @@ def test_the_picture_is_a_png_that_is_the_same_in_both_and_each_time(tmp_path):
     assert {*drawn, (tmp_path / "again.png").read_bytes()} == {drawn[0]}
 
 
-def test_nothing_trained_no_picture(tmp_path):
+def test_without_training_there_is_no_plot(tmp_path):
     assert not draw_curves([BEFORE], tmp_path / "x.png") and not (tmp_path / "x.png").exists()
 
 
@@ -261,7 +260,7 @@ def test_the_metadata_is_what_the_hub_expects(role, tmp_path):
         ("retriever", {"recall@1": "recall@1", "recall@5": "recall@5", "mrr@10": "mrr@10"}),
     ],
 )
-def test_the_metrics_are_those_of_the_last_examination(role, names, tmp_path):
+def test_the_metrics_are_those_of_the_last_evaluation(role, names, tmp_path):
     loaded = card(tmp_path, role)
     assert {result.metric_type: result.metric_value for result in loaded.data.eval_results} == {
         kind: AFTER[name] for kind, name in names.items()
@@ -274,7 +273,7 @@ def test_the_numbers_of_the_test_are_hand_worked():
     assert (AFTER["em"], AFTER["f1"], AFTER["mrr@10"]) == (62.5, 81.25, 71.88)  # 5/8, (5 + 3/2)/8, (5 + 3/4)/8
 
 
-def test_the_file_examined_with_is_named_in_the_results(tmp_path):
+def test_the_file_of_the_evaluation_is_named_in_the_results(tmp_path):
     loaded = card(tmp_path, "generator", "--eval_questions", "elsewhere/held.jsonl")
     assert {result.dataset_name for result in loaded.data.eval_results} == {"8 questions of held.jsonl"}
 
@@ -316,7 +315,7 @@ def test_only_the_quickstart_set_is_known_to_be_english(role, tmp_path):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_where_the_run_lay_and_where_it_was_pushed_to_is_nobodys_business(role, tmp_path):
+def test_the_folder_of_the_run_and_its_repository_are_private(role, tmp_path):
     text = str(card(tmp_path, role, "--output_dir", "/home/me/secret-place", "--hub_model_id", "me/private-name"))
     assert "secret-place" not in text and "private-name" not in text
 
@@ -354,7 +353,7 @@ def test_the_code_of_the_cards_runs_on_an_output_folder(
 
 def test_the_prompt_and_the_passage_shown_are_laid_out_as_in_training(tmp_path):
     shown = str(card(tmp_path, "generator"))
-    assert repr(f"Some context.{QUESTION_CUE}Your question?{ANSWER_CUE}").strip("'") in shown
+    assert repr(PROMPT).strip("'") in shown
     shown = str(card(tmp_path, "retriever"))
     assert repr(passage_text("Title", "Text of a passage.")).strip("'") in shown
 
@@ -363,7 +362,7 @@ def test_the_prompt_and_the_passage_shown_are_laid_out_as_in_training(tmp_path):
 
 
 @pytest.mark.parametrize("role", PIECES)
-def test_on_the_hub_a_card_names_the_hub_and_nothing_else_changes(role, tmp_path):
+def test_a_card_names_the_hub_on_the_hub_and_nothing_else_changes(role, tmp_path):
     cards(tmp_path, "--questions", "rajpurkar/squad", "--generator", "distilgpt2")
     path = tmp_path / role / "README.md"
     text = card_for_hub(path, role, "me/rag")
@@ -381,7 +380,7 @@ def test_on_the_hub_a_card_names_the_hub_and_nothing_else_changes(role, tmp_path
     assert [line for line in kept[kept.index("## Data") :] if line not in text.splitlines()] == []
 
 
-def test_what_its_owner_wrote_into_a_card_goes_up_with_it(tmp_path):
+def test_edits_of_a_card_are_uploaded(tmp_path):
     cards(tmp_path)
     path = tmp_path / "generator" / "README.md"
     text = path.read_text(encoding="utf-8").replace(
@@ -393,6 +392,6 @@ def test_what_its_owner_wrote_into_a_card_goes_up_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("role", PIECES)
-def test_without_a_card_a_short_one_goes_up(role):
+def test_without_a_card_a_short_one_is_uploaded(role):
     text = card_for_hub(None, role, "me/rag")
     assert "- cozyrag\n" in text and "[me/rag](https://huggingface.co/me/rag)" in text

@@ -1,8 +1,7 @@
-"""A push through the real client to a Hub on loopback: what goes up in which order, and that faults cost nothing but time."""
+"""A push through the real client to a Hub on loopback: what is uploaded in which order, and that faults cost only time."""
 
 import json
 import shlex
-import time
 
 import pytest
 from huggingface_hub import HfApi
@@ -62,14 +61,14 @@ def folder(tmp_path):
             path = root / piece / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    told = describe_pair(
+    facts = describe_pair(
         fingerprint=FINGERPRINT,
         retrieval={"mode": "hybrid", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
         top_k=4,
         context_tokens=64,
         answer_tokens=8,
     )
-    (root / "cozyrag.json").write_text(json.dumps(told))
+    (root / "cozyrag.json").write_text(json.dumps(facts))
     (root / "checkpoints").mkdir()
     (root / "checkpoints" / "secret.bin").write_bytes(b"not yours")
     (root / "metrics.jsonl").write_text("{}\n")
@@ -85,7 +84,7 @@ def snapshot(folder):
 
 
 def commits(hub):
-    """How many commits each repository has got, the first one of its creation left out."""
+    """How many commits each repository has, without the one of its creation."""
     return [len(hub.repo(name, kind).commits) - 1 if (kind, name) in hub.repos else 0 for kind, name in REPOS]
 
 
@@ -96,7 +95,7 @@ def switch(hub, revision="main"):
 # ---- a push that nothing disturbs
 
 
-def test_the_retriever_and_the_index_go_first_and_the_generator_last_each_in_one_commit(hub, folder):
+def test_retriever_and_index_go_first_and_the_generator_last_each_in_one_commit(hub, folder):
     assert push_pair(folder, REPO) == f"{hub.endpoint}/me/rag"
     order = [path for method, path, _ in hub.asked("/commit/", method="POST")]
     assert order == [f"/api/{kind}/{name}/commit/main" for kind, name in REPOS] and commits(hub) == [1, 1, 1]
@@ -133,7 +132,7 @@ def test_a_name_without_a_user_is_the_users_own(hub, folder):
     assert push_pair(folder, "rag").endswith("/me/rag") and switch(hub)["index"]["repo"] == "me/rag-index"
 
 
-def test_every_card_says_what_it_belongs_to_also_where_there_was_none(hub, folder):
+def test_every_card_gets_the_tag_of_a_pair_even_if_there_was_no_card(hub, folder):
     push_pair(folder, REPO)
     api = HfApi()
     for kind, name in REPOS:
@@ -153,7 +152,7 @@ def test_a_push_leaves_the_folder_as_it_was_and_the_token_nowhere(hub, folder):
     assert not any(b"hf_right" in content for content in held + [content for content, _ in before.values()])
 
 
-def test_the_same_again_sends_nothing_and_changes_nothing(hub, folder):
+def test_a_second_push_sends_nothing_and_changes_nothing(hub, folder):
     push_pair(folder, REPO, tag="v1")
     received, tags = hub.received, dict(hub.repo(REPO).tags)
     push_pair(folder, REPO, tag="v1")
@@ -169,7 +168,7 @@ def test_a_piece_that_is_the_same_keeps_its_revision(hub, folder):
     assert (switch(hub)["retriever"], switch(hub)["index"]) == (before["retriever"], before["index"])
 
 
-def test_what_loaders_would_read_and_is_no_longer_of_the_pair_goes_and_the_rest_stays(hub, folder):
+def test_stale_model_files_are_deleted_and_other_files_stay(hub, folder):
     extra = folder / "generator" / "model-00002-of-00002.safetensors"
     extra.write_bytes(b"more")
     push_pair(folder, REPO)
@@ -180,7 +179,7 @@ def test_what_loaders_would_read_and_is_no_longer_of_the_pair_goes_and_the_rest_
     assert extra.name not in held and hub.read(REPO, "LICENSE") == b"mine"
 
 
-def test_a_tag_names_the_state_in_all_three_and_moves_when_it_is_given_again(hub, folder):
+def test_a_tag_is_set_in_all_three_and_moves_when_it_is_given_again(hub, folder):
     push_pair(folder, REPO, tag="v1")
     first = hub.repo(REPO).main
     (folder / "generator" / "config.json").write_bytes(b"[]")
@@ -193,23 +192,23 @@ def test_a_tag_names_the_state_in_all_three_and_moves_when_it_is_given_again(hub
     ]
 
 
-# ---- faults that pass
+# ---- temporary faults
 
 
 @pytest.mark.parametrize("fault", PASSING)
 @pytest.mark.parametrize("step", STEPS)
-def test_a_fault_that_passes_costs_time_only(hub, folder, step, fault):
+def test_a_temporary_fault_costs_only_time(hub, folder, step, fault):
     hub.fail(STEPS[step], fault)
     push_pair(folder, REPO, tag="v1")
     assert fault in [each[2] for each in hub.asked(STEPS[step])]
-    assert commits(hub) == [1, 1, 1]  # also where a commit was made and its answer lost
+    assert commits(hub) == [1, 1, 1]  # also if a commit was made and its reply lost
     assert switch(hub)["retriever"]["revision"] == hub.repo("me/rag-retriever").main
     assert hub.repo(REPO).tags == {"v1": hub.repo(REPO).main}
     assert bool(hub.waited) == (fault != "slow")
 
 
 @pytest.mark.parametrize("fault", ["429", "503"])
-def test_the_hub_is_given_the_time_it_asks_for(hub, folder, fault, monkeypatch):
+def test_the_delay_that_the_hub_asks_for_is_respected(hub, folder, fault, monkeypatch):
     hub.fail("/commit/", fault)
     push_pair(folder, REPO)
     assert hub.waited == [1.0]
@@ -220,46 +219,45 @@ def test_the_hub_is_given_the_time_it_asks_for(hub, folder, fault, monkeypatch):
 
 
 class _Response:
-    """As much of an answer as an error looks at."""
+    """The part of a response that an error reads."""
 
     def __init__(self, headers):
         self.headers, self.request, self.status_code = headers, None, 429
 
 
-def test_waits_double_and_are_told(hub, folder):
-    told = []
+def test_waits_double_and_are_logged(hub, folder):
+    lines = []
     hub.fail("me/rag/commit", "503", times=4)
-    push_pair(folder, REPO, info=told.append)
+    push_pair(folder, REPO, info=lines.append)
     assert hub.waited == [1, 2, 4, 8]
-    assert len(told) == 4 and "503" in told[0] and "trying again in 1 s" in told[0]
+    assert len(lines) == 4 and "503" in lines[0] and "trying again in 1 s" in lines[0]
 
 
-def test_a_commit_that_came_in_between_is_seen_and_built_upon(hub, folder, monkeypatch):
-    """Somebody commits between the look and our commit: ours is refused, looks again, and still holds exactly the piece."""
+def test_a_commit_in_between_is_noticed_and_built_upon(hub, folder, monkeypatch):
+    """Somebody commits between the comparison and our commit: ours is refused and retried, and holds exactly the piece."""
     push_pair(folder, REPO)
     (folder / "retriever" / "model.safetensors").write_bytes(b"\1heavier")
-    look = push._differences
+    differences, done = push._Repository.differences, []
 
-    def disturbed(api, name, repo_type, revision, files):
-        found = look(api, name, repo_type, revision, files)
-        if name.endswith("-retriever") and not disturbed.done:
-            disturbed.done = True
-            api.upload_file(path_or_fileobj=b"{}", path_in_repo="added.json", repo_id=name)
+    def disturbed(self, revision, files):
+        found = differences(self, revision, files)
+        if self.name.endswith("-retriever") and not done:
+            done.append(True)
+            self.api.upload_file(path_or_fileobj=b"{}", path_in_repo="added.json", repo_id=self.name)
         return found
 
-    disturbed.done = False
-    monkeypatch.setattr(push, "_differences", disturbed)
+    monkeypatch.setattr(push._Repository, "differences", disturbed)
     push_pair(folder, REPO)
     repo = hub.repo("me/rag-retriever")
     assert switch(hub)["retriever"]["revision"] == repo.main and "added.json" not in repo.commits[repo.main]
     assert "412" in [status for _, _, status in hub.asked("me/rag-retriever/commit")]
 
 
-# ---- faults that stay: one sentence and the command that finishes the job
+# ---- permanent faults: one sentence and the command that completes the upload
 
 
-def told(folder, **options):
-    """The message of a push that fails; nothing on disk was touched, and the command in it does the same again."""
+def failure(folder, **options):
+    """The message of a push that fails; nothing on disk has changed, and its command repeats the push."""
     before = snapshot(folder)
     with pytest.raises(PushError) as caught:
         push_pair(folder, REPO, **options)
@@ -274,26 +272,26 @@ def told(folder, **options):
 
 def test_no_token(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    message = told(folder)
+    message = failure(folder)
     assert "no token was found" in message and "`hf auth login`" in message
     assert hub.requests == []
 
 
 def test_a_wrong_token(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    message = told(folder)
+    message = failure(folder)
     assert "does not accept the token in HF_TOKEN" in message and "set HF_TOKEN to a valid one or unset it" in message
 
 
 def test_a_token_that_ends_half_way(hub, folder):
     hub.fail("me/rag/commit", "401", times=99)
-    assert "does not accept the token" in told(folder)
+    assert "does not accept the token" in failure(folder)
     assert commits(hub) == [1, 1, 0]
 
 
 def test_a_name_under_another_user(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    message = told(folder)
+    message = failure(folder)
     assert "your token may not write to me/rag" in message and "a name under your own user" in message
 
 
@@ -301,41 +299,41 @@ def test_a_name_that_is_taken(hub, folder):
     HfApi().create_repo(REPO)
     HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=REPO)
     before = hub.repo(REPO).main
-    message = told(folder)
+    message = failure(folder)
     assert "The name 'me/rag' is taken" in message and "holds 'config.json'" in message and "another name" in message
     assert hub.repo(REPO).main == before
 
 
-def test_a_public_repository_is_not_used_for_what_shall_be_private(hub, folder):
+def test_a_public_repository_is_not_used_for_a_private_pair(hub, folder):
     push_pair(folder, REPO)
     (folder / "index" / "passages.parquet").write_bytes(b"secret")
-    assert "there already and public, but shall be private" in told(folder, private=True)
+    assert "already exists and is public, but must be private" in failure(folder, private=True)
     assert commits(hub) == [1, 1, 1]
 
 
 def test_no_network(hub, folder):
     hub.__exit__()
-    message = told(folder)
+    message = failure(folder)
     assert f"{hub.endpoint} cannot be reached" in message and "check the network" in message
     assert len(hub.waited) == hub_retry.TRIES - 1
 
 
 def test_offline_mode(hub, folder, monkeypatch):
     monkeypatch.setattr(hub_retry.constants, "HF_HUB_OFFLINE", True)
-    message = told(folder)
+    message = failure(folder)
     assert "HF_HUB_OFFLINE is set" in message and "unset HF_HUB_OFFLINE" in message and hub.waited == []
 
 
 @pytest.mark.parametrize("step", ["preupload", "upload", "tree", *(step for step in STEPS if "commit" in step)])
 @pytest.mark.parametrize("fault", ["500", "cut", "403"])
-def test_until_the_last_commit_the_old_pair_is_what_loads(hub, folder, step, fault):
-    """A Hub that goes down for good at any step: the switch names the old revisions, which still hold the old files."""
+def test_the_old_pair_loads_until_the_last_commit(hub, folder, step, fault):
+    """The Hub goes down at any step: cozyrag.json names the old revisions, which still hold the old files."""
     push_pair(folder, REPO)
     before = switch(hub)
     for piece, name in (("generator", "model"), ("retriever", "model"), ("index", "vectors")):
         (folder / piece / f"{name}.safetensors").write_bytes(b"second round")
     hub.fail(STEPS[step], fault, times=999)
-    message = told(folder)
+    message = failure(folder)
     assert (
         "your token may not write" if fault == "403" else "500" if fault == "500" else "cannot be reached"
     ) in message
@@ -347,9 +345,9 @@ def test_until_the_last_commit_the_old_pair_is_what_loads(hub, folder, step, fau
     assert switch(hub)["retriever"]["revision"] == hub.repo("me/rag-retriever").main != before["retriever"]["revision"]
 
 
-def test_what_arrived_is_not_sent_again(hub, folder):
+def test_uploaded_files_are_not_sent_again(hub, folder):
     hub.fail("me/rag/commit", "500", times=99)
-    told(folder)
+    failure(folder)
     received = hub.received
     hub.heal()
     push_pair(folder, REPO)
@@ -358,14 +356,14 @@ def test_what_arrived_is_not_sent_again(hub, folder):
 
 def test_trying_again_keeps_private_repositories_private(hub, folder):
     hub.fail("/commit/", "403", times=99)
-    told(folder, private=True)
+    failure(folder, private=True)
 
 
 def test_a_fault_of_the_package_keeps_its_traceback(hub, folder, monkeypatch):
     def broken(*_):
         raise KeyError("bug")
 
-    monkeypatch.setattr(push, "_differences", broken)
+    monkeypatch.setattr(push._Repository, "differences", broken)
     with pytest.raises(KeyError):
         push_pair(folder, REPO)
 
@@ -386,7 +384,7 @@ def test_a_large_file_is_not_read_into_memory(hub, folder, monkeypatch):
 # ---- before a run
 
 
-def test_a_run_is_told_before_it_begins_that_the_token_or_the_name_cannot_work(hub, monkeypatch):
+def test_a_wrong_token_or_name_is_found_before_the_run(hub, monkeypatch):
     assert refusal(REPO) is None and len(hub.repos) == 3
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "does not accept the token" in refusal(REPO) and "Nothing was trained" in refusal(REPO)
@@ -394,17 +392,17 @@ def test_a_run_is_told_before_it_begins_that_the_token_or_the_name_cannot_work(h
     assert "no token was found" in refusal(REPO)
 
 
-def test_a_run_goes_on_when_the_hub_cannot_be_reached_yet(hub):
+def test_a_run_starts_when_the_hub_cannot_be_reached_yet(hub):
     hub.__exit__()
-    told = []
-    assert refusal(REPO, info=told.append) is None
-    assert "The run goes on" in told[-1] and time.sleep is not None
+    lines = []
+    assert refusal(REPO, info=lines.append) is None
+    assert "The run starts all the same" in lines[-1]
 
 
 # ---- nothing to push
 
 
-def test_without_cozyrag_json_nothing_goes_up(hub, folder):
+def test_without_cozyrag_json_nothing_is_uploaded(hub, folder):
     (folder / "cozyrag.json").unlink()
     with pytest.raises(InputError, match=r"cozyrag\.json"):
         push_pair(folder, REPO)
@@ -412,14 +410,14 @@ def test_without_cozyrag_json_nothing_goes_up(hub, folder):
 
 
 @pytest.mark.parametrize("piece", sorted(FILES))
-def test_with_a_piece_missing_nothing_goes_up(hub, folder, piece):
+def test_with_a_piece_missing_nothing_is_uploaded(hub, folder, piece):
     (folder / piece).rename(folder.parent / "elsewhere")
     with pytest.raises(InputError) as caught:
         push_pair(folder, REPO)
     assert str(folder / piece) in str(caught.value) and hub.requests == []
 
 
-def test_a_pair_that_was_saved_half_is_not_pushed(hub, folder):
+def test_a_mixed_pair_is_not_pushed(hub, folder):
     (folder / "index" / "index.json").write_text(json.dumps({"retriever_fingerprint": "0" * 16}))
     with pytest.raises(InputError, match=f"index of retriever {FINGERPRINT}.*found that of {'0' * 16}"):
         push_pair(folder, REPO)

@@ -147,7 +147,7 @@ def test_what_a_run_leaves_behind_loads_with_the_ordinary_libraries(one_process)
 def test_the_screen_shows_before_and_after(one_process):
     screen = one_process[1]
     for text in (
-        "| before |",
+        "| untuned baseline |",
         "| after round 1 |",
         "| after round 2 |",
         "| change |",

@@ -1,4 +1,4 @@
-"""A picture of a run: the losses step by step, the scores round by round. Needs matplotlib (`pip install cozyrag[plots]`).
+"""The plot on the cards of a run: losses by step and scores by round. Needs Matplotlib (`cozyrag[plots]`).
 
 Left out: everything that is not in metrics.jsonl.
 """
@@ -6,6 +6,10 @@ Left out: everything that is not in metrics.jsonl.
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PHASES = ("generator", "retriever")
 SCORES = {"f1": "F1", "em": "EM", "recall@5": "recall@5"}
@@ -13,7 +17,7 @@ COLOURS = ("#3366aa", "#cc6633", "#338855")
 
 
 def draw_curves(rows: Sequence[Mapping], path: Path) -> bool:
-    """Write a PNG of these rows of metrics.jsonl; says whether it did: not without matplotlib, nor before anything was trained."""
+    """Write a PNG of these rows of metrics.jsonl. Returns False without Matplotlib or before any training step."""
     steps = [row for row in rows if row["kind"] == "step"]
     evaluated = [row for row in rows if row["kind"] == "evaluation"]
     if importlib.util.find_spec("matplotlib") is None or not steps or not evaluated:
@@ -29,8 +33,8 @@ def draw_curves(rows: Sequence[Mapping], path: Path) -> bool:
     return True
 
 
-def _draw_losses(panel, rows: Sequence[Mapping], phase: str, colour: str) -> None:
-    """Losses of one phase over its own steps; a line for each round, so that no line crosses the other phase."""
+def _draw_losses(panel: "Axes", rows: Sequence[Mapping], phase: str, colour: str) -> None:
+    """The losses of one phase over its own steps, with one line per round."""
     before = 0
     for number in sorted({row["round"] for row in rows}):
         mine = [row for row in rows if row["round"] == number]
@@ -40,14 +44,13 @@ def _draw_losses(panel, rows: Sequence[Mapping], phase: str, colour: str) -> Non
     panel.set(title=f"loss of the {phase}", xlabel=f"{phase} steps (grey: end of a round)")
 
 
-def _draw_scores(panel, evaluated: Sequence[Mapping]) -> None:
-    """Scores on the held-out questions, with their 95 % intervals where there are any."""
+def _draw_scores(panel: "Axes", evaluated: Sequence[Mapping]) -> None:
+    """The scores on the held-out questions, with the 95 % intervals that the rows carry."""
     rounds = [row["round"] for row in evaluated]
     for shift, ((name, label), colour) in enumerate(zip(SCORES.items(), COLOURS, strict=True)):
         places = [number + 0.04 * (shift - 1) for number in rounds]
-        values = [row[name] for row in evaluated]
-        panel.plot(places, values, color=colour, marker="o", label=label)
+        panel.plot(places, [row[name] for row in evaluated], color=colour, marker="o", label=label)
         ends = [row.get(f"{name}_interval") or (row[name], row[name]) for row in evaluated]
         panel.vlines(places, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.5)
-    panel.set(title="held-out questions, percent", xlabel="round (0: before)", xticks=rounds, ylim=(0, 100))
+    panel.set(title="held-out questions, percent", xlabel="round (0: untuned baseline)", xticks=rounds, ylim=(0, 100))
     panel.legend(loc="best", frameon=False)

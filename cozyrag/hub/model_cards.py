@@ -1,7 +1,7 @@
-"""Cards of the three repositories: facts gathered by a run, put into the templates of model_cards/.
+"""Cards of the three repositories: facts of a run, filled into the templates of model_cards/.
 
-A card says what was measured, on what, with which settings, and nothing else. It is written for the output folder and
-names its pieces FOLDER/...; a push puts the names on the Hub there, in whatever the card's owner has made of it since.
+A card states what was measured, on what, and with which settings. It is written for the output folder and names its
+pieces FOLDER/...; a push replaces these names with those on the Hub and keeps the edits of the card's owner.
 Left out: judging the facts.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from cozyrag.hub.card_plot import draw_curves
-from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
 from cozyrag.retrieval.passage_index import made_by
@@ -27,7 +26,7 @@ ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` make
 PICTURE = "training.png"
 FOLDER_NOTE = "FOLDER is the output folder of the run.\n"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-# of base models; what is made from others carries no licence unless one is given
+# of base models; a model from another base gets no licence unless one is given
 LICENCES = {
     ("retriever", MINILM): "apache-2.0",
     ("generator", "embedded"): "cc-by-sa-4.0",
@@ -40,86 +39,80 @@ LICENCES = {
 QUICKSTART_LICENCE = "apache-2.0"
 TABLE_FILES = {".tsv", ".csv", ".jsonl", ".json", ".parquet", ".gz"}
 COLUMNS = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
-INDEXED = {"generator": {"em": "exact_match", "f1": "f1"}} | {
-    "retriever": {name: name for name in ("recall@1", "recall@5", "mrr@10")}
+# metric -> its name in the model index
+INDEXED = {
+    "generator": {"em": "exact_match", "f1": "f1"},
+    "retriever": {name: name for name in ("recall@1", "recall@5", "mrr@10")},
 }
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 
 def write_cards(
-    folder: Path,
-    *,
-    settings: Mapping,
-    rows: Sequence[Mapping],
-    times: str,
-    leaks: Sequence[str] = (),
-    prompt: str = f"Some context.{QUESTION_CUE}Your question?{ANSWER_CUE}",
-    references: Sequence[tuple[str, Mapping]] = (),
+    folder: Path, *, settings: Mapping, rows: Sequence[Mapping], times: str, prompt: str, leaks: Sequence[str] = ()
 ) -> None:
-    """Write README.md into generator/, retriever/ and index/ of an output folder, and the picture of the curves.
+    """Write README.md into generator/, retriever/ and index/ of an output folder, and the plot of the training.
 
     Args:
-        settings: the run's settings, flat. rows: those of metrics.jsonl, a row of kind "run" and an examination among them.
-        prompt: what the generator reads, with "Some context." and "Your question?".
-        times: Markdown table of seconds. leaks: paragraphs of a leak audit; none, no section. references: (name, summary)
-        of what the pair is to be compared with, such as BM25 alone or the gold context.
+        settings: the run's settings, flat. rows: metrics.jsonl, with a row of kind "run" and an evaluation.
+        times: Markdown table of seconds. prompt: the generator's input for "Some context." and "Your question?".
+        leaks: paragraphs of the leak audit; without any, the cards have no such section.
     """
     evaluated = [row for row in rows if row["kind"] == "evaluation"]
     run = [row for row in rows if row["kind"] == "run"][-1]
-    seconds = sum(row["seconds"] for row in rows if row["kind"] == "time")
+    machine, precision = run["machine"], run.get("precision")
     facts = {
         "questions": _public(settings["questions"]),
         "data": _data_lines(settings, run),
-        "results": results_table([*references, *((_round_name(row), row) for row in evaluated)]),
+        "results": results_table([(_round_name(row["round"]), row) for row in evaluated]),
         "leaks": "\n\n".join(leaks),
         "prompt": json.dumps(prompt, ensure_ascii=False),
         "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
         "times": times,
-        "machine": machine_sentence(run["machine"]),
-        "precision": f"{told(run['precision']['name'])}, {run['precision']['reason']}" if "precision" in run else "",
-        "energy": energy_sentence(run["machine"], seconds),
-        "versions": ", ".join(f"{name} {version}" for name, version in run["machine"]["versions"].items()),
-        "settings": _settings_rows(settings),
+        "machine": machine_sentence(machine),
+        "precision": f"{told(precision['name'])}, {precision['reason']}" if precision else "",
+        "energy": energy_sentence(machine, sum(row["seconds"] for row in rows if row["kind"] == "time")),
+        "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        "settings": "\n".join(f"| {name} | {value} |" for name, value in public_settings(settings).items()),
     }
     drawn = draw_curves(rows, folder / "generator" / PICTURE)
     if drawn:
         shutil.copyfile(folder / "generator" / PICTURE, folder / "retriever" / PICTURE)
+    templates = shipped_folder("model_cards")
     for role in ("generator", "retriever"):
         base = _base(role, settings)
         data = _model_data(role, settings, base, evaluated[-1])
         own = facts | {"picture": PICTURE if drawn else "", "base": _public(base)}
-        template = shipped_folder("model_cards") / f"{role}.md"
-        ModelCard.from_template(data, template_path=str(template), **own).save(folder / role / CARD)
-    template = shipped_folder("model_cards") / "index.md"
-    own = facts | {"passages": run["passages"], "fingerprint": made_by(folder / "index")}
-    DatasetCard.from_template(_index_data(settings, run), template_path=str(template), **own).save(
-        folder / "index" / CARD
-    )
+        card = ModelCard.from_template(data, template_path=str(templates / f"{role}.md"), **own)
+        card.save(folder / role / CARD)
+    own = facts | {"passages": str(run["passages"]), "fingerprint": str(made_by(folder / "index"))}
+    index = DatasetCard.from_template(_index_data(settings, run), template_path=str(templates / "index.md"), **own)
+    index.save(folder / "index" / CARD)
 
 
-# ---- what stands at the head of a card
+# ---- the metadata of a card
 
 
 def _base(role: str, settings: Mapping) -> str:
+    """The base model, by its name on the Hub if it has one."""
     if role == "generator":
         return hub_name(settings[role])
     return MINILM if settings[role] == "embedded" else settings[role]
 
 
 def _model_data(role: str, settings: Mapping, base: str, summary: Mapping) -> ModelCardData:
+    generator = role == "generator"
     on_hub = base.count("/") <= 1 and not Path(base).exists() and base not in ("embedded", "scratch")
+    relation = "adapter" if generator and settings["lora_rank"] else "finetune"
     return ModelCardData(
         language=_language(settings),
         license=settings["model_license"] or LICENCES.get((role, base)),
-        library_name="transformers" if role == "generator" else "sentence-transformers",
-        pipeline_tag="text-generation" if role == "generator" else "sentence-similarity",
+        library_name="transformers" if generator else "sentence-transformers",
+        pipeline_tag="text-generation" if generator else "sentence-similarity",
         tags=["cozyrag", "rag", "retrieval-augmented-generation", "generated_from_trainer"],
         datasets=_hub_datasets(settings) or None,
-        metrics=list(INDEXED[role].values()) if role == "generator" else None,
+        metrics=list(INDEXED[role].values()) if generator else None,
         base_model=base if on_hub else None,
-        base_model_relation=("adapter" if role == "generator" and settings["lora_rank"] else "finetune")
-        if on_hub
-        else None,
+        base_model_relation=relation if on_hub else None,
         model_name=f"CoZyRAG {role}",
         eval_results=_eval_results(role, settings, summary),
     )
@@ -146,23 +139,20 @@ def _data_licence(settings: Mapping) -> str | None:
 
 
 def _hub_datasets(settings: Mapping) -> list[str]:
-    """Those of the data that are on the Hub, by their ids."""
+    """The ids of the data that come from the Hub."""
     given = dict.fromkeys(settings[name] for name in ("questions", "eval_questions", "passages"))
     return [name for name in given if name and _is_hub_dataset(name)]
 
 
 def _is_hub_dataset(name: str) -> bool:
-    return (
-        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
-        and Path(name).suffix not in TABLE_FILES
-        and not Path(name).exists()
-    )
+    path = Path(name)
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and path.suffix not in TABLE_FILES and not path.exists()
 
 
 def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalResult]:
-    """The model-index entries of one role, with the 95 % intervals where there are any."""
+    """The entries of the model index, with the 95 % intervals that the summary carries."""
     source = settings["eval_questions"] or settings["questions"]
-    known = {name: summary[f"{name}_interval"] for name in INDEXED[role] if f"{name}_interval" in summary}
+    ends = {name: summary.get(f"{name}_interval") for name in INDEXED[role]}
     return [
         EvalResult(
             task_type="question-answering" if role == "generator" else "sentence-similarity",
@@ -170,25 +160,24 @@ def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalRe
             dataset_name=f"{summary['questions']} questions of {_public(source)}",
             metric_type=kind,
             metric_value=summary[name],
-            metric_args={"interval_95": known[name]} if name in known else None,
+            metric_args={"interval_95": ends[name]} if ends[name] else None,
         )
         for name, kind in INDEXED[role].items()
     ]
 
 
-# ---- what stands in it
+# ---- the text of a card
 
 
 def results_table(summaries: Sequence[tuple[str, Mapping]]) -> str:
-    """A Markdown table, a line for each (name, summary) in percent, with the 95 % intervals that the summaries carry."""
+    """A Markdown table with a row for each (name, summary), in percent, with the 95 % intervals that they carry."""
     shown = [name for name in COLUMNS if all(name in summary for _, summary in summaries)]
     lines = ["| | " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---|" + "---:|" * len(shown)]
-    for name, summary in summaries:
-        lines.append(f"| {name} | " + " | ".join(_cell(summary, metric) for metric in shown) + " |")
-    return (
-        "\n".join(lines)
-        + f"\n\nPercent of {summaries[-1][1]['questions']} questions; in brackets 95 % intervals (bootstrap)."
-    )
+    lines += [
+        f"| {name} | " + " | ".join(_cell(summary, metric) for metric in shown) + " |" for name, summary in summaries
+    ]
+    count = summaries[-1][1]["questions"]
+    return "\n".join(lines) + f"\n\nPercent of {count} questions; in brackets 95 % intervals (bootstrap)."
 
 
 def _cell(summary: Mapping, metric: str) -> str:
@@ -196,33 +185,31 @@ def _cell(summary: Mapping, metric: str) -> str:
     return f"{summary[metric]:.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
 
 
-def _round_name(row: Mapping) -> str:
-    return "before" if row["round"] == 0 else f"after round {row['round']}"
+def _round_name(number: int) -> str:
+    return f"after round {number}" if number else "untuned baseline"
 
 
 def _data_lines(settings: Mapping, run: Mapping) -> str:
-    """What was trained on, examined with and searched, and under which licence it comes."""
-    asked = settings["eval_questions"]
-    held = (
-        f"of `{_public(asked)}`"
-        if asked and asked != "quickstart"
-        else f"held out from `{_public(settings['questions'])}`"
-    )
-    if settings["questions"] == "quickstart":
-        held = "of the set's own validation part"
-    source = settings["passages"]
+    """What the pair was trained and evaluated on, what it searches, and the licence of these data."""
+    questions, held, source = (settings[name] for name in ("questions", "eval_questions", "passages"))
+    if held and held != "quickstart":
+        evaluated = f"of `{_public(held)}`"
+    elif questions == "quickstart":
+        evaluated = "of the set's own validation part"
+    else:
+        evaluated = f"held out from `{_public(questions)}`"
     found = f"of `{_public(source)}`" if source and source != "quickstart" else "that come with the questions"
-    licence = _data_licence(settings)
+    licence = _data_licence(settings) or "not stated by who trained this; ask before you use them"
     return (
-        f"- Trained on {run['questions']} questions of `{_public(settings['questions'])}`.\n"
-        f"- Examined with {run['eval_questions']} questions {held}.\n"
+        f"- Trained on {run['questions']} questions of `{_public(questions)}`.\n"
+        f"- Evaluated on {run['eval_questions']} questions {evaluated}.\n"
         f"- Answers come from {run['passages']} passages {found}.\n"
-        f"- Licence of questions and passages: {licence or 'not stated by who trained this; ask before you use them'}."
+        f"- Licence of questions and passages: {licence}."
     )
 
 
 def public_settings(settings: Mapping) -> dict:
-    """Settings to be shown: those that are set, without where the run lay and went to, and what was measured for them."""
+    """The settings that are set, without names of folders, of the repository, and what was measured for them."""
     return {
         name: _public(value)
         for name, value in settings.items()
@@ -230,29 +217,23 @@ def public_settings(settings: Mapping) -> dict:
     }
 
 
-def _settings_rows(settings: Mapping) -> str:
-    """Lines of the settings table."""
-    return "\n".join(f"| {name} | {value} |" for name, value in public_settings(settings).items())
-
-
-def _public(value: object) -> object:
-    """Names of local files without the folders they lie in, which are nobody's business."""
-    is_file = isinstance(value, str) and value and (Path(value).exists() or Path(value).suffix in TABLE_FILES)
-    return Path(value).name if is_file else value
+def _public(value):
+    """A setting, with local files by their names only: their folders are private."""
+    if isinstance(value, str) and value and (Path(value).exists() or Path(value).suffix in TABLE_FILES):
+        return Path(value).name
+    return value
 
 
 # ---- on the Hub
 
 
 def card_for_hub(source: Path | None, role: str, repo_id: str) -> str:
-    """The card of a piece as it goes up: names on the Hub instead of FOLDER, and the tag that marks it as of a pair.
+    """The card of a piece for the Hub: with names on the Hub instead of FOLDER, and the tag of a pair.
 
     Args:
-        source: the card in the output folder, perhaps edited since; None: there is none, and a short one is made.
+        source: the card in the output folder, perhaps edited since; None: a short one is made.
     """
-    text = (
-        source.read_text(encoding="utf-8") if source else f"---\n{{}}\n---\n# CoZyRAG {role}\n\nA piece of `FOLDER`.\n"
-    )
+    text = source.read_text(encoding="utf-8") if source else f"---\n{{}}\n---\n# CoZyRAG {role}\n\nPart of `FOLDER`.\n"
     for old, new in _names_on_hub(repo_id):
         text = text.replace(old, new)
     card = (DatasetCard if role == "index" else ModelCard)(text)
@@ -263,22 +244,17 @@ def card_for_hub(source: Path | None, role: str, repo_id: str) -> str:
 
 
 def _names_on_hub(repo_id: str) -> list[tuple[str, str]]:
-    """What stands in a card for the output folder, and what stands there on the Hub; longer ones first."""
-    whole, retriever, index = repo_id, f"{repo_id}-retriever", f"{repo_id}-index"
-    fetched = f'from huggingface_hub import snapshot_download\n\nfolder = Path(snapshot_download("{index}", repo_type="dataset"))'
+    """(text in a card of the output folder, text on the Hub); longer ones first."""
+    retriever, index = f"{repo_id}-retriever", f"{repo_id}-index"
+    fetched = f'folder = Path(snapshot_download("{index}", repo_type="dataset"))'
+    names = {"/generator": repo_id, "/retriever": retriever, "/index": index, "": repo_id}
     return [
         (FOLDER_NOTE, ""),
-        ('folder = Path("FOLDER/index")', fetched),
-        ("`FOLDER/generator`", _link(whole)),
-        ("`FOLDER/retriever`", _link(retriever)),
-        ("`FOLDER/index`", _link(f"datasets/{index}")),
-        ("`FOLDER`", _link(whole)),
-        ('"FOLDER/generator"', f'"{whole}"'),
-        ('"FOLDER/retriever"', f'"{retriever}"'),
-        ('"FOLDER/index"', f'"{index}"'),
-        ('"FOLDER"', f'"{whole}"'),
+        ('folder = Path("FOLDER/index")', f"from huggingface_hub import snapshot_download\n\n{fetched}"),
+        *((f"`FOLDER{end}`", _link(name, dataset=end == "/index")) for end, name in names.items()),
+        *((f'"FOLDER{end}"', f'"{name}"') for end, name in names.items()),
     ]
 
 
-def _link(name: str) -> str:
-    return f"[{name.removeprefix('datasets/')}](https://huggingface.co/{name})"
+def _link(name: str, *, dataset: bool) -> str:
+    return f"[{name}](https://huggingface.co/{'datasets/' if dataset else ''}{name})"

@@ -1,15 +1,16 @@
 """Upload a trained pair to the Hugging Face Hub.
 
-Three repositories: the retriever and the index (a dataset repository) go first, one commit each; the generator's commit
-goes last and carries cozyrag.json with their exact revisions, so what can be loaded is always one whole pair. Tokens
-come from the places where huggingface_hub looks for them and are never written. Left out: pushing while a run goes on
-(background_push.py), the words of the errors and the patience (hub_retry.py), loading (pipeline.py).
+A pair takes three repositories, one commit each. The retriever and the index (a dataset repository) go first. The
+generator goes last: its commit carries cozyrag.json, which names the exact revisions of the other two, so what loads is
+always one whole pair. Tokens are read where huggingface_hub looks for them and are never written.
+Left out: uploads during a run (background_push.py), retries and the wording of errors (hub_retry.py).
 """
 
 import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -24,18 +25,12 @@ from cozyrag.retrieval.passage_index import made_by
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
 
-TAG = "cozyrag"  # stands in the card of every repository of a pair
+# piece of a pair -> ending of the name and type of its repository, in the order of the upload
+REPOSITORIES = {"retriever": ("-retriever", "model"), "index": ("-index", "dataset"), "generator": ("", "model")}
+TAG = "cozyrag"  # in the card of every repository of a pair
 READ = {".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja", ".parquet", ".faiss", ".bin", ".pt", ".pkl"}
-Say = Callable[[str], None]
-
-
-def repositories(repo_id: str) -> dict[str, tuple[str, str]]:
-    """(name, type) of the repository of each piece, in the order of the upload."""
-    return {
-        "retriever": (f"{repo_id}-retriever", "model"),
-        "index": (f"{repo_id}-index", "dataset"),
-        "generator": (repo_id, "model"),
-    }
+Info = Callable[[str], None]
+Files = Mapping[str, Path | bytes]  # by the path in the repository
 
 
 def push_pair(
@@ -44,47 +39,47 @@ def push_pair(
     *,
     private: bool = False,
     tag: str | None = None,
-    api: HfApi | None = None,
-    message: str = "CoZyRAG pair",
-    info: Say | None = None,
+    info: Info | None = None,
     kept: Path | None = None,
     again: str | None = None,
 ) -> str:
-    """Upload what train.py left in `folder`; returns the address of the generator's repository.
+    """Upload the pair in `folder`; returns the address of the generator's repository.
 
     Args:
-        tag: name of this state on the Hub, moved here if there was one. say: takes a line about every wait.
-        kept, again: the folder and the command that an error names; None: this folder, `cozyrag push` with these arguments.
+        tag: name of this state on the Hub; an existing tag moves. info: takes a line for each retry.
+        kept, again: folder and command that an error names; None: this folder, `cozyrag push` with these arguments.
 
     Raises:
-        InputError: no finished pair in `folder`. PushError: the Hub refuses or cannot be reached; nothing on disk is
-        touched, and the message gives the command that finishes the upload.
+        InputError: there is no finished pair in `folder`. PushError: the Hub refuses or cannot be reached; nothing on
+            disk has changed, and the message gives the command that completes the upload.
     """
-    folder, api = Path(folder), api or HfApi()
-    pair, pieces = read_pair(folder), _pieces(folder)
+    folder = Path(folder)
+    pair = read_pair(folder)
+    pieces = _pieces(folder, pair)
     _check_base(folder)
-    where = repositories(repo_id)
+    message = f"CoZyRAG pair, {tag}" if tag else "CoZyRAG pair"
     try:
-        claimed = _claim_all(api, where, private, info)
-        repo_id = claimed["generator"]
-        for role, files in pieces.items():
-            files[CARD] = card_for_hub(files.get(CARD), role, repo_id).encode()
-        made = {
-            role: _publish(api, claimed[role], where[role][1], pieces[role], message, info)
-            for role in ("retriever", "index")
+        repositories = _claim_all(repo_id, private, info)
+        repo_id = repositories["generator"].name
+        files: dict[str, Files] = {
+            role: paths | {CARD: card_for_hub(paths.get(CARD), role, repo_id).encode()}
+            for role, paths in pieces.items()
         }
-        switch = json.dumps(_on_hub(pair, claimed, made), indent=2).encode()
-        made["generator"] = _publish(api, repo_id, "model", pieces["generator"] | {PAIR_FILE: switch}, message, info)
-        for role, revision in made.items() if tag else ():
-            _tag(api, claimed[role], where[role][1], tag, revision, info)
+        made = {role: repositories[role].publish(files[role], message) for role in ("retriever", "index")}
+        on_hub = _on_hub(pair, {role: each.name for role, each in repositories.items()}, made)
+        last = {**files["generator"], PAIR_FILE: json.dumps(on_hub, indent=2).encode()}
+        made["generator"] = repositories["generator"].publish(last, message)
+        if tag:
+            for role, revision in made.items():
+                repositories[role].tag(tag, revision)
     except HUB_FAULTS as error:
         kept, again = kept or folder, again or push_command(folder, repo_id, private=private, tag=tag)
         raise PushError(f"The pair is complete in {kept.absolute()}, but {_failed(error, repo_id, again)}") from error
-    return f"{api.endpoint}/{repo_id}"
+    return f"{repositories['generator'].api.endpoint}/{repo_id}"
 
 
 def _failed(error: BaseException, repo_id: str, again: str) -> str:
-    """What went wrong with an upload, and how to finish it."""
+    """The cause of a failed upload and its remedy."""
     if isinstance(error, InputError):
         return f"it was not pushed. {error} Then run `{again}`."
     what, remedy = explain(error, repo_id, writing=True)
@@ -92,18 +87,18 @@ def _failed(error: BaseException, repo_id: str, again: str) -> str:
 
 
 def push_command(folder: Path, repo_id: str, *, private: bool, tag: str | None) -> str:
-    """The command line that does the same again."""
+    """The command line of this upload."""
     words = ["cozyrag", "push", str(folder), repo_id, *(["--private"] if private else [])]
     return shlex.join(words + (["--tag", tag] if tag else []))
 
 
-def refusal(repo_id: str, *, private: bool = False, api: HfApi | None = None, info: Say | None = None) -> str | None:
-    """Why the Hub would not take a pair under that name, seen by making its repositories; None where it would.
+def refusal(repo_id: str, *, private: bool = False, info: Info | None = None) -> str | None:
+    """Create the repositories before a run; returns why the Hub refuses them, or None.
 
-    A Hub that cannot be reached now is no reason, since it may be back when the upload begins.
+    A Hub that cannot be reached now is no refusal: it may be back when the upload begins.
     """
     try:
-        _claim_all(api or HfApi(), repositories(repo_id), private, info, tries=2)
+        _claim_all(repo_id, private, info, tries=2)
     except InputError as error:
         return f"--push_to_hub: {error} Nothing was trained."
     except HUB_FAULTS as error:
@@ -111,47 +106,49 @@ def refusal(repo_id: str, *, private: bool = False, api: HfApi | None = None, in
         if not is_passing(error):
             return f"--push_to_hub: {what}. Nothing was trained; {remedy}, then start again."
         if info is not None:
-            info(f"Note: {what}. The run goes on, and tries to push when there is something to push.")
+            info(f"Note: {what}. The run starts all the same and tries to push later.")
     return None
 
 
-# ---- what goes up
+# ---- the files
 
 
 def _check_base(folder: Path) -> None:
-    """Refuse an adapter whose model nobody else has. Raises InputError."""
+    """Raise InputError for an adapter whose base model nobody else can load."""
     adapter = read_adapter(str(folder / "generator"))
     if adapter and Path(adapter.base).is_dir() and Path(adapter.base) != GENERATOR_FOLDER:
         raise InputError(
-            f"The generator is a LoRA adapter of a model in the local folder {adapter.base}, which nobody else could load. Give `cozyrag merge {folder} "
-            f"{folder}-merged` and push that folder."
+            f"The generator is a LoRA adapter of a model in the local folder {adapter.base}, which nobody else can "
+            f"load. Run `cozyrag merge {folder} {folder}-merged` and push that folder."
         )
 
 
-def _pieces(folder: Path) -> dict[str, dict[str, Path | bytes]]:
-    """The files of each piece by their path in its repository. Raises InputError when the pieces are not of one pair."""
-    pieces = {role: _files(folder / role) for role in repositories("")}
-    named, made = read_pair(folder)["retriever"]["fingerprint"], made_by(folder / "index")
+def _pieces(folder: Path, pair: dict) -> dict[str, dict[str, Path]]:
+    """The files of each piece by their path in its repository. Raises InputError if the pieces do not match."""
+    pieces = {role: _files(folder / role) for role in REPOSITORIES}
+    named, made = pair["retriever"]["fingerprint"], made_by(folder / "index")
     if named != made:
         raise InputError(
-            f"Expected the index of retriever {named} in {folder.absolute() / 'index'}, found that of {made}: saving was cut short, or a "
-            "piece was exchanged, and a mixed pair is not pushed. Run train.py --resume, or copy the folder anew."
+            f"Expected the index of retriever {named} in {folder.absolute() / 'index'}, found that of {made}: saving "
+            "was interrupted or a piece was replaced, and a mixed pair is not pushed. Run train.py --resume, or copy "
+            "the folder again."
         )
     return pieces
 
 
-def _files(folder: Path) -> dict[str, Path | bytes]:
-    """Every file of a piece of the pair. Raises InputError when there is none."""
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file of a piece. Raises InputError if there is none."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if not files:
         raise InputError(
-            f"Expected files to upload in {folder.absolute()}, found none, so the pair is not whole. Copy the folder anew or run train.py again."
+            f"Expected files to upload in {folder.absolute()}, found none, so the pair is incomplete. Copy the folder "
+            "again or run train.py again."
         )
     return files
 
 
 def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> dict:
-    """cozyrag.json as it stands in the generator's repository."""
+    """The content of cozyrag.json in the generator's repository."""
     named = {role: {"repo": names[role], "revision": made[role]} for role in ("retriever", "index")}
     named["retriever"]["fingerprint"] = pair["retriever"]["fingerprint"]
     return pair | {"generator": pair["generator"] | {"folder": "."}} | named
@@ -160,79 +157,102 @@ def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> di
 # ---- the repositories
 
 
-def _claim_all(
-    api: HfApi, where: Mapping[str, tuple[str, str]], private: bool, info: Say | None, *, tries: int | None = None
-) -> dict[str, str]:
-    """Full names of the repositories, made where they are missing.
+@dataclass(frozen=True)
+class _Repository:
+    """A repository on the Hub. `kind`: "model" or "dataset"; `info` takes a line for each retry."""
 
-    Raises:
-        InputError: one is there and holds something else, or is public and shall be private. HTTPError, OSError.
-    """
-    if api.token is False or (api.token in (None, True) and get_token() is None):
+    name: str
+    kind: str
+    api: HfApi
+    info: Info | None
+
+    def claim(self, private: bool, tries: int | None) -> "_Repository":
+        """Create the repository if it does not exist; returns it under its full name.
+
+        Raises:
+            InputError: it exists and holds something else, or it is public but must be private.
+        """
+
+        def create() -> str:
+            return self.api.create_repo(self.name, repo_type=self.kind, private=private or None, exist_ok=True).repo_id
+
+        name = patiently(create, tries=tries, info=self.info)
+        found = patiently(lambda: self.api.repo_info(name, repo_type=self.kind), tries=tries, info=self.info)
+        held = [each.rfilename for each in found.siblings or () if PurePosixPath(each.rfilename).suffix in READ]
+        if held and TAG not in (found.tags or ()):
+            raise InputError(
+                f"The name {name!r} is taken: that {self.kind} repository holds {held[0]!r}, and its card has no tag "
+                f"{TAG!r}, so nothing in it was changed. Choose another name."
+            )
+        if private and not found.private:
+            raise InputError(
+                f"{name!r} already exists and is public, but must be private; nothing was uploaded. Make it private in "
+                f"its settings on {self.api.endpoint}, or choose another name."
+            )
+        return replace(self, name=name)
+
+    def publish(self, files: Files, message: str) -> str:
+        """Make the repository hold these files with at most one commit; returns the revision that lists exactly them.
+
+        It compares, commits the differences on top of the revision it saw, and compares again. A commit whose reply was
+        lost is found instead of repeated, a commit of somebody else in between is noticed, and a repository that is up
+        to date keeps its revision.
+        """
+
+        def attempt() -> str:
+            revision = str(self.api.repo_info(self.name, repo_type=self.kind).sha)
+            differences = self.differences(revision, files)
+            if not differences:
+                return revision
+            made = self.api.create_commit(
+                self.name, differences, commit_message=message, repo_type=self.kind, parent_commit=revision
+            ).oid
+            if self.differences(made, files):
+                raise Unsettled(f"{self.name} does not list what was committed to it")
+            return made
+
+        return patiently(attempt, info=self.info)
+
+    def differences(self, revision: str, files: Files) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """What a commit on top of `revision` must change. Files of types that no loader reads stay."""
+        listed = self.api.list_repo_tree(self.name, recursive=True, revision=revision, repo_type=self.kind)
+        there = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
+        stale = [path for path in there if path not in files and PurePosixPath(path).suffix in READ]
+        changed = [path for path, source in files.items() if path not in there or not _same(source, there[path])]
+        deleted = [CommitOperationDelete(path) for path in stale]
+        return [*deleted, *(CommitOperationAdd(path, files[path]) for path in changed)]
+
+    def tag(self, tag: str, revision: str) -> None:
+        """Give a revision a tag; an existing one moves."""
+
+        def attempt() -> None:
+            refs = self.api.list_repo_refs(self.name, repo_type=self.kind)
+            tags = {each.name: each.target_commit for each in refs.tags}
+            if tags.get(tag) == revision:
+                return
+            if tag in tags:
+                self.api.delete_tag(self.name, tag=tag, repo_type=self.kind)
+            try:
+                self.api.create_tag(self.name, tag=tag, revision=revision, repo_type=self.kind)
+            except HfHubHTTPError as error:  # an earlier request got through, but its reply did not
+                if error.response.status_code != 409:
+                    raise
+                raise Unsettled(f"tag {tag} of {self.name}") from error
+
+        patiently(attempt, info=self.info)
+
+
+def _claim_all(repo_id: str, private: bool, info: Info | None, *, tries: int | None = None) -> dict[str, _Repository]:
+    """The repositories of a pair by piece. Raises InputError as `_Repository.claim`, HTTPError, OSError."""
+    api = HfApi()
+    if get_token() is None:
         raise LocalTokenNotFoundError("no token")
-    claimed = {}
-    for role, (name, repo_type) in where.items():
-        claimed[role] = _claim(api, name, repo_type, private, info, tries)
-    return claimed
-
-
-def _claim(api: HfApi, name: str, repo_type: str, private: bool, info: Say | None, tries: int | None) -> str:
-    def made() -> str:
-        return api.create_repo(name, repo_type=repo_type, private=private or None, exist_ok=True).repo_id
-
-    name = patiently(made, tries=tries, info=info)
-    info = patiently(lambda: api.repo_info(name, repo_type=repo_type), tries=tries, info=info)
-    held = [each.rfilename for each in info.siblings or () if PurePosixPath(each.rfilename).suffix in READ]
-    if held and TAG not in (info.tags or ()):
-        raise InputError(
-            f"The name {name!r} is taken: that {repo_type} repository holds {held[0]!r} and its card does not say it is a CoZyRAG one, "
-            "so nothing there was touched. Choose another name."
-        )
-    if private and not info.private:
-        raise InputError(
-            f"{name!r} is there already and public, but shall be private; nothing was uploaded. Make it private in its settings on "
-            f"{api.endpoint}, or choose another name."
-        )
-    return name
-
-
-def _publish(
-    api: HfApi, name: str, repo_type: str, files: Mapping[str, Path | bytes], message: str, info: Say | None
-) -> str:
-    """Make a repository hold these files by at most one commit; gives the revision at which the Hub lists exactly them.
-
-    It looks, commits what differs on top of what it saw, and looks again. So a commit whose answer was lost is found and
-    not made twice, one that came in between is seen, and a repository that holds it all already keeps its revision.
-    """
-
-    def attempt() -> str:
-        revision = api.repo_info(name, repo_type=repo_type).sha
-        differences = _differences(api, name, repo_type, revision, files)
-        if not differences:
-            return revision
-        made = api.create_commit(
-            name, differences, commit_message=message, repo_type=repo_type, parent_commit=revision
-        ).oid
-        if _differences(api, name, repo_type, made, files):
-            raise Unsettled(f"{name} does not list what was committed to it")
-        return made
-
-    return patiently(attempt, info=info)
-
-
-def _differences(
-    api: HfApi, name: str, repo_type: str, revision: str, files: Mapping[str, Path | bytes]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """What a commit on top of `revision` has to do; files of other kinds than those that loaders read are left alone."""
-    listed = api.list_repo_tree(name, recursive=True, revision=revision, repo_type=repo_type)
-    there = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
-    stale = [path for path in there if path not in files and PurePosixPath(path).suffix in READ]
-    changed = [path for path, source in files.items() if path not in there or not _same(source, there[path])]
-    return [CommitOperationDelete(path) for path in stale] + [CommitOperationAdd(path, files[path]) for path in changed]
+    unclaimed = {role: _Repository(repo_id + end, kind, api, info) for role, (end, kind) in REPOSITORIES.items()}
+    return {role: each.claim(private, tries) for role, each in unclaimed.items()}
 
 
 def _same(source: Path | bytes, there: RepoFile) -> bool:
-    """Whether a file on the Hub has this content: by SHA-256 for large ones, as git names its blobs for small ones."""
+    """Whether a file on the Hub has this content: by SHA-256 for large files, by git's blob hash for small ones."""
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if there.size != size:
         return False
@@ -241,29 +261,11 @@ def _same(source: Path | bytes, there: RepoFile) -> bool:
     return _digest(source, hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)) == there.blob_id
 
 
-def _digest(source: Path | bytes, digest) -> str:
-    """Hex digits of `digest` after all bytes of `source`, read piece by piece."""
+def _digest(source: Path | bytes, digest: "hashlib._Hash") -> str:
+    """Hex digits of `digest` after all bytes of `source`; a file is read in chunks."""
     if isinstance(source, bytes):
         digest.update(source)
-        return digest.hexdigest()
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, lambda: digest).hexdigest()
-
-
-def _tag(api: HfApi, name: str, repo_type: str, tag: str, revision: str, info: Say | None) -> None:
-    """Give a revision a name, taking it from the one that had it."""
-
-    def attempt() -> None:
-        tags = {each.name: each.target_commit for each in api.list_repo_refs(name, repo_type=repo_type).tags}
-        if tags.get(tag) == revision:
-            return
-        if tag in tags:
-            api.delete_tag(name, tag=tag, repo_type=repo_type)
-        try:
-            api.create_tag(name, tag=tag, revision=revision, repo_type=repo_type)
-        except HfHubHTTPError as error:  # an earlier try got through and its answer did not
-            if error.response.status_code != 409:
-                raise
-            raise Unsettled(f"tag {tag} of {name}") from error
-
-    patiently(attempt, info=info)
+    else:
+        with source.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

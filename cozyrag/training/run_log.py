@@ -80,7 +80,7 @@ class RunLog:
     def evaluated(self) -> list[tuple[str, dict]]:
         """(name, summary) of every examination so far."""
         rows = [row for row in self.rows if row["kind"] == "evaluation"]
-        return [("before" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
+        return [("untuned baseline" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
 
     def results(self) -> str:
         """The before -> after table."""
@@ -93,7 +93,7 @@ class RunLog:
         lines = ["| seconds | " + " | ".join(parts) + " |", "|---|" + "---:|" * len(parts)]
         for number in sorted({row["round"] for row in rows}):
             spent = [sum(r["seconds"] for r in rows if r["round"] == number and r["part"] == part) for part in parts]
-            name = "before" if number == 0 else f"round {number}"
+            name = "untuned baseline" if number == 0 else f"round {number}"
             lines.append(f"| {name} | " + " | ".join(f"{seconds:.1f}" for seconds in spent) + " |")
         return "\n".join(lines) + f"\n\nPeak memory of the main process: {peak_memory() / 1e9:.2f} GB."
 
