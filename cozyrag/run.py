@@ -1,6 +1,6 @@
-"""The story of a run, act by act: settings, accelerator, tables, models, rounds, and what is left behind.
+"""A run from its settings to two checkpoints: set-up, rounds, and the output.
 
-Left out: everything an act does in detail, which stands in the module it calls. Nothing else makes an Accelerator.
+Left out: every detail, which is in the module that a step calls.
 """
 
 import sys
@@ -47,12 +47,12 @@ from cozyrag.training.rounds import Rounds
 from cozyrag.training.setup import load_models, load_tables, peers_lost, training_accelerator
 from cozyrag.training.tracking import start_trackers, wanted_trackers
 
-QUESTION_TOKENS = 30  # of a question, its cues and its answer, beside the context
-LONG = 300  # seconds of the generator's part that are told before it begins
+QUESTION_TOKENS = 30  # of a question, the cues of the prompt and the answer, beside the context
+LONG = 300  # seconds above which the expected time is logged
 
 
 def train(arguments: list[str] | None = None, *, description: str | None = None) -> None:
-    """One run, from settings to two checkpoints. Raises InputError for what the user can put right."""
+    """Train a pair. Raises InputError for faults that the user can correct, Interrupted after Ctrl-C or SIGTERM."""
     started = time.perf_counter()
     settings = parse_settings(arguments, description=description)
     if settings.output.plan:
@@ -72,26 +72,33 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
 
 
 def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Interrupts, precision: Precision) -> Rounds:
-    """All rounds of a new run, or those that are left of the one in the output folder."""
+    """All rounds of a new run, or the remaining rounds of the one in the output folder."""
     folder = Path(settings.output.output_dir)
     resuming = main_decides(accelerator, lambda: check_output(folder, settings.to_dict()))
     pusher = open_hub(accelerator, settings)
     corpus = load_tables(accelerator, settings)
-    checkpoints = Checkpoints(
-        accelerator, folder, limit=settings.output.save_total_limit, facts=_facts(accelerator, corpus)
-    )
+    limit = settings.output.save_total_limit
+    checkpoints = Checkpoints(accelerator, folder, limit=limit, facts=_facts(accelerator, corpus))
     newest, warnings = checkpoints.newest() if resuming else (None, [])
     progress = checkpoints.read(newest, allow_changes=settings.output.allow_changed_settings) if newest else Progress()
     generator, retriever = load_models(accelerator, settings, corpus, newest)
     open_output(accelerator, settings, progress if newest else None, precision)
     rounds = Rounds(
-        accelerator, settings, corpus=corpus, generator=generator, retriever=retriever, checkpoints=checkpoints, progress=progress, resumed_from=newest,
-        interrupts=interrupts, pusher=pusher,
-    )  # fmt: skip
+        accelerator,
+        settings,
+        corpus=corpus,
+        generator=generator,
+        retriever=retriever,
+        checkpoints=checkpoints,
+        progress=progress,
+        resumed_from=newest,
+        interrupts=interrupts,
+        pusher=pusher,
+    )
     for warning in warnings:
         rounds.log.info(warning)
     announce(rounds, resuming, precision)
-    audit_leaks(rounds)
+    audit_overlap(rounds)
     if settings.training.rounds and not newest:
         self_test(rounds)
     rounds.run()
@@ -99,7 +106,7 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
 
 
 def _facts(accelerator: Accelerator, corpus: Corpus) -> dict:
-    """What a resumed run must find as it was, beside its settings."""
+    """What must be unchanged when the run resumes, besides its settings."""
     data = tables_fingerprint(corpus.questions[:], corpus.eval_questions[:], corpus.passages[:])
     return {"data": data, "processes": accelerator.num_processes}
 
@@ -107,27 +114,26 @@ def _facts(accelerator: Accelerator, corpus: Corpus) -> dict:
 def _how_to_resume(folder: Path) -> str:
     saved = complete_checkpoints(folder)
     what = f"{saved[-1].name} is saved" if saved else "nothing was saved yet"
-    return f"Interrupted; {what} in {folder.absolute()}. Give the same command again: it goes on from there."
+    return f"Interrupted; {what} in {folder.absolute()}. Give the same command again to resume."
 
 
 def show_plan(settings: Settings) -> None:
-    """Load what a run would load, probe it, and print seconds, memory and disk of each part."""
+    """Load what a run would load, probe it, and print the seconds, memory and disk space of each part."""
     accelerator, precision = training_accelerator(settings)
     corpus = load_tables(accelerator, settings)
     generator, retriever = load_models(accelerator, settings, corpus, None)
     made = make_plan(accelerator, settings, corpus, generator, retriever)
-    accelerator.print(
-        f"{plan_table(made)}\n\n{verdict(made)}\nProbed in {made.costs.spent:.0f} s, {precision.sentence()}; nothing is trained."
-    )
+    probed = f"Probed in {made.costs.spent:.0f} s, {precision.sentence()}; nothing is trained."
+    accelerator.print(f"{plan_table(made)}\n\n{verdict(made)}\n{probed}")
 
 
 def open_output(accelerator: Accelerator, settings: Settings, resumed: Progress | None, precision: Precision) -> None:
-    """Clear the output folder unless a run is gone on with, put a pair there that was saved but not in its place, start the trackers."""
+    """Clear the output folder of a new run, complete an interrupted replacement of the pair, and start the trackers."""
     output, folder = settings.output, Path(settings.output.output_dir)
 
     def prepare() -> None:
         with writing(folder):
-            if resumed is None:  # what a run left that was ended before its first checkpoint goes too
+            if resumed is None:  # also the files of a run that ended before its first checkpoint
                 clear_output(folder)
             switch(folder)
             (folder / FINISHED).unlink(missing_ok=True)
@@ -146,7 +152,8 @@ def open_output(accelerator: Accelerator, settings: Settings, resumed: Progress 
 
 
 def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | None:
-    """What will push for the main process, if asked to; a token or a name that cannot work ends the run before it begins."""
+    """The uploader of the main process, with --push_to_hub. Raises InputError early for a bad token or repository
+    name."""
     output = settings.output
     if not output.push_to_hub:
         return None
@@ -159,37 +166,47 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
 
 
 def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
-    """Say what is about to happen, in a few lines."""
+    """Log the sizes, the machine, the precision and what the user should know beforehand."""
+    rounds.log.info(f"{_summary(rounds)}\n{precision.sentence()}.")
+    record_facts(rounds, precision)
+    if rounds.settings.models.generator == SCRATCH:
+        rounds.log.info(
+            "Note: a generator from scratch has no knowledge of language. From a few thousand questions it learns "
+            "the form of answers, not to find them. For useful answers start from a pretrained one, such as "
+            "--generator distilgpt2."
+        )
+    if rounds.resumed_from:
+        rounds.log.info(f"{rounds.folder} holds this run, interrupted. Resuming from {rounds.resumed_from.name}.")
+    elif resuming:
+        rounds.log.info(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting again.")
+    if precision.note:
+        rounds.log.info(f"Note: {precision.note}")
+    if rounds.accelerator.device.type == "cpu" and precision.name == "no" and not rounds.resumed_from:
+        _log_expected_time(rounds)
+
+
+def _summary(rounds: Rounds) -> str:
+    """The data, the models and the machine of a run, in three lines."""
     settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
     sizes = [
         sum(p.numel() for p in model.parameters()) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)
     ]
     sharding = settings.training.generator_sharding
-    split = f", the generator's training split between them ({sharding})" if is_split(sharding) else ""
-    rounds.log.info(
-        f"CoZyRAG: {len(corpus.questions)} questions to train on, {len(corpus.eval_questions)} to examine with, {len(corpus.passages)} passages.\n"
-        f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters); "
-        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each; "
-        f"{settings.training.rounds} rounds into {settings.output.output_dir}.\n{precision.sentence()}."
+    split = f", the generator's training sharded ({sharding})" if is_split(sharding) else ""
+    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    return (
+        f"CoZyRAG: {len(corpus.questions)} training questions, {len(corpus.eval_questions)} validation questions, "
+        f"{len(corpus.passages)} passages.\n"
+        f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), "
+        f"retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters)\n"
+        f"{processes} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each; "
+        f"{settings.training.rounds} rounds into {settings.output.output_dir}."
     )
-    record_facts(rounds, precision)
-    if settings.models.generator == SCRATCH:
-        rounds.log.info(
-            "Note: a generator from scratch has never read a word. From a few thousand questions it learns what answers look like, not how to find "
-            "them; for answers worth reading start from a pretrained one, such as --generator distilgpt2."
-        )
-    if rounds.resumed_from:
-        rounds.log.info(f"{rounds.folder} holds this run, interrupted. Going on from {rounds.resumed_from.name}.")
-    elif resuming:
-        rounds.log.info(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting anew.")
-    if precision.note:
-        rounds.log.info(f"Note: {precision.note}")
-    if accelerator.device.type == "cpu" and precision.name == "no" and not rounds.resumed_from:
-        _log_expected_time(rounds)
 
 
 def _log_expected_time(rounds: Rounds) -> None:
-    """On a CPU without bf16: about how long the generator will take, where that is more than some minutes, and what is shorter."""
+    """On a CPU without bf16: about how long the generator takes, if that is more than some minutes, and what is
+    shorter."""
     settings, training = rounds.settings, rounds.settings.training
     generator = rounds.generator.model
     steps = generator_step_count(len(rounds.corpus.questions), training)
@@ -203,19 +220,19 @@ def _log_expected_time(rounds: Rounds) -> None:
     )
     if seconds < LONG:
         return
-    small = (
-        "--generator embedded (some 3 minutes, right in 3 answers of 10)"
-        if settings.data.questions == QUICKSTART
-        else "--max_questions"
-    )
+    small = "--max_questions"
+    if settings.data.questions == QUICKSTART:
+        small = "--generator embedded (about 3 minutes, 3 of 10 answers correct)"
+    expected = format_time(seconds / max(1, rounds.accelerator.num_processes))
     rounds.log.info(
-        f"Note: this takes about {format_time(seconds / max(1, rounds.accelerator.num_processes))} for the generator alone, in float32 at {rate:.0f} GFLOP/s. Shorter: {small} or "
+        f"Note: the generator alone takes about {expected}, in float32 at {rate:.0f} GFLOP/s. Shorter: {small} or "
         f"fewer --generator_steps ({steps} a round); `cozyrag plan` measures every part."
     )
 
 
-def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
-    """What of the held-out questions is known from training, into audit.json; with examined rows also the scores of each part."""
+def audit_overlap(rounds: Rounds, rows: list[dict] | None = None) -> None:
+    """Write what training reveals of the validation questions to audit.json, with evaluated rows also the scores by
+    part."""
     models = rounds.settings.models
     found = audit_corpus(rounds.corpus, retriever=models.retriever, generator=models.generator)
     rounds.leaks = [brief(found)]
@@ -224,13 +241,14 @@ def audit_leaks(rounds: Rounds, rows: list[dict] | None = None) -> None:
     else:
         found["parts"] = part_scores(found, rows)
         rounds.leaks.append(audit_table(found["parts"]))
-        rounds.log.info(f"By what was seen in training (audit.json):\n\n{audit_table(found['parts'])}\n")
+        rounds.log.info(f"Scores by overlap with the training data (audit.json):\n\n{audit_table(found['parts'])}\n")
     if rounds.accelerator.is_main_process:
         write_json(rounds.folder / "audit.json", found)
 
 
 def record_facts(rounds: Rounds, precision: Precision) -> None:
-    """A row of metrics.jsonl that says what the run works on and with; the cards tell it. A resumed run has it already."""
+    """Add the row of metrics.jsonl with the sizes and the machine, which the cards report. A resumed run has it
+    already."""
     if rounds.log.holds(kind="run"):
         return
     corpus, accelerator = rounds.corpus, rounds.accelerator
@@ -243,42 +261,45 @@ def record_facts(rounds: Rounds, precision: Precision) -> None:
 
 
 def self_test(rounds: Rounds) -> None:
-    """See on one batch that every active loss term moves what it should; says so in a line. Raises InputError if not.
+    """Check on one batch that every active loss term moves the right weights. Raises InputError otherwise.
 
-    A generator that is trained in parts, for want of room, is left out: its gradients would be whole here.
+    A sharded generator is left out, because its gradients would be whole here and might not fit.
     """
     started = time.perf_counter()
-    parts = is_split(rounds.settings.training.generator_sharding) and not rounds.generator.is_adapter
-    moving = ("retriever",) if parts else ("generator", "retriever")
+    sharded = is_split(rounds.settings.training.generator_sharding) and not rounds.generator.is_adapter
+    moving = ("retriever",) if sharded else ("generator", "retriever")
     findings = check_terms(rounds.generator, rounds.retriever, rounds.corpus, rounds.settings, moving=moving)
     seconds = round(time.perf_counter() - started, 2)
     rounds.log.record({"kind": "self-test", "seconds": seconds, "terms": [finding.row() for finding in findings]})
     refuse(gather_object([finding.fault for finding in findings]))  # a fault of one process stops them all
     rounds.log.info(one_line(findings, seconds))
-    if parts:
+    if sharded:
         rounds.log.info(
-            "self-test: without the terms of the generator, whose gradients would be whole in each process; where there is room, "
-            "`cozyrag doctor` with the same settings tests them."
+            "self-test: without the generator's terms, whose gradients would be whole in each process; on a machine "
+            "with enough memory, `cozyrag doctor` with the same settings tests them."
         )
 
 
 def finish(rounds: Rounds, started: float) -> None:
-    """Cards, the tables, three answers, what to try next; then the Hub if asked. Raises PushError if that fails."""
+    """Write the cards, log the tables, some answers and the next steps, and push if asked. Raises PushError if that
+    fails."""
     settings, folder, accelerator = rounds.settings, rounds.folder, rounds.accelerator
     rounds.log.info(f"\n{rounds.log.results()}\n\n{rounds.log.times()}\n")
     if accelerator.is_main_process:
         rows = FinishedRun.read(folder).evaluated[settings.training.rounds]
-        audit_leaks(rounds, rows)
+        audit_overlap(rounds, rows)
         rounds.write_cards()
-        rounds.log.info(f"Some of its answers:\n\n{examples(rows)}\n")
+        rounds.log.info(f"Some answers:\n\n{examples(rows)}\n")
+        minutes = (time.perf_counter() - started) / 60
         rounds.log.info(
-            f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
+            f"Done in {minutes:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
             f'  cozyrag ask {folder} "{rows[0]["question"]}"\n'
-            f"  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir my-rag"
+            "  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir "
+            "my-rag"
         )
     accelerator.end_training()
     if rounds.pusher is not None:
         rounds.log.info(f"Pushed to {rounds.pusher.finish(f'round-{settings.training.rounds}')}")
-    if accelerator.is_main_process:  # the report last: whatever happens to it, the run is whole and uploaded
+    if accelerator.is_main_process:  # the report comes last: if it fails, the run is complete and uploaded
         rounds.log.info(report_at_end(folder))
         mark_finished(folder, settings.training.rounds)

@@ -72,7 +72,8 @@ class LexicalIndex:
         return sum(array.nbytes for array in arrays)
 
     def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (n, k) float32, descending, and rows (n, k) int64 of the k best texts; equal scores in the order of the rows."""
+        """Scores (n, k) float32, descending, and rows (n, k) int64 of the k best texts; equal scores in the order of
+        the rows."""
         k = min(k, self._size)
         rows, scores = self._bm25.retrieve(self._words.of(questions, ids=True), k=k, show_progress=False)
         order = np.lexsort((rows, -scores), axis=-1)
@@ -128,14 +129,16 @@ class SentenceWords:
         return math.fsum(self.rarity[columns])
 
     def shared(self, words: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What these words are worth in each sentence of some passages, one passage after another, and (n_rows,) how many each has."""
+        """What these words are worth in each sentence of some passages, one passage after another, and (n_rows,) how
+        many each has."""
         asked = np.zeros(len(self._columns), dtype=np.float32)
         asked[[self._columns[word] for word in words if word in self._columns]] = 1.0
         places, counts = places_of(self._ends, rows)
         return _row_products(self._worth, places, asked), counts
 
     def overlaps(self, question: str, rows: Sequence[int]) -> list[np.ndarray]:
-        """For each of these passages (n_sentences,) float32: what the words are worth that each sentence shares with the question."""
+        """For each of these passages (n_sentences,) float32: what the words are worth that each sentence shares with
+        the question."""
         worth, counts = self.shared(self._words.of([question])[0], np.array(rows, dtype=np.int64))
         return np.split(worth, np.cumsum(counts)[:-1])
 

@@ -183,7 +183,8 @@ class ContextBuilder:
         return sorted(kept)
 
     def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
-        """The score of each sentence in standard deviations, less `RANK_COST` for each of the first ranks of its passage."""
+        """The score of each sentence in standard deviations, less `RANK_COST` for each of the first ranks of its
+        passage."""
         if not rows:
             return np.zeros(0)
         counts = [len(self._sentences[row][0]) for row in rows]
@@ -204,7 +205,8 @@ class ContextBuilder:
         return "\n".join(parts)
 
     def _read(self, rows: Sequence[int]) -> None:
-        """Split passages into sentences and count their tokens, all at once: a tokenizer takes longer to call than to count."""
+        """Split passages into sentences and count their tokens, all at once: a tokenizer takes longer to call than to
+        count."""
         new = [row for row in rows if row not in self._sentences]
         split = [split_sentences(self.passages.texts[row]) for row in new]
         texts = [f" {sentence}" for sentences in split for sentence in sentences]

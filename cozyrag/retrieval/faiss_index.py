@@ -23,7 +23,8 @@ COLUMN = "vectors"
 SENTENCE_VECTORS, SENTENCE_ENDS = "sentence_vectors", "sentence_ends"  # the other tensors beside it
 TRAINED_ON = 100_000  # vectors, evenly spread, that a quantised index learns its ranges from
 ADDED = 65_536  # vectors handed to FAISS at once
-# From how many numbers in a batch of questions on FAISS multiplies matrices. Newer versions wait for 128,000, 333 questions of 384
+# From how many numbers in a batch of questions on FAISS multiplies matrices. Newer versions wait for 128,000, 333
+# questions of 384
 # dimensions, and take ten times as long for 256 of them; older ones count questions, and their 20 is right.
 MULTIPLIED = 3 * 384
 STRETCH = 4096  # vectors read at once from the disk by "Mapped"
@@ -73,8 +74,8 @@ def choose_index(count: int, dimensions: int, memory: int | None, *, beside: int
             return kind
     least = min(sizes, key=sizes.__getitem__)
     raise InputError(
-        f"--index_memory: {count} vectors of {dimensions} dimensions need at least {sizes[least] / 1e6:,.2f} MB ({least}), "
-        f"found {memory / 1e6:,.2f} MB. Give more, or index fewer passages."
+        f"--index_memory: {count} vectors of {dimensions} dimensions need at least {sizes[least] / 1e6:,.2f} MB "
+        f"({least}), found {memory / 1e6:,.2f} MB. Give more, or index fewer passages."
     )
 
 
@@ -96,7 +97,8 @@ def stretches(vectors: np.ndarray, size: int = ADDED) -> Iterable[np.ndarray]:
 
 
 def build_faiss(vectors: np.ndarray, factory: str) -> faiss.Index:
-    """A FAISS index of vectors (n, dim), which may be memory-mapped; the same vectors give the same index. "Mapped": an empty one."""
+    """A FAISS index of vectors (n, dim), which may be memory-mapped; the same vectors give the same index. "Mapped":
+    an empty one."""
     if listed(factory):
         return Lists.of(vectors, factory).faiss()
     if faiss.cvar.distance_compute_blas_threshold > 20:
@@ -126,7 +128,8 @@ class Lists:
 
     @classmethod
     def of(cls, vectors: np.ndarray, factory: str) -> "Lists":
-        """Learn centroids and codebooks from some of the vectors (n, dim), then encode all of them, a stretch at a time."""
+        """Learn centroids and codebooks from some of the vectors (n, dim), then encode all of them, a stretch at a
+        time."""
         lists, parts = listed(factory)
         sample = _plain(vectors[evenly(vectors, max(lists * PER_LIST, 16_384))])
         means = faiss.Kmeans(
@@ -187,7 +190,8 @@ class Lists:
 
 
 def open_vectors(path: str | Path, name: str = COLUMN, *, mode: str = "r") -> np.ndarray:
-    """A tensor of a safetensors file, the vectors (n, dim) float32 unless named, memory-mapped: only what is touched is read."""
+    """A tensor of a safetensors file, the vectors (n, dim) float32 unless named, memory-mapped: only what is touched
+    is read."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         facts = json.loads(file.read(length))[name]
@@ -202,7 +206,8 @@ def open_vectors(path: str | Path, name: str = COLUMN, *, mode: str = "r") -> np
 
 @dataclass(frozen=True)
 class Tuned:
-    """How much an index with lists reads: `lists` of them for a question, and `factor` candidates for each passage wanted."""
+    """How much an index with lists reads: `lists` of them for a question, and `factor` candidates for each passage
+    wanted."""
 
     lists: int = 1
     factor: int = 1
@@ -212,7 +217,8 @@ class Tuned:
             raise ValueError(f"expected whole numbers from 1 on, found {vars(self)}")
 
     def candidates(self, k: int, count: int) -> int:
-        """How many candidates are scored by the vectors themselves. FAISS keeps any of those that tie for the last place, hence `SPARE`."""
+        """How many candidates are scored by the vectors themselves. FAISS keeps any of those that tie for the last
+        place, hence `SPARE`."""
         return min(count, max(k + SPARE, k * self.factor))
 
     def parameters(self) -> dict:
@@ -221,7 +227,8 @@ class Tuned:
 
 
 def rescored(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (n, k) and rows (n, k) of the best among candidates (n, c) by vectors that may be memory-mapped; -1: no candidate."""
+    """Scores (n, k) and rows (n, k) of the best among candidates (n, c) by vectors that may be memory-mapped; -1: no
+    candidate."""
     scores = np.empty(rows.shape, np.float32)
     for start in range(0, len(rows), 64):  # some at a time: candidates of a thousand questions are a gigabyte
         some = slice(start, start + 64)

@@ -157,7 +157,8 @@ class _Pool:
 
 
 def _fit(lists: Sequence[tuple[np.ndarray, np.ndarray]], start: np.ndarray) -> Weights:
-    """Weights that minimise the mean of -log softmax of the relevant rows; each list: (n,) which is relevant, (n, 3) points."""
+    """Weights that minimise the mean of -log softmax of the relevant rows; each list: (n,) which is relevant, (n, 3)
+    points."""
     if not lists:
         return Weights(*start[1:])
     unit = SHARPNESS * np.maximum(start, 1e-3)

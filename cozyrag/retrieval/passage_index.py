@@ -54,7 +54,8 @@ NEEDED = tuple(
 
 
 def passage_text(title: str, text: str) -> str:
-    """What the retriever reads of a passage: its title, which often names what the text only calls "it", then the text."""
+    """What the retriever reads of a passage: its title, which often names what the text only calls "it", then the
+    text."""
     return f"{title.replace('_', ' ')}\n{text}" if title else text
 
 
@@ -323,13 +324,15 @@ class PassageIndex:
         for name, size in facts.get("bytes", {}).items():
             if (folder / name).exists() and (folder / name).stat().st_size != size:
                 raise InputError(
-                    f"Expected {size} bytes in {folder / name}, found {(folder / name).stat().st_size}: the file was cut short or replaced. {_COPY_AGAIN}"
+                    f"Expected {size} bytes in {folder / name}, found {(folder / name).stat().st_size}: the file was "
+                    f"cut short or replaced. {_COPY_AGAIN}"
                 )
         found = facts["retriever_fingerprint"]
         if found != fingerprint:
             raise InputError(
-                f"The index in {folder} was made by retriever {found}, but the retriever in use is {fingerprint}: their vectors do not "
-                "compare. Use the retriever that was saved with the index, or index the passages again."
+                f"The index in {folder} was made by retriever {found}, but the retriever in use is {fingerprint}: "
+                "their vectors do not compare. Use the retriever that was saved with the index, or index the "
+                "passages again."
             )
         factory, mapped = _factory(folder), _factory(folder) != "Flat"
         try:
@@ -340,23 +343,27 @@ class PassageIndex:
             tuned = Tuned(**facts["search"]) if lists else None
         except (SafetensorError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:  # fmt: skip
             raise InputError(
-                f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). {_COPY_AGAIN}"
+                f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+                f"{_COPY_AGAIN}"
             ) from error
         if len(table) != len(tensors[COLUMN]):
             raise InputError(
-                f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(tensors[COLUMN])}: the files are not of "
-                "one index, and passages would be found under the vectors of others. Copy the whole folder again, or run train.py again."
+                f"Expected one vector for each of the {len(table)} passages in {folder}, found "
+                f"{len(tensors[COLUMN])}: the files are not of one index, and passages would be found under the "
+                "vectors of others. Copy the whole folder again, or run train.py again."
             )
         if expected is not None and Passages.of(table) != expected:
             raise InputError(
-                f"Expected the index in {folder} to be of the {len(expected.ids)} passages that are searched, found {len(table)} passages that are not "
-                "the same. Run `cozyrag index` again with that passage file: only what has changed is encoded."
+                f"Expected the index in {folder} to be of the {len(expected.ids)} passages that are searched, found "
+                f"{len(table)} passages that are not the same. Run `cozyrag index` again with that passage file: only "
+                "what has changed is encoded."
             )
         kept = SENTENCE_VECTORS in tensors and keeps_sentences(folder)
         if SENTENCE_VECTORS in tensors and not kept:
             warnings.warn(
-                f"The vectors of sentences in {folder} are of another version of cozyrag, which told sentences apart differently. They are not used: "
-                "whole passages are compared, and less is found. Make the index again with `cozyrag index`.",
+                f"The vectors of sentences in {folder} are of another version of cozyrag, which told sentences apart "
+                "differently. They are not used: whole passages are compared, and less is found. Make the index "
+                "again with `cozyrag index`.",
                 stacklevel=2,
             )
         sentences = SentenceVectors(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS]) if kept else None
@@ -369,7 +376,8 @@ def _factory(folder: Path) -> str:
     factory = facts.get("factory", "Flat")
     if not is_known(factory):
         raise InputError(
-            f"{folder / 'index.json'}: expected a FAISS index such as Flat, SQ8, IVF1024,PQ96x4fs or Mapped, found {factory!r}. Update cozyrag, or make the index again."
+            f"{folder / 'index.json'}: expected a FAISS index such as Flat, SQ8, IVF1024,PQ96x4fs or Mapped, found "
+            f"{factory!r}. Update cozyrag, or make the index again."
         )
     return factory
 

@@ -119,8 +119,9 @@ def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bo
         found.append((stored_hashes(folder / "passages.parquet"), folder / "vectors.safetensors"))
         if len(found[0][0]) != len(open_vectors(found[0][1])):
             raise InputError(
-                f"Expected one vector for each of the {len(found[0][0])} passages in {folder}, found {len(open_vectors(found[0][1]))}: its files "
-                "are not of one index. Delete that folder to make the index from the beginning."
+                f"Expected one vector for each of the {len(found[0][0])} passages in {folder}, found "
+                f"{len(open_vectors(found[0][1]))}: its files are not of one index. Delete that folder to make the "
+                "index from the beginning."
             )
     for path in sorted(shards.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
@@ -184,7 +185,8 @@ def _read(file: pq.ParquetFile, rows: np.ndarray) -> Passages:
 
 
 def write_vectors(path: Path, hashes: np.ndarray, known: Known) -> np.ndarray:
-    """Write a vectors.safetensors (see `open_vectors`) from known vectors, a stretch at a time; returns those of passages mapped."""
+    """Write a vectors.safetensors (see `open_vectors`) from known vectors, a stretch at a time; returns those of
+    passages mapped."""
     dimensions = known.arrays[0].shape[1]
     ends = known.sentence_ends(hashes) if known.sentences else None
     wanted = {COLUMN: ("F32", (len(hashes), dimensions))}

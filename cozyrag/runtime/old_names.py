@@ -13,6 +13,9 @@ SETTINGS = {
     "resume_anyway": "allow_changed_settings",
     "max_bad_steps": "max_skipped_steps",
 }
+# Settings that named one column each; now all are in --columns.
+COLUMNS = {f"{name}_column": name for name in ("question", "answer", "context", "title", "text", "id", "passage_id")}
+DEFAULT_COLUMNS = {*(f"{name}={name}" for name in COLUMNS.values()), "answer=answers"}
 VALUES = {"context_filter": {"both": "hybrid", "vectors": "dense", "overlap": "sparse"}}
 PHASES = {"examine": "evaluation"}
 _KINDS = {"examined": "evaluation", "gate": "rollback", "bad step": "skipped step"}
@@ -31,7 +34,10 @@ _PROGRESS = {"bad_steps": "skipped_steps", "pieces": "micro_batches"}
 
 def current_settings(settings: dict) -> dict:
     """Flat settings under the names and values of this version."""
-    renamed = {SETTINGS.get(name, name): value for name, value in settings.items()}
+    renamed = {SETTINGS.get(name, name): value for name, value in settings.items() if name not in COLUMNS}
+    columns = [f"{COLUMNS[name]}={value}" for name, value in settings.items() if name in COLUMNS]
+    if columns:
+        renamed["columns"] = [each for each in columns if each not in DEFAULT_COLUMNS]
     return {name: current_value(name, value) for name, value in renamed.items()}
 
 

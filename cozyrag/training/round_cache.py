@@ -1,7 +1,7 @@
-"""What a round works out once and keeps on disk: its contexts tables, the generator's answers and its likelihoods.
+"""Tables that a round computes once and keeps on disk: contexts, the generator's answers and its likelihoods.
 
-A resumed run reads them again. Left out: searching (run_retrieval.py), answering (evaluation.py), the likelihoods themselves
-(lm_feedback.py), and the models and their checkpoints (checkpointing.py).
+A resumed run reads them again. Left out: searching (run_retrieval.py), answering (evaluation.py), the likelihoods
+themselves (lm_feedback.py), and the models and their checkpoints (checkpointing.py).
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from cozyrag.training.lm_feedback import answer_likelihoods
 from cozyrag.training.run_log import RunLog
 from cozyrag.training.run_retrieval import Retrieval
 
-PROBE_QUESTIONS = 50  # training questions that show how far the retriever has moved since the index was made
+PROBE_QUESTIONS = 50  # training questions that measure the drift of the retriever since the index was made
 
 
 class Caches:
     """The tables of a run under OUTPUT/contexts and OUTPUT/feedback.
 
     Args:
-        at_start: gives the search as it was when the round began. A table that was lost while the retriever trained is made
-            again with that one, so that it is what it was.
+        at_start: gives retrieval as of the start of the round. A table that was lost during the retriever phase is made
+            again with it, so that it is the same.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Caches:
         self.refresh = RefreshPolicy(training.index_refresh, training.refresh_steps, training.refresh_overlap)
 
     def training_contexts(self) -> Dataset:
-        """The contexts table of this round: made when the round begins, read again from disk afterwards."""
+        """The contexts table of this round, made when the round begins and read from disk afterwards."""
         path = self._contexts_path()
         if not self._whole(path):
             noise = self.settings.training.context_noise
@@ -72,7 +72,7 @@ class Caches:
         return contexts
 
     def refreshed(self, done: int, total: int, *, resumed: bool) -> Dataset | None:
-        """New contexts of the training questions where a refresh of the index is due within the phase, else None.
+        """New contexts of the training questions if a refresh of the index is due, else None.
 
         They are kept on disk; a resumed phase begins with the ones it had.
         """
@@ -80,24 +80,20 @@ class Caches:
         if self.refresh.due(done=done, total=total, overlap=lambda: self._probe_overlap(self._tables_before(here)[-1])):
             row = {"kind": "refresh", "round": self.log.round, "step": done}
             if not (self.log.holds(**row) and self._whole(here)):
-                self._keep(
-                    self.retrieval.contexts(self.corpus.questions, f"round {self.log.round}: refreshing"), here
-                )
+                self._keep(self.retrieval.contexts(self.corpus.questions, f"round {self.log.round}: refreshing"), here)
                 self.log.record(row)
-                self.log.info(
-                    f"round {self.log.round} retriever step {done}: index made anew, negatives mined again."
-                )
+                self.log.info(f"round {self.log.round} retriever step {done}: index made again, negatives mined again.")
             return Dataset.load_from_disk(str(here), keep_in_memory=True)
         return self._earlier(here) if resumed else None
 
     def _earlier(self, here: Path) -> Dataset | None:
-        """The refreshed table that a resumed phase stands on, if there was one; a damaged one cannot be made as it was."""
+        """The last refreshed table before this step of a resumed phase. A damaged one cannot be restored exactly."""
         refreshed = self._tables_before(here)[1:]
         if not refreshed:
             return None
         if not self._whole(refreshed[-1]):
             self.log.info(
-                "Its negatives are mined with the retriever as it is now, so the end will not be the same to the last bit."
+                "Its negatives are mined with the current retriever, so the result will not be bit-identical."
             )
             self._keep(
                 self.retrieval.contexts(self.corpus.questions, f"round {self.log.round}: mining again"),
@@ -106,12 +102,12 @@ class Caches:
         return Dataset.load_from_disk(str(refreshed[-1]), keep_in_memory=True)
 
     def _tables_before(self, path: Path) -> list[Path]:
-        """The contexts tables of this round that were made before that one, oldest first."""
+        """The contexts tables of this round that are older than that one, oldest first."""
         made = sorted(path.parent.glob(f"{self._contexts_path().name}*"))
         return [each for each in made if each.name < path.name and not each.name.endswith(PARTIAL)]
 
     def _probe_overlap(self, table: Path) -> float:
-        """How many of the best passages of the probe questions, among those that were best for any of them, still are."""
+        """Share of the probe questions' best passages that the current retriever still ranks best among them."""
         columns = Dataset.load_from_disk(str(table)).select_columns(["question", "rows"])[:PROBE_QUESTIONS]
         before = np.array([rows[:TOP] for rows in columns["rows"]])
         pool = np.unique(before)
@@ -123,13 +119,13 @@ class Caches:
         return float(broadcast_object_list([mean_overlap(before, now)])[0])
 
     def answers(self, generator: Generator, decoding: Decoding, *, may_be_empty: bool) -> "Answers":
-        """What this generator, with the weights it has now, has written with this decoding."""
+        """The kept answers of this generator with its current weights and this decoding."""
         facts = (weights_fingerprint(generator.model), decoding, generator.layout, generator.precision, may_be_empty)
         name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         return Answers(self.accelerator, self.folder / "answers" / f"{name}.json")
 
     def likelihoods(self, generator: Generator, contexts: Dataset) -> np.ndarray | None:
-        """What the frozen generator makes of the best passages of each question; None where no step will ask for it."""
+        """Likelihoods of each answer given each of the best passages; None if no step will use them."""
         if self.settings.training.retriever_steps == 0:
             return None
         search = self.at_start()
@@ -158,7 +154,7 @@ class Caches:
         return self.folder / "contexts" / name
 
     def _keep(self, contexts: Dataset, path: Path) -> None:
-        """Write a table so that one under its name is whole, and tells when it no longer is. Raises InputError: disk full."""
+        """Write a table atomically and with a checksum. Raises InputError if the disk is full."""
 
         def write() -> None:
             with replacing(path, needed=int(contexts.data.nbytes)) as partial:
@@ -167,10 +163,10 @@ class Caches:
         main_decides(self.accelerator, write)
 
     def _whole(self, path: Path) -> bool:
-        """Whether that table is there and what was written; says so if it is there and damaged."""
+        """Whether that table is there and undamaged; logs damage."""
         fault = main_decides(self.accelerator, lambda: damage(path) if path.exists() else "")
         if fault:
-            self.log.info(f"The kept table {path.name} is damaged ({fault}); it is made anew.")
+            self.log.info(f"The kept table {path.name} is damaged ({fault}); it is made again.")
         return fault is None
 
     def _report_positives(self, contexts: Dataset) -> None:
@@ -184,18 +180,19 @@ class Caches:
         }
         self.log.record({"kind": "contexts", "round": self.log.round} | facts)
         self.log.info(
-            f"round {self.log.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold passage; the answer is in the context "
-            f"of {facts['answer_in_context']}; {facts['without_positive']} without a positive passage teach the generator only"
-            + (f"; {facts['without_answer']} without an answer teach neither" if facts["without_answer"] else "")
+            f"round {self.log.round}: {facts['questions']} questions, {facts['gold_known']} with a known gold "
+            f"passage; the answer is in the context of {facts['answer_in_context']}; {facts['without_positive']} "
+            "without a positive passage train the generator only"
+            + (f"; {facts['without_answer']} without an answer train neither" if facts["without_answer"] else "")
             + "."
         )
 
 
 class Answers(dict):
-    """What a generator with certain weights and a certain decoding has written, by the key of the prompt, kept in a file.
+    """Answers of a generator with certain weights and a certain decoding, by the key of the prompt, kept in a file.
 
-    The same weights and the same prompt give the same answer, so it is asked once: the rollback's look at a phase, the
-    evaluation after it, and a round whose generator was rolled back share their answers. A resumed run finds them again, to the bit.
+    The same weights and prompt give the same answer, so it is generated once: the rollback check, the evaluation after
+    it and a round whose generator was rolled back share their answers. A resumed run finds them again, bit-identical.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path):
@@ -206,7 +203,7 @@ class Answers(dict):
         self.kept = len(self)
 
     def _read(self) -> dict[str, list]:
-        """What is kept; a file that is damaged counts as none, and its questions are asked again."""
+        """The kept answers. A damaged file counts as empty, and its questions are answered again."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -214,7 +211,7 @@ class Answers(dict):
         return found if isinstance(found, dict) else {}
 
     def keep(self) -> None:
-        """Write down what was added. Raises InputError: the disk is full."""
+        """Write new answers to the file. Raises InputError if the disk is full."""
         if len(self) == self.kept:
             return
         rows = {key: list(asdict(each).values()) for key, each in self.items()}

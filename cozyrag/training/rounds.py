@@ -1,8 +1,8 @@
-"""The relay: retrieve, teach the generator, teach the retriever, index again, examine, save - round after round.
+"""The rounds of a run: retrieve, train the generator, train the retriever, index again, evaluate, save.
 
-A run is a walk over (round, phase); each phase ends by writing down what comes next, so an interrupted run goes on
-there. Left out: how a phase trains (generator_phase.py, retriever_phase.py), what a checkpoint holds (checkpointing.py), reading
-files (corpus.py), the log (run_log.py).
+A run is a walk over (round, phase). Each phase ends with a checkpoint that names the next one, so an interrupted run
+resumes there. Left out: how a phase trains (generator_phase.py, retriever_phase.py), what a checkpoint holds
+(checkpointing.py), reading files (corpus.py), the log (run_log.py).
 """
 
 from dataclasses import asdict
@@ -40,7 +40,7 @@ from cozyrag.training.tracking import log_numbers
 
 
 class Rounds:
-    """One run over a corpus: the two models, the tables, and how far it is."""
+    """One run over a corpus: the two models, the tables, and the progress."""
 
     def __init__(
         self,
@@ -56,21 +56,15 @@ class Rounds:
         interrupts: Interrupts,
         pusher: BackgroundPush | None = None,
     ):
-        self.accelerator = accelerator
-        self.settings = settings
-        self.corpus = corpus
-        self.generator = generator
-        self.retriever = retriever
-        self.checkpoints = checkpoints
-        self.progress = progress
-        self.resumed_from = resumed_from
-        self.pusher = pusher
-        self.leaks: list[str] = []  # paragraphs of the leak audit, for the cards
-        self.interrupts = interrupts
+        self.accelerator, self.settings, self.corpus = accelerator, settings, corpus
+        self.generator, self.retriever = generator, retriever
+        self.checkpoints, self.progress, self.resumed_from = checkpoints, progress, resumed_from
+        self.interrupts, self.pusher = interrupts, pusher
         self.folder = Path(settings.output.output_dir)
-        self.held_out: Dataset | None = None  # contexts of the held-out questions, as of the last examination
+        self.leaks: list[str] = []  # paragraphs of the overlap audit, for the cards
+        self.held_out: Dataset | None = None  # contexts of the validation questions at the last evaluation
         self.evaluated: list[dict] | None = None  # and its rows
-        self.threshold: float | None = None  # of the probability of writing nothing; None: always answer
+        self.threshold: float | None = None  # probability of an empty answer above which the pair abstains
         self.log = RunLog(accelerator, self.folder, progress.metrics, steps=progress.steps_so_far, spent=progress.spent)
         self.log.round = progress.round
         self.retrieval = self._search(retriever)
@@ -79,20 +73,20 @@ class Rounds:
         )
 
     def run(self) -> None:
-        """All that is left to do, from where the progress says to the last examination."""
+        """Run the remaining phases up to the last evaluation."""
         self._choose_cuts()
-        acts = {
+        phases = {
             "generator": self.run_generator_phase,
             "retriever": self.run_retriever_phase,
             "evaluation": self.evaluate,
         }
         while self.progress.round <= self.settings.training.rounds:
-            acts[self.progress.phase]()
+            phases[self.progress.phase]()
 
     def _choose_cuts(self) -> None:
-        """Choose the tokens of micro-batches for both phases once, before the first checkpoint, and say so.
+        """Choose the micro-batch sizes of both phases once, before the first checkpoint, and log them.
 
-        A resumed run keeps what it began with: what is free when it goes on must not change its rounding.
+        A resumed run keeps them: the memory that is free then must not change its rounding.
         """
         training, context_tokens = self.settings.training, self.settings.contexts.context_tokens
         if not training.rounds or training.gradient_accumulation_steps is not None:
@@ -120,7 +114,8 @@ class Rounds:
         )
 
     def _search_at_start(self) -> Retrieval:
-        """The search as it was when the round began: a retriever that a resumed phase has moved is read from the saved pair."""
+        """Retrieval as of the start of the round. In a resumed retriever phase, its retriever comes from the saved
+        pair."""
         if not (self.progress.phase == "retriever" and self.progress.step):
             return self.retrieval
         reads = self.settings.contexts.passage_tokens
@@ -143,10 +138,10 @@ class Rounds:
             unit=unit,
         )
 
-    # ---- the acts ----
+    # ---- phases ----
 
     def run_generator_phase(self) -> None:
-        """Generator phase: the retriever is frozen, its contexts are made once."""
+        """Train the generator. The retriever is frozen, and its contexts are made once."""
         contexts = self.caches.training_contexts()
         with self.interrupts.held(), self.log.timed("generator phase", self.progress.round):
             steps = train_generator(
@@ -158,12 +153,12 @@ class Rounds:
                 round_number=self.progress.round,
                 callback=self._callback("QA pairs/s"),
             )
-        if steps and self.settings.training.rollback == "on":  # one that took no step is what it was
+        if steps and self.settings.training.rollback == "on":
             self._keep_or_roll_back_generator()
         self._advance(self.progress.following(self.progress.round, "retriever"))
 
     def run_retriever_phase(self) -> None:
-        """Retriever phase: the generator is frozen, positives and hard negatives come from the contexts table."""
+        """Train the retriever. The generator is frozen; positives and hard negatives come from the contexts table."""
         contexts = self.caches.training_contexts()
         likelihoods = (
             self.caches.likelihoods(self.generator, contexts) if self.settings.training.feedback_weight else None
@@ -184,17 +179,17 @@ class Rounds:
         self._advance(self.progress.following(self.progress.round, "evaluation"))
 
     def _refreshed(self, done: int, total: int) -> Dataset | None:
-        """New contexts where a refresh is due within the retriever phase; a resumed phase begins with the ones it had."""
+        """New contexts if a refresh of the index is due; a resumed phase begins with the ones it had."""
         resumed, self.resumed_from = self.resumed_from is not None, None
         return self.caches.refreshed(done, total, resumed=resumed)
 
     def evaluate(self) -> None:
-        """Index again, let the pair answer the held-out questions, and save it."""
+        """Index again, answer the validation questions, and save the pair."""
         round_number = self.progress.round
         contexts = self._held_out_contexts()
         if round_number and self.settings.training.rollback == "on":
             contexts = self._keep_or_roll_back_retriever(contexts)
-        summary, rows = self._evaluate(contexts, f"round {round_number}: examining")
+        summary, rows = self._evaluate(contexts, f"round {round_number}: evaluating")
         self.held_out, self.evaluated = contexts, rows
         self.log.record({"kind": "evaluation", "round": round_number} | summary)
         log_numbers(self.accelerator, summary, step=self.log.steps, prefix="evaluation")
@@ -202,21 +197,21 @@ class Rounds:
             write_jsonl(self._evaluation_path(round_number), rows)
         main_decides(self.accelerator, self._save_pair)
         self._push_round(round_number)
-        if round_number < self.settings.training.rounds:  # the last table comes with the times, at the end
+        if round_number < self.settings.training.rounds:  # the last table is logged with the times
             self.log.info(f"\n{self.log.results()}\n")
         self._advance(self.progress.following(round_number + 1, "generator"))
 
-    # ---- do no harm ----
+    # ---- rollback ----
 
     def _keep_or_roll_back_generator(self) -> None:
-        """Take the generator back if it answers worse than before the phase, from the same contexts."""
+        """Roll the generator back if it answers worse than before the phase, given the same contexts."""
         contexts = self.held_out or self._held_out_contexts()
-        _, rows = self._evaluate(contexts, f"round {self.progress.round}: has the generator gained?")
+        _, rows = self._evaluate(contexts, f"round {self.progress.round}: evaluating the generator")
         if not self._improved("generator", "f1", [row["f1"] for row in rows]):
             self.generator.restore(self.folder / "generator")
 
     def _keep_or_roll_back_retriever(self, contexts: Dataset) -> Dataset:
-        """Take the retriever back if it finds less than before the phase; gives the contexts of the one that stays."""
+        """Roll the retriever back if it finds less than before the phase; returns the contexts of the one kept."""
         columns = contexts.select_columns(["rows", "positive"])[:]
         found = [
             float(positive in rows[:5]) for rows, positive in zip(columns["rows"], columns["positive"], strict=True)
@@ -228,17 +223,17 @@ class Rounds:
         return self._held_out_contexts()
 
     def _improved(self, model: str, metric: str, after: list[float]) -> bool:
-        """Whether the model stays; the reason goes to the screen and to metrics.jsonl."""
+        """Whether the model is kept; the reason is logged and recorded."""
         before = [row[metric] for row in self._last_evaluation()]
-        verdict = decide(np.array(before), np.array(after))
+        decision = decide(np.array(before), np.array(after))
         self.log.record(
-            {"kind": "rollback", "round": self.progress.round, "model": model, "metric": metric} | asdict(verdict)
+            {"kind": "rollback", "round": self.progress.round, "model": model, "metric": metric} | asdict(decision)
         )
-        self.log.info(f"round {self.progress.round}: {verdict.sentence(model, metric)}")
-        return verdict.kept
+        self.log.info(f"round {self.progress.round}: {decision.sentence(model, metric)}")
+        return decision.kept
 
     def _last_evaluation(self) -> list[dict]:
-        """Rows of the last examination; a resumed run reads them again."""
+        """Rows of the last evaluation; a resumed run reads them from disk."""
         if self.evaluated is None:
             self.evaluated = read_evaluation(evaluation_files(self.folder)[self.progress.round - 1])
         return self.evaluated
@@ -246,11 +241,11 @@ class Rounds:
     def _evaluation_path(self, round_number: int) -> Path:
         return self.folder / EVALUATIONS / f"round-{round_number:03d}.jsonl"
 
-    # ---- what the acts stand on ----
+    # ---- evaluation and saving ----
 
     def _held_out_contexts(self) -> Dataset:
         return self.retrieval.contexts(
-            self.corpus.eval_questions, f"round {self.progress.round}: retrieving for held-out questions"
+            self.corpus.eval_questions, f"round {self.progress.round}: retrieving for validation questions"
         )
 
     def _evaluate(self, contexts: Dataset, desc: str) -> tuple[dict, list[dict]]:
@@ -278,15 +273,15 @@ class Rounds:
         return evaluated
 
     def _choose_threshold(self, contexts: Dataset) -> float:
-        """Above which probability of writing nothing the pair shall keep silent, by F1 on the held-out questions.
+        """The probability of an empty answer above which abstaining pays, by F1 on the validation questions.
 
-        They count as found, and again with contexts that were robbed of the answer, these in the share of --context_noise.
+        Each question counts with its context, and again with an answerless context, weighted by --context_noise.
         """
         noise = self.settings.training.context_noise
-        answerless = self.retrieval.contexts(self.corpus.eval_questions, "the same without their answers", noise=1.0)
+        answerless = self.retrieval.contexts(self.corpus.eval_questions, "answerless contexts", noise=1.0)
         nothing, gain, answerable = [], [], []
         for table in (contexts, answerless):
-            rows = self._answer(table, 1.0, f"round {self.progress.round}: how sure is sure enough?")[1]
+            rows = self._answer(table, 1.0, f"round {self.progress.round}: choosing the threshold")[1]
             nothing.append([row["silence"] for row in rows])
             gain.append([row["f1"] if table is contexts else 0.0 for row in rows])
             answerable.append([bool(row["answers"]) and table is contexts for row in rows])
@@ -299,7 +294,7 @@ class Rounds:
         return threshold
 
     def _save_pair(self) -> None:
-        """The four things a run leaves: generator/, retriever/, index/ and the file that ties them, old or new but never mixed."""
+        """Replace generator/, retriever/, index/ and cozyrag.json at once, so that they are never mixed."""
         before = sum(folder_bytes(self.folder / name) for name in ("generator", "retriever", "index"))
         with replacing(self.folder / NEXT, needed=before) as coming:
             self.generator.save(coming / "generator")
@@ -325,7 +320,7 @@ class Rounds:
         )
 
     def write_cards(self) -> None:
-        """README.md of the three pieces, from what the log holds by now."""
+        """Write the README.md of both models and of the index from the log."""
         write_cards(
             self.folder,
             settings=self.settings.to_dict(),
@@ -336,12 +331,12 @@ class Rounds:
         )
 
     def _push_round(self, number: int) -> None:
-        """Send a round's pair on its way; that of the last round goes when the run ends, with its final cards."""
+        """Push the pair of this round; that of the last round is pushed at the end, with its final cards."""
         if self.pusher is not None and self.pusher.every_round and 0 < number < self.settings.training.rounds:
             self.write_cards()
             self.pusher.push(f"round-{number}")
 
-    # ---- keeping the log ----
+    # ---- progress ----
 
     def _advance(self, progress: Progress) -> None:
         self._check_processes_agree()
@@ -353,7 +348,7 @@ class Rounds:
             self.checkpoints.save(progress, self.generator, self.retriever)
 
     def _check_processes_agree(self) -> None:
-        """Stop when the processes hold different weights: a mistake that otherwise shows in nothing but bad results."""
+        """Stop if the processes hold different weights, which would otherwise show only in bad results."""
         if self.accelerator.num_processes == 1:
             return
         found = gather_object([[weights_fingerprint(model) for model in (self.generator.model, self.retriever.model)]])
@@ -362,5 +357,6 @@ class Rounds:
         )
         if any(pair != found[0] for pair in found):
             raise RuntimeError(
-                f"the processes ended the {self.progress.phase} phase with different weights: {found}; nothing more is saved"
+                f"the processes ended the {self.progress.phase} phase with different weights: {found}; nothing more "
+                "is saved"
             )

@@ -1,6 +1,7 @@
 """Retrieval in a run: the index of the current retriever, the searches over it, and contexts tables made with them.
 
-Left out: which tables are made when and kept on disk (round_cache.py), and the searches themselves (passage_index.py, hybrid.py).
+Left out: which tables are made when and kept on disk (round_cache.py), and the searches themselves (passage_index.py,
+hybrid.py).
 """
 
 import hashlib
@@ -39,7 +40,7 @@ RETRIEVE_TOGETHER = 256  # questions of one search
 
 
 def fusion_questions(questions: Dataset, settings: Settings) -> Dataset:
-    """The training questions on which fusion weights are fitted: a tenth of them, from which the retriever does not learn.
+    """The training questions for fitting the fusion weights: a tenth of them, from which the retriever does not learn.
 
     On questions that the retriever has learned from, its vectors look better than on new ones and would weigh too much.
     """
@@ -87,8 +88,7 @@ def context_filter(settings: Settings, retriever: Retriever) -> str:
 class Snapshot:
     """Retrieval with one state of the retriever: nothing in it changes after it is made.
 
-    fingerprint: of all weights of the retriever, those that encode questions included; `index.fingerprint` is of those that
-    encode passages.
+    fingerprint: of all weights of the retriever; `index.fingerprint` is of those that encode passages.
     """
 
     fingerprint: str
@@ -204,8 +204,8 @@ class Retrieval:
         ]
         if not known:
             self.log.info(
-                "No gold passage is known for the questions kept for fitting, so dense and sparse scores are fused with "
-                "the default weights."
+                "No gold passage is known for the questions kept for fitting, so dense and sparse scores are fused "
+                "with the default weights."
             )
             return searcher
         questions, rows = (list(column) for column in zip(*known, strict=True))

@@ -1,6 +1,6 @@
-"""What every run and several commands start with: the Accelerator and its precision, the tables, and the two models.
+"""Set-up of runs and commands: the Accelerator and its precision, the tables, and the two models.
 
-No other module makes an Accelerator. Left out: what is then done with them (run.py, the commands).
+No other module makes an Accelerator. Left out: what happens with them (run.py, the commands).
 """
 
 import contextlib
@@ -18,8 +18,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 
 from cozyrag.config import Settings
-from cozyrag.config_checks import EMBEDDED, QUICKSTART, SCRATCH
+from cozyrag.config_checks import EMBEDDED, QUICKSTART, SCRATCH, column_names
 from cozyrag.data.corpus import Corpus, load_corpus
+from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding
 from cozyrag.models.generator import Generator
@@ -39,28 +40,29 @@ LOST = (
     "NCCL communicator was aborted",
     "Timed out waiting",
 )
-SPLITTING = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}  # every model of a run
-PATIENCE = timedelta(minutes=30)  # for a process that others wait for: more than the longest act that one does alone
+# These would shard every model of a run.
+SPLITTING = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+PATIENCE = timedelta(minutes=30)  # longer than the longest step that one process does alone
 
 
 @contextlib.contextmanager
 def peers_lost() -> Iterator[None]:
-    """A process that has lost another one says so, instead of a stack of the library that noticed."""
+    """Turn the traceback of a lost connection into an InputError that names the cause."""
     try:
         yield
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
         raise InputError(
-            f"Another process of this run has ended or cannot be reached ({' '.join(str(error).split())[:200]}); its own message says why. Give the same "
-            "command again: it goes on from the last checkpoint."
+            f"Another process of this run has ended or cannot be reached ({' '.join(str(error).split())[:200]}); see "
+            "its own message. Give the same command again: it resumes from the last checkpoint."
         ) from error
 
 
 def training_accelerator(settings: Settings, kept: Precision | None = None) -> tuple[Accelerator, Precision]:
-    """The Accelerator of a run, and the precision of its training, which then stands in the settings.
+    """The Accelerator of a run, and the precision of its training, which is written into the settings.
 
-    kept: what an interrupted run began with. Raises InputError as make_accelerator does.
+    kept: the precision that an interrupted run began with. Raises InputError as make_accelerator does.
     """
     state = _start_processes(settings)
     precision = _agree_on_precision(state.device.type, settings.training.mixed_precision, kept)
@@ -73,24 +75,24 @@ def training_accelerator(settings: Settings, kept: Precision | None = None) -> t
 
 
 def _agree_on_precision(device: str, asked: str | None, kept: Precision | None) -> Precision:
-    """One precision for all processes. Raises InputError on each of them if one of them refuses."""
+    """One precision for all processes. Raises InputError on all of them if one refuses."""
     choice, fault = None, None
     with peers_lost():
-        kept = broadcast_object_list([kept])[0]  # the main process has the folder
+        kept = broadcast_object_list([kept])[0]  # only the main process has read the folder
         try:
             choice = choose(device, asked, kept)
         except InputError as error:
             fault = str(error)
-        told = gather_object([(choice, fault)])
-    refuse(fault for _, fault in told)
-    return agreed([choice for choice, _ in told])
+        answers = gather_object([(choice, fault)])
+    refuse(fault for _, fault in answers)
+    return agreed([choice for choice, _ in answers])
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    """The Accelerator of what trains nothing: CPU where there is no GPU, the trackers asked for, and threads that use the machine.
+    """The Accelerator of a command that does not train.
 
     Raises:
-        InputError: several processes were asked for but would not work together, or the precision cannot be had here.
+        InputError: several processes were started but would not work together, or the precision is not available.
     """
     state = _start_processes(settings)
     check_asked(settings.training.mixed_precision, state.device.type, emulated=True)
@@ -98,17 +100,18 @@ def make_accelerator(settings: Settings) -> Accelerator:
 
 
 def _start_processes(settings: Settings) -> PartialState:
-    """The processes of this launch, which can talk to each other from here on, and the threads of each.
+    """Connect the processes of this launch and set their threads.
 
-    An Accelerator takes the state over as it finds it, so that they can agree on its precision before it is made.
+    The Accelerator takes this state over, so the processes can agree on its precision before it is made.
     """
     training = settings.training
-    os.environ.pop(LAUNCHED, None)  # the settings have it: Accelerate itself would split the retriever, too
+    os.environ.pop(LAUNCHED, None)  # it is in the settings; Accelerate itself would shard the retriever too
     cpu = training.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if "MASTER_PORT" in os.environ and "RANK" not in os.environ:
         raise InputError(
-            "Expected several processes, but accelerate launch started one without a rank (it does so for `--cpu --num_processes N` and for "
-            "MULTI_CPU): it would train alone. Use `accelerate launch --config_file accelerate_configs/cpu_ddp.yaml train.py`."
+            "Expected several processes, but accelerate launch started one without a rank (as it does for "
+            "`--cpu --num_processes N` and MULTI_CPU): it would train alone. Use `accelerate launch --config_file "
+            "accelerate_configs/cpu_ddp.yaml train.py`."
         )
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     _set_threads(training.threads)
@@ -125,24 +128,26 @@ def _make_accelerator(settings: Settings, state: PartialState) -> Accelerator:
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
         raise InputError(
-            f"Expected {os.environ['WORLD_SIZE']} processes that train together, but each believes it is alone, so they would overwrite each "
-            "other. Launch with accelerate_configs/cpu_ddp.yaml or multi_gpu.yaml."
+            f"Expected {os.environ['WORLD_SIZE']} connected processes, found one without the others: they would "
+            "overwrite each other's files. Launch with accelerate_configs/cpu_ddp.yaml or multi_gpu.yaml."
         )
     if accelerator.distributed_type in SPLITTING:
         raise InputError(
-            f"Expected a launch that leaves splitting to --generator_sharding, found {accelerator.distributed_type.value}, which would split models that are "
-            f"examined and saved whole between phases. Use {CONFIGS}, which splits what ZeRO-2 does; for a large generator --lora_rank 16 helps, too."
+            "Expected a launch that leaves sharding to --generator_sharding, found "
+            f"{accelerator.distributed_type.value}, which would shard models that are evaluated and saved whole "
+            f"between phases. Use {CONFIGS}, which shards what ZeRO-2 does; for a large generator, --lora_rank 16 "
+            "also helps."
         )
-    transformers.utils.logging.disable_progress_bar()  # "Loading weights" and the like: ours say more
+    transformers.utils.logging.disable_progress_bar()  # "Loading weights"; our own bars are more informative
     datasets.disable_progress_bars()
     set_seed(settings.training.seed)
     return accelerator
 
 
 def _set_threads(threads: int | None) -> None:
-    """Give PyTorch and FAISS, which have a thread pool each, the cores of this process's share of the machine.
+    """Give the thread pools of PyTorch and FAISS this process's share of the cores.
 
-    accelerate launch sets OMP_NUM_THREADS=1 by default, which would leave a desktop's other cores idle.
+    accelerate launch sets OMP_NUM_THREADS=1 by default, which would leave the other cores of a desktop idle.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     threads = threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -151,20 +156,18 @@ def _set_threads(threads: int | None) -> None:
 
 
 def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
-    """Questions, questions to examine with, and passages. "quickstart" stands for the files of the package."""
+    """Training questions, validation questions and passages. "quickstart" stands for the files of the package."""
     data = settings.data
     given = vars(data)
     files = {name: given[name] for name in QUICKSTART_FILES}
     if data.questions == QUICKSTART:
         files = {name: QUICKSTART_FILES[name] if file in (None, QUICKSTART) else file for name, file in files.items()}
-    names = ("question_column", "answer_column", "context_column", "title_column", "id_column", "passage_id_column")
     return load_corpus(
         **files,
         questions_split=data.questions_split,
         eval_split=data.eval_split,
         passages_split=data.passages_split,
-        columns={name: given[name] for name in names},
-        text_column=data.text_column,
+        columns=Columns(**column_names(data.columns)),
         max_questions=data.max_questions,
         max_eval_questions=data.max_eval_questions,
         eval_share=data.eval_share,
@@ -177,7 +180,7 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
 def load_models(
     accelerator: Accelerator, settings: Settings, corpus: Corpus, newest: Path | None
 ) -> tuple[Generator, Retriever]:
-    """The pair, on this process's device: as named in the settings, or as an interrupted run left it."""
+    """The two models on this process's device: those of the checkpoint `newest`, else those that the settings name."""
     models, device, reads = settings.models, accelerator.device, settings.contexts.passage_tokens
     if newest:
         generator = Generator.load(str(newest / "generator"), dropout=models.dropout)
@@ -192,8 +195,8 @@ def load_models(
             )
     if settings.training.sentence_weight and not retriever.reads_sentences:
         raise InputError(
-            "--sentence_weight: expected a retriever that takes the mean over its tokens, since a sentence's vector is the mean over its own; "
-            f"{models.retriever} pools otherwise, so there would be nothing to learn. Give another --retriever, or leave --sentence_weight out."
+            "--sentence_weight: expected a retriever with mean pooling, because the vector of a sentence is the mean "
+            f"over its tokens; found {models.retriever}. Give another --retriever, or omit --sentence_weight."
         )
     if settings.training.freeze_document_encoder:
         retriever.freeze_documents()
@@ -207,10 +210,9 @@ def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
     if models.generator == SCRATCH:
         return Generator.from_scratch(corpus.passages[:]["text"])
     name = str(GENERATOR_FOLDER) if models.generator == EMBEDDED else models.generator
-    wished = models.chat_template
-    chat = wished == "on" or wished == "auto" and models.generator != SMOLLM2  # its results are without
+    chat = models.chat_template == "on" or models.chat_template == "auto" and models.generator != SMOLLM2
     generator = Generator.load(name, revision=models.generator_revision, dropout=models.dropout, chat_template=chat)
-    if models.lora_rank and not generator.is_adapter:  # one that was trained before is trained on
+    if models.lora_rank and not generator.is_adapter:  # an adapter is trained further
         generator.add_adapter(
             name,
             rank=models.lora_rank,
