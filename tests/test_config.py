@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cozyrag import config
-from cozyrag.config import GROUPS, NAMES, OutputSettings, TrainingSettings, parse_settings
+from cozyrag.config import FIRST, GROUPS, NAMES, OutputSettings, TrainingSettings, parse_settings
 from cozyrag.errors import InputError
 
 OWN = ["--questions", "own.tsv"]  # not the quickstart set, which brings settings of its own
@@ -100,7 +100,7 @@ def write(tmp_path):
 def help_text(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "10000")  # one line for each setting
     with pytest.raises(SystemExit) as caught:
-        parse_settings(["--help"], description="First line.\n\n    second line")
+        parse_settings(["--help-all"], description="First line.\n\n    second line")
     assert caught.value.code == 0
     return capsys.readouterr().out
 
@@ -120,6 +120,50 @@ def test_help_names_every_setting_with_its_words_and_default_in_its_group(help_t
 def test_help_texts_are_sentences():
     for name, f in FIELDS.items():
         assert f.metadata["help"].endswith(".") and len(f.metadata["help"].split()) > 1, name
+
+
+def test_help_shows_the_first_settings_and_names_the_way_to_the_others(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    shown = capsys.readouterr().out
+    assert len(FIRST) == len(set(FIRST) & set(NAMES)) == 20
+    assert {name for name in NAMES if re.search(rf"^  --{name}[ ,]", shown, re.MULTILINE)} == set(FIRST)
+    assert f"{len(FIRST)} of {len(NAMES)} settings; --help-all shows all" in shown
+
+
+# ---- names of earlier versions
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "value"),
+    [
+        (["--gate", "off"], "rollback", "off"),
+        (["--gate=off"], "rollback", "off"),
+        (["--query-side-only"], "freeze_document_encoder", True),
+        (["--resume_anyway"], "allow_changed_settings", True),
+        (["--max_bad_steps", "3"], "max_skipped_steps", 3),
+        (["--context_filter", "both"], "context_filter", "hybrid"),
+        (["--context_filter=overlap"], "context_filter", "sparse"),
+        (["--question_column", "q", "--answer_column=a"], "columns", ["question=q", "answer=a"]),
+    ],
+)
+def test_names_of_an_earlier_version_are_accepted_with_a_note(old, name, value, capsys, tmp_path):
+    assert parse_settings([*OWN, *old]).to_dict()[name] == value
+    noted = capsys.readouterr().err
+    assert "context_filter" in old[0] or f"is now --{name}" in noted
+    words = [word for each in old for word in each.removeprefix("--").split("=")]
+    pairs = dict(zip(words[::2], [*words[1::2], "true"], strict=False))
+    path = tmp_path / "old.yaml"
+    path.write_text("".join(f"{key.replace('-', '_')}: '{each}'\n" for key, each in pairs.items()))
+    assert parse_settings([*OWN, "--config", str(path)]).to_dict()[name] == value
+
+
+def test_columns_are_checked():
+    assert parse_settings([*OWN, "--columns", "question=q", "text=a=b"]).data.columns == ["question=q", "text=a=b"]
+    for wrong in ("question", "question=", "query=q", "=q"):
+        with pytest.raises(InputError, match="--columns: expected name=column with a name among question, answer"):
+            parse_settings([*OWN, "--columns", wrong])
 
 
 def test_help_keeps_the_lines_of_the_description_and_names_config(help_text):
