@@ -236,7 +236,7 @@ def test_switches(arguments, expected):
         (["--config"], ["--config", "expected one argument"]),
         (["--report_to", "mlflow", "clearml"], ["--report_to", "'clearml'", "mlflow, wandb, tensorboard"]),
         (["--push_to_hub"], ["--push_to_hub", "--hub_model_id user/name"]),
-        (["--resume", "--overwrite_output_dir"], ["--resume", "--overwrite_output_dir", "one of the two"]),
+        (["--resume", "--overwrite_output_dir"], ["--resume", "--overwrite_output_dir", "only one of them"]),
     ],
 )
 def test_refused_on_the_command_line(arguments, words):
