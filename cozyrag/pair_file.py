@@ -1,6 +1,6 @@
-"""cozyrag.json, the file that ties generator, retriever and index into one pair: what stands in it, and reading it with care.
+"""cozyrag.json, which ties generator, retriever and index into one pair: its content, and reading it with checks.
 
-Left out: the models and the index themselves (pipeline.py loads them, training/rounds.py writes them).
+Left out: loading the models and the index (pipeline.py), writing them (training/rounds.py).
 """
 
 import json
@@ -25,11 +25,12 @@ def describe_pair(
     chat: bool = False,
     **contexts: int | str | float | None,
 ) -> dict:
-    """The content of cozyrag.json: where the pieces lie, by which fingerprints they are known, and how they are used together.
+    """The content of cozyrag.json: the folders of the pieces, their fingerprints, and how they are used together.
 
-    `fingerprint`: the retriever's; `generator`: that of the generator's weights. `chat`: whether
-    the chat template of the generator's tokenizer makes the prompts. `retrieval`: mode, stemmer and weights;
-    `contexts`: top_k, context_tokens and the limits of answers, as CozyRAG takes them.
+    Args:
+        fingerprint: of the retriever. generator: fingerprint of the generator's weights.
+        chat: whether prompts use the chat template of the generator's tokenizer.
+        retrieval: mode, stemmer and weights. contexts: top_k, context_tokens and the limits of answers, as for CozyRAG.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -44,21 +45,21 @@ def describe_pair(
 
 
 def read_pair(folder: Path) -> dict:
-    """cozyrag.json of a folder, checked. Raises InputError when there is none or it is of another format."""
+    """cozyrag.json of a folder. Raises InputError if there is none, or if it is of another format."""
     path = folder / PAIR_FILE
     if (folder / NEXT).exists():
         raise InputError(
-            f"The run in {folder.absolute()} was interrupted while it put a new pair in the place of the old one. Give its command again: it "
-            "finishes that first and goes on."
+            f"The run in {folder.absolute()} was interrupted while it replaced the old pair by a new one. Give its "
+            "command again: it completes the replacement first and resumes."
         )
     if not path.exists():
         raise InputError(
-            f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is no folder that train.py wrote to its end."
+            f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is not the output folder of a finished run."
         )
     try:
         pair = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file anew.") from error
+        raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file again.") from error
     found = pair.get("format_version") if isinstance(pair, dict) else None
     if found not in READABLE:
         raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, found {found!r}. Update cozyrag.")

@@ -3,8 +3,8 @@
     python scripts/metric_space.py cozyrag_qa FOLDER
     hf upload USER/cozyrag_qa FOLDER --repo-type space
 
-In FOLDER the module reads the metrics from a file beside it instead of from the package; everything else is as it is here, and
-`evaluate.load("USER/cozyrag_qa")` gives the same numbers. Left out: uploading.
+In FOLDER the module reads the metrics from a file beside it instead of from the package; everything else is as it is
+here, and `evaluate.load("USER/cozyrag_qa")` gives the same numbers. Left out: uploading.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from cozyrag.errors import InputError
 from cozyrag.runtime.assets import shipped_folder
 
 MODULES = ("cozyrag_qa", "cozyrag_retrieval")
-METRICS = Path(__file__).parents[1] / "cozyrag" / "metrics.py"
+METRICS = Path(__file__).parents[1] / "cozyrag" / "evaluation" / "metrics.py"
 BESIDE = "cozyrag_metrics"
 
 

@@ -1,15 +1,15 @@
-"""Folders as runs leave them, as far as reports read them: settings, metrics.jsonl and examined questions, without models."""
+"""Output folders of runs, as far as reports read them: settings, metrics.jsonl and evaluated questions, without models."""
 
 import json
 from pathlib import Path
 
 import tiny
 
-RIGHT, WRONG = "correct", "reader error"
+CORRECT, WRONG = "correct", "reader error"
 
 
 def row(number: int, *, em: float, f1: float | None = None, **others) -> dict:
-    """One examined question; its verdict follows from `em` unless it is given."""
+    """One evaluated question; its verdict follows from `em` unless it is given."""
     return {
         "id": f"q{number}",
         "question": f"Question {number}?",
@@ -23,7 +23,7 @@ def row(number: int, *, em: float, f1: float | None = None, **others) -> dict:
         "mrr@10": 0.5,
         "answer_in_context": 1.0,
         "context": f"Context of {number}.",
-        "verdict": RIGHT if em else WRONG,
+        "verdict": CORRECT if em else WRONG,
     } | others
 
 
@@ -41,7 +41,7 @@ METRICS = [
 
 
 def write_run(folder: Path, rounds: list[list[dict]], *, metrics=METRICS, **settings) -> Path:
-    """A folder with these examinations, the first of them before training."""
+    """A folder with these evaluations; the first one is that of the untuned baseline."""
     (folder / "evaluations").mkdir(parents=True)
     for number, rows in enumerate(rounds):
         tiny.write_jsonl(folder / "evaluations" / f"round-{number:03d}.jsonl", rows)

@@ -1,4 +1,4 @@
-"""The page to try a pair: what it shows, that strangers' text stays text, its API, and that it asks for nothing outside."""
+"""The demo page: its content, that untrusted text stays text, its API, and that it contacts no other server."""
 
 import os
 import re
@@ -13,16 +13,16 @@ import tiny
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.reporting import demo_app
-from cozyrag.reporting.demo_app import asked, depths, evaluation_questions, pieces, shown
+from cozyrag.reporting.demo_app import answer_data, answer_html, depths_html, evaluation_questions, pieces
 
 EVIL = "<script>window.owned=1</script><img src=x onerror='window.owned=2'> {{#each x}} {{y}} ${window.owned=3} `t` </mark>."
 TEXT = "The fox is red. It was made in 1500. Red is its house."
 
 
 class FakePair:
-    """Answers "red" from the first of its passages, and with the question itself where that is to be looked at."""
+    """Answers "red" from its first passage, except for some special questions."""
 
-    top_k, context_tokens = 2, 60
+    top_k, decoding = 2, SimpleNamespace(context_tokens=60)
     index = SimpleNamespace(passages=SimpleNamespace(ids=[f"p{number}" for number in range(9)]))
     searcher = SimpleNamespace(mode="dense")
 
@@ -36,10 +36,10 @@ class FakePair:
         return Answer(text, 0.876, "context", (first, *others))
 
 
-# ---- what is shown
+# ---- content
 
 
-def test_pieces_of_a_passage_mark_what_was_read_and_the_answer_in_it():
+def test_pieces_of_a_passage_mark_the_read_sentences_and_the_answer():
     source = Source("p", "Fox", TEXT, 1.0, ((0, 15), (37, 54)))
     assert list(pieces(source, "red")) == [
         ("left", ""), ("read", "The fox is "), ("answer", "red"), ("read", "."), ("left", " It was made in 1500. "),
@@ -56,28 +56,28 @@ def test_pieces_put_together_are_the_passage(answer):
 
 
 def test_an_answer_is_shown_with_its_sources():
-    answer, sources = shown(FakePair(), "what?", 3)
+    answer, sources = answer_html(FakePair(), "what?", 3)
     assert re.search(r'class="cozy-text">red</p>', answer) and "<b>0.88</b>" in answer
     assert "read 2 sentences of 1 passage<" in answer
     assert "<mark>The fox is </mark><mark><strong>red</strong></mark>" in sources
     assert re.findall(r"score (\d\.\d\d)", sources) == ["0.90", "0.80", "0.70"]
-    assert sources.count("none of its sentences was read") == 2 and "<h3>p1</h3>" in sources
+    assert sources.count("no sentence of it was read") == 2 and "<h3>p1</h3>" in sources
 
 
-def test_silence_and_what_cannot_be_asked_are_said():
-    assert "No answer in these passages." in shown(FakePair(), "silent", 1)[0]
-    assert "Type a question" in shown(FakePair(), "  ", 1)[0] and "Type a question" in depths(FakePair(), "")
-    for page in (shown(FakePair(), "refuse <b>", 1)[0], depths(FakePair(), "refuse <b>")):
+def test_abstentions_and_refusals_are_shown():
+    assert "No answer in these passages." in answer_html(FakePair(), "silent", 1)[0]
+    assert "Type a question" in answer_html(FakePair(), "  ", 1)[0] and "Type a question" in depths_html(FakePair(), "")
+    for page in (answer_html(FakePair(), "refuse <b>", 1)[0], depths_html(FakePair(), "refuse <b>")):
         assert "refuse &lt;b&gt;" in page and "<b>" not in page
 
 
-def test_strangers_text_is_escaped():
-    for page in (*shown(FakePair(), "evil", 4), depths(FakePair(), "evil")):
+def test_untrusted_text_is_escaped():
+    for page in (*answer_html(FakePair(), "evil", 4), depths_html(FakePair(), "evil")):
         assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
 
 
 def test_depths_show_where_the_answer_changes():
-    page = depths(FakePair(), "what?")
+    page = depths_html(FakePair(), "what?")
     assert re.findall(r"<td>(\d+)</td><td>([a-z]+)</td>", page) == [
         ("1", "red"),
         ("2", "red"),
@@ -87,23 +87,23 @@ def test_depths_show_where_the_answer_changes():
     assert page.count('class="cozy-changed"') == 1
 
 
-def test_the_api_gives_plain_data():
-    found = asked(FakePair(), "what?", 1)
+def test_the_api_returns_plain_data():
+    found = answer_data(FakePair(), "what?", 1)
     [source] = found.pop("sources")
     assert found == {"answer": "red", "score": 0.876}
     assert source["id"] == "p0" and source["read"] == ["The fox is red.", "Red is its house."]
-    assert asked(FakePair(), "refuse this") == {"error": "refuse this"}
+    assert answer_data(FakePair(), "refuse this") == {"error": "refuse this"}
 
 
-def test_examples_are_examined_questions_right_and_wrong_ones(tmp_path):
+def test_examples_are_evaluated_questions_correct_and_wrong_ones(tmp_path):
     rows = [evaluated.row(number, em=number % 10 == 0) for number in range(100)]
     found = evaluation_questions(evaluated.write_run(tmp_path / "run", [[evaluated.row(7, em=1)], rows]))
-    right = [question for question in found if question in {f"Question {number}?" for number in range(0, 100, 10)}]
-    assert len(found) == len(set(found)) == demo_app.EXAMPLES and len(right) == demo_app.EXAMPLES // 2
+    correct = [question for question in found if question in {f"Question {number}?" for number in range(0, 100, 10)}]
+    assert len(found) == len(set(found)) == demo_app.EXAMPLES and len(correct) == demo_app.EXAMPLES // 2
     assert evaluation_questions(tmp_path) == []
 
 
-def test_examples_of_a_pair_that_is_never_right(tmp_path):
+def test_examples_of_a_pair_that_is_never_correct(tmp_path):
     rows = [evaluated.row(number, em=0) for number in range(3)]
     assert len(evaluation_questions(evaluated.write_run(tmp_path / "run", [rows]))) == 3
 
@@ -143,7 +143,7 @@ def served(tmp_path_factory):
         page.close()
 
 
-def test_it_answers_on_this_machine_only_and_looks_nothing_up_outside(served):
+def test_it_answers_on_this_machine_only_and_resolves_no_other_name(served):
     from gradio_client import Client
 
     address, looked_up = served
@@ -160,7 +160,7 @@ def test_it_answers_on_this_machine_only_and_looks_nothing_up_outside(served):
     }
 
 
-def test_the_browser_is_told_to_ask_nobody_else(served):
+def test_the_policy_forbids_other_servers(served):
     from urllib.request import urlopen
 
     with urlopen(served[0]) as reply:
@@ -180,7 +180,7 @@ def test_the_page_of_a_real_pair_answers_as_the_pair_does(pair_folder):
     assert page.title == f"{pair_folder.name} · CoZyRAG"
     question, pair = tiny.corpus()[1][0]["question"], CozyRAG.from_pretrained(pair_folder)
     answer = pair.answer(question, top_k=2)
-    assert asked(pair, question, 2)["answer"] == answer.text
+    assert answer_data(pair, question, 2)["answer"] == answer.text
     assert all(any(source.used) for source in answer.passages[:1])
 
 

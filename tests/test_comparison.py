@@ -1,4 +1,4 @@
-"""Two runs compared: which questions meet, differences worked out by hand, flips, and when it is more than noise."""
+"""Two runs compared: which questions match, differences worked out by hand, flips, and what is more than noise."""
 
 import re
 
@@ -22,10 +22,10 @@ def scored(*ems, **others):
     return [evaluated.row(number, em=em, **others) for number, em in enumerate(ems)]
 
 
-# ---- which questions meet
+# ---- which questions match
 
 
-def test_questions_meet_by_id_and_text_in_the_order_of_the_first():
+def test_questions_match_by_id_and_text_in_the_order_of_the_first():
     a, b = scored(0, 1, 0), scored(1, 1, 1)
     assert matched(a, b[::-1]) == list(zip(a, b, strict=True))
 
@@ -35,12 +35,12 @@ def test_the_same_id_with_another_question_is_another_question():
     assert matched(a, b) == []
 
 
-def test_questions_meet_by_text_where_ids_differ():
+def test_questions_match_by_text_if_ids_differ():
     a, b = evaluated.row(1, em=1), evaluated.row(1, em=0, id="other")
     assert matched([a], [b]) == [(a, b)]
 
 
-def test_a_text_that_one_of_them_has_twice_does_not_meet_by_text():
+def test_a_repeated_text_does_not_match_by_text():
     twice = [evaluated.row(1, em=1, id="x"), evaluated.row(1, em=0, id="y")]
     assert matched(twice, [evaluated.row(1, em=1, id="z")]) == []
     assert matched([evaluated.row(1, em=1, id="z")], twice) == []
@@ -48,7 +48,10 @@ def test_a_text_that_one_of_them_has_twice_does_not_meet_by_text():
 
 def test_the_last_rounds_are_compared(tmp_path):
     found = compare(*runs(tmp_path, scored(1, 0), scored(1, 1)))
-    assert found.rounds == (1, 0) and [(a["em"], b["em"]) for a, b in found.pairs] == [(1, 1), (0, 1)]
+    assert found.rounds == ("round 1", "untuned baseline") and [(a["em"], b["em"]) for a, b in found.pairs] == [
+        (1, 1),
+        (0, 1),
+    ]
 
 
 def test_runs_without_a_common_question_are_refused(tmp_path):
@@ -56,13 +59,13 @@ def test_runs_without_a_common_question_are_refused(tmp_path):
         compare(*runs(tmp_path, [evaluated.row(1, em=0)], [evaluated.row(2, em=0)]))
 
 
-def test_only_the_common_part_is_compared_and_that_is_said(tmp_path):
+def test_only_common_questions_are_compared_with_a_warning(tmp_path):
     found = compare(*runs(tmp_path, scored(1, 0, 1), scored(1, 1)))
     assert len(found.pairs) == 2
-    assert found.warnings == ["A examined 3 questions and B 2; only the 2 that both examined are compared."]
+    assert found.warnings == ["A evaluated 3 questions and B 2; only the 2 of both are compared."]
 
 
-def test_other_reference_answers_are_warned_of(tmp_path):
+def test_other_reference_answers_give_a_warning(tmp_path):
     other = [evaluated.row(0, em=0, answers=["nothing like it"])]
     [warning] = compare(*runs(tmp_path, scored(1), other)).warnings
     assert warning.startswith("1 of these questions have other reference answers")
@@ -93,7 +96,7 @@ def test_a_metric_that_one_run_lacks_is_left_out():
         ((-3, -5, -1), (0, -1, 1), "More than noise: A answers better than B, F1"),
         ((1, -1, 3), (2, 1, 4), "More than noise: B answers better than A, EM"),
         ((1, -1, 3), (0, -1, 1), "Not more than noise: F1"),
-        ((0, 0, 0), (0, 0, 0), "No difference in the answers: A and B score the same on every one of 9"),
+        ((0, 0, 0), (0, 0, 0), "No difference: A and B score the same on every one of 9"),
         ((0, -2, 2), (0, 0, 0), "Not more than noise: F1"),
     ],
 )
@@ -111,8 +114,8 @@ def test_the_sentence_names_other_scores_that_differ_by_more_than_noise():
         Difference("recall@5", 90, 80, -15, -5),
         Difference("mrr@10", 9, 9, -1, 1),
     ]
-    told = more_than_noise(found, 9, names=("A", "B"))
-    assert told.startswith("Not more than noise") and told.endswith("by more than noise: recall@5 -10.0.")
+    sentence = more_than_noise(found, 9, names=("A", "B"))
+    assert sentence.startswith("Not more than noise") and sentence.endswith("by more than noise: recall@5 -10.0.")
 
 
 def test_many_gains_are_more_than_noise_and_a_few_either_way_are_not(tmp_path):
@@ -125,7 +128,7 @@ def test_many_gains_are_more_than_noise_and_a_few_either_way_are_not(tmp_path):
 # ---- settings and flips
 
 
-def test_settings_that_differ_are_told_without_names_of_folders(tmp_path):
+def test_settings_that_differ_are_listed_without_names_of_folders(tmp_path):
     passages = tmp_path / "secret" / "wiki.jsonl"
     passages.parent.mkdir()
     passages.touch()
@@ -138,12 +141,12 @@ def test_flips_go_both_ways(tmp_path):
     assert [a["id"] for a, _ in found.lost] == ["q0"] and [a["id"] for a, _ in found.won] == ["q1"]
 
 
-def test_the_text_tells_it_all(tmp_path):
+def test_the_text_is_complete(tmp_path):
     text = as_text(compare(*runs(tmp_path, scored(1, 0, 1), scored(0, 1, 1))))
     assert "  seed  1  ->  2" in text and "top_k" not in text
     assert "| em | 66.7 | 66.7 | +0.0 |" in text
-    assert "right -> wrong: 1\n  Question 0?\n    A: answer 0 [right]   B: guess 0 [reader missed]" in text
-    assert "wrong -> right: 1\n  Question 1?\n    A: guess 1 [reader missed]   B: answer 1 [right]" in text
+    assert "correct -> wrong: 1\n  Question 0?\n    A: answer 0 [correct]   B: guess 0 [reader error]" in text
+    assert "wrong -> correct: 1\n  Question 1?\n    A: guess 1 [reader error]   B: answer 1 [correct]" in text
     assert text.splitlines()[-1].startswith("Not more than noise")
 
 
@@ -154,17 +157,17 @@ def test_the_screen_shows_some_flips_and_the_page_all(tmp_path):
     assert (tmp_path / "page.html").read_text().count("guess") == 25
 
 
-def test_the_same_settings_and_a_silent_pair_are_said(tmp_path):
+def test_equal_settings_and_an_abstention_are_shown(tmp_path):
     rows = [evaluated.row(0, em=0, prediction="", answers=[], verdict="abstained")]
     text = as_text(compare(*runs(tmp_path, scored(1, answers=[]), rows, seed=1)))
-    assert "The settings are the same." in text and "B: (silent) [kept silent]   reference: (none)" in text
+    assert "The settings are the same." in text and "B: (no answer) [abstained]   reference: (none)" in text
 
 
 # ---- the page
 
 
 @pytest.mark.parametrize("drawn", [True, False])
-def test_the_page_is_one_file_with_strangers_text_escaped(tmp_path, monkeypatch, drawn):
+def test_the_page_is_one_file_with_untrusted_text_escaped(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr(plots, "plots_are_possible", lambda: drawn)
     evil = "<script>alert(1)</script>"
     rows = [evaluated.row(0, em=0, question=evil, prediction=evil, answers=[evil], verdict=evil)]

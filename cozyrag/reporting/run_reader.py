@@ -1,12 +1,13 @@
-"""What a run left in its output folder, read again: settings, metrics.jsonl, and the examined questions of each round.
+"""The output folder of a run: its settings, metrics.jsonl, and the evaluated questions of each round.
 
-Left out: writing them (checkpointing.py, run_log.py, rounds.py), the models (pipeline.py), and what the numbers mean.
+Left out: writing these files (checkpointing.py, run_log.py, rounds.py), the models (pipeline.py).
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.old_names import (
@@ -17,10 +18,12 @@ from cozyrag.runtime.old_names import (
     evaluation_files,
 )
 
+Row = TypeVar("Row")
+
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """`settings` flat; `metrics` the rows of metrics.jsonl; `examined` the rows of each round's examination, 0 being before training."""
+    """`settings`: flat. `metrics`: rows of metrics.jsonl. `evaluated`: rows by round, 0 the untuned baseline."""
 
     folder: Path
     settings: dict
@@ -29,27 +32,25 @@ class FinishedRun:
 
     @classmethod
     def read(cls, folder: str | Path) -> "FinishedRun":
-        """Read a run's folder. Raises InputError when there is no examination in it, or a file is broken."""
+        """Read a run's folder. Raises InputError if it has no evaluation, or a file is broken."""
         folder = Path(folder)
         found = evaluation_files(folder)
         if not found:
             raise InputError(
-                f"Expected examined questions in {(folder / EVALUATIONS).absolute()}, found none: this is no folder that train.py "
-                "examined a pair in. Name the output folder of a run."
+                f"Expected evaluated questions in {(folder / EVALUATIONS).absolute()}, found none: this is not the "
+                "output folder of a run that evaluated a pair. Name one."
             )
-        settings = folder / "settings.json"
+        settings, metrics = folder / "settings.json", folder / "metrics.jsonl"
         return cls(
             folder,
             settings=current_settings(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else {},
-            metrics=[current_metrics(row) for row in read_lines(folder / "metrics.jsonl")]
-            if (folder / "metrics.jsonl").exists()
-            else [],
+            metrics=[current_metrics(row) for row in read_lines(metrics)] if metrics.exists() else [],
             evaluated={number: read_evaluation(path) for number, path in found.items()},
         )
 
     @property
     def last(self) -> int:
-        """The number of the last round that was examined."""
+        """The last evaluated round."""
         return max(self.evaluated)
 
     def rows(self, kind: str) -> list[dict]:
@@ -58,23 +59,24 @@ class FinishedRun:
 
 
 def read_evaluation(path: Path) -> list[dict]:
-    """The rows of an evaluation file, one for each question. Raises InputError for a broken line."""
+    """The rows of an evaluation file, one per question. Raises InputError for a broken line."""
     return [current_evaluation(row) for row in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a file that a run wrote, one JSON object a line. Raises InputError for a line that is none."""
+    """The rows of a JSON Lines file of a run. Raises InputError for a line that is not JSON."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             raise InputError(
-                f"{path}, line {number}: expected a JSON object as train.py writes it, found {line[:40]!r} ({error}). Copy the file anew."
+                f"{path}, line {number}: expected a JSON object as train.py writes it, found {line[:40]!r} ({error}). "
+                "Copy the file again."
             ) from error
     return rows
 
 
-def spread(rows: Sequence[dict], count: int) -> list[dict]:
-    """At most that many of the rows, taken at even distances: the first, and others from everywhere."""
+def spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most `count` of the rows, at even distances, the first one included."""
     return [rows[at * len(rows) // count] for at in range(count)] if len(rows) > count else list(rows)

@@ -1,7 +1,7 @@
-"""HTML from the templates of `assets/pages`, with everything that comes from outside escaped by Jinja2.
+"""HTML from the templates of `assets/pages`. Jinja2 escapes every value.
 
-It exists so that no other module writes a tag: questions, passages and answers are strangers' text. Left out: what is
-shown (demo_app.py, html_report.py, compare.py).
+No other module writes a tag, because questions, passages and answers are untrusted text. Left out: the content of the
+pages (demo_app.py, html_report.py, compare.py).
 """
 
 from functools import cache
@@ -13,21 +13,16 @@ from cozyrag.runtime.assets import PAGES_FOLDER
 
 
 def render(template: str, **values: object) -> str:
-    """The template of that file name, filled in. Values are escaped unless they are `Markup`."""
+    """Fill in the template of that file name. Values are escaped unless they are `Markup`."""
     return _environment().get_template(template).render(**values)
 
 
 def stylesheet(name: str) -> Markup:
-    """A style sheet of the package, to be put into a page: pages ask for no other file."""
+    """A style sheet of the package, for embedding into a page."""
     return Markup((PAGES_FOLDER / name).read_text(encoding="utf-8"))
 
 
 @cache
 def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(PAGES_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(PAGES_FOLDER)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
