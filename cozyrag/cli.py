@@ -44,7 +44,7 @@ def entry_point(command: Callable[[], None]) -> None:
         sys.exit(3 if isinstance(error, PushError) else 2)
     except Interrupted as interrupted:
         if os.environ.get("RANK", "0") == "0":
-            print(interrupted.told, file=sys.stderr, flush=True)
+            print(interrupted.message, file=sys.stderr, flush=True)
         sys.exit(128 + interrupted.number)
 
 

@@ -1,15 +1,13 @@
-"""Which passages are searched, which questions teach and which examine, for every way of giving the files."""
+"""Which passages are searched, and which questions train and validate, for every way of giving the files."""
 
 import pytest
 import tiny
 
 from cozyrag.data.corpus import load_corpus
 from cozyrag.data.passages import passage_id
+from cozyrag.data.rows import COLUMNS, Columns
 from cozyrag.errors import InputError
 
-COLUMNS = {f"{name}_column": name for name in ("question", "context", "title", "id", "passage_id")} | {
-    "answer_column": "answers"
-}
 PASSAGES, QUESTIONS = tiny.corpus(20)  # 20 passages, two questions each
 
 
@@ -21,7 +19,6 @@ def load(questions, **options):
         "eval_split": "validation",
         "passages_split": "train",
         "columns": COLUMNS,
-        "text_column": "text",
         "max_questions": None,
         "max_eval_questions": None,
         "eval_share": 0.1,
@@ -58,8 +55,10 @@ def passages(write):
 
 
 def test_passages_come_from_the_contexts_of_both_question_files(write):
-    train, asked = QUESTIONS[:24], QUESTIONS[20:30]  # passages 0 to 11 and 10 to 14
-    corpus = load(write("train.jsonl", with_context(train)), eval_questions=write("eval.jsonl", with_context(asked)))
+    train, validation = QUESTIONS[:24], QUESTIONS[20:30]  # passages 0 to 11 and 10 to 14
+    corpus = load(
+        write("train.jsonl", with_context(train)), eval_questions=write("eval.jsonl", with_context(validation))
+    )
     assert corpus.passages["text"][:] == [passage["text"] for passage in PASSAGES[:15]]
     assert corpus.passages["title"][:] == [passage["title"] for passage in PASSAGES[:15]]
     assert corpus.passages["id"][:] == [passage_id(passage["text"]) for passage in PASSAGES[:15]]
@@ -85,13 +84,13 @@ def test_a_passage_file_is_taken_whole_and_in_order(write, passages):
     ]
 
 
-def test_a_passage_file_wins_over_the_contexts(write):
+def test_a_passage_file_takes_precedence_over_the_contexts(write):
     pool = write("pool.jsonl", [{"title": "", "text": passage["text"]} for passage in PASSAGES])
     corpus = load(write("q.jsonl", with_context(QUESTIONS[:6])), passages=pool)
     assert corpus.passages["text"][:] == [passage["text"] for passage in PASSAGES]
 
 
-def test_no_passages_anywhere_is_refused_with_both_ways_out(write):
+def test_no_passages_anywhere_is_refused_with_both_remedies(write):
     questions = write("q.jsonl", [{"question": "a?", "answers": ["b"]}, {"question": "c?", "answers": ["d"]}])
     with pytest.raises(InputError) as caught:
         load(questions)
@@ -117,7 +116,7 @@ def test_an_unknown_gold_passage_is_refused_naming_file_question_and_passage(wri
         assert all(word in message for word in (f"{bad}, question 'q3a'", "'p99'", "20 passages")), message
 
 
-def test_questions_without_gold_passage_are_welcome(write, passages):
+def test_questions_without_gold_passage_are_accepted(write, passages):
     rows = [{"question": row["question"], "answers": row["answers"]} for row in QUESTIONS]
     corpus = load(write("q.jsonl", rows), passages=passages)
     assert set(corpus.questions["passage_id"][:]) == {None}
@@ -126,12 +125,12 @@ def test_questions_without_gold_passage_are_welcome(write, passages):
 def test_contexts_are_found_by_their_text_in_a_passage_file_with_ids_of_its_own(write, passages):
     rows = with_context(QUESTIONS[:4])
     rows[0]["context"] = "A text that the passage file does not have."
-    said = []
+    lines = []
     corpus = load(
-        write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", QUESTIONS[4:6]), info=said.append
+        write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", QUESTIONS[4:6]), info=lines.append
     )
     assert corpus.questions["passage_id"][:] == [None, *(row["passage_id"] for row in QUESTIONS[1:4])]
-    assert any("1 of 4 questions are not among the passages" in text for text in said)
+    assert any("1 of 4 questions are not among the passages" in text for text in lines)
 
 
 # ---- which questions
@@ -140,10 +139,10 @@ def test_contexts_are_found_by_their_text_in_a_passage_file_with_ids_of_its_own(
 @pytest.mark.parametrize(("share", "held"), [(0.1, 4), (0.5, 20), (0.04, 2)])
 def test_a_share_is_held_out_and_no_gold_passage_is_on_both_sides(write, passages, share, held):
     corpus = load(write("q.jsonl", QUESTIONS), passages=passages, eval_share=share)
-    train, asked = corpus.questions, corpus.eval_questions
-    assert (len(train), len(asked)) == (40 - held, held)
-    assert sorted(train["id"][:] + asked["id"][:]) == sorted(row["id"] for row in QUESTIONS)
-    assert not set(train["passage_id"][:]) & set(asked["passage_id"][:])
+    train, validation = corpus.questions, corpus.eval_questions
+    assert (len(train), len(validation)) == (40 - held, held)
+    assert sorted(train["id"][:] + validation["id"][:]) == sorted(row["id"] for row in QUESTIONS)
+    assert not set(train["passage_id"][:]) & set(validation["passage_id"][:])
 
 
 def test_max_eval_questions_caps_the_hold_out_and_leaves_the_rest_for_training(write, passages):
@@ -168,7 +167,7 @@ def test_limits_sample_both_given_files_and_keep_all_passages(write, passages):
 
 
 @pytest.mark.parametrize("options", [{"max_questions": 10}, {"max_questions": 10, "eval_share": 0.3}])
-def test_the_seed_decides_and_nothing_else(write, passages, options):
+def test_only_the_seed_changes_the_sample(write, passages, options):
     path = write("q.jsonl", QUESTIONS)
 
     def ids(seed):
@@ -183,30 +182,18 @@ def test_the_seed_decides_and_nothing_else(write, passages, options):
 
 
 def test_column_names_reach_both_readers(write):
-    asked = [
+    renamed = [
         {"q": row["question"], "a": row["answers"], "key": row["id"], "gold": row["passage_id"]} for row in QUESTIONS
     ]
     pool = write("p.jsonl", [{"key": row["id"], "name": row["title"], "body": row["text"]} for row in PASSAGES])
-    columns = {
-        "question_column": "q",
-        "answer_column": "a",
-        "context_column": "c",
-        "title_column": "name",
-        "id_column": "key",
-        "passage_id_column": "gold",
-    }
-    corpus = load(
-        write("q.jsonl", asked[:30]),
-        eval_questions=write("e.jsonl", asked[30:]),
-        passages=pool,
-        columns=columns,
-        text_column="body",
-    )
+    columns = Columns(question="q", answer="a", context="c", title="name", id="key", passage_id="gold", text="body")
+    validation = write("e.jsonl", renamed[30:])
+    corpus = load(write("q.jsonl", renamed[:30]), eval_questions=validation, passages=pool, columns=columns)
     assert [dict(row) for row in corpus.passages] == PASSAGES
     assert [dict(row) for row in corpus.questions] + [dict(row) for row in corpus.eval_questions] == QUESTIONS
 
 
-def test_bad_rows_stop_the_run_or_are_told_once_for_each_file(write):
+def test_bad_rows_stop_the_run_or_are_reported_once_for_each_file(write):
     bad = {"id": "x", "question": "", "answers": ["y"]}
     files = {
         "eval_questions": write("e.jsonl", [*QUESTIONS[4:6], bad]),
@@ -215,21 +202,21 @@ def test_bad_rows_stop_the_run_or_are_told_once_for_each_file(write):
     questions = write("q.jsonl", [*QUESTIONS[:4], bad])
     with pytest.raises(InputError, match="q.jsonl, line 5: empty question.*--skip_bad_rows"):
         load(questions, **files)
-    said = []
-    corpus = load(questions, **files, skip_bad_rows=True, info=said.append)
+    lines = []
+    corpus = load(questions, **files, skip_bad_rows=True, info=lines.append)
     assert [len(table) for table in (corpus.questions, corpus.eval_questions, corpus.passages)] == [4, 2, 20]
     assert [
         name in text and "1 row skipped" in text
-        for name, text in zip(("q.jsonl", "e.jsonl", "p.jsonl"), said, strict=True)
+        for name, text in zip(("q.jsonl", "e.jsonl", "p.jsonl"), lines, strict=True)
     ] == [True] * 3
 
 
 def test_a_held_out_file_reports_its_bad_rows_once(write, passages):
-    said = []
+    lines = []
     load(
         write("q.jsonl", [*QUESTIONS, {"question": "", "answers": ["y"]}]),
         passages=passages,
         skip_bad_rows=True,
-        info=said.append,
+        info=lines.append,
     )
-    assert len(said) == 1
+    assert len(lines) == 1

@@ -1,4 +1,4 @@
-"""Writes that are whole or not there: what a fault in the middle leaves, and what a folder says of its own damage."""
+"""Atomic writes: what an error in the middle leaves, and how a folder shows damage."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from cozyrag.runtime.atomic_files import (
 
 @contextlib.contextmanager
 def small_files():
-    """No file may grow beyond 20,000 bytes: real write errors, without a disk of our own to fill.
+    """Limit files to 20,000 bytes: real write errors, without filling a disk.
 
     Not a fixture: pytest reports before fixtures end, and its own output may be a larger file.
     """
@@ -49,14 +49,14 @@ def sealed(folder):
     return folder
 
 
-def test_a_sealed_folder_is_whole(tmp_path):
+def test_a_sealed_folder_is_intact(tmp_path):
     folder = sealed(tmp_path / "kept")
     assert damage(folder) is None
     assert json.loads((folder / "manifest.json").read_text())["deep/b.bin"]["bytes"] == 1000
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing"),
         (
@@ -72,13 +72,13 @@ def test_a_sealed_folder_is_whole(tmp_path):
         (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
     ],
 )
-def test_damage_is_named(harm, told, tmp_path):
+def test_damage_is_named(harm, message, tmp_path):
     folder = sealed(tmp_path / "kept")
     harm(folder)
-    assert told in damage(folder)
+    assert message in damage(folder)
 
 
-def test_what_fails_half_way_leaves_the_old_folder_and_no_rest(tmp_path):
+def test_an_error_half_way_leaves_only_the_old_folder(tmp_path):
     folder = sealed(tmp_path / "kept")
     with pytest.raises(ZeroDivisionError), replacing(folder) as coming:
         (coming / "a.txt").write_text("two")
@@ -105,8 +105,8 @@ def filled_index():
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_told_in_one_sentence_whatever_library_meets_it(name, tmp_path):
-    with pytest.raises(InputError, match="disk is full.*needs about [12] MB.*goes on from there"):
+def test_a_full_disk_has_the_same_message_in_every_library(name, tmp_path):
+    with pytest.raises(InputError, match="disk is full.*needs about [12] MB.*resumes there"):
         with small_files(), replacing(tmp_path / "kept", needed=2_000_000) as coming:
             WRITERS[name](coming / "file")
     assert list(tmp_path.iterdir()) == []
@@ -119,39 +119,39 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == '{"a": 1}\n'
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match="something else"), writing(tmp_path / "file"):
         raise RuntimeError("something else")
 
 
-def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+def test_a_write_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     check_room(tmp_path / "new" / "folder", 10)
     with pytest.raises(InputError, match="disk is full"):
         check_room(tmp_path / "new" / "folder", 11)
 
 
-def test_a_folder_that_may_not_be_written_is_named():
+def test_a_folder_without_write_permission_is_named():
     with pytest.raises(InputError, match="/sys/cozyrag.json, but that is not allowed"):
         write_json(Path("/sys/cozyrag.json"), {})
 
 
-PIECES = ("cozyrag.json", "generator", "index", "retriever")
+NAMES = ("cozyrag.json", "generator", "index", "retriever")
 
 
 def pair(folder, name):
-    for piece in ("generator", "index", "retriever"):
-        (folder / piece).mkdir(parents=True)
-        (folder / piece / "weights").write_text(name)
+    for part in ("generator", "index", "retriever"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "weights").write_text(name)
     (folder / "cozyrag.json").write_text(name)
 
 
 def held(folder):
-    return {(path / "weights" if path.is_dir() else path).read_text() for path in (folder / name for name in PIECES)}
+    return {(path / "weights" if path.is_dir() else path).read_text() for path in (folder / name for name in NAMES)}
 
 
 @pytest.mark.parametrize("stopped_after", range(9))
-def test_a_switch_that_is_stopped_anywhere_goes_on_to_the_new_pair(stopped_after, tmp_path, monkeypatch):
+def test_a_switch_that_is_stopped_anywhere_ends_with_the_new_pair(stopped_after, tmp_path, monkeypatch):
     pair(tmp_path, "old")
     with replacing(tmp_path / NEXT) as coming:
         pair(coming, "new")
@@ -172,10 +172,10 @@ def test_a_switch_that_is_stopped_anywhere_goes_on_to_the_new_pair(stopped_after
     monkeypatch.setattr(Path, "rename", rename)
     switch(tmp_path)
     assert held(tmp_path) == {"new"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == list(PIECES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(NAMES)
 
 
-def test_a_pair_that_is_not_whole_never_comes_near_the_old_one(tmp_path):
+def test_an_incomplete_pair_never_touches_the_old_one(tmp_path):
     pair(tmp_path, "old")
     with pytest.raises(InputError), replacing(tmp_path / NEXT) as coming:
         pair(coming, "new")

@@ -1,5 +1,6 @@
-"""`cozyrag passages` from end to end on small corpora: every format, every word accounted for, stable, restartable."""
+"""`cozyrag passages` end to end on small corpora: every format, every word accounted for, stable ids, resumable."""
 
+import argparse
 import bz2
 import gzip
 import json
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from tqdm import tqdm
 
-import cozyrag.data.ingest
-from cozyrag.data.ingest import _Workers, passages
+from cozyrag.commands import passages as command
+from cozyrag.data import ingest
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError
 
@@ -31,6 +32,10 @@ The word comes from Greek, where it means without rulers of any kind.
 The leaves fall on the ground and the days become shorter and colder.
 </doc>
 """
+
+
+def passages(arguments):
+    command.main(arguments, argparse.ArgumentParser("cozyrag passages"))
 
 
 def made(folder, name="out.jsonl"):
@@ -117,7 +122,7 @@ def test_a_folder_of_documents(tmp_path):
     assert facts["unknown_files_first"][0].endswith("photo.jpg")
 
 
-def test_the_time_left_is_known_in_bytes(tmp_path, capsys):
+def test_the_progress_bar_counts_bytes(tmp_path, capsys):
     (tmp_path / "a.md").write_text("The pump lifts water from the well behind the house.")
     (tmp_path / "empty.md").write_text("")
     articles(tmp_path / "b.jsonl", [long("fox")])
@@ -126,15 +131,15 @@ def test_the_time_left_is_known_in_bytes(tmp_path, capsys):
     assert f"{size / 1000:.2f}k/{size / 1000:.2f}k" in capsys.readouterr().err
 
 
-def test_a_worker_that_dies_is_told_with_the_remedy():
-    workers = _Workers(1, bar=tqdm(disable=True))
-    workers.waiting.add(future := Future())
+def test_a_worker_that_dies_is_reported_with_the_remedy(monkeypatch):
+    future = Future()
     future.set_exception(BrokenProcessPool("gone"))
-    with pytest.raises(InputError, match="Run the same command again"), workers:
-        pass
+    monkeypatch.setattr(ingest.ProcessPoolExecutor, "submit", lambda *_: future)
+    with pytest.raises(InputError, match="Run the same command again"):
+        ingest._make_parts([None], 2, tqdm(disable=True))
 
 
-def test_the_output_inside_of_the_folder_is_no_input(tmp_path):
+def test_the_output_inside_the_folder_is_not_an_input(tmp_path):
     (tmp_path / "note.md").write_text("The pump lifts water from the well behind the house.")
     assert run(tmp_path, tmp_path) == run(tmp_path, tmp_path)
     assert summary(tmp_path)["files"] == 1
@@ -144,21 +149,21 @@ def test_a_hub_dataset_is_streamed(tmp_path, monkeypatch):
     rows = [{"id": str(i), "title": f"T{i}", "text": f"Article number {i} is about many things."} for i in range(4)]
     (tmp_path / "data").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "train.parquet")
-    real, asked = datasets.load_dataset, []
+    real, calls = datasets.load_dataset, []
 
     def load(*names, **options):
-        asked.append((names, options))
+        calls.append((names, options))
         return real(str(tmp_path / "data"), **options)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load)
     found = run(tmp_path, "wikimedia/wikipedia:20231101.de")
     assert [each["title"] for each in found] == ["T0", "T1", "T2", "T3"]
-    assert asked == [(("wikimedia/wikipedia", "20231101.de"), {"split": "train", "streaming": True})]
+    assert calls == [(("wikimedia/wikipedia", "20231101.de"), {"split": "train", "streaming": True})]
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.jsonl.gz", "out.jsonl"])
-def test_outputs_are_what_the_reader_of_passages_takes(tmp_path, name):
+def test_outputs_can_be_read_as_passages(tmp_path, name):
     (tmp_path / "wiki_00").write_text(DOCS)
     run(tmp_path, tmp_path / "wiki_00", output=name)
     table, report = read_passages(str(tmp_path / name))
@@ -166,7 +171,7 @@ def test_outputs_are_what_the_reader_of_passages_takes(tmp_path, name):
     assert summary(tmp_path)["passages"] == 2 and not (tmp_path / f"{name}.parts").exists()
 
 
-# ---- stable, without repeats, restartable
+# ---- stable ids, without repeats, resumable
 
 
 def articles(path, texts):
@@ -178,7 +183,7 @@ def long(name, sentences=60):
     return " ".join(f"The {name} {i} stands in village {i * 7} beside the river." for i in range(sentences))
 
 
-def test_ids_stay_when_something_else_changes(tmp_path):
+def test_ids_do_not_change_with_other_articles(tmp_path):
     source = articles(tmp_path / "a.jsonl", [long("fox"), long("owl"), long("elk")])
     before = {each["id"]: each["text"] for each in run(tmp_path, source)}
     assert {each["id"]: each["text"] for each in run(tmp_path, source)} == before
@@ -203,12 +208,12 @@ def test_repeats_are_left_out_and_counted(tmp_path):
     assert len(kept) == 4 and kept[1]["id"] == f"{kept[0]['id']}-2"
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes(tmp_path, monkeypatch, capsys):
     sources = [articles(tmp_path / f"{name}.jsonl", [long(name)]) for name in ("fox", "owl", "elk", "cat")]
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.md").write_text(long("hen"))
     whole = run(tmp_path, *sources, tmp_path / "notes")
-    real, calls = cozyrag.data.ingest.make_part, []
+    real, calls = ingest.make_part, []
 
     def fails(batch):
         calls.append(batch)
@@ -216,19 +221,19 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(batch)
 
-    monkeypatch.setattr(cozyrag.data.ingest, "make_part", fails)
+    monkeypatch.setattr(ingest, "make_part", fails)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *sources, tmp_path / "notes")
-    assert made(tmp_path) == whole  # the old output stays until the new one is whole
+    assert made(tmp_path) == whole  # the old output stays until the new one is complete
     calls.clear()
     calls.extend([None] * 3)
     assert run(tmp_path, *sources, tmp_path / "notes") == whole
-    assert len(calls) == 3 + 3 and "Going on: 2 parts" in capsys.readouterr().err
+    assert len(calls) == 3 + 3 and "Resuming: 2 parts" in capsys.readouterr().err
 
 
-def test_other_settings_or_changed_files_use_no_old_part(tmp_path, monkeypatch):
+def test_other_settings_or_changed_files_reuse_no_part(tmp_path, monkeypatch):
     source = articles(tmp_path / "a.jsonl", [long("fox")])
-    monkeypatch.setattr(cozyrag.data.ingest, "assemble", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(command, "assemble", lambda *_, **__: 1 / 0)
     for words in ("50", "100"):
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, source, "--words", words)
@@ -239,15 +244,15 @@ def test_other_settings_or_changed_files_use_no_old_part(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_workers_give_what_one_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(cozyrag.data.ingest, "CHARACTERS", 4000)
+def test_two_workers_give_the_same_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "CHARACTERS", 4000)
     sources = [articles(tmp_path / f"{name}.jsonl", [long(name), long(f"{name} s")]) for name in ("fox", "owl", "elk")]
     one = run(tmp_path, *sources)
     passages([*map(str, sources), "--output", str(tmp_path / "two.jsonl"), "--workers", "2"])
     assert made(tmp_path, "two.jsonl") == one
 
 
-# ---- what is refused
+# ---- errors
 
 
 def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
@@ -259,41 +264,41 @@ def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
     inputs = [tmp_path / "a.jsonl", tmp_path / "b.md", tmp_path / "wiki_00"]
     with pytest.raises(InputError) as refused:
         run(tmp_path, *inputs)
-    told = str(refused.value)
-    assert "5 rows cannot be used" in told and 'a.jsonl, line 1: no column "text"' in told
-    assert "a.jsonl, line 2: text is a float" in told and "b.md: line 1: expected UTF-8" in told
-    assert "wiki_00, line 9: the article has no </doc>" in told and "wiki_00, line 16: text outside" in told
+    message = str(refused.value)
+    assert "5 rows cannot be used" in message and 'a.jsonl, line 1: no column "text"' in message
+    assert "a.jsonl, line 2: text is a float" in message and "b.md: line 1: expected UTF-8" in message
+    assert "wiki_00, line 9: the article has no </doc>" in message and "wiki_00, line 16: text outside" in message
     assert not (tmp_path / "out.jsonl").exists()
     run(tmp_path, *inputs, "--skip_bad_rows")
     assert summary(tmp_path)["bad_rows"] == 5 and len(summary(tmp_path)["bad_rows_first"]) == 5
 
 
 @pytest.mark.parametrize(
-    ("inputs", "output", "told"),
+    ("inputs", "output", "message"),
     [
         (["nothing/here/now"], "out.jsonl", "found nothing at"),
-        (["a.bin"], "out.jsonl", "do not tell the format"),
-        (["empty"], "out.jsonl", "expected files to read in this folder"),
+        (["a.bin"], "out.jsonl", "expected files of a known format .* found 1 whose names"),
+        (["empty"], "out.jsonl", "expected files of a known format .* found 0 whose names"),
         (["a.jsonl"], "out.txt", "expected a name that ends in .parquet, .jsonl, .jsonl.gz"),
         (["a.jsonl"], "a.jsonl", "is an input as well"),
         (["a.jsonl"], "none/out.jsonl", "there is no folder"),
         (["short.jsonl"], "out.jsonl", "texts of at least 30 characters"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used(tmp_path, monkeypatch, inputs, output, told):
+def test_unusable_inputs_and_outputs(tmp_path, monkeypatch, inputs, output, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.bin").write_bytes(b"\x00\x01")
     articles(tmp_path / "a.jsonl", [long("fox")])
     articles(tmp_path / "short.jsonl", ["short"])
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         passages([*inputs, "--output", output, "--workers", "1"])
 
 
 @pytest.mark.parametrize(
     "words", [["--words", "5"], ["--near_duplicates", "80"], ["--overlap", "-1"], ["--format", "docx"]]
 )
-def test_arguments_that_make_no_sense(words, capsys):
+def test_invalid_arguments(words, capsys):
     with pytest.raises(SystemExit):
         passages(["a.md", "--output", "x.jsonl", *words])
     assert "error: argument" in capsys.readouterr().err

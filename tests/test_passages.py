@@ -1,4 +1,4 @@
-"""What a passage source becomes, and what is refused."""
+"""Passage sources: the tables they become and the errors they raise."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cozyrag.data.passages import FEATURES, merge_passages, passage_id, passages_from_contexts, read_passages
+from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 
 
@@ -40,9 +41,8 @@ def test_columns_and_defaults(tmp_path):
 def test_named_columns_and_delimited_files(tmp_path):
     (tmp_path / "p.tsv").write_text("Nr\tBODY\n1\tx\n")
     (tmp_path / "p.csv").write_text('text,title\n"x\ny",t\n')
-    assert read_passages(str(tmp_path / "p.tsv"), id_column="nr", text_column="body")[0].to_list() == [
-        {"id": "1", "title": "", "text": "x"}
-    ]
+    read = read_passages(str(tmp_path / "p.tsv"), columns=Columns(id="nr", text="body"))[0]
+    assert read.to_list() == [{"id": "1", "title": "", "text": "x"}]
     assert read_passages(str(tmp_path / "p.csv"))[0]["text"][:] == ["x\ny"]
 
 
@@ -114,7 +114,7 @@ def test_merge():
         merge_passages([table(("1", "", "x")), table(("1", "", "z"))])
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is not a failure
 @given(st.lists(st.text(max_size=2), min_size=1))
 def test_rows_are_kept_or_reported(tmp_path_factory, texts):
     source = jsonl(tmp_path_factory.mktemp("h") / "p.jsonl", [{"text": text} for text in texts])

@@ -476,7 +476,7 @@ def test_no_network(folder, hub):
 def test_a_hub_that_is_down(folder, hub):
     push_pair(folder, "me/rag")
     hub.fail("resolve", "500", times=999)
-    assert "the Hub has trouble of its own (status 500)" in not_loaded()
+    assert "the Hub reports an internal error (status 500)" in not_loaded()
 
 
 def test_a_full_disk_while_fetching_and_what_was_fetched_is_kept(folder, pair, hub, monkeypatch):

@@ -1,4 +1,4 @@
-"""Which precision a run takes, on machines that are put in: the hardware and its rates are faked, the arithmetic never is."""
+"""The precision of a run on fake machines: the hardware and its rates are faked, the arithmetic is not."""
 
 import json
 
@@ -18,27 +18,27 @@ from cozyrag.runtime.precision import MEASURED, Precision, agreed, asked_at_laun
 from cozyrag.runtime.signals import Interrupted
 from cozyrag.training import setup
 
-REASON = "a product of matrices is 4.3 times as fast as in float32 (846 against 197 GFLOP/s)"
+REASON = "a matrix product is 4.3 times as fast as in float32 (846 against 197 GFLOP/s)"
 FAST = Precision("bf16", REASON, 197.0, 846.0)
 FACTS = {"float32_gflops": 197.0, "bf16_gflops": 846.0, "ratio": 4.29, "reason": REASON}
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Put in a machine: whether it has bf16, and the rates of its products; gives a list that grows with each measurement."""
+    """Set a fake machine: whether it has bf16, and its rates; returns a list that grows with each measurement."""
 
-    def put_in(native, rates=None):
+    def fake(native, rates=None):
         measured = []
         monkeypatch.setattr(precision, "native_bf16", lambda device: native)
         monkeypatch.setattr(precision, "measure_products", lambda device="cpu": measured.append(device) or rates)
         return measured
 
-    return put_in
+    return fake
 
 
 @pytest.fixture
 def own_state():
-    """Accelerate keeps the precision of a process's first Accelerator; a test that takes another one starts and leaves without."""
+    """Accelerate keeps the precision of a process's first Accelerator; reset it before and after a test."""
     AcceleratorState._reset_state()
     yield AcceleratorState._reset_state
     AcceleratorState._reset_state()
@@ -48,7 +48,7 @@ def own_state():
 
 
 @pytest.mark.parametrize(
-    ("processor", "says", "native"),
+    ("processor", "reported", "native"),
     [
         ("x86_64", set(), False),
         ("x86_64", {"_is_mkldnn_bf16_supported"}, False),  # AVX-512 without bf16
@@ -59,39 +59,37 @@ def own_state():
         ("arm64", set(), False),
     ],
 )
-def test_a_processor_has_bf16_where_onednn_and_the_instructions_say_so(processor, says, native, monkeypatch):
+def test_a_processor_has_bf16_if_onednn_and_the_instructions_agree(processor, reported, native, monkeypatch):
     monkeypatch.setattr(precision.platform, "machine", lambda: processor)
-    monkeypatch.setattr(precision, "_says", lambda owner, name: name in says)
+    monkeypatch.setattr(precision, "_reports", lambda owner, name: name in reported)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert native_bf16("cpu") is native
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert native_bf16("cpu") is False
 
 
-def test_a_question_that_a_version_of_pytorch_lacks_is_answered_with_no():
+def test_a_check_that_a_version_of_pytorch_lacks_is_false():
     class Old:
         _has = staticmethod(lambda: True)
 
-    assert precision._says(Old, "_has") is True and precision._says(Old, "_gone") is False
-    assert precision._says(torch.ops.mkldnn, "_no_such_question") is False
+    assert precision._reports(Old, "_has") is True and precision._reports(Old, "_gone") is False
+    assert precision._reports(torch.ops.mkldnn, "_no_such_check") is False
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_is_asked_without_emulation(native, monkeypatch):
+def test_emulation_on_a_gpu_does_not_count(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and not including_emulation)
     assert native_bf16("cuda") is native
 
 
-# ---- the measurement, on a clock that products move
+# ---- the measurement, on a fake clock that products advance
 
 
 @pytest.mark.parametrize(
     ("gflops", "size"),
     [({torch.float32: 197.0, torch.bfloat16: 846.0}, 2048), ({torch.float32: 40.0, torch.bfloat16: 0.5}, 256)],
 )
-def test_rates_are_those_of_large_products_and_of_small_ones_where_large_ones_would_take_long(
-    gflops, size, monkeypatch
-):
+def test_rates_are_those_of_large_products_or_of_small_ones_if_large_ones_take_long(gflops, size, monkeypatch):
     now, sizes = [0.0], []
 
     def product(rows, kind, device):
@@ -113,7 +111,7 @@ def test_products_are_computed_and_take_time():
 # ---- the choice
 
 
-def test_a_processor_without_bf16_computes_in_float32_and_nothing_is_measured(machine):
+def test_a_processor_without_bf16_takes_float32_and_nothing_is_measured(machine):
     measured = machine(False, (100.0, 900.0))
     found = fitting("cpu")
     assert found == Precision("no", "this processor has no native bf16") and measured == []
@@ -121,7 +119,7 @@ def test_a_processor_without_bf16_computes_in_float32_and_nothing_is_measured(ma
     assert found.facts() == {"float32_gflops": None, "bf16_gflops": None, "ratio": None, "reason": found.reason}
 
 
-def test_a_processor_with_bf16_takes_it_where_it_pays(machine):
+def test_a_processor_with_bf16_takes_it_if_it_is_faster(machine):
     measured = machine(True, (197.0, 846.0))
     found = fitting("cpu")
     assert found == FAST and found.facts() == FACTS and len(measured) == 1
@@ -129,10 +127,10 @@ def test_a_processor_with_bf16_takes_it_where_it_pays(machine):
     assert fitting("cpu", (200.0, 300.0)).name == "bf16" and len(measured) == 1
     slow = fitting("cpu", (200.0, 290.0))
     assert slow.name == "no" and slow.ratio == 1.45
-    assert "in bf16 a product of matrices is only 1.4 times as fast (290 against 200 GFLOP/s)" in slow.sentence()
+    assert "in bf16 a matrix product is only 1.4 times as fast (290 against 200 GFLOP/s)" in slow.sentence()
 
 
-def test_a_gpu_takes_bf16_where_it_has_it_unmeasured_and_other_devices_do_not(machine):
+def test_a_gpu_with_bf16_takes_it_unmeasured_and_other_devices_do_not(machine):
     measured = machine(True)
     assert fitting("cuda").sentence() == "precision bf16: this GPU has it natively"
     assert fitting("mps").name == "no" and measured == []
@@ -140,14 +138,14 @@ def test_a_gpu_takes_bf16_where_it_has_it_unmeasured_and_other_devices_do_not(ma
     assert fitting("cuda").sentence() == "precision float32: this GPU has no native bf16"
 
 
-def test_what_is_asked_for_is_taken_unmeasured(machine):
+def test_the_choice_of_the_user_is_taken_unmeasured(machine):
     measured = machine(True)
     for device, asked in (("cpu", "bf16"), ("cpu", "no"), ("cuda", "bf16"), ("cuda", "fp16")):
         assert choose(device, asked) == Precision(asked, "as asked for")
     assert measured == []
     machine(False)
     assert choose("cpu", "no").note == "" and choose("mps", "bf16").note == ""
-    assert "emulated" in choose("cuda", "bf16").note  # works, and says so
+    assert "emulated" in choose("cuda", "bf16").note  # works, with a note
 
 
 def test_emulated_bf16_is_refused_on_a_cpu_unless_it_is_allowed(machine, monkeypatch):
@@ -170,14 +168,14 @@ KEPT_BF16 = Precision("bf16", REASON, 197.0, 846.0, kept=True)
     ("kept", "native", "rates", "note"),
     [
         (KEPT_BF16, True, (197.0, 846.0), ""),
-        (KEPT_BF16, True, (100.0, 120.0), ""),  # not much, and no loss
+        (KEPT_BF16, True, (100.0, 120.0), ""),  # a small gain
         (KEPT_BF16, True, (100.0, 90.0), "bf16 is slower than float32 here (90 against 100 GFLOP/s)"),
         (KEPT_BF16, False, None, "bf16 is only emulated here"),
         (KEPT_FLOAT32, False, None, ""),
         (KEPT_FLOAT32, True, (197.0, 846.0), f"bf16 would be faster here ({REASON})"),
     ],
 )
-def test_an_interrupted_run_keeps_its_precision_and_says_where_it_is_slow(kept, native, rates, note, machine):
+def test_an_interrupted_run_keeps_its_precision_and_notes_if_it_is_slow(kept, native, rates, note, machine):
     machine(native, rates)
     found = choose("cpu", None, kept)
     assert (found.name, found.facts()) == (kept.name, kept.facts())
@@ -187,7 +185,7 @@ def test_an_interrupted_run_keeps_its_precision_and_says_where_it_is_slow(kept, 
         choose("cpu", None, Precision("fp16", "as asked for", kept=True))
 
 
-def test_processes_take_bf16_only_together_and_tell_the_least_gain():
+def test_processes_take_bf16_only_together_and_report_the_smallest_gain():
     float32, faster = Precision("no", "this processor has no native bf16"), Precision("bf16", "so fast", 100.0, 900.0)
     assert agreed([FAST, float32]) == agreed([float32, FAST]) == float32
     assert agreed([faster, FAST]) == agreed([FAST, faster]) == FAST
@@ -195,10 +193,10 @@ def test_processes_take_bf16_only_together_and_tell_the_least_gain():
     assert agreed([Precision("bf16", "as asked for"), slow]).note == "slow."
 
 
-@pytest.mark.parametrize("said", [None, "no", "NO", "bf16", "fp16", "fp8"])
-def test_no_from_accelerate_launch_asks_for_nothing(said, monkeypatch):
-    environment = {} if said is None else {"ACCELERATE_MIXED_PRECISION": said}
-    asked = None if said in (None, "no", "NO") else said
+@pytest.mark.parametrize("given", [None, "no", "NO", "bf16", "fp16", "fp8"])
+def test_no_from_accelerate_launch_counts_as_nothing_given(given, monkeypatch):
+    environment = {} if given is None else {"ACCELERATE_MIXED_PRECISION": given}
+    asked = None if given in (None, "no", "NO") else given
     assert asked_at_launch(environment) == asked
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -212,7 +210,7 @@ def test_no_from_accelerate_launch_asks_for_nothing(said, monkeypatch):
 
 @pytest.fixture
 def auto(short_run):
-    """A short run that leaves the precision open."""
+    """A short run without a setting of the precision."""
     at = short_run.index("--mixed_precision")
     return [*short_run[:at], *short_run[at + 2 :]]
 
@@ -221,7 +219,7 @@ def settings_of(out):
     return json.loads((out / "settings.json").read_text())
 
 
-def test_a_run_takes_what_fits_and_notes_it_everywhere(auto, machine, own_state, tmp_path, capsys):
+def test_a_run_takes_what_fits_and_records_it_everywhere(auto, machine, own_state, tmp_path, capsys):
     out = tmp_path / "out"
     machine(True, (197.0, 846.0))
     train([*auto, "--output_dir", str(out), "--rounds", "0"])
@@ -245,7 +243,7 @@ def test_a_machine_without_bf16_changes_nothing(auto, machine, tmp_path, capsys)
 
 @pytest.fixture
 def interrupted(auto, machine, own_state, tmp_path):
-    """Give a function that begins a run in an output folder and ends it in its generator phase."""
+    """A function that begins a run in an output folder and interrupts it in its generator phase."""
 
     def begin(native, rates, *more):
         machine(native, rates)
@@ -259,7 +257,7 @@ def interrupted(auto, machine, own_state, tmp_path):
     return begin
 
 
-def test_an_interrupted_run_goes_on_in_bf16_on_a_machine_without_it(auto, interrupted, machine, capsys):
+def test_an_interrupted_run_resumes_in_bf16_on_a_machine_without_it(auto, interrupted, machine, capsys):
     out = interrupted(True, (197.0, 846.0))
     machine(False)
     with pytest.raises(InputError, match=r"mixed_precision \(was 'bf16', now 'no'\)"):
@@ -272,11 +270,11 @@ def test_an_interrupted_run_goes_on_in_bf16_on_a_machine_without_it(auto, interr
     assert (out / "finished.json").exists()
 
 
-def test_an_interrupted_run_goes_on_in_float32_on_a_machine_with_bf16(auto, interrupted, machine, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_in_float32_on_a_machine_with_bf16(auto, interrupted, machine, monkeypatch, capsys):
     out = interrupted(False, None)
     saved = settings_of(out)
     assert saved["mixed_precision"] == "no"
-    del saved[MEASURED]  # as it was written before there was a choice
+    del saved[MEASURED]  # as earlier versions wrote it
     (out / "settings.json").write_text(json.dumps(saved | {"mixed_precision": None}))
     machine(True, (197.0, 846.0))
     with pytest.raises(InputError, match=r"mixed_precision \(was 'no', now 'bf16'\)"):
@@ -289,7 +287,7 @@ def test_an_interrupted_run_goes_on_in_float32_on_a_machine_with_bf16(auto, inte
     assert settings_of(out)["mixed_precision"] == "no"
 
 
-def test_an_old_run_that_accelerate_launch_told_bf16_goes_on_in_it(auto, interrupted, monkeypatch, capsys):
+def test_an_old_run_launched_with_bf16_resumes_in_it(auto, interrupted, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     out = interrupted(True, None)
     (out / "settings.json").write_text(json.dumps(settings_of(out) | {"mixed_precision": None}))
@@ -298,7 +296,7 @@ def test_an_old_run_that_accelerate_launch_told_bf16_goes_on_in_it(auto, interru
 
 
 @pytest.mark.parametrize("way", ["setting", "launcher"])
-def test_bf16_on_a_processor_without_it_ends_with_a_sentence_and_nothing_is_written(
+def test_bf16_on_a_processor_without_it_is_one_error_and_nothing_is_written(
     way, auto, machine, tmp_path, monkeypatch, capsys
 ):
     machine(False)
@@ -311,12 +309,12 @@ def test_bf16_on_a_processor_without_it_ends_with_a_sentence_and_nothing_is_writ
         monkeypatch.setattr("sys.argv", ["cozyrag", command, *arguments])
         with pytest.raises(SystemExit, match="2"):
             cli.main()
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "--mixed_precision bf16: expected a processor with native bf16, found one without" in said
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "--mixed_precision bf16: expected a processor with native bf16, found one without" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_that_refuses_stops_all_and_one_without_bf16_decides(machine, monkeypatch):
+def test_an_error_in_one_process_stops_all_and_one_without_bf16_decides(machine, monkeypatch):
     machine(True, (197.0, 846.0))
     slow = Precision("no", "this processor has no native bf16")
     monkeypatch.setattr(setup, "gather_object", lambda mine: [*mine, (slow, None)])
@@ -347,15 +345,15 @@ def test_the_plan_probes_in_the_precision_of_the_run_and_names_it(
     assert probed == ["bf16"] and f"precision bf16: {REASON}; nothing is trained." in capsys.readouterr().out
 
 
-# ---- who reads settings.json
+# ---- readers of settings.json
 
 
-def test_what_was_measured_is_no_setting(tmp_path, monkeypatch):
+def test_the_measurement_is_not_a_setting(tmp_path, monkeypatch):
     monkeypatch.setattr("cozyrag.runtime.precision.native_bf16", lambda device: False)
     settings = parse_settings(["--questions", "own.tsv", "--mixed_precision", "bf16"]).to_dict() | {MEASURED: FACTS}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     assert MEASURED not in public_settings(settings)
     assert parse_settings(["--config", str(tmp_path / "settings.json")]).training.mixed_precision == "bf16"
-    audited = audit.saved_settings(tmp_path)  # trains nothing, so it is not refused on a machine without bf16
+    audited = audit.saved_settings(tmp_path)  # an audit trains nothing, so bf16 is accepted
     assert audited.training.mixed_precision is None and audited.data.questions == "own.tsv"
     setup.make_accelerator(audited)

@@ -1,4 +1,4 @@
-"""What a question source becomes, what is refused, and how rows are chosen."""
+"""Question sources: the tables they become, the errors they raise, and the selection of rows."""
 
 import hashlib
 import json
@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from cozyrag.data.passages import merge_passages, passage_id
 from cozyrag.data.questions import FEATURES, hold_out, read_questions, take
+from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 
-DATA = Path(os.environ.get("COZYRAG_SQUAD", "no-such-folder"))  # SQuAD 1.1 as JSON lines, for whoever has it
+DATA = Path(os.environ.get("COZYRAG_SQUAD", "no-such-folder"))  # SQuAD 1.1 as JSON lines; optional
 
 
 def jsonl(path, rows):
@@ -23,11 +24,11 @@ def jsonl(path, rows):
     return str(path)
 
 
-def questions(golds, asked=None):
-    asked = asked or [f"q{i}" for i in range(len(golds))]
+def questions(golds, texts=None):
+    texts = texts or [f"q{i}" for i in range(len(golds))]
     rows = [
         {"id": str(i), "question": question, "answers": ["a"], "passage_id": gold}
-        for i, (question, gold) in enumerate(zip(asked, golds, strict=True))
+        for i, (question, gold) in enumerate(zip(texts, golds, strict=True))
     ]
     return datasets.Dataset.from_list(rows, features=FEATURES)
 
@@ -58,10 +59,10 @@ def test_headerless_tsv(tmp_path):
     ],
 )
 @pytest.mark.parametrize("column", ["answer", "answers"])
-@pytest.mark.parametrize("asked_for", ["answer", "answers"])
-def test_layouts_of_answers(tmp_path, answers, expected, column, asked_for):
+@pytest.mark.parametrize("configured", ["answer", "answers"])
+def test_layouts_of_answers(tmp_path, answers, expected, column, configured):
     source = jsonl(tmp_path / "q.jsonl", [{"question": "q", column: answers}])
-    read = read_questions(source, answer_column=asked_for, needs_answer=False)
+    read = read_questions(source, columns=Columns(answer=configured), needs_answer=False)
     assert read.table[0]["answers"] == expected
 
 
@@ -83,8 +84,8 @@ def test_contexts_become_passages(tmp_path):
 
 
 def test_squad_json(tmp_path):
-    asked = [{"id": "x", "question": "q", "answers": [{"text": "a"}]}, {"id": "y", "question": "r", "answers": []}]
-    data = {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": asked}]}]}
+    qas = [{"id": "x", "question": "q", "answers": [{"text": "a"}]}, {"id": "y", "question": "r", "answers": []}]
+    data = {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": qas}]}]}
     path = tmp_path / "squad.json"
     path.write_text(json.dumps(data))
     read = read_questions(str(path), needs_answer=False)
@@ -96,17 +97,12 @@ def test_squad_json(tmp_path):
 
 def test_named_columns(tmp_path):
     (tmp_path / "q.csv").write_text("FRAGE,Antwort,nr,absatz\nq,a,5,p\n")
-    read = read_questions(
-        str(tmp_path / "q.csv"),
-        question_column="frage",
-        answer_column="antwort",
-        id_column="nr",
-        passage_id_column="absatz",
-    )
+    columns = Columns(question="frage", answer="antwort", id="nr", passage_id="absatz")
+    read = read_questions(str(tmp_path / "q.csv"), columns=columns)
     assert read.table.to_list() == [{"id": "5", "question": "q", "answers": ["a"], "passage_id": "p"}]
 
 
-def test_made_ids(tmp_path):
+def test_generated_ids(tmp_path):
     rows = [
         {"question": "q", "answers": ["a", "b"]},
         {"question": "q", "answers": "a"},
@@ -121,7 +117,7 @@ def test_made_ids(tmp_path):
     assert read.table["id"][:] == [plain, f"{plain}-2", bare, f"{plain}-3", placed]
 
 
-def test_id_given_twice(tmp_path):
+def test_repeated_id(tmp_path):
     source = jsonl(tmp_path / "q.jsonl", [{"id": "a", "question": "q", "answer": "x"}] * 2)
     with pytest.raises(InputError) as error:
         read_questions(source, skip_bad_rows=True)
@@ -168,8 +164,8 @@ def test_missing_columns(tmp_path):
     with pytest.raises(InputError, match='q.jsonl: .*"question", found "frage", "antwort".*--question_column'):
         read_questions(source, skip_bad_rows=True)
     with pytest.raises(InputError, match='q.jsonl: .*"answers", found "frage", "antwort".*--answer_column'):
-        read_questions(source, question_column="frage")
-    assert len(read_questions(source, question_column="frage", needs_answer=False).table) == 1
+        read_questions(source, columns=Columns(question="frage"))
+    assert len(read_questions(source, columns=Columns(question="frage"), needs_answer=False).table) == 1
 
 
 def test_no_usable_row(tmp_path):
@@ -178,7 +174,7 @@ def test_no_usable_row(tmp_path):
         read_questions(source, skip_bad_rows=True)
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is not a failure
 @given(st.lists(st.tuples(st.sampled_from(["", " ", "q", "r"]), st.sampled_from(["", "a", "b "])), min_size=1))
 def test_rows_are_kept_or_reported(tmp_path_factory, pairs):
     rows = [{"question": question, "answer": answer} for question, answer in pairs]
@@ -190,9 +186,9 @@ def test_rows_are_kept_or_reported(tmp_path_factory, pairs):
     assert (0 if read.report is None else int(read.report.split(": ")[1].split()[0])) == len(pairs) - len(usable)
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is not a failure
 @given(st.lists(st.sampled_from([None, "a", "b", "c", "d"]), min_size=2, max_size=40), st.integers(0, 9))
-def test_hold_out_parts_whole_groups(golds, seed):
+def test_hold_out_splits_whole_groups(golds, seed):
     table = questions(golds)
     if len(set(golds)) == 1 and golds[0] is not None:
         with pytest.raises(InputError, match="at least two passages.*Add questions"):
@@ -223,7 +219,7 @@ def test_hold_out_sizes_and_seeds():
 
 
 def test_hold_out_keeps_equal_questions_together():
-    table = questions([None] * 20, asked=["a", "b"] * 10)
+    table = questions([None] * 20, texts=["a", "b"] * 10)
     assert set(hold_out(table, share=0.1, limit=9, seed=0)[1]["question"][:]) in ({"a"}, {"b"})
 
 
@@ -249,7 +245,7 @@ def test_take():
 @pytest.mark.skipif(
     not DATA.is_dir(), reason="COZYRAG_SQUAD names no folder with squad11_train.jsonl.gz and squad11_dev.jsonl.gz"
 )
-def test_squad_dev_as_known():
+def test_squad_dev_has_its_known_size():
     dev = read_questions(str(DATA / "squad11_dev.jsonl.gz"))
     assert (len(dev.table), len(dev.passages), dev.report) == (10_570, 2_067, None)
     assert len(merge_passages([dev.passages, dev.passages])) == 2_067

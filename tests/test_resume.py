@@ -55,7 +55,7 @@ def test_a_signal_outside_the_steps_ends_at_once(short_run, undisturbed, tmp_pat
         patched.setattr(cozyrag.training.rounds, "evaluate_pair", lambda *rest, **options: send(signal.SIGTERM)())
         with pytest.raises(Interrupted) as ended:
             train([*short_run, "--output_dir", str(out)])
-    assert "nothing was saved yet" in ended.value.told
+    assert "nothing was saved yet" in ended.value.message
     train([*short_run, "--output_dir", str(out)])
     assert differences(undisturbed, left(out, rounds=1)) == []
 

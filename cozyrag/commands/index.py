@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from cozyrag.config import (
 )
 from cozyrag.config_checks import EMBEDDED
 from cozyrag.data.passages import stream_passages
-from cozyrag.data.rows import SHOWN, BadRows, no_rows
+from cozyrag.data.rows import SHOWN, BadRows, Columns, no_rows
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import AUTO, FLOAT32, INT8, check_int8, reading_precision
@@ -163,8 +164,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard_size", type=int, default=4096, help="passages after which what is encoded is kept (default: 4096)")
     add("--no_sentence_vectors", action="store_true", help="leave out the vectors of sentences (half precision, some 4 KB a passage): a search by vectors and words then looks at whole passages, and contexts are filtered with vectors made on the fly")  # fmt: skip
     add("--passages_split", default=data.passages_split, help="split, if PASSAGES is a Hub dataset")
-    for name in ("id_column", "title_column", "text_column"):
-        add(f"--{name}", default=vars(data)[name], help=f"default: {vars(data)[name]}")
+    for name in ("id", "title", "text"):
+        add(f"--{name}_column", default=name, help=f"default: {name}")
     add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
     add("--use_cpu", action="store_true", help="encode on the CPU although there is a GPU")
     add("--threads", type=int, help="CPU threads of each process (default: the cores shared by the processes)")
@@ -197,12 +198,14 @@ def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
     read = _reader(options)
     size = os.path.getsize(options.passages) if os.path.exists(options.passages) else None
     with tqdm(total=size, desc="reading passages", unit="B", unit_scale=True) as bar:
-        ids, contents = store_passages((passage for _, *passage in read(bad, bar.update if size else None)), path)
+        ids, contents = store_passages(
+            (passage for _, *passage in read(bad=bad, progress=bar.update if size else None)), path
+        )
     again = _repeated(options, ids, contents, bad)
     if report := bad.finish(options.passages, options.skip_bad_rows):
         print(report)
     if again.any():
-        rows = (passage for repeat, (_, *passage) in zip(again, read(BadRows()), strict=True) if not repeat)
+        rows = (passage for repeat, (_, *passage) in zip(again, read(bad=BadRows()), strict=True) if not repeat)
         contents = store_passages(rows, path)[1]
     if not len(contents):
         raise no_rows(options.passages, "text")
@@ -210,12 +213,7 @@ def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
 
 
 def _reader(options: argparse.Namespace) -> Callable[..., Iterator]:
-    names = {name: vars(options)[name] for name in ("id_column", "title_column", "text_column")}
-
-    def read(bad: BadRows, told: Callable[[int], None] | None = None) -> Iterator:
-        return stream_passages(options.passages, split=options.passages_split, **names, bad=bad, told=told)
-
-    return read
+    return partial(stream_passages, options.passages, split=options.passages_split, columns=Columns.of(vars(options)))
 
 
 def _repeated(options: argparse.Namespace, ids: np.ndarray, contents: np.ndarray, bad: BadRows) -> np.ndarray:
@@ -226,7 +224,7 @@ def _repeated(options: argparse.Namespace, ids: np.ndarray, contents: np.ndarray
     clashing = np.flatnonzero(contents != contents[first])
     named = clashing[:1] if len(clashing) else np.flatnonzero(again)[:SHOWN]
     wanted = {int(row) for row in (*named, *first[named])}
-    rows = enumerate(_reader(options)(BadRows())) if wanted else ()
+    rows = enumerate(_reader(options)(bad=BadRows())) if wanted else ()
     found = {number: (row.where, key) for number, (row, key, *_) in rows if number in wanted}
     for row in clashing[:1]:
         raise InputError(

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cozyrag.data.documents import FORMATS, find_sources
-from cozyrag.data.ingest import Reading, gather
+from cozyrag.data.ingest import gather
 from cozyrag.data.ingest_assemble import Summary, assemble, check_output, summary_path
 from cozyrag.data.ingest_worker import Cutting, read_counts
-from cozyrag.data.rows import SHOWN, BadRows
+from cozyrag.data.rows import SHOWN, BadRows, Columns
 from cozyrag.errors import InputError
 
 DESCRIPTION = """\
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     sources, unknown = find_sources(options.inputs, format=options.format, ignore=ignored)
     cutting = Cutting(options.words, options.overlap, options.min_characters, options.near_duplicates is not None)
     bad = BadRows()
-    reading = Reading(options.split, options.title_column, options.text_column)
-    parts = gather(sources, folder, cutting, reading, workers=options.workers, bad=bad)
+    columns = Columns.of(vars(options))
+    parts = gather(sources, folder, cutting, columns, split=options.split, workers=options.workers, bad=bad)
     for part in parts:
         _add_bad(bad, part)
     report = bad.finish("These inputs", options.skip_bad_rows)

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from cozyrag.data.chunking import count_words, spaced
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.questions import Question, stream_questions
 from cozyrag.data.readers import kind_of
-from cozyrag.data.rows import BadRows, no_rows
+from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import normalize_answer
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     report = bad.finish(", ".join(options.inputs), options.skip_bad_rows or options.check_only)
     if not asked:
         raise no_rows(", ".join(options.inputs), "a question and an answer")
-    check(asked, passages=options.passages, columns=_passage_columns(options))
+    check(asked, passages=options.passages, columns=Columns.of(vars(options)), split=options.split)
     drop = {"repeated", *options.drop}
     kept = [each for each in asked if not drop & each.odd.keys()]
     print(_formatted(asked, kept, options, report))
@@ -109,17 +109,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=int, default=3, metavar="N", help="of each kind to show (default: 3)")
     add("--split", default="train", help="split of Hub datasets (default: train)")
     add("--no_answer", action="store_true", help="questions without an answer are meant so")
-    for name, column in (("question", "question"), ("answer", "answers"), ("context", "context"), ("title", "title"), ("id", "id"), ("passage_id", "passage_id"), ("text", "text")):  # fmt: skip
+    for name, column in asdict(COLUMNS).items():
         add(f"--{name}_column", default=column, help=f"default: {column}")
     add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
 
 
 def _read(options: argparse.Namespace, bad: BadRows) -> Iterator[Asked]:
-    names = ("question", "answer", "context", "title", "id", "passage_id")
-    columns = {f"{name}_column": vars(options)[f"{name}_column"] for name in names}
+    columns = Columns.of(vars(options))
     seen: dict[str, str] = {}
     for source in options.inputs:
-        rows = stream_questions(source, split=options.split, **columns, needs_answer=not options.no_answer, bad=bad)
+        needs_answer = not options.no_answer
+        rows = stream_questions(source, split=options.split, columns=columns, needs_answer=needs_answer, bad=bad)
         for row, question in rows:
             if question.id and question.id in seen:
                 bad.add(row.where, f'the id "{question.id}" was given at {seen[question.id]} already')
@@ -129,16 +129,11 @@ def _read(options: argparse.Namespace, bad: BadRows) -> Iterator[Asked]:
             yield Asked(row.where, question)
 
 
-def _passage_columns(options: argparse.Namespace) -> dict[str, str]:
-    names = ("id_column", "title_column", "text_column")
-    return {"split": options.split, **{name: vars(options)[name] for name in names}}
-
-
 # -------------------------------------------------------------------------------------------------------- the checks
 
 
-def check(asked: Sequence[Asked], *, passages: str | None, columns: dict[str, str]) -> None:
-    """Note in each question what is odd about it; `columns` are those of the passage file, as `stream_passages` takes them."""
+def check(asked: Sequence[Asked], *, passages: str | None, columns: Columns, split: str) -> None:
+    """Note in each question what is odd about it; `columns` and `split` are those of the passage file."""
     _check_repeats(asked)
     _check_lengths(asked)
     for each in asked:
@@ -146,7 +141,7 @@ def check(asked: Sequence[Asked], *, passages: str | None, columns: dict[str, st
         if context and each.question.answers and not Wanted([each.question.answers]).found_in(context):
             each.odd["not_in_gold"] = f"no answer ({_short(each)}) in the text that the row carries"
     if passages is not None:
-        _check_passages(asked, passages, columns)
+        _check_passages(asked, passages, columns, split)
 
 
 def _check_repeats(asked: Iterable[Asked]) -> None:
@@ -181,7 +176,7 @@ def _check_lengths(asked: Sequence[Asked]) -> None:
             )
 
 
-def _check_passages(asked: Sequence[Asked], passages: str, columns: dict[str, str]) -> None:
+def _check_passages(asked: Sequence[Asked], passages: str, columns: Columns, split: str) -> None:
     wanted, known = Wanted(each.question.answers for each in asked), set()
     named: dict[str, list[Asked]] = {}
     for each in asked:
@@ -190,7 +185,8 @@ def _check_passages(asked: Sequence[Asked], passages: str, columns: dict[str, st
     bad = BadRows()
     size = os.path.getsize(passages) if os.path.exists(passages) else None
     with tqdm(total=size, desc="looking for answers", unit="B", unit_scale=True) as bar:
-        for _, key, _, text in stream_passages(passages, **columns, bad=bad, told=bar.update if size else None):
+        progress = bar.update if size else None
+        for _, key, _, text in stream_passages(passages, split=split, columns=columns, bad=bad, progress=progress):
             wanted.look_in(text)
             for each in named.get(key, ()):
                 known.add(key)

@@ -1,28 +1,30 @@
-"""Cut an article into passages: whole sentences, about so many words each, never across a section.
+"""Split an article into passages of whole sentences with a target number of words, never across a section.
 
-It exists so that what is searched is about one thing and fits what the models read. Nothing here knows a language: what a
-word costs goes by script, where a sentence ends by punctuation. A cut depends on its own section alone, and cuts fall on
-the ends of paragraphs where they can, so a small edit moves few of them. Left out: files, ids, duplicates.
+Nothing depends on a language: the weight of a word follows the script, the end of a sentence the punctuation. A cut
+depends on its own section alone and prefers ends of paragraphs, so a small edit moves few cuts. Left out: files, ids,
+duplicates.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile, zip_longest
 from os.path import commonprefix
 
 from cozyrag.data.sentences import sentence_spans
 
-CLOSE_ENOUGH = 0.75  # share of the wanted words from which the end of a paragraph ends a passage
-TAIL = 0.35  # share of the wanted words below which the end of a section joins the passage before it
-LONGEST = 1.5  # times the wanted words: a longer sentence is cut at clauses, spaces, or anywhere
+CLOSE_ENOUGH = 0.75  # share of the target from which the end of a paragraph ends a passage
+TAIL = 0.35  # share of the target below which the end of a section joins the passage before it
+LONGEST = 1.5  # multiple of the target above which a sentence is cut at a clause, at a space, or anywhere
 HEADING_WORDS = 12  # a shorter line that is a paragraph of its own stays with the paragraph after it
 
-# Scripts without spaces between words. A Chinese word has some 1.6 characters, a Thai one some four.
+# Scripts without spaces between words. A Chinese word has about 1.6 characters, a Thai word about four.
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _SOUTH_EAST = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CHARACTERS_A_WORD = {_IDEOGRAPHS: 1.6, _SOUTH_EAST: 4.0}
 _CLAUSE_END = re.compile(r"[,;:،؛]\s+|[，；：、]\s*|\s+")
+Section = tuple[tuple[str, ...], str]  # heading path and text
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +38,20 @@ class Piece:
 
 
 def count_words(text: str) -> float:
-    """How many words a text has: runs between spaces, and for scripts that write none, characters over the usual length."""
+    """The number of words: runs between spaces; in scripts without spaces, characters over the usual word length."""
     count = float(len(text.split()))
     if text.isascii():
         return count
     for script, length in _CHARACTERS_A_WORD.items():
         found = script.findall(text)
         if found:
-            # A run between spaces that is of such a script has been counted as one word already: take that back.
+            # Each run between spaces with characters of the script has been counted as one word already.
             count += len(found) / length - sum(script.search(run) is not None for run in text.split())
     return count
 
 
 def spaced(text: str) -> str:
-    """The text with a space on both sides of every character of a script that writes none between words."""
+    """The text with a space on both sides of every character of a script without spaces between words."""
     if text.isascii():
         return text
     for script in _CHARACTERS_A_WORD:
@@ -61,29 +63,27 @@ def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:
     """The passages of one section, in order: slices of it, stripped.
 
     Args:
-        words: wanted words of a passage; one ends where the next sentence would overshoot more than stopping undershoots.
-        overlap: sentences that a passage repeats from the end of the one before, at most half the wanted words.
+        words: target words of a passage; it ends where another sentence would overshoot more than stopping undershoots.
+        overlap: sentences that a passage repeats from the end of the one before, at most half the target words.
 
-    Without overlap the passages, one after another, are the whole text but for the space between them.
+    Without overlap the concatenated passages are the whole text except for the space between them.
     """
-    pieces = [part for piece in _sentences(text) for part in _short_enough(text, piece, words * LONGEST)]
-    groups = _grouped(pieces, words)
-    spans = []
-    for start, end in groups:
-        shared = _shared(pieces[:start], overlap, words / 2) if start else 0
-        spans.append((pieces[start - shared].start, pieces[end - 1].end))
-    return [text[start:end].strip() for start, end in spans]
+    pieces = [part for piece in _sentences(text) for part in _split_long(text, piece, words * LONGEST)]
+    passages = []
+    for start, end in _grouped(pieces, words):
+        before = accumulate(piece.words for piece in reversed(pieces[max(start - overlap, 0) : start]))
+        repeated = len(list(takewhile(lambda total: total <= words / 2, before)))
+        passages.append(text[pieces[start - repeated].start : pieces[end - 1].end].strip())
+    return passages
 
 
-def join_sections(
-    sections: Iterable[tuple[tuple[str, ...], str]], *, least: float, most: float
-) -> list[tuple[tuple[str, ...], str]]:
-    """Sections of fewer than `least` words joined with the one before, up to `most`: a note of many short ones is one text.
+def join_sections(sections: Iterable[Section], *, least: float, most: float) -> list[Section]:
+    """Join sections of fewer than `least` words with the one before, up to `most`: many short notes become one text.
 
-    Sections are pairs of heading path and text. What two of them have in common stays their path, the rest of the
-    headings moves into the text. A heading without text of its own goes with what follows.
+    The common part of two heading paths stays the path, the other headings move into the text. A heading without text
+    goes with what follows.
     """
-    joined: list[tuple[tuple[str, ...], str]] = []
+    joined: list[Section] = []
     held = 0.0
     for path, text in sections:
         words = count_words(text)
@@ -92,7 +92,8 @@ def join_sections(
         elif joined and min(held, words) < least and held + words <= most:
             before, old = joined.pop()
             shared = len(commonprefix([before, path]))
-            path, text = before[:shared], f"{_under(before[shared:], old)}\n{_under(path[shared:], text)}".strip("\n")
+            text = "\n".join([_under(before[shared:], old), _under(path[shared:], text)]).strip("\n")
+            path = before[:shared]
             words += held
         joined.append((path, text))
         held = words
@@ -100,42 +101,38 @@ def join_sections(
 
 
 def _under(headings: Sequence[str], text: str) -> str:
-    """A text below those headings that its passage's title will not have; a heading that stands alone stays a line."""
+    """A text below the headings that are not in its passage's title."""
     return "\n".join([*headings, text]).strip("\n")
 
 
 def _sentences(text: str) -> list[Piece]:
-    """The sentences; a short paragraph of one (a heading, as a rule) does not close, so it goes with what follows."""
+    """The sentences; a short paragraph of one (usually a heading) does not close, so it goes with what follows."""
     spans = sentence_spans(text)
-    last = [True] * len(spans)
-    for i, ((_, end), (start, _)) in enumerate(zip(spans, spans[1:], strict=False)):
-        last[i] = "\n" in text[end:start]
-    pieces = []
-    for i, (start, end) in enumerate(spans):
+    pieces, opens = [], True
+    for (start, end), following in zip_longest(spans, spans[1:]):
+        last = following is None or "\n" in text[end : following[0]]
         words = count_words(text[start:end])
-        alone = i == 0 or last[i - 1]
-        pieces.append(Piece(start, end, words, last[i] and not (alone and words < HEADING_WORDS)))
+        pieces.append(Piece(start, end, words, last and not (opens and words < HEADING_WORDS)))
+        opens = last
     return pieces
 
 
-def _short_enough(text: str, piece: Piece, most: float) -> list[Piece]:
-    """The sentence itself, or, if it has more words than `most`, parts of it."""
-    if piece.words <= most:
-        return [piece]
-    middle = _middle(text, piece.start, piece.end)
+def _split_long(text: str, piece: Piece, most: float) -> list[Piece]:
+    """The sentence itself, or its parts if it has more than `most` words."""
+    middle = _middle(text, piece.start, piece.end) if piece.words > most else piece.end
     if not piece.start < middle < piece.end:
         return [piece]
     halves = [
         Piece(piece.start, middle, count_words(text[piece.start : middle]), False),
         Piece(middle, piece.end, count_words(text[middle : piece.end]), piece.closes),
     ]
-    return [part for half in halves for part in _short_enough(text, half, most)]
+    return [part for half in halves for part in _split_long(text, half, most)]
 
 
 def _middle(text: str, start: int, end: int) -> int:
-    """Where to cut a long sentence in two: the end of a clause nearest to its middle, else a space, else between letters."""
+    """Where to split a long sentence: the end of a clause nearest to its middle, else a space, else between letters."""
     middle, reach = (start + end) // 2, (end - start) // 4
-    ends = [match for match in _CLAUSE_END.finditer(text, middle - reach, middle + reach)]
+    ends = list(_CLAUSE_END.finditer(text, middle - reach, middle + reach))
     clauses = [match.end() for match in ends if not match.group()[0].isspace()]
     nearest = min(clauses or [match.end() for match in ends], key=lambda place: abs(place - middle), default=middle)
     while nearest < end and unicodedata.category(text[nearest])[0] == "M":  # a vowel sign stays with its letter
@@ -144,7 +141,7 @@ def _middle(text: str, start: int, end: int) -> int:
 
 
 def _grouped(pieces: Sequence[Piece], words: int) -> list[tuple[int, int]]:
-    """First and last-but-one piece of every passage."""
+    """The range of pieces [start, end) of every passage."""
     groups, start, held = [], 0, 0.0
     for i, piece in enumerate(pieces):
         if i > start and held + piece.words / 2 > words:
@@ -162,20 +159,9 @@ def _grouped(pieces: Sequence[Piece], words: int) -> list[tuple[int, int]]:
 
 def _headings_follow(groups: list[tuple[int, int]], pieces: Sequence[Piece]) -> list[tuple[int, int]]:
     """Move a heading from the end of a passage to the beginning of the next."""
-    for i in range(len(groups) - 1):
-        (start, end), (_, next_end) = groups[i], groups[i + 1]
-        if end - start > 1 and not pieces[end - 1].closes and pieces[end - 2].closes:
-            if pieces[end - 1].words < HEADING_WORDS:
-                groups[i], groups[i + 1] = (start, end - 1), (end - 1, next_end)
+    for i, (_, next_end) in enumerate(groups[1:]):
+        start, end = groups[i]
+        last = pieces[end - 1]
+        if end - start > 1 and not last.closes and pieces[end - 2].closes and last.words < HEADING_WORDS:
+            groups[i], groups[i + 1] = (start, end - 1), (end - 1, next_end)
     return groups
-
-
-def _shared(before: Sequence[Piece], overlap: int, most: float) -> int:
-    """How many of the last pieces to repeat."""
-    count, words = 0, 0.0
-    for piece in reversed(before[-overlap:] if overlap else []):
-        words += piece.words
-        if words > most:
-            break
-        count += 1
-    return count

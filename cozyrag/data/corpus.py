@@ -1,7 +1,7 @@
-"""The three tables a run works on: training questions, questions to examine with, passages.
+"""The three tables of a run: training questions, validation questions, passages.
 
-It puts together what the readers give: passages from a file of their own or from the contexts that questions carry,
-held-out questions when none were given, samples when fewer are wanted. Left out: the file formats (readers.py).
+Passages come from a file of their own or from the contexts that questions carry; without a file of validation questions
+a share of the training questions is held out. Left out: the file formats (readers.py).
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from cozyrag.data.passages import merge_passages, read_passages
 from cozyrag.data.questions import Questions, hold_out, read_questions, take
+from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 
 
@@ -31,8 +32,7 @@ def load_corpus(
     questions_split: str,
     eval_split: str,
     passages_split: str,
-    columns: dict[str, str],
-    text_column: str,
+    columns: Columns,
     max_questions: int | None,
     max_eval_questions: int | None,
     eval_share: float,
@@ -40,49 +40,42 @@ def load_corpus(
     seed: int,
     info: Callable[[str], None],
 ) -> Corpus:
-    """Read the tables; `columns` names the question file's columns as `read_questions` takes them.
+    """Read the tables; `info` receives one line for each file with skipped rows.
 
     Raises:
-        InputError: a file that cannot be used; no passages anywhere; a gold id that no passage has.
+        InputError: a file that cannot be used; no passages in any file; a gold id that no passage has.
     """
-    train = read_questions(questions, split=questions_split, skip_bad_rows=skip_bad_rows, **columns)
-    asked = (
-        train
-        if eval_questions is None
-        else read_questions(eval_questions, split=eval_split, skip_bad_rows=skip_bad_rows, **columns)
-    )
-    for report in dict.fromkeys((train.report, asked.report)):
-        if report:
-            info(report)
+    train = read_questions(questions, split=questions_split, columns=columns, skip_bad_rows=skip_bad_rows)
+    validation = train
+    if eval_questions is not None:
+        validation = read_questions(eval_questions, split=eval_split, columns=columns, skip_bad_rows=skip_bad_rows)
+    for report in filter(None, dict.fromkeys((train.report, validation.report))):
+        info(report)
     if passages is not None:
-        names = {name: columns[name] for name in ("id_column", "title_column")}
-        pool, report = read_passages(
-            passages, split=passages_split, text_column=text_column, skip_bad_rows=skip_bad_rows, **names
-        )
-        if report:
-            info(report)
-    else:
-        carried = [table for table in (train.passages, asked.passages) if table is not None]
-        if not carried:
-            raise InputError(
-                f"Expected passages to search: {questions} carries no contexts (column {columns['context_column']!r}) and --passages was not given. "
-                "Give --passages FILE, or a question file with contexts."
-            )
+        pool, skipped = read_passages(passages, split=passages_split, columns=columns, skip_bad_rows=skip_bad_rows)
+        if skipped:
+            info(skipped)
+    elif carried := [table for table in (train.passages, validation.passages) if table is not None]:
         pool = merge_passages(carried)
-    train_table = _with_gold(train, pool, questions, info)
-    asked_table = train_table if asked is train else _with_gold(asked, pool, eval_questions, info)
-    if eval_questions is None:
-        train_table, asked_table = hold_out(
-            train_table, share=eval_share, limit=max_eval_questions or len(train_table), seed=seed
+    else:
+        raise InputError(
+            f"Expected passages to search: {questions} carries no contexts (column {columns.context!r}) and --passages "
+            "was not given. Give --passages FILE, or a question file with contexts."
         )
-    return Corpus(take(train_table, max_questions, seed), take(asked_table, max_eval_questions, seed), pool)
+    train_table = _with_gold(train, pool, questions, info)
+    if eval_questions is None:
+        limit = max_eval_questions or len(train_table)
+        train_table, validation_table = hold_out(train_table, share=eval_share, limit=limit, seed=seed)
+    else:
+        validation_table = _with_gold(validation, pool, eval_questions, info)
+    return Corpus(take(train_table, max_questions, seed), take(validation_table, max_eval_questions, seed), pool)
 
 
 def _with_gold(questions: Questions, passages: Dataset, source: str, info: Callable[[str], None]) -> Dataset:
     """The questions table with gold ids that are among the passages.
 
-    An id that the question file names and no passage has is an error: it would silently turn into "unknown". A context
-    that the question file carries is found among the passages by its text; one that is not there is unknown, and counted.
+    An id that the question file names and no passage has is an error: it would silently become "unknown". A context in
+    the question file is looked up among the passages by its text; one that is missing there is unknown, and counted.
     """
     columns, pool = questions.table[:], passages[:]
     known = set(pool["id"])
@@ -93,7 +86,8 @@ def _with_gold(questions: Questions, passages: Dataset, source: str, info: Calla
         unknown = sum(gold is None for gold in columns["passage_id"])
         if unknown:
             info(
-                f"{source}: the contexts of {unknown} of {len(questions.table)} questions are not among the passages, so their gold passage is unknown."
+                f"{source}: the contexts of {unknown} of {len(questions.table)} questions are not among the passages, "
+                "so their gold passage is unknown."
             )
     for row_id, gold in zip(columns["id"], columns["passage_id"], strict=True):
         if gold is not None and gold not in known:

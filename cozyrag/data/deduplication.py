@@ -1,13 +1,15 @@
-"""Which texts are the same, or nearly, among more of them than memory holds: a few bytes are kept of each.
+"""Find equal and nearly equal texts among more than memory holds: only a few bytes of each text are kept.
 
-Equal texts are found by a 64-bit hash. Near ones by MinHash (Broder 1997) over overlapping runs of 8 characters, which asks
-nothing about the language: one hash per run, its high bits choosing one of 64 bins (one-permutation hashing, Li et al. 2012,
-arXiv:1208.1259), empty bins filled from others (Shrivastava 2017, arXiv:1703.04664), a byte kept of each bin's minimum. Texts
-that agree in one of 16 bands of four bins are compared. Left out: reading and writing texts.
+Equal texts have the same 64-bit hash. Near duplicates are found by MinHash (Broder 1997) over overlapping runs of 8
+characters, which needs no knowledge of the language: one hash per run, its high bits choosing one of 64 bins
+(one-permutation hashing, Li et al. 2012, arXiv:1208.1259), empty bins filled from others (Shrivastava 2017,
+arXiv:1703.04664), one byte kept of each bin's minimum. Texts that agree in one of 16 bands of four bins are compared.
+Left out: reading and writing texts.
 """
 
 import hashlib
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 
 import numpy as np
 
@@ -16,11 +18,11 @@ RUN = 8  # characters
 TOGETHER = 1_000_000  # characters hashed at once
 
 _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
-_NOTHING = np.uint64(2**64 - 1)
+_EMPTY = np.uint64(2**64 - 1)
 
 
 def text_hash(*texts: str) -> int:
-    """64 bits of the content: the same for the same texts on every machine."""
+    """64 bits that depend on the content alone: the same on every machine."""
     joined = "\0".join(texts).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
 
@@ -28,27 +30,17 @@ def text_hash(*texts: str) -> int:
 def signatures(texts: Sequence[str]) -> np.ndarray:
     """MinHash signatures (n_texts, BINS) uint8; case and the width of spaces do not count."""
     folded = [" ".join(text.lower().split()).ljust(RUN) for text in texts]
-    made, start = [np.zeros((0, BINS), dtype=np.uint8)], 0
-    while start < len(folded):
-        end, size = start, 0
-        while end < len(folded) and (end == start or size + len(folded[end]) <= TOGETHER):
-            size += len(folded[end])
-            end += 1
-        made.append(_signatures(folded[start:end]))
-        start = end
-    return np.concatenate(made)
+    batches = groupby(zip(accumulate(map(len, folded)), folded, strict=True), lambda each: each[0] // TOGETHER)
+    made = [_signatures([text for _, text in batch]) for _, batch in batches]
+    return np.concatenate([np.zeros((0, BINS), dtype=np.uint8), *made])
 
 
 def _signatures(texts: list[str]) -> np.ndarray:
     characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    lengths = np.array([len(text) for text in texts])
-    hashes = _mixed(_rolling(characters))
-    owner = np.repeat(np.arange(len(texts)), lengths)[: len(hashes)]
-    inside = (
-        owner == np.repeat(np.arange(len(texts)), lengths)[RUN - 1 :]
-    )  # runs that reach into the next text count not
-    hashes, owner = hashes[inside], owner[inside]
-    least = np.full(len(texts) * BINS, _NOTHING)
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    whole = owner[: 1 - RUN] == owner[RUN - 1 :]  # a run that reaches into the next text does not count
+    hashes, owner = _mixed(_rolling(characters))[whole], owner[: 1 - RUN][whole]
+    least = np.full(len(texts) * BINS, _EMPTY)
     np.minimum.at(least, owner * BINS + (hashes >> np.uint64(58)).astype(np.int64), hashes & np.uint64(2**58 - 1))
     return (_filled(least.reshape(len(texts), BINS)) & np.uint64(255)).astype(np.uint8)
 
@@ -70,19 +62,19 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 def _filled(least: np.ndarray) -> np.ndarray:
-    """Empty bins take what other bins hold, all texts asking the same bins in the same order."""
+    """Fill empty bins from other bins, in an order that is the same for all texts."""
     filled = least.copy()
     for attempt in range(1, BINS):
-        empty = filled == _NOTHING
+        empty = filled == _EMPTY
         if not empty.any():
             break
         lender = (np.arange(BINS) * 37 + attempt * 11 * (np.arange(BINS) | 1)) % BINS
         filled = np.where(empty, least[:, lender], filled)
-    return np.where(filled == _NOTHING, least.min(axis=1, keepdims=True), filled)
+    return np.where(filled == _EMPTY, least.min(axis=1, keepdims=True), filled)
 
 
 def repeats(keys: np.ndarray) -> np.ndarray:
-    """(n,) bool: which of these keys stood earlier in the array already."""
+    """(n,) bool: which of these keys occur earlier in the array."""
     order = np.argsort(keys, kind="stable")
     again = np.zeros(len(keys), dtype=bool)
     again[order[1:]] = keys[order[1:]] == keys[order[:-1]]
@@ -92,11 +84,11 @@ def repeats(keys: np.ndarray) -> np.ndarray:
 def near_repeats(signs: np.ndarray, least: float) -> np.ndarray:
     """(n,) bool: which texts share an estimated `least` of their runs (Jaccard) with an earlier one.
 
-    In each band a text is compared with the first that agrees with it there and with the last before it. 64 bins know the
-    share to about 0.05. Works band by band: some 30 bytes a text beside `signs`, which may be memory-mapped.
+    In each band a text is compared with the first that agrees with it there and with the last before it. 64 bins
+    estimate the share to about 0.05. Works band by band, about 30 bytes a text beside `signs`, which may be a memmap.
 
     Args:
-        signs: (n, BINS) uint8, of `signatures`.
+        signs: (n, BINS) uint8, from `signatures`.
     """
     near = np.zeros(len(signs), dtype=bool)
     for band in range(0, BINS, BAND):
@@ -112,7 +104,7 @@ def near_repeats(signs: np.ndarray, least: float) -> np.ndarray:
 
 
 def _alike(signs: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Estimated Jaccard similarity of pairs of texts: the share of equal bytes, less what agrees by chance."""
+    """Estimated Jaccard similarity of pairs of texts: the share of equal bytes, corrected for chance."""
     step, shares = 100_000, [np.zeros(0)]
     for start in range(0, len(rows), step):
         pairs = signs[rows[start : start + step]] == signs[others[start : start + step]]

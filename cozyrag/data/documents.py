@@ -1,26 +1,27 @@
-"""Whatever a person has, as a stream of articles: files, folders, WikiExtractor output, tables, Hub datasets.
+"""Files, folders, WikiExtractor output, tables and Hub datasets as a stream of articles, one shape for the cutting.
 
-It exists so that the cutting (ingest_worker.py) sees one shape. Formats are told by the name of a file, or by its first bytes where
-the name says nothing (`wiki_00`). Left out: what the formats of single documents mean (parsers.py), tables (readers.py).
+The format follows from the name of a file, or from its first bytes if the name does not show it (`wiki_00`). Left out:
+the formats of single documents (parsers.py), tables (readers.py).
 """
 
 import html
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cozyrag.data.parsers import Article, html_article, markdown_article, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
-from cozyrag.data.rows import BadRows, BadValue, text_of
-from cozyrag.data.streams import PACKED, Reading, read_lines
+from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, text_of
+from cozyrag.data.streams import PACKED, InputFile, Progress, read_lines
 from cozyrag.errors import InputError
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
-DOCUMENTS = {"text": (".txt", ".text"), "markdown": (".md", ".markdown", ".mdx"), "html": (".html", ".htm", ".xhtml"), "pdf": (".pdf",)}  # fmt: skip
-TABLES = {"jsonl": (".jsonl", ".ndjson"), "json": (".json",), "csv": (".csv",), "tsv": (".tsv",), "parquet": (".parquet",)}  # fmt: skip
-FORMATS = (*DOCUMENTS, *TABLES, WIKIEXTRACTOR, HUB)
-_FORMAT_OF = {extension: name for group in (DOCUMENTS, TABLES) for name, all_ in group.items() for extension in all_}
+DOCUMENTS = ("text", "markdown", "html", "pdf")
+FORMATS = (*DOCUMENTS, "jsonl", "json", "csv", "tsv", "parquet", WIKIEXTRACTOR, HUB)
+_ALIASES = {"txt": "text", "md": "markdown", "mdx": "markdown", "htm": "html", "xhtml": "html", "ndjson": "jsonl"}
+_FORMAT_OF = {f".{name}": _ALIASES.get(name, name) for name in (*_ALIASES, *FORMATS[:-2])}
+_KNOWN = " ".join(_FORMAT_OF) + ", WikiExtractor files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,56 +39,48 @@ class Source:
         return self.format in DOCUMENTS
 
 
-# ------------------------------------------------------------------------------------------------------------ finding
+# ---- finding
 
 
-def find_sources(inputs: Sequence[str], *, format: str | None, ignore: Sequence[str] = ()) -> tuple[list[Source], list[str]]:  # fmt: skip
-    """The files behind what the user named, folders walked in the order of names, and the files in them of unknown format.
+def find_sources(
+    inputs: Sequence[str], *, format: str | None, ignore: Sequence[str] = ()
+) -> tuple[list[Source], list[str]]:
+    """The files behind the inputs, folders walked in the order of names, and the files in them of unknown format.
 
     Args:
-        format: one of FORMATS for all of them; None tells it from each file.
-        ignore: paths that are no input even where a folder holds them, such as the output.
+        format: one of FORMATS for all inputs; None detects it for each file.
+        ignore: paths that are not inputs even if a folder holds them, such as the output.
 
-    Raises InputError for a name that is nothing, a file of unknown format, or a folder without any known one.
+    Raises InputError for a missing input, a file of unknown format, or a folder without any file of a known one.
     """
-    sources, unknown = [], []
-    skipped = {os.path.abspath(path) for path in ignore}
+    sources, unknown = list[Source](), list[str]()
+    ignored = {os.path.abspath(path) for path in ignore}
     for name in inputs:
         path = os.path.expanduser(name)
         if format == HUB or (format is None and is_hub_id(name)):
             sources.append(Source(name, HUB))
-        elif os.path.isdir(path):
-            files = [file for file in _walk(path) if os.path.abspath(file) not in skipped]
-            told = [(file, format or _format_of(file)) for file in files]
-            unknown += [file for file, kind in told if kind is None]
-            sources += (found := [_source(file, kind) for file, kind in told if kind])
-            if not found:
-                raise InputError(
-                    f"{name}: expected files to read in this folder, found {len(files)} files and none of a known format "
-                    f"({_known()}). Name another folder, or say with --format what they are."
-                )
-        else:
-            sources.append(_named(name, path, format))
+            continue
+        if not os.path.exists(path):
+            raise InputError(
+                f"Expected a file, a folder or a Hub dataset, found nothing at {os.path.abspath(path)}. Check the path "
+                "and the working folder."
+            )
+        files = (
+            [file for file in _walk(path) if os.path.abspath(file) not in ignored] if os.path.isdir(path) else [name]
+        )
+        formats = {file: format or _format_of(os.path.expanduser(file)) for file in files}
+        if not any(formats.values()):
+            raise InputError(
+                f"{name}: expected files of a known format ({_KNOWN}), found {len(files)} whose names and first bytes "
+                "show none, so nothing was read. Name another input, or give the format with --format."
+            )
+        for file, kind in formats.items():
+            if kind is None:
+                unknown.append(file)
+            else:
+                status = os.stat(os.path.expanduser(file))
+                sources.append(Source(file, kind, status.st_size, status.st_mtime_ns))
     return sources, unknown
-
-
-def _named(name: str, path: str, format: str | None) -> Source:
-    if not os.path.exists(path):
-        raise InputError(
-            f"Expected a file, a folder or a Hub dataset, found nothing at {os.path.abspath(path)}. Check the path and the working folder."
-        )
-    kind = format or _format_of(path)
-    if kind is None:
-        raise InputError(
-            f"{name}: its name and its first bytes do not tell the format, so it was not read. Known: {_known()}; "
-            "rename it, or say with --format what it is."
-        )
-    return _source(name, kind)
-
-
-def _source(name: str, kind: str) -> Source:
-    facts = os.stat(os.path.expanduser(name))
-    return Source(name, kind, facts.st_size, facts.st_mtime_ns)
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -103,85 +96,80 @@ def _format_of(path: str) -> str | None:
     if known and known != "text":
         return known
     try:
-        first = next(iter(read_lines(Reading(path, path)))).lstrip()
-    except InputError:  # no text, or none at all
+        first = next(iter(read_lines(InputFile(path, path)))).lstrip()
+    except InputError:  # not text, or empty
         return known
     return WIKIEXTRACTOR if first.startswith("<doc ") else "jsonl" if first.startswith("{") and not known else known
 
 
-def _known() -> str:
-    return " ".join(_FORMAT_OF) + ", WikiExtractor files"
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
+# ---- reading
 
 
 def read_document(source: Source) -> Article:
-    """The article that a single file is. Raises InputError naming the file and the line that cannot be read."""
+    """The article in a single file. Raises InputError naming the file and the line that cannot be read."""
     path = os.path.expanduser(source.name)
     if source.format == "pdf":
         return pdf_article(path, source.name)
-    read = {"text": plain_article, "markdown": markdown_article, "html": html_article}[source.format]
-    return read(_html_text(source.name, path) if source.format == "html" else _text(source.name, path), source.name)
+    if source.format == "html":
+        return html_article(_html_text(source.name, path), source.name)
+    return (markdown_article if source.format == "markdown" else plain_article)(_text(source.name, path), source.name)
 
 
 def _text(name: str, path: str) -> str:
     with open(path, "rb") as file:
-        if not file.read(1_000_000).strip():  # an empty note is no fault
+        if not file.read(1_000_000).strip():  # an empty note is not an error
             return ""
-    return "".join(read_lines(Reading(name, path))).replace("\r\n", "\n")
+    return "".join(read_lines(InputFile(name, path))).replace("\r\n", "\n")
 
 
 def _html_text(name: str, path: str) -> str:
-    """Web pages may name an encoding of their own."""
+    """The text of a web page, which may name its own encoding."""
     with open(path, "rb") as file:
         raw = file.read()
     named = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:4096], re.I)
     encoding = named[1].decode("ascii") if named else "utf-8"
     try:
         text = raw.decode(encoding).removeprefix("\ufeff").replace("\r\n", "\n")
-        text.encode("utf-8")  # some encodings give halves of surrogate pairs, which nothing later can write
+        text.encode("utf-8")  # some encodings give lone surrogates, which cannot be written later
         return text
-    except (UnicodeError, LookupError) as problem:
+    except (UnicodeError, LookupError) as error:
         raise InputError(
-            f"{name}: expected a page in {encoding}, found something else ({problem}). Save it again as UTF-8."
-        ) from problem
+            f"{name}: expected a page in {encoding}, found something else ({error}). Save it again as UTF-8."
+        ) from error
 
 
 def read_container(
     source: Source,
     *,
     split: str = "train",
-    title_column: str = "title",
-    text_column: str = "text",
+    columns: Columns = COLUMNS,
     bad: BadRows,
-    told: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Article]:
-    """The articles of a file or Hub dataset that holds many, one at a time; rows that are none go to `bad`.
+    """The articles of a file or Hub dataset that holds many, one at a time; unusable rows go to `bad`.
 
-    A first line that repeats the title (as WikiExtractor writes it) is left out.
+    A first line that repeats the title (as in WikiExtractor output) is left out.
 
-    Raises InputError for what cannot be read at all, and where no row has the text column.
+    Raises InputError for a source that cannot be read at all.
     """
     if source.format == WIKIEXTRACTOR:
-        yield from _extracted(source, bad, told)
+        yield from _extracted(source, bad, progress)
         return
-    columns, kind = set(), None if source.format == HUB else TABLES[source.format][0]
-    named = (title_column, text_column)
-    rows = read_rows(source.name, split=split, known=named, bad=bad, kind=kind, streaming=source.format == HUB, told=told)  # fmt: skip
-    for row in rows:
-        columns |= row.values.keys()
+    hub = source.format == HUB
+    kind = None if hub else f".{source.format}"
+    known = (columns.title, columns.text)
+    for row in read_rows(source.name, split=split, known=known, bad=bad, kind=kind, streaming=hub, progress=progress):
         try:
-            title, text = (text_of(row.values.get(column), column) for column in named)
-        except BadValue as problem:
-            bad.add(row.where, str(problem))
+            title = line_of(row.values, columns.title)
+            text = text_of(row.values.get(columns.text), columns.text)
+        except BadValue as error:
+            bad.add(row.where, str(error))
             continue
-        if text_column not in row.values:
-            bad.add(
-                row.where, f'no column "{text_column}" (found: {", ".join(row.values)}); --text_column names another'
-            )
+        if columns.text in row.values:
+            yield _article(row.where, title, text)
         else:
-            yield _article(row.where, " ".join(title.split()), text)
+            found = ", ".join(row.values)
+            bad.add(row.where, f'no column "{columns.text}" (found: {found}); name the right one with --text_column')
 
 
 def _article(where: str, title: str, text: str) -> Article:
@@ -189,28 +177,29 @@ def _article(where: str, title: str, text: str) -> Article:
     return Article(where, title, [((), rest if title and first.strip() == title else text)])
 
 
-def _extracted(source: Source, bad: BadRows, told: Callable[[int], None] | None) -> Iterator[Article]:
+def _extracted(source: Source, bad: BadRows, progress: Progress | None) -> Iterator[Article]:
     """Articles between <doc id= url= title=> and </doc> (github.com/attardi/wikiextractor)."""
-    head, where, lines = None, "", []
-    for number, line in enumerate(read_lines(Reading(source.name, os.path.expanduser(source.name), told)), start=1):
+    head, where, body = None, "", list[str]()
+    lines = read_lines(InputFile(source.name, os.path.expanduser(source.name), progress))
+    for number, line in enumerate(lines, start=1):
         place = f"{source.name}, line {number}"
-        if (opened := _opened_title(line)) is not None:
+        if (title := _opening_title(line)) is not None:
             if head is not None:
                 bad.add(where, "the article has no </doc> before the next one begins")
-            head, where, lines = opened, place, []
+            head, where, body = title, place, []
         elif head is not None and line.rstrip().endswith("</doc>"):
-            lines.append(line.rstrip().removesuffix("</doc>"))
-            yield _article(where, html.unescape(head), html.unescape("".join(lines)))
+            body.append(line.rstrip().removesuffix("</doc>"))
+            yield _article(where, html.unescape(head), html.unescape("".join(body)))
             head = None
         elif head is not None:
-            lines.append(line)
+            body.append(line)
         elif line.strip():
             bad.add(place, "text outside of <doc> ... </doc>")
     if head is not None:
         bad.add(where, "the article has no </doc> before the end of the file")
 
 
-def _opened_title(line: str) -> str | None:
-    """The title in a line `<doc ... title="...">`, None in any other; no regex, which takes ages on a long broken line."""
+def _opening_title(line: str) -> str | None:
+    """The title in a line `<doc ... title="...">`, None in any other; a regex is too slow on a long broken line."""
     _, found, rest = line.rstrip().partition('title="')
     return rest[:-2] if found and line.startswith("<doc ") and rest.endswith('">') else None

@@ -1,14 +1,14 @@
-"""From parts to one file of passages: repeats left out, ids given, and a summary of what became of every word.
+"""Join part files into one file of passages without duplicates, with ids and a summary that accounts for every word.
 
-A text's id is made from the text itself, so that a later run, another order of inputs or a change elsewhere gives the same
-ids. Left out: reading and cutting (ingest.py), and what is done with passages later.
+The id of a passage depends on its text alone, so a later run, another order of inputs or a change elsewhere gives the
+same ids. Left out: reading and cutting (ingest.py).
 """
 
 import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.str
 
 @dataclass
 class Summary:
-    """What a run made of its inputs. Words are runs of characters between spaces; `dropped` has passages and their words."""
+    """What a run made of its inputs. Words are runs between spaces; `dropped` counts passages and words."""
 
     files: int = 0
     articles: int = 0
@@ -51,70 +51,69 @@ class Summary:
     cpu_seconds: float = 0.0
 
     def drop(self, why: str, passages: int, words: int) -> None:
-        """Note passages that were left out."""
+        """Record passages that were left out."""
         if passages:
             self.dropped[why] = {"passages": passages, "words": words}
 
     def lines(self, output: str) -> str:
-        """The summary for people."""
-        told = [
+        """The summary as text."""
+        average = self.words / max(self.passages, 1)
+        lines = [
             f"{self.articles:,} articles of {self.files:,} sources, {self.words_read:,} words.",
-            f"{self.passages:,} passages, {self.words:,} words, {self.words / max(self.passages, 1):.0f} words each: {output}",
+            f"{self.passages:,} passages, {self.words:,} words, {average:.0f} words each: {output}",
         ]
-        told += [f"left out: {each['passages']:,} passages ({why}), {each['words']:,} words" for why, each in self.dropped.items()]  # fmt: skip
+        for why, each in self.dropped.items():
+            lines.append(f"left out: {each['passages']:,} passages ({why}), {each['words']:,} words")
         if self.articles_without_text:
-            told.append(f"left out: {self.articles_without_text:,} articles without text")
+            lines.append(f"left out: {self.articles_without_text:,} articles without text")
         if self.unknown_files:
-            told.append(
-                f"not read: {self.unknown_files:,} files of unknown format, such as {self.unknown_files_first[0]}"
-            )
-        return "\n".join(told)
+            example = self.unknown_files_first[0]
+            lines.append(f"not read: {self.unknown_files:,} files of unknown format, such as {example}")
+        return "\n".join(lines)
 
 
 def check_output(output: str, inputs: Sequence[str]) -> None:
-    """Raises InputError for an output of unknown format, without folder, or that is an input itself."""
+    """Raise InputError for an output of unknown format, in a missing folder, or that is an input itself."""
+    path = os.path.abspath(output)
     if not output.lower().endswith(OUTPUTS):
         raise InputError(f"--output {output}: expected a name that ends in {', '.join(OUTPUTS)}. Choose one of them.")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
-        raise InputError(f"--output {output}: there is no folder {os.path.dirname(os.path.abspath(output))}. Make it first.")  # fmt: skip
-    if any(os.path.abspath(output) == os.path.abspath(each) for each in inputs):
+    if not os.path.isdir(os.path.dirname(path)):
+        raise InputError(f"--output {output}: there is no folder {os.path.dirname(path)}. Create it first.")
+    if path in map(os.path.abspath, inputs):
         raise InputError(f"--output {output} is an input as well and would be overwritten. Choose another name.")
 
 
 def summary_path(output: str) -> Path:
-    """Where the summary lies: beside the output."""
+    """The path of the summary, beside the output."""
     name = output[: -len(".gz")] if output.lower().endswith(PACKED) else output
     return Path(f"{os.path.splitext(name)[0]}.summary.json")
 
 
 def assemble(parts: Sequence[Path], output: str, *, near: float | None, keep_repeats: bool, summary: Summary) -> None:
-    """Write the passages of all parts, in their order, without those that repeat earlier ones; completes `summary`.
+    """Write the passages of all parts, in order, without those that repeat earlier ones; completes `summary`.
 
     Args:
-        near: share of common runs of characters from which a passage counts as the repeat of an earlier one; None: never.
+        near: share of common runs of characters from which a passage counts as a repeat of an earlier one; None: never.
     """
-    hashes = np.concatenate([_column(part, "hash") for part in parts] or [np.zeros(0, np.uint64)])
-    same = repeats(hashes)
-    kinds = {"too short": None, "equal to an earlier one": same}
+    hashes = [pq.read_table(part, columns=["hash"])["hash"].to_numpy() for part in parts]
+    same = repeats(np.concatenate(hashes or [np.zeros(0, np.uint64)]))
+    kinds = {"equal to an earlier one": same}
     if near is not None:
         kinds["nearly equal to an earlier one"] = _near(parts, len(same), near) & ~same
-    left_out = np.zeros(len(same), dtype=bool)
-    for kind in list(kinds.values())[1:]:
-        left_out |= kind
-    left_out &= not keep_repeats
+    left_out = np.any(list(kinds.values()), axis=0) & (not keep_repeats)
     words = _written(parts, output, left_out, Counter() if keep_repeats else None, summary)
-    _count_parts(parts, summary)
+    counts = [read_counts(part) for part in parts]
+    summary.articles = sum(each.articles for each in counts)
+    summary.articles_without_text = sum(each.articles_without_text for each in counts)
+    summary.words_read = sum(each.words for each in counts)
+    summary.drop("too short", sum(each.short_passages for each in counts), sum(each.short_words for each in counts))
     if not keep_repeats:
-        for why, rows in list(kinds.items())[1:]:
+        for why, rows in kinds.items():
             summary.drop(why, int(rows.sum()), int(words[rows].sum()))
 
 
-def _column(part: Path, name: str) -> np.ndarray:
-    return pq.read_table(part, columns=[name])[name].to_numpy()
-
-
 def _near(parts: Sequence[Path], count: int, least: float) -> np.ndarray:
-    """Which passages nearly repeat earlier ones; the signatures lie on the disk meanwhile."""
+    """Which passages nearly repeat earlier ones; the signatures are on disk meanwhile."""
     path, start = parts[0].with_name("signatures.bin"), 0
     signs = np.memmap(path, dtype=np.uint8, mode="w+", shape=(max(count, 1), BINS))
     for part in parts:
@@ -126,9 +125,9 @@ def _near(parts: Sequence[Path], count: int, least: float) -> np.ndarray:
 
 
 def _written(
-    parts: Sequence[Path], output: str, left_out: np.ndarray, seen: Counter | None, summary: Summary
+    parts: Sequence[Path], output: str, left_out: np.ndarray, seen: Counter[str] | None, summary: Summary
 ) -> np.ndarray:
-    """Write the output, by renaming it when it is whole; returns the words of every passage, kept or not."""
+    """Write the output, renamed when complete; returns the words of every passage, kept or not."""
     words, row = np.zeros(len(left_out), dtype=np.int32), 0
     beside = f"{output}.{os.getpid()}"
     with _writer(beside, output) as write:
@@ -136,8 +135,8 @@ def _written(
             counts = [len(text.split()) for text in texts]
             words[row : row + len(texts)] = counts
             kept = [i for i in range(len(texts)) if not left_out[row + i]]
-            ids = [_id(texts[i], seen) for i in kept]
-            write(ids, [titles[i] for i in kept], [texts[i] for i in kept])
+            cells = [_id(texts[i], seen) for i in kept], [titles[i] for i in kept], [texts[i] for i in kept]
+            write(pa.table(dict(zip(SCHEMA.names, cells, strict=True)), SCHEMA))
             summary.passages += len(kept)
             summary.words += sum(counts[i] for i in kept)
             summary.characters += sum(len(texts[i]) for i in kept)
@@ -146,8 +145,8 @@ def _written(
     return words
 
 
-def _id(text: str, seen: Counter | None) -> str:
-    """The id of a text; where texts may repeat, `seen` counts them and later ones get a number."""
+def _id(text: str, seen: Counter[str] | None) -> str:
+    """The id of a text; if texts may repeat, `seen` counts them and later ones get a number."""
     name = passage_id(text)
     if seen is None:
         return name
@@ -161,28 +160,13 @@ def _batches(parts: Sequence[Path]) -> Iterator[tuple[list[str], list[str]]]:
             yield batch["title"].to_pylist(), batch["text"].to_pylist()
 
 
-def _count_parts(parts: Sequence[Path], summary: Summary) -> None:
-    short = [0, 0]
-    for counts in map(read_counts, parts):
-        summary.articles += counts.articles
-        summary.articles_without_text += counts.articles_without_text
-        summary.words_read += counts.words
-        short = [short[0] + counts.short_passages, short[1] + counts.short_words]
-    summary.drop("too short", *short)
-
-
 @contextmanager
-def _writer(path: str, output: str) -> Iterator:
-    """A function that writes columns (ids, titles, texts) in the format that the name of the output tells."""
+def _writer(path: str, output: str) -> Iterator[Callable[[pa.Table], object]]:
+    """A function that writes tables in the format given by the name of the output."""
     if kind_of(output) == ".parquet":
-        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as file:
-            yield lambda *columns: file.write_table(pa.table([pa.array(each, pa.string()) for each in columns], SCHEMA))
+        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as parquet:
+            yield parquet.write_table
         return
     packed = output.lower().endswith(".gz")
     with gzip.open(path, "wt", 6, "utf-8") if packed else open(path, "w", encoding="utf-8", newline="\n") as file:
-
-        def write(*columns: Sequence[str]) -> None:
-            rows = (dict(zip(SCHEMA.names, row, strict=True)) for row in zip(*columns, strict=True))
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-        yield write
+        yield lambda table: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())

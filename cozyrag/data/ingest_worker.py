@@ -1,14 +1,14 @@
-"""What one worker does: a batch of articles becomes one file of passages, complete or not there at all.
+"""The task of one worker: a batch of articles becomes one complete part file of passages.
 
-It exists apart from what gives the work out (ingest_assemble.py) so that a worker loads little, and so that a run that was stopped
-finds what is done: the file is named after its content's source and settings. Left out: which passages repeat others, which
-only the whole can tell; each carries a hash, and a signature if wanted, for that.
+A separate module, so that a worker process imports little. The name of a part depends on its sources and settings, so a
+stopped run finds its finished parts again. Left out: which passages repeat others, which only the whole corpus shows;
+each passage carries a hash for that, and a signature if wanted.
 """
 
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ TOGETHER = 2000  # passages held before they are written
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """How to cut: see `chunks.cut`; `signed` adds the signatures that near duplicates are found by."""
+    """How to cut, see `chunking.cut`; `signed` adds the signatures that find near duplicates."""
 
     words: int = 100
     overlap: int = 0
@@ -36,7 +36,7 @@ class Cutting:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Work for one worker: articles that were read already, or files that are one article each; `size` of it in bytes read."""
+    """Work for one worker: articles already read, or files of one article each; `size` is the bytes read for it."""
 
     path: str
     cutting: Cutting
@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass
 class Counts:
-    """What went into a part. `words` are runs of characters between spaces; `short` passages were left out."""
+    """The input of a part. `words` are runs of characters between spaces; `short` passages are left out."""
 
     articles: int = 0
     articles_without_text: int = 0
@@ -55,13 +55,12 @@ class Counts:
     short_passages: int = 0
     short_words: int = 0
     bad: int = 0
-    bad_first: list[str] | None = None
+    bad_first: list[str] = field(default_factory=list)
 
 
 def make_part(batch: Batch) -> int:
-    """Cut a batch and write its part file, by renaming it when it is whole; returns the size of the batch."""
-    counts, bad = Counts(), BadRows()
-    schema = part_schema(batch.cutting.signed)
+    """Cut a batch and write its part file, renamed when complete; returns the size of the batch."""
+    counts, bad, schema = Counts(), BadRows(), _schema(batch.cutting.signed)
     beside = f"{batch.path}.{os.getpid()}"
     with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
         held: list[tuple[str, str]] = []
@@ -82,8 +81,7 @@ def read_counts(path: str | Path) -> Counts:
     return Counts(**json.loads(pq.read_metadata(path).metadata[b"counts"]))
 
 
-def part_schema(signed: bool) -> pa.Schema:
-    """Columns of a part file."""
+def _schema(signed: bool) -> pa.Schema:
     columns = [("title", pa.string()), ("text", pa.string()), ("hash", pa.uint64())]
     return pa.schema([*columns, ("signature", pa.binary(BINS))] if signed else columns)
 
@@ -93,13 +91,15 @@ def _articles(batch: Batch, bad: BadRows) -> Iterator[Article]:
     for source in batch.files:
         try:
             yield read_document(source)
-        except InputError as problem:
-            bad.add(source.name, str(problem).removeprefix(f"{source.name}: ").removeprefix(source.name).lstrip(", "))
+        except InputError as error:
+            bad.add(source.name, str(error).removeprefix(f"{source.name}: ").removeprefix(source.name).lstrip(", "))
 
 
 def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[str, str]]:
+    """(title, text) of the passages of an article; adds to `counts`."""
     made = []
     counts.articles += 1
+    counts.articles_without_text += not any(text.strip() for _, text in article.sections)
     for path, text in join_sections(article.sections, least=cutting.words / 2, most=cutting.words):
         counts.words += len(text.split())
         title = " > ".join((article.title, *path) if article.title else path)
@@ -109,14 +109,14 @@ def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[
             else:
                 counts.short_passages += 1
                 counts.short_words += len(passage.split())
-    counts.articles_without_text += not any(text.strip() for _, text in article.sections)
     return made
 
 
 def _table(passages: Sequence[tuple[str, str]], schema: pa.Schema) -> pa.Table:
     titles, texts = ([each[side] for each in passages] for side in (0, 1))
-    columns = [titles, texts, pa.array([text_hash(text) for text in texts], pa.uint64())]
+    hashes = pa.array([text_hash(text) for text in texts], pa.uint64())
+    columns = [pa.array(titles, pa.string()), pa.array(texts, pa.string()), hashes]
     if "signature" in schema.names:
         signs = pa.py_buffer(signatures(texts).tobytes())
         columns.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(BINS), len(texts), [None, signs]))
-    return pa.table([pa.array(column) if isinstance(column, list) else column for column in columns], schema=schema)
+    return pa.table(columns, schema=schema)

@@ -1,13 +1,13 @@
 """Plain text, Markdown, HTML and PDF as articles: a title, and sections with their headings.
 
-It exists so that a passage knows what it is about: headings become part of its title. Marks that only dress the text are
-taken off, wrapped lines are put together again. HTML goes through the standard library's parser. Left out: finding files,
-other formats (word processors can save HTML), pictures, and guessing which part of a web page matters beyond its tags.
+Headings become part of a passage's title, so that it shows its subject. Formatting marks are removed, wrapped lines are
+joined. Left out: finding files, other formats (word processors can save HTML), pictures, and guessing which part of a
+web page matters beyond its tags.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,12 +15,12 @@ import yaml
 
 from cozyrag.errors import InputError
 
-WRAPPED = 45  # characters from which a line of plain text is taken to go on in the next
+WRAPPED = 45  # characters from which a line of plain text is assumed to continue in the next
 
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """A text before it is cut: `where` names its place for messages, `sections` are pairs of heading path and text."""
+    """A text before it is cut: `where` is its place for messages, `sections` are pairs of heading path and text."""
 
     where: str
     title: str
@@ -29,20 +29,20 @@ class Article:
 
 @dataclass
 class _Outline:
-    """Collects lines under the headings that are open."""
+    """Collects lines under the current headings."""
 
     sections: list[tuple[tuple[str, ...], list[str]]] = field(default_factory=lambda: [((), [])])
-    open: list[tuple[int, str]] = field(default_factory=list)
+    path: list[tuple[int, str]] = field(default_factory=list)
 
-    def heading(self, level: int, words: str) -> None:
-        self.open = [each for each in self.open if each[0] < level] + [(level, words)]
-        self.sections.append((tuple(text for _, text in self.open), []))
+    def heading(self, level: int, text: str) -> None:
+        self.path = [each for each in self.path if each[0] < level] + [(level, text)]
+        self.sections.append((tuple(text for _, text in self.path), []))
 
     def line(self, text: str) -> None:
         self.sections[-1][1].append(text)
 
     def article(self, where: str, title: str | None, name: str) -> Article:
-        """The article; without a title of its own its first heading is the title, where nothing comes before it."""
+        """The article; without a title, the first heading becomes the title if no text comes before it."""
         sections = [(path, "\n".join(lines).strip()) for path, lines in self.sections]
         first = sections[1][0][0] if len(sections) > 1 and not sections[0][1] else None
         title = title or first or name
@@ -56,35 +56,31 @@ def name_as_title(path: str) -> str:
 
 
 def unwrap(lines: Iterable[str], least: int = 0) -> str:
-    """Lines of one paragraph put together where a line has `least` characters or more; no space between ideographs."""
-    text = ""
-    last = 0
+    """Join the lines of a paragraph: each of at least `least` characters with the next, ideographs without a space."""
+    text, last = "", 0
     for line in filter(None, map(str.strip, lines)):
-        if text and last >= least:
-            wide = "\u2e80" < text[-1] < "\ua000" and line[:1] > "\u2e80"
-            text += line if wide else f" {line}"
-        else:
-            text += f"\n{line}" if text else line
+        wide = "\u2e80" < text[-1:] < "\ua000" and line[0] > "\u2e80"
+        text += ("" if not text or (wide and last >= least) else " " if last >= least else "\n") + line
         last = len(line)
     return text
 
 
-# ------------------------------------------------------------------------------------------------------ plain text
+# ---- plain text
 
 
 def plain_article(text: str, where: str) -> Article:
-    """One section; blank lines part paragraphs, lines that look wrapped are joined."""
+    """One section; blank lines separate paragraphs, lines that look wrapped are joined."""
     blocks = re.split(r"\n[^\S\n]*\n", text)
     paragraphs = [unwrap(block.split("\n"), WRAPPED) for block in blocks if block.strip()]
     return Article(where, name_as_title(where), [((), "\n".join(paragraphs))])
 
 
-# -------------------------------------------------------------------------------------------------------- Markdown
+# ---- Markdown
 
 _ATX = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$")
 _SETEXT = re.compile(r" {0,3}(=+|-+)\s*$")
 _FENCE = re.compile(r"\s*(```|~~~)")
-_DEFINITION = re.compile(r" {0,3}\[[^\]]+\]:\s+\S+\s*(?:[\"'(].*)?$")  # the address of a link that goes by name
+_DEFINITION = re.compile(r" {0,3}\[[^\]]+\]:\s+\S+\s*(?:[\"'(].*)?$")  # the target of a reference link
 _OWN_LINE = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|\||>)")
 _MARKS = (
     (re.compile(r"<!--.*?-->", re.S), ""),
@@ -102,11 +98,10 @@ _MARKS = (
 
 
 def markdown_article(text: str, where: str) -> Article:
-    """Headings (# and underlined) make sections; the title is that of the front matter, the first heading, or the file name."""
+    """Headings start sections; the title is from the front matter, the first heading, or the file name."""
     text, title = _front_matter(text)
-    outline, block, fenced = _Outline(), [], False
-    lines = text.split("\n")
-    for line in lines:
+    outline, block, fenced = _Outline(), list[str](), False
+    for line in text.split("\n"):
         fence, atx, setext = _FENCE.match(line), _ATX.match(line), _SETEXT.match(line)
         if fence:
             fenced = not fenced
@@ -134,38 +129,36 @@ def _flush(outline: _Outline, block: list[str]) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    for mark, instead in _MARKS:
-        text = mark.sub(instead, text)
+    for mark, replacement in _MARKS:
+        text = mark.sub(replacement, text)
     return text.strip()
 
 
 def _front_matter(text: str) -> tuple[str, str | None]:
     """The text after the front matter, and the title in it."""
     found = re.match(r"---[^\S\n]*\n(.*?\n)(?:---|\.\.\.)[^\S\n]*(?:\n|$)", text, re.S)
-    if not found:
-        return text, None
     try:
-        facts = yaml.safe_load(found[1])
-    except yaml.YAMLError:  # a text that begins with a rule, not front matter
-        return text, None
-    if not isinstance(facts, dict):
+        facts = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:  # a text that begins with a horizontal rule, not front matter
+        facts = None
+    if found is None or not isinstance(facts, dict):
         return text, None
     return text[found.end() :], str(facts["title"]).strip() if facts.get("title") else None
 
 
-# ------------------------------------------------------------------------------------------------------------ HTML
+# ---- HTML
 
 _SKIPPED = {"script", "style", "template", "noscript", "svg", "nav", "footer", "aside", "form", "button", "select"}
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _BLOCKS = (
-    "address article blockquote body br caption dd div dl dt fieldset figcaption figure header hr html li main ol p pre "
-    "section table tbody tfoot thead tr ul"
+    "address article blockquote body br caption dd div dl dt fieldset figcaption figure header hr html li main ol p "
+    "pre section table tbody tfoot thead tr ul"
 )
-_BREAKS = set(_BLOCKS.split())
+_BREAKS = {"title", *_HEADINGS, *_BLOCKS.split()}
 
 
 class _Page(HTMLParser):
-    """Text under headings; what belongs to the page and not to the text (navigation, scripts, forms) is left out."""
+    """Text under headings, without navigation, scripts and forms."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -177,16 +170,16 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if tag in _SKIPPED:
             self._skipped.append(tag)
-        elif tag in _BREAKS or tag in _HEADINGS or tag == "title":
+        elif tag in _BREAKS:
             self._flush()
-            self._inside = tag if tag in _HEADINGS or tag == "title" else self._inside
+            self._inside = tag if tag in _HEADINGS or tag == "title" else ""
         elif tag in ("td", "th"):
             self._held.append(" ")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self._skipped:
             del self._skipped[self._skipped.index(tag) :]
-        elif tag in _BREAKS or tag in _HEADINGS or tag == "title":
+        elif tag in _BREAKS:
             self._flush()
 
     def handle_data(self, data: str) -> None:
@@ -209,7 +202,7 @@ class _Page(HTMLParser):
 
 
 def html_article(text: str, where: str) -> Article:
-    """Headings make sections; the title is the first heading where it is the only one of the first level, else <title>."""
+    """Headings start sections; the title is the only heading of the first level, else <title>."""
     page = _Page()
     page.feed(text)
     page.close()
@@ -218,29 +211,28 @@ def html_article(text: str, where: str) -> Article:
     return page.outline.article(where, title or None, name_as_title(where))
 
 
-# ------------------------------------------------------------------------------------------------------------- PDF
+# ---- PDF
 
 
 def pdf_article(path: str, where: str) -> Article:
-    """One section: the text of all pages, lines joined, words put together that were divided at the end of a line.
+    """One section: the text of all pages, lines and hyphenated words joined.
 
     Raises InputError without pypdf, and for a file that it cannot read.
     """
     try:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
-    except ImportError as problem:
+    except ImportError as error:
         raise InputError(
-            f"{where}: reading PDF needs the package pypdf, which is not installed, so the file cannot be read. "
-            "Run `pip install cozyrag[pdf]`."
-        ) from problem
+            f"{where}: expected the package pypdf to read PDF, found it missing. Run `pip install cozyrag[pdf]`."
+        ) from error
     try:
         reader = PdfReader(path)
         pages = [page.extract_text() for page in reader.pages]
-        title = str((reader.metadata or {}).get("/Title") or "").strip()
-    except (PyPdfError, ValueError, KeyError, OSError) as problem:
+        title = str(reader.metadata.get("/Title") or "").strip() if reader.metadata else ""
+    except (PyPdfError, ValueError, KeyError, OSError) as error:
         raise InputError(
-            f"{where}: expected a PDF with text, found one that cannot be read ({problem}). Save it again without password."
-        ) from problem
-    text = re.sub(r"(?<=[^\W\d_])-\n(?=[^\W\d_A-Z])", "", "\n".join(pages))
-    return Article(where, title or name_as_title(where), [((), plain_article(text, where).sections[0][1])])
+            f"{where}: expected a PDF with text, found an unreadable one ({error}). Save it again without password."
+        ) from error
+    article = plain_article(re.sub(r"(?<=[^\W\d_])-\n(?=[^\W\d_A-Z])", "", "\n".join(pages)), where)
+    return replace(article, title=title or article.title)

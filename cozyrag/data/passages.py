@@ -1,82 +1,83 @@
 """Read passages, the texts that are searched, into one table.
 
-It exists so that the rest of the package sees one shape: a `datasets.Dataset` with the string columns id, title, text
-and ids that are unique. It leaves out cutting long articles into passages, cleaning of markup, and any near-duplicate
-search: texts are kept to the letter, and only equal texts are equal.
+The table is a `datasets.Dataset` with the string columns id, title and text; ids are unique. Texts are kept exactly as
+they are. Left out: splitting long articles into passages, removing markup, near-duplicates.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from datasets import Dataset, Features, Value
 
 from cozyrag.data.readers import read_rows
-from cozyrag.data.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
+from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, Row, line_of, no_rows, require_column, text_of
+from cozyrag.data.streams import Progress
 from cozyrag.errors import InputError
 
 FEATURES = Features({"id": Value("string"), "title": Value("string"), "text": Value("string")})
 
 
 def passage_id(text: str) -> str:
-    """The id of a passage that was given none: the first 16 hex digits of the SHA-1 of its UTF-8 text."""
+    """The id of a passage that has none in its file: the first 16 hex digits of the SHA-1 of its UTF-8 text."""
     return hashlib.sha1(text.encode("utf-8"), usedforsecurity=False).hexdigest()[:16]
 
 
 def read_passages(
-    source: str,
-    *,
-    split: str = "train",
-    id_column: str = "id",
-    title_column: str = "title",
-    text_column: str = "text",
-    skip_bad_rows: bool = False,
+    source: str, *, split: str = "train", columns: Columns = COLUMNS, skip_bad_rows: bool = False
 ) -> tuple[Dataset, str | None]:
-    """Read passages from a file or Hub dataset (see `tables.read_rows`; TSV and CSV need a header).
+    """Read passages from a file or Hub dataset (see `read_rows`; TSV and CSV need a header).
 
-    Returns the table (id, title, text; one row per passage, order of the source) and the report of the rows skipped,
-    None without any. A missing id becomes `passage_id(text)`, a missing title "". A row is bad without text, with cells
-    that are no text, or if it repeats an earlier row's id and text.
+    Returns the table (id, title, text; one row per passage, in the order of the source) and the report of skipped rows,
+    None if there are none. A missing id becomes `passage_id(text)`, a missing title "". A row is bad without text, with
+    cells that are not text, or if it repeats the id and text of an earlier row.
 
-    Raises InputError for whatever `read_rows` raises it, without text column, for two texts under one id, without any
-    usable row, and for bad rows unless `skip_bad_rows`.
+    Raises InputError as `read_rows`, without text column, for two texts under one id, without any usable row, and for
+    bad rows unless `skip_bad_rows`.
     """
     bad = BadRows()
-    passages = _Unique()
-    names = {"id_column": id_column, "title_column": title_column, "text_column": text_column}
-    for row, *passage in stream_passages(source, split=split, **names, bad=bad):
-        try:
-            passages.add(row, *passage)
-        except BadValue as problem:
-            bad.add(row.where, str(problem))
+    kept: dict[str, tuple[str, str, str]] = {}
+    for row, key, title, text in stream_passages(source, split=split, columns=columns, bad=bad):
+        passage = (title, text, row.where)
+        _, first_text, first_where = first = kept.setdefault(key, passage)
+        if first_text != text:
+            raise InputError(
+                f'{row.where}: expected a new id, found "{key}", which {first_where} gave to another text, so '
+                "answers could not be traced to a passage. Correct the ids, or leave that column out to generate them."
+            )
+        if first is not passage:
+            bad.add(row.where, f"repeats {first_where}")
     report = bad.finish(source, skip_bad_rows)
-    if not passages.texts:
+    if not kept:
         raise no_rows(source, "text")
-    return passages.table(), report
+    return _table((key, title, text) for key, (title, text, _) in kept.items()), report
 
 
 def stream_passages(
-    source: str,
-    *,
-    split: str,
-    id_column: str,
-    title_column: str,
-    text_column: str,
-    bad: BadRows,
-    told: Callable[[int], None] | None = None,
+    source: str, *, split: str, columns: Columns, bad: BadRows, progress: Progress | None = None
 ) -> Iterator[tuple[Row, str, str, str]]:
-    """Rows with the id, title and text of their passages, one at a time, nothing kept; ids may repeat.
+    """Rows with the id, title and text of their passages, one at a time; nothing is kept, and ids may repeat.
 
-    For corpora that do not fit in memory; `read_passages` says what is made of a row, `read_rows` what `told` is.
+    For corpora larger than memory; see `read_passages` for the rules of a row, `read_rows` for `progress`.
     """
-    found = {}
-    known = (id_column, title_column, text_column)
-    for row in read_rows(source, split=split, known=known, bad=bad, streaming=told is not None, told=told):
+    found: dict[str, None] = {}
+    known = (columns.id, columns.title, columns.text)
+    for row in read_rows(source, split=split, known=known, bad=bad, streaming=progress is not None, progress=progress):
         found.update(dict.fromkeys(row.values))
         try:
-            yield row, *_parsed(row, id_column, title_column, text_column)
-        except BadValue as problem:
-            bad.add(row.where, str(problem))
-    finish_columns(source, found, text_column, "--text_column")
+            yield row, *_parsed(row, columns)
+        except BadValue as error:
+            bad.add(row.where, str(error))
+    require_column(source, found, columns.text, "--text_column")
+
+
+def _parsed(row: Row, columns: Columns) -> tuple[str, str, str]:
+    """Id, title and text of a row; the text is unchanged, so that its id equals that of the same context."""
+    text = text_of(row.values.get(columns.text), columns.text)
+    if not text.strip():
+        raise BadValue("empty text")
+    title = line_of(row.values, columns.title)
+    key = text_of(row.values.get(columns.id), columns.id).strip()
+    return key or passage_id(text), title, text
 
 
 def passages_from_contexts(rows: Iterable[tuple[str, str]]) -> Dataset:
@@ -84,7 +85,7 @@ def passages_from_contexts(rows: Iterable[tuple[str, str]]) -> Dataset:
     titles: dict[str, str] = {}
     for title, context in rows:
         titles.setdefault(context, title)
-    return _table(ids=[passage_id(text) for text in titles], titles=list(titles.values()), texts=list(titles))
+    return _table((passage_id(text), title, text) for text, title in titles.items())
 
 
 def merge_passages(tables: Sequence[Dataset]) -> Dataset:
@@ -100,45 +101,12 @@ def merge_passages(tables: Sequence[Dataset]) -> Dataset:
                     f'Expected one text per passage id, found two under "{key}": "{merged[key][1][:60]}" and '
                     f'"{text[:60]}", so answers could not be traced to a passage. Give one of them another id.'
                 )
-    return _table(list(merged), [title for title, _ in merged.values()], [text for _, text in merged.values()])
+    return _table((key, title, text) for key, (title, text) in merged.items())
 
 
-class _Unique:
-    """Passages in first-seen order and the place of each, to refuse a second text under an id."""
-
-    def __init__(self) -> None:
-        self.titles: list[str] = []
-        self.texts: list[str] = []
-        self._places: list[str] = []
-        self._index: dict[str, int] = {}
-
-    def add(self, row: Row, key: str, title: str, text: str) -> None:
-        first = self._index.setdefault(key, len(self.texts))
-        if first == len(self.texts):
-            self.titles.append(title)
-            self.texts.append(text)
-            self._places.append(row.where)
-        elif self.texts[first] == text:
-            raise BadValue(f"repeats {self._places[first]}")
-        else:
-            raise InputError(
-                f'{row.where}: expected a new id, found "{key}", which {self._places[first]} gave to another text, so '
-                "answers could not be traced to a passage. Correct the ids, or leave that column out to have them made."
-            )
-
-    def table(self) -> Dataset:
-        return _table(list(self._index), self.titles, self.texts)
-
-
-def _parsed(row: Row, id_column: str, title_column: str, text_column: str) -> tuple[str, str, str]:
-    """Id, title and text of a row; the text to the letter, so that its id agrees with that of the same context."""
-    text = text_of(row.values.get(text_column), text_column)
-    if not text.strip():
-        raise BadValue("empty text")
-    title = " ".join(text_of(row.values.get(title_column), title_column).split())
-    key = text_of(row.values.get(id_column), id_column).strip()
-    return key or passage_id(text), title, text
-
-
-def _table(ids: list[str], titles: list[str], texts: list[str]) -> Dataset:
-    return Dataset.from_dict({"id": ids, "title": titles, "text": texts}, features=FEATURES)
+def _table(rows: Iterable[tuple[str, str, str]]) -> Dataset:
+    columns: dict[str, list[str]] = {name: [] for name in FEATURES}
+    for row in rows:
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    return Dataset.from_dict(columns, features=FEATURES)

@@ -1,14 +1,15 @@
-"""Read questions with their answers, and the passages they come with, into tables; choose rows of them.
+"""Read questions with their answers, and the passages they carry, into tables; select rows of them.
 
-It exists so that training and examining see one shape whatever the file looked like: a `datasets.Dataset` with the
-columns id, question, answers (a list) and passage_id (the gold passage, or null). It leaves out answer offsets,
-several gold passages for a question, plausible wrong answers, and everything done to the texts later.
+Training and evaluation see one shape whatever the file looks like: a `datasets.Dataset` with the columns id, question,
+answers (a list) and passage_id (the gold passage, or null). Left out: answer offsets, several gold passages for a
+question, plausible wrong answers, and later changes to the texts.
 """
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -16,27 +17,21 @@ from datasets import Dataset, Features, List, Value
 
 from cozyrag.data.passages import passage_id, passages_from_contexts
 from cozyrag.data.readers import read_rows
-from cozyrag.data.rows import BadRows, BadValue, Row, finish_columns, no_rows, text_of
+from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, Row, line_of, no_rows, require_column, text_of
 from cozyrag.errors import InputError
 
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "question": Value("string"),
-        "answers": List(Value("string")),
-        "passage_id": Value("string"),
-    }
-)
+_STRING = Value("string")
+FEATURES = Features({"id": _STRING, "question": _STRING, "answers": List(_STRING), "passage_id": _STRING})
 _OTHER_NUMBER = {"answers": "answer", "answer": "answers"}
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What a source of questions held.
+    """The content of a source of questions.
 
     table: one row per question (id: string, question: string, answers: list of strings, passage_id: string or null).
-    passages: the deduplicated contexts as a passages table (id, title, text), None if no row carried one.
-    report: words about the rows skipped, None without any.
+    passages: the deduplicated contexts as a passages table (id, title, text), None if no row carries one.
+    report: text about skipped rows, None if there are none.
     """
 
     table: Dataset
@@ -45,23 +40,8 @@ class Questions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
-    question: str
-    answers: str
-    context: str
-    title: str
-    id: str
-    passage_id: str
-
-    def known(self) -> tuple[str, ...]:
-        other = _OTHER_NUMBER.get(self.answers)
-        named = (self.question, self.answers, self.context, self.title, self.id, self.passage_id)
-        return named if other is None else (*named, other)
-
-
-@dataclass(frozen=True, slots=True)
 class Question:
-    """A row as it was read; `id` and `title` may be empty, `context` is what a row carries itself, "" for most."""
+    """A parsed row; `id` and `title` may be empty, `context` is the passage that the row itself carries, usually ""."""
 
     id: str
     question: str
@@ -75,141 +55,100 @@ def read_questions(
     source: str,
     *,
     split: str = "train",
-    question_column: str = "question",
-    answer_column: str = "answers",
-    context_column: str = "context",
-    title_column: str = "title",
-    id_column: str = "id",
-    passage_id_column: str = "passage_id",
+    columns: Columns = COLUMNS,
     needs_answer: bool = True,
     skip_bad_rows: bool = False,
 ) -> Questions:
-    """Read questions from a file or Hub dataset (see `tables.read_rows`); a TSV without header is question, answer.
+    """Read questions from a file or Hub dataset (see `read_rows`); a TSV without header is question, answer.
 
     Answers may be a string, a list of strings or of {"text": ...}, {"text": [...]}, or null; a TSV or CSV cell is one
     answer. The columns "answer" and "answers" stand in for each other. A row with a context gets the gold passage
-    `passage_id(context)`, otherwise the one in `passage_id_column`, if any. A missing id is made from question, first
-    answer and gold passage. A row is bad without question, with cells of other types, and, if `needs_answer`, without
-    answer.
+    `passage_id(context)`, otherwise the one in `columns.passage_id`, if any. A missing id is the hash of question,
+    first answer and gold passage. A row is bad without question, with cells of other types, and, if `needs_answer`,
+    without answer.
 
-    Raises InputError for whatever `read_rows` raises it, without question column, without answer column if
-    `needs_answer`, for an id given twice, without any usable row, and for bad rows unless `skip_bad_rows`.
+    Raises InputError as `read_rows`, without question column, without answer column if `needs_answer`, for an id that
+    occurs twice, without any usable row, and for bad rows unless `skip_bad_rows`.
     """
-    columns = {"question_column": question_column, "answer_column": answer_column, "context_column": context_column}
-    columns |= {"title_column": title_column, "id_column": id_column, "passage_id_column": passage_id_column}
-    bad, kept = BadRows(), _Kept()
-    for row, question in stream_questions(source, split=split, **columns, needs_answer=needs_answer, bad=bad):
-        kept.add(row.where, question)
+    bad, places, repeats, kept = BadRows(), dict[str, str](), Counter[str](), list[Question]()
+    for row, question in stream_questions(source, split=split, columns=columns, needs_answer=needs_answer, bad=bad):
+        key = question.id or _generated_id(question, repeats)
+        if key in places:
+            raise InputError(
+                f'{row.where}: expected a new id, found "{key}", which {places[key]} has already, so results could '
+                "not be told apart. Correct the ids, or leave that column out to generate them."
+            )
+        places[key] = row.where
+        kept.append(question)
     report = bad.finish(source, skip_bad_rows)
-    if not kept.places:
+    if not kept:
         raise no_rows(source, "a question and an answer" if needs_answer else "a question")
-    return Questions(kept.table(), kept.passages(), report)
+    cells = {
+        "id": list(places),
+        "question": [each.question for each in kept],
+        "answers": [each.answers for each in kept],
+        "passage_id": [each.passage_id for each in kept],
+    }
+    # Dataset.from_dict checks every value once more, which takes longer than reading the file.
+    table = Dataset(pa.Table.from_pydict(cells, schema=FEATURES.arrow_schema))
+    contexts = [(each.title, each.context) for each in kept if each.context]
+    return Questions(table, passages_from_contexts(contexts) if contexts else None, report)
 
 
 def stream_questions(
-    source: str,
-    *,
-    split: str,
-    question_column: str,
-    answer_column: str,
-    context_column: str,
-    title_column: str,
-    id_column: str,
-    passage_id_column: str,
-    needs_answer: bool,
-    bad: BadRows,
+    source: str, *, split: str, columns: Columns, needs_answer: bool, bad: BadRows
 ) -> Iterator[tuple[Row, Question]]:
-    """The rows of a source and the questions in them, one at a time; see `read_questions`, which keeps them."""
-    columns = _Columns(question_column, answer_column, context_column, title_column, id_column, passage_id_column)
+    """The rows of a source and the questions in them, one at a time; see `read_questions`."""
     found: dict[str, None] = {}
-    headerless = (question_column, answer_column)
-    for row in read_rows(source, split=split, known=columns.known(), headerless=headerless, bad=bad):
+    named = (columns.question, columns.answer, columns.context, columns.title, columns.id, columns.passage_id)
+    other = _OTHER_NUMBER.get(columns.answer)
+    known = (*named, other) if other else named
+    for row in read_rows(source, split=split, known=known, headerless=named[:2], bad=bad):
         found.update(dict.fromkeys(row.values))
         try:
-            yield row, _parsed(row, columns, needs_answer)
-        except BadValue as problem:
-            bad.add(row.where, str(problem))
-    finish_columns(source, found, question_column, "--question_column")
-    if needs_answer and _OTHER_NUMBER.get(answer_column) not in found:
-        finish_columns(source, found, answer_column, "--answer_column")
+            yield row, _parsed(row.values, columns, needs_answer)
+        except BadValue as error:
+            bad.add(row.where, str(error))
+    require_column(source, found, columns.question, "--question_column")
+    if needs_answer and other not in found:
+        require_column(source, found, columns.answer, "--answer_column")
 
 
-@dataclass
-class _Kept:
-    """The usable rows as columns (lists go into Arrow much faster than rows), their places and their contexts."""
-
-    places: dict[str, str] = field(default_factory=dict)
-    repeats: dict[str, int] = field(default_factory=dict)
-    rows: list[Question] = field(default_factory=list)
-    contexts: dict[str, str] = field(default_factory=dict)
-
-    def add(self, where: str, row: Question) -> None:
-        key = row.id or self._made_id(row)
-        if key in self.places:
-            raise InputError(
-                f'{where}: expected a new id, found "{key}", which {self.places[key]} has already, so results could '
-                "not be told apart. Correct the ids, or leave that column out to have them made."
-            )
-        self.places[key] = where
-        self.rows.append(row)
-        if row.context:
-            self.contexts.setdefault(row.context, row.title)
-
-    def _made_id(self, row: Question) -> str:
-        parts = (row.question, row.answers[0] if row.answers else "", row.passage_id or "")
-        key = hashlib.sha1("\n".join(parts).encode("utf-8"), usedforsecurity=False).hexdigest()[:16]
-        self.repeats[key] = self.repeats.get(key, 0) + 1
-        return key if self.repeats[key] == 1 else f"{key}-{self.repeats[key]}"
-
-    def table(self) -> Dataset:
-        columns = {
-            "id": list(self.places),
-            "question": [row.question for row in self.rows],
-            "answers": [row.answers for row in self.rows],
-            "passage_id": [row.passage_id for row in self.rows],
-        }
-        # Dataset.from_dict looks at every value once more, which takes longer than all the reading.
-        return Dataset(pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema))
-
-    def passages(self) -> Dataset | None:
-        if not self.contexts:
-            return None
-        return passages_from_contexts((title, context) for context, title in self.contexts.items())
+def _generated_id(row: Question, repeats: Counter[str]) -> str:
+    parts = (row.question, row.answers[0] if row.answers else "", row.passage_id or "")
+    key = hashlib.sha1("\n".join(parts).encode("utf-8"), usedforsecurity=False).hexdigest()[:16]
+    repeats[key] += 1
+    return key if repeats[key] == 1 else f"{key}-{repeats[key]}"
 
 
-def _parsed(row: Row, columns: _Columns, needs_answer: bool) -> Question:
-    values = row.values
-    question = _one_line(values, columns.question)
+def _parsed(values: Mapping[str, Any], columns: Columns, needs_answer: bool) -> Question:
+    question = line_of(values, columns.question)
     if not question:
         raise BadValue("empty question")
-    answers = _answers(values, columns.answers)
+    answers = _answers(values, columns.answer)
     if needs_answer and not answers:
         raise BadValue("empty answer")
     context = text_of(values.get(columns.context), columns.context)
     context = context if context.strip() else ""
-    gold = passage_id(context) if context else _one_line(values, columns.passage_id) or None
-    title = _one_line(values, columns.title) if context else ""
-    return Question(_one_line(values, columns.id), question, answers, gold, title, context)
-
-
-def _one_line(values: Mapping[str, Any], column: str) -> str:
-    return " ".join(text_of(values.get(column), column).split())
+    gold = passage_id(context) if context else line_of(values, columns.passage_id) or None
+    title = line_of(values, columns.title) if context else ""
+    return Question(line_of(values, columns.id), question, answers, gold, title, context)
 
 
 def _answers(values: Mapping[str, Any], column: str) -> list[str]:
-    """The answers of a row, stripped, without empty ones and repeats, in order."""
+    """The answers of a row in order, stripped, without empty ones and repeats."""
     if column not in values:
         column = _OTHER_NUMBER.get(column, column)
     try:
         flat = _flat(values.get(column))
-    except RecursionError as problem:
-        raise BadValue(f"{column} is nested too deeply") from problem
+    except RecursionError as error:
+        raise BadValue(f"{column} is nested too deeply") from error
     stripped = (text_of(text, column).strip() for text in flat)
     return list(dict.fromkeys(text for text in stripped if text))
 
 
 def _flat(answers: object) -> list[object]:
-    """The texts in any of the accepted layouts; what is in none of them is left for `text_of` to refuse."""
+    """The texts in any of the accepted layouts; `text_of` refuses what is in none of them."""
     if isinstance(answers, Mapping) and "text" in answers:
         return _flat(answers["text"])
     if isinstance(answers, list):
@@ -218,25 +157,38 @@ def _flat(answers: object) -> list[object]:
 
 
 def hold_out(table: Dataset, *, share: float, limit: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Split a questions table into (train, held out), both in the table's order, the same for the same seed.
+    """Split a questions table into (train, held out), both in the table's order; the same seed gives the same split.
 
-    Rows with one gold passage, or without any but with one question, stay together, so no gold passage is on both
-    sides. The held-out side gets min(limit, round(share * rows)) rows, at least 1; fewer if the groups do not add up to
-    that number, more only if every group is larger.
+    Rows with the same gold passage, or without any but with the same question, stay together, so no gold passage is on
+    both sides. The held-out side gets min(limit, round(share * rows)) rows, at least 1; fewer if the groups do not add
+    up to that number, more only if every group is larger.
 
     Raises InputError if share is not between 0 and 1, limit is below 1, or all rows form one group.
     """
     if not 0 < share < 1 or limit < 1:
         raise InputError(f"Expected 0 < share < 1 and limit >= 1 to hold rows out, found share {share}, limit {limit}.")
-    groups = _groups(table)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, (question, gold) in enumerate(zip(table["question"][:], table["passage_id"][:], strict=True)):
+        groups.setdefault(("question", question) if gold is None else ("passage", gold), []).append(i)
     if len(groups) < 2:
         raise InputError(
             "To hold rows out, expected questions on at least two passages (or two questions without passage), found "
-            f"{len(groups)} in {len(table)} rows. Add questions, or give a file of its own to examine on."
+            f"{len(groups)} in {len(table)} rows. Add questions, or give a separate file of validation questions."
         )
     target = min(limit, max(1, round(share * len(table))), len(table) - 1)
-    held = _filled(groups, target, random.Random(seed))
+    held = _held_out(list(groups.values()), target, random.Random(seed))
     return table.select([i for i in range(len(table)) if i not in held]), table.select(sorted(held))
+
+
+def _held_out(groups: list[list[int]], target: int, chance: random.Random) -> set[int]:
+    """Rows of whole groups in random order, as many as fit into `target`; the smallest group if none fits."""
+    chance.shuffle(groups)
+    held: set[int] = set()
+    for group in groups:
+        if len(held) + len(group) <= target:
+            held.update(group)
+    smallest = min(groups, key=len)
+    return held or set(smallest)
 
 
 def take(table: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -251,21 +203,3 @@ def take(table: Dataset, limit: int | None, seed: int) -> Dataset:
     if limit >= len(table):
         return table
     return table.select(sorted(random.Random(seed).sample(range(len(table)), limit)))
-
-
-def _groups(table: Dataset) -> list[list[int]]:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, (question, gold) in enumerate(zip(table["question"][:], table["passage_id"][:], strict=True)):
-        key = ("question", question) if gold is None else ("passage", gold)
-        groups.setdefault(key, []).append(i)
-    return list(groups.values())
-
-
-def _filled(groups: list[list[int]], target: int, chance: random.Random) -> set[int]:
-    """Rows of whole groups in random order, as many as fit into `target`; the smallest group if none fits."""
-    chance.shuffle(groups)
-    held: set[int] = set()
-    for group in groups:
-        if len(held) + len(group) <= target:
-            held.update(group)
-    return held or set(min(groups, key=len))

@@ -1,10 +1,10 @@
-"""What a row of any table is, and what becomes of rows that cannot be used: they are counted and told with their places.
+"""Rows of a table, the names of its columns, and the rows that cannot be used.
 
 Left out: files and their formats (readers.py), which columns a question or a passage needs (questions.py, passages.py).
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cozyrag.errors import InputError
@@ -12,13 +12,35 @@ from cozyrag.errors import InputError
 SHOWN = 10  # bad rows named in a message
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The names of the columns of question files and passage files."""
+
+    question: str = "question"
+    answer: str = "answers"
+    context: str = "context"
+    title: str = "title"
+    id: str = "id"
+    passage_id: str = "passage_id"
+    text: str = "text"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Columns":
+        """From settings named `question_column`, `answer_column`, ...; a missing one keeps its default."""
+        names = {each.name: f"{each.name}_column" for each in fields(cls)}
+        return cls(**{name: settings[key] for name, key in names.items() if key in settings})
+
+
+COLUMNS = Columns()
+
+
 class BadValue(ValueError):
-    """Why one row cannot be used, without its place; the readers turn it into an entry of `BadRows`."""
+    """Why a row cannot be used, without its place; the readers turn it into an entry of `BadRows`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a table: `where` names its place for messages ("FILE, line 12"), `values` maps column to cell."""
+    """One row of a table: `where` is its place for messages ("FILE, line 12"), `values` maps column to cell."""
 
     where: str
     values: dict[str, Any]
@@ -26,25 +48,27 @@ class Row:
 
 @dataclass
 class BadRows:
-    """Collects the rows that cannot be used, so that a user sees all of a file's faults at once.
+    """Collects the rows that cannot be used, so that a user sees all faults of a file at once.
 
-    Keeps the count of all and the words for the first `SHOWN` only: a wrong file may hold millions.
+    All are counted, but only the first `SHOWN` messages are kept: a wrong file may hold millions.
     """
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, where: str, why: str) -> None:
-        """Note that the row at `where` cannot be used because of `why`."""
+        """Record that the row at `where` cannot be used because of `why`."""
         self.count += 1
         if len(self.first) < SHOWN:
-            words = f"{where}: {why}"
-            self.first.append(words.encode("utf-8", "backslashreplace").decode("utf-8"))  # else it could not be printed
+            text = f"{where}: {why}"
+            self.first.append(
+                text.encode("utf-8", "backslashreplace").decode("utf-8")
+            )  # lone surrogates cannot be printed
 
-    def finish(self, what: str, skip: bool, log: Callable[[str], None] | None = None) -> str | None:
-        """End the reading of `what`: None without bad rows, else a report (also given to `log`) if `skip` is true.
+    def finish(self, what: str, skip: bool) -> str | None:
+        """Report the bad rows of `what`; None if there are none.
 
-        Raises InputError naming the count, the first bad rows and the remedy if there are bad rows and `skip` is false.
+        Raises InputError with the count, the first bad rows and the remedy if there are bad rows and `skip` is false.
         """
         if not self.count:
             return None
@@ -55,16 +79,13 @@ class BadRows:
                 f"{what}: {self.count} {rows} cannot be used: {listed}. "
                 "Nothing was done with this source: fix them or pass --skip_bad_rows."
             )
-        report = f"{what}: {self.count} {rows} skipped: {listed}"
-        if log is not None:
-            log(report)
-        return report
+        return f"{what}: {self.count} {rows} skipped: {listed}"
 
 
 def text_of(value: object, name: str) -> str:
-    """The text of a cell: strings as they are, whole numbers in digits, None as "".
+    """The text of a cell: strings unchanged, whole numbers as digits, None as "".
 
-    Raises BadValue naming the column `name` for any other type and for text that is not Unicode (lone surrogates).
+    Raises BadValue with the column `name` for any other type and for text with lone surrogates.
     """
     if value is None:
         return ""
@@ -74,13 +95,18 @@ def text_of(value: object, name: str) -> str:
         raise BadValue(f"{name} is a {type(value).__name__}, expected text")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise BadValue(f"{name} holds half a surrogate pair at character {problem.start + 1}") from problem
+    except UnicodeEncodeError as error:
+        raise BadValue(f"{name} holds half a surrogate pair at character {error.start + 1}") from error
     return value
 
 
-def finish_columns(source: str, found: Collection[str], column: str, flag: str) -> None:
-    """Raise InputError naming the columns found and the flag to use if rows were found but none with `column`."""
+def line_of(values: Mapping[str, Any], column: str) -> str:
+    """The text of a cell on one line, with single spaces; "" for a missing column. Raises BadValue as `text_of`."""
+    return " ".join(text_of(values.get(column), column).split())
+
+
+def require_column(source: str, found: Collection[str], column: str, flag: str) -> None:
+    """Raise InputError with the columns found and the flag to use if there were rows, but none with `column`."""
     if found and column not in found:
         raise InputError(
             f'{source}: expected a column "{column}", found {quoted(found)}; nothing was done with this source. '
@@ -89,10 +115,10 @@ def finish_columns(source: str, found: Collection[str], column: str, flag: str) 
 
 
 def no_rows(source: str, what: str) -> InputError:
-    """The InputError for a source that leaves no row to work with; `what` says what a usable row needs."""
+    """The InputError for a source without any usable row; `what` is what a usable row needs."""
     return InputError(f"{source}: expected at least one row with {what}, found none. Check the file, or name another.")
 
 
 def quoted(names: Collection[str]) -> str:
-    """The names in quotes, one after another, for a message."""
+    """The names in quotes, separated by commas."""
     return ", ".join(f'"{name}"' for name in names)

@@ -19,7 +19,7 @@ from cozyrag.models.smollm2 import hub_name
 from cozyrag.retrieval.passage_index import made_by
 from cozyrag.runtime.assets import shipped_folder
 from cozyrag.runtime.hardware import energy_sentence, machine_sentence
-from cozyrag.runtime.precision import MEASURED, told
+from cozyrag.runtime.precision import MEASURED, display_name
 
 CARD = "README.md"
 ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"
@@ -69,7 +69,7 @@ def write_cards(
         "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
         "times": times,
         "machine": machine_sentence(machine),
-        "precision": f"{told(precision['name'])}, {precision['reason']}" if precision else "",
+        "precision": f"{display_name(precision['name'])}, {precision['reason']}" if precision else "",
         "energy": energy_sentence(machine, sum(row["seconds"] for row in rows if row["kind"] == "time")),
         "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         "settings": "\n".join(f"| {name} | {value} |" for name, value in public_settings(settings).items()),

@@ -28,7 +28,7 @@ from cozyrag.models.generator import Generator
 from cozyrag.models.smollm2 import HINT
 from cozyrag.retrieval.passage_index import search_shards
 from cozyrag.runtime.hardware import CGROUP, free_memory
-from cozyrag.runtime.precision import Precision, fitting, measure_products, told
+from cozyrag.runtime.precision import Precision, display_name, fitting, measure_products
 
 OLDEST_PYTHON = (3, 11)
 NEEDED_MEMORY = (
@@ -277,7 +277,7 @@ def _arithmetic(machine: Machine) -> Finding:
     """How fast it is in both precisions, and which one training takes; why, where the rates do not tell."""
     shown = [f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" for rate in machine.rates]
     why = "" if machine.precision.ratio else f", {machine.precision.reason}"
-    found = f"float32 {shown[0]}, bf16 {shown[1]} GFLOP/s; training takes {told(machine.precision.name)}{why}"
+    found = f"float32 {shown[0]}, bf16 {shown[1]} GFLOP/s; training takes {display_name(machine.precision.name)}{why}"
     return Finding("arithmetic", found)
 
 

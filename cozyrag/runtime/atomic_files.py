@@ -1,7 +1,7 @@
-"""Writes that survive a power cut, and folders that can tell whether they are still what was written.
+"""Atomic writes that survive a power cut, and folders with a manifest that shows damage.
 
-Whatever is written goes beside its final name first, is brought to the disk, and is renamed: a name stands for a whole
-thing or for none. Left out: what the files are; nothing here knows a model or a run.
+Content is written beside its final name, flushed to disk, and renamed: a name stands for a complete file or folder, or
+does not exist. Left out: what the files are; nothing here knows a model or a run.
 """
 
 import contextlib
@@ -19,39 +19,39 @@ from cozyrag.errors import InputError
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
-NEXT = "pair.next"  # a whole new pair that is being moved to its place
-OLD = "pair.old"  # a piece of the one before it, on its way out
+NEXT = "pair.next"  # a complete new pair that is being moved to its place
+OLD = "pair.old"  # files of the pair before it, to be deleted
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_LEAVE = {errno.EACCES, errno.EPERM, errno.EROFS}
-# What safetensors, torch and FAISS say of a disk that is full; torch names no cause, only a position that it did not reach.
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+# How safetensors, torch and FAISS report a full disk; torch names no cause, only a position that it did not reach.
 FULL = ("No space left", "os error 27", "os error 28", "os error 122", "inline_container.cc", "write error in")
-SPARE = 1 << 20  # bytes that the small files beside the big ones may take
+SPARE = 1 << 20  # bytes reserved for the small files beside the big ones
 
 
-def write_json(path: Path, content: dict) -> None:
-    """One JSON object, whole or not at all. Raises InputError when the disk is full or may not be written."""
+def write_json(path: Path, content: object) -> None:
+    """Write one JSON object atomically. Raises InputError if the disk is full or writing is not allowed."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """All rows, one JSON object a line, whole or not at all. Raises InputError as `write_json`."""
+    """Write all rows atomically, one JSON object per line. Raises InputError as `write_json`."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside and rename, so that a reader never sees half a file. Raises InputError as `write_json`."""
+    """Write beside `path` and rename, so that a reader never sees half a file. Raises InputError as `write_json`."""
     with writing(path, needed=len(text.encode())):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + PARTIAL)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        beside = path.with_name(path.name + PARTIAL)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
 
 
 @contextlib.contextmanager
 def writing(path: Path, *, needed: int = 0) -> Iterator[None]:
-    """What writing libraries raise when the disk is full or may not be written becomes one InputError that says so.
+    """Turn what writing libraries raise for a full disk or missing permission into an InputError.
 
-    Safetensors, torch and FAISS each have an error of their own for a full disk, so the free space is looked at too.
+    Safetensors, torch and FAISS each have their own error for a full disk, so the free space is checked too.
 
     Args:
         needed: bytes about to be written.
@@ -60,10 +60,10 @@ def writing(path: Path, *, needed: int = 0) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         code = error.errno if isinstance(error, OSError) else None
-        if code in NO_LEAVE:
+        if code in FORBIDDEN:
             raise InputError(
-                f"Expected to write {path.absolute()}, but that is not allowed ({error.strerror}). What was saved before stays; make the folder "
-                "writable, or give another --output_dir."
+                f"Expected to write {path.absolute()}, but that is not allowed ({os.strerror(code)}). What was saved "
+                "before stays; make the folder writable, or give another --output_dir."
             ) from error
         if code in NO_SPACE or any(sign in str(error) for sign in FULL) or _free(path) < needed:
             raise InputError(_no_room(path, needed)) from error
@@ -71,25 +71,24 @@ def writing(path: Path, *, needed: int = 0) -> Iterator[None]:
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Refuse to begin writing what does not fit. Raises InputError that says how many bytes are needed and free."""
+    """Raise InputError with the bytes needed and free if `needed` bytes do not fit on the disk of `path`."""
     if _free(path) < needed:
         raise InputError(_no_room(path, needed))
 
 
 def _free(path: Path) -> int:
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
 
 
 def _no_room(path: Path, needed: int) -> str:
     return (
-        f"The disk is full: {path.absolute()} needs about {max(1, round(needed / 1e6))} MB, {_free(path) / 1e6:.0f} MB are free. What was saved "
-        "before stays; make room, then run the same command again and it goes on from there."
+        f"The disk is full: {path.absolute()} needs about {max(1, round(needed / 1e6))} MB, {_free(path) / 1e6:.0f} MB "
+        "are free. What was saved before stays; free some space, then run the same command again: it resumes there."
     )
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 if there is none."""
+    """Bytes of all files below a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -98,7 +97,7 @@ def folder_bytes(folder: Path) -> int:
 
 @contextlib.contextmanager
 def replacing(folder: Path, *, needed: int = 0) -> Iterator[Path]:
-    """A folder to fill, which takes the name `folder` when it is whole and on the disk; on an error it goes away again."""
+    """A folder to fill, which gets the name `folder` when it is complete and on disk; on an error it is removed."""
     partial = folder.with_name(folder.name + PARTIAL)
     with writing(folder, needed=needed):
         shutil.rmtree(partial, ignore_errors=True)
@@ -112,26 +111,18 @@ def replacing(folder: Path, *, needed: int = 0) -> Iterator[Path]:
 
 
 def settle(partial: Path, folder: Path) -> None:
-    """Give a folder its final name, once it is on the disk."""
-    flush(partial)
+    """Flush a folder to disk, then give it its final name."""
+    for path in partial.rglob("*"):
+        _flush(path)
+    _flush(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    _flush_folder(folder.parent)
+    _flush(folder.parent)
 
 
-def flush(folder: Path) -> None:
-    """Bring every file below a folder, and their names, to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -148,7 +139,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `seal` closed: the first file that is missing or not what it was; None if nothing."""
+    """The first file of a sealed folder that is missing or changed, in words; None if the folder is intact."""
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, fact in facts.items():
@@ -169,26 +160,27 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- a pair that is never half
+# ---- a pair that is never half replaced
 
 
 def switch(folder: Path) -> None:
-    """Move the pieces of OUTPUT/pair.next to their places, or go on with that where a run was killed.
+    """Move the content of OUTPUT/pair.next to its place, or finish the move of a run that was killed.
 
-    `pair.next` is whole from the moment it has that name. As long as it is there the pair in the folder may be mixed, and
-    readers refuse it; moving on from any point ends at the new pair.
+    `pair.next` is complete from the moment it has that name. While it exists, the pair in the folder may be mixed, and
+    readers refuse it; a repeated call at any point ends with the new pair.
     """
     coming, leaving = folder / NEXT, folder / OLD
     shutil.rmtree(leaving, ignore_errors=True)
     if not coming.exists():
         return
     leaving.mkdir()
-    for piece in sorted(coming.iterdir()):
-        if piece.name == MANIFEST:
+    for new in sorted(coming.iterdir()):
+        if new.name == MANIFEST:
             continue
-        if (folder / piece.name).exists():
-            (folder / piece.name).rename(leaving / piece.name)
-        piece.rename(folder / piece.name)
-    _flush_folder(folder)
+        place = folder / new.name
+        if place.exists():
+            place.rename(leaving / new.name)
+        new.rename(place)
+    _flush(folder)
     shutil.rmtree(coming)
     shutil.rmtree(leaving)

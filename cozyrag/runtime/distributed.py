@@ -1,41 +1,41 @@
-"""Several processes that decide as one: a fault of one stops them all with the same sentence, instead of a hang.
+"""Several processes that act as one: an error in one stops all of them with the same message, instead of a hang.
 
 Left out: what is decided. Nothing here starts or ends a process.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cozyrag.errors import InputError
 
+T = TypeVar("T")
 
-def main_decides(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
-    """What `act` gives on the main process, on every process. Raises InputError everywhere if it does there."""
-    told: list = [None, None]
+
+def main_decides(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call `function` on the main process and return its result on all. Raises its InputError on all, too."""
+    outcome: list = [None, None]
     if accelerator.is_main_process:
         try:
-            told = [act(), None]
+            outcome[0] = function()
         except InputError as error:
-            told = [None, str(error)]
-    result, fault = broadcast_object_list(told)
+            outcome[1] = str(error)
+    result, fault = broadcast_object_list(outcome)
     if fault:
         raise InputError(fault)
     return result
 
 
-def all_manage(accelerator: Accelerator, act: Callable[[], object]) -> None:
-    """Let every process act. Raises InputError everywhere if it is raised anywhere."""
+def run_on_all(accelerator: Accelerator, function: Callable[[], object]) -> None:
+    """Call `function` on every process. Raises InputError on all of them if one raises it."""
     fault = None
     try:
-        act()
+        function()
     except InputError as error:
         fault = str(error)
-    faults = [each for each in gather_object([fault]) if each]
-    if faults:
-        raise InputError(faults[0])
+    refuse(gather_object([fault]))
 
 
 def refuse(faults: Iterable[str | None]) -> None:

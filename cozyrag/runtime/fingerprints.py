@@ -1,6 +1,6 @@
-"""Short names for what a model holds, so that things made from it can say whose they are.
+"""Short hashes of weights and tables, so that files made from them can name their source.
 
-Left out: files on disk; a fingerprint is of the weights in memory.
+Left out: files on disk; a fingerprint covers the weights in memory.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def weights_fingerprint(model: nn.Module, *facts: str) -> str:
-    """16 hex digits that change when a weight of `model` or one of `facts` changes; the same on every machine."""
+    """16 hex digits that change with any weight of `model` or any of `facts`; the same on every machine."""
     digest = hashlib.sha256("|".join(facts).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -19,7 +19,7 @@ def weights_fingerprint(model: nn.Module, *facts: str) -> str:
 
 
 def tables_fingerprint(*tables: Mapping[str, Sequence]) -> str:
-    """16 hex digits that change when a cell of one of the tables (columns by name) changes."""
+    """16 hex digits that change with any cell of the tables (columns by name)."""
     digest = hashlib.sha256()
     for table in tables:
         for name, column in table.items():

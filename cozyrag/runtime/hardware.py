@@ -1,7 +1,7 @@
-"""What a run is made on and what that takes: the machine, its free memory, the versions, an estimate of the energy.
+"""The hardware and software of a run: machine, free memory, versions of packages, an estimate of the energy.
 
-The estimate of the energy is arithmetic from assumed watts, said with it; nothing is measured. Left out: carbon, which depends on where
-the electricity comes from, and speed (plan.py).
+The energy is computed from assumed watts, which are stated with it; nothing is measured. Left out: carbon, which
+depends on the source of the electricity, and speed (plan.py).
 """
 
 import importlib.metadata
@@ -13,20 +13,11 @@ from pathlib import Path
 import psutil
 import torch
 
-PACKAGES = (
-    "cozyrag",
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "datasets",
-    "accelerate",
-    "faiss-cpu",
-    "huggingface_hub",
-)
+PACKAGES = "cozyrag torch transformers sentence-transformers datasets accelerate faiss-cpu huggingface_hub".split()
 CGROUP = Path("/sys/fs/cgroup")  # of this process's container on Linux
 CORE_WATTS = 10.0  # a busy core of a desktop or server processor: 65 to 125 W over 8 to 16 cores
 MEMORY_WATTS = 0.375  # a gigabyte: 3 W for 8 GB, https://mlco2.github.io/codecarbon/methodology.html
-GPU_WATTS = 300.0  # a GPU whose board power is not known here
+GPU_WATTS = 300.0  # a GPU whose board power is not listed here
 BOARD_WATTS = {
     "T4": 70,
     "L4": 72,
@@ -41,27 +32,25 @@ BOARD_WATTS = {
 
 
 def machine_facts(*, processes: int, threads: int, device: str) -> dict:
-    """What the run runs on, fit for JSON: system, processor, cores, memory in GB, GPUs by name, versions of packages.
+    """The machine of a run, for JSON: system, processor, cores, memory in GB, GPUs by name, versions of packages.
 
     Args:
-        processes: of the run, on one machine. threads: of each. device: "cpu", "cuda", ...
+        processes: of the run, on one machine. threads: of each process. device: "cpu", "cuda", ...
     """
-    gpus = (
-        [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if device == "cuda" else []
-    )
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count() if device == "cuda" else 0
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "processor": _processor(),
-        "cores": os.cpu_count() or 1,
-        "busy_cores": min(processes * threads, os.cpu_count() or 1),
+        "cores": cores,
+        "busy_cores": min(processes * threads, cores),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
-        "gpus": gpus[:processes],
+        "gpus": [torch.cuda.get_device_name(number) for number in range(min(gpus, processes))],
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
 def free_memory(cgroup: Path = CGROUP) -> float:
-    """Bytes that this process may still take: those of the machine, or those of its container where they are fewer."""
+    """Bytes that this process may still allocate: those free on the machine, or in its container if they are fewer."""
     free = psutil.virtual_memory().available
     limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
@@ -70,39 +59,35 @@ def free_memory(cgroup: Path = CGROUP) -> float:
 
 
 def room_for_training(device: torch.device) -> float:
-    """Bytes that a process may take for training: those free on its GPU, else its share of those free on the machine."""
+    """Bytes that a process may use for training: those free on its GPU, else its share of the free memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _processor() -> str:
-    """Its name as Linux knows it; elsewhere what Python knows, which may be little."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
+    """The model name on Linux; elsewhere what Python reports, which may be little."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine_sentence(machine: Mapping) -> str:
-    """The machine in a line."""
-    gpus = f"; {', '.join(machine['gpus'])}" if machine["gpus"] else "; no GPU"
+    """The facts of `machine_facts` in one line."""
     return (
-        f"{machine['processor']}, {machine['busy_cores']} of {machine['cores']} cores, {machine['memory_gb']} GB of memory{gpus}; "
-        f"{machine['system']}"
+        f"{machine['processor']}, {machine['busy_cores']} of {machine['cores']} cores, {machine['memory_gb']} GB of "
+        f"memory; {', '.join(machine['gpus']) or 'no GPU'}; {machine['system']}"
     )
 
 
 def energy_sentence(machine: Mapping, seconds: float) -> str:
-    """Kilowatt-hours of so many seconds, with the formula and every assumed number."""
+    """The kilowatt-hours of so many seconds, with the formula and all assumed numbers."""
     hours = seconds / 3600
     parts = [(machine["busy_cores"], "busy cores", CORE_WATTS), (machine["memory_gb"], "GB of memory", MEMORY_WATTS)]
-    parts += [(1, name, _board_watts(name)) for name in machine["gpus"]]
+    for name in machine["gpus"]:
+        words = name.replace("-", " ").split()
+        parts.append((1, name, next((float(each) for model, each in BOARD_WATTS.items() if model in words), GPU_WATTS)))
     watts = sum(count * each for count, _, each in parts)
     terms = " + ".join(f"{count} {name} × {each:g} W" for count, name, each in parts)
     return f"about {hours * watts / 1000:.2g} kWh = {hours:.2g} h × ({terms}); these watts are assumed, not measured"
-
-
-def _board_watts(name: str) -> float:
-    words = name.replace("-", " ").split()
-    return float(next((watts for model, watts in BOARD_WATTS.items() if model in words), GPU_WATTS))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run that is training saves first, one that is not ends at once.
+"""Ctrl-C and SIGTERM: a run that is training saves first, any other ends at once.
 
 Left out: what is saved and how (checkpointing.py), and leaving the process (cli.py).
 """
@@ -15,28 +15,27 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to end and has saved what there was to save; `number` is the signal's."""
+    """A signal ended the run, which has saved its state; `number` is the signal's, `message` is for the user."""
 
-    def __init__(self, number: int, told: str = ""):
-        super().__init__(told)
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
         self.number = number
-        self.told = told
+        self.message = message
 
 
 class Interrupts:
-    """While it is entered, the signals raise `Interrupted`; inside `held` they are only noted in `received`.
+    """Inside `watched` the signals raise `Interrupted`; inside `held` they are only recorded in `received`.
 
-    Whoever holds them looks at `received` and ends in time: after PATIENCE seconds `Interrupted` is raised all the same.
-    Further signals change nothing, since a launcher passes on what the terminal has already sent to everyone.
+    Code inside `held` checks `received` and ends in time: after PATIENCE seconds `Interrupted` is raised in any case.
+    Further signals change nothing, since a launcher repeats what the terminal has already sent to every process.
     """
 
-    def __init__(self):
-        self.received: int | None = None
-        self._holders = 0
+    received: int | None = None
+    _holders = 0
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Listen. Other threads than the main one cannot, and then nothing changes."""
+        """Handle the signals. Only the main thread can; in other threads this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -51,7 +50,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Something that should not be cut short: a signal is noted, and raised at the end."""
+        """For work that must not be interrupted: a signal is recorded, and raised at the end."""
         self._holders += 1
         try:
             yield
@@ -67,8 +66,8 @@ class Interrupts:
         if not self._holders:
             raise Interrupted(number)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-        told = f"\n{signal.Signals(number).name}: saving after this step, then ending.\n"
-        os.write(2, told.encode())  # not through sys.stderr, which may be in the middle of a progress bar
+        line = f"\n{signal.Signals(number).name}: saving after this step, then ending.\n"
+        os.write(2, line.encode())  # not through sys.stderr, which may be in the middle of a progress bar
 
     def _too_late(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted(self.received or signal.SIGTERM)

@@ -17,7 +17,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.atomic_files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
-from cozyrag.runtime.distributed import all_manage, main_decides
+from cozyrag.runtime.distributed import main_decides, run_on_all
 from cozyrag.runtime.old_names import current_progress
 from cozyrag.training.output_dir import check_changes, complete_checkpoints
 
@@ -143,7 +143,7 @@ class Checkpoints:
         try:
             main_decides(self.accelerator, models)
             if progress.step:
-                all_manage(self.accelerator, state)
+                run_on_all(self.accelerator, state)
             main_decides(self.accelerator, close)
         except InputError:
             shutil.rmtree(partial, ignore_errors=True)  # what does not fit must not fill the disk
