@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from cozyrag.config import TrainingSettings
 from cozyrag.models.fsdp import Sharded, held_bytes, joined
-from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
+from cozyrag.models.token_losses import TokenLosses
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.generator_phase import train_generator

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from cozyrag.errors import InputError
 from cozyrag.models.batching import collate
-from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts
+from cozyrag.models.token_losses import TokenLosses
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"

@@ -22,9 +22,10 @@ from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import FEATURES
 from cozyrag.errors import InputError
 from cozyrag.models import penalties
-from cozyrag.models.generator import Generator, PenalizedLosses, TokenLosses
+from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples
 from cozyrag.models.retriever import Retriever
+from cozyrag.models.token_losses import PenalizedLosses, TokenLosses
 from cozyrag.pair_file import describe_pair
 from cozyrag.preflight import loss_check
 from cozyrag.preflight.loss_check import Term, check_terms, findings_table, one_line, small_batch

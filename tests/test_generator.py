@@ -27,11 +27,14 @@ from transformers import (
 )
 
 import cozyrag.models.generator
+import cozyrag.models.loading
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
 from cozyrag.models.batching import collate
-from cozyrag.models.generator import DROPOUT_FIELDS, Decoding, Generator, TokenLosses, Written
+from cozyrag.models.generator import Decoding, Generator, Written
+from cozyrag.models.loading import DROPOUT_FIELDS
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE, Example, encode_examples, encode_prompts
+from cozyrag.models.token_losses import TokenLosses
 
 PASSAGES, QUESTIONS = tiny.corpus(12)
 ASKED = [row["question"] for row in QUESTIONS]
@@ -350,11 +353,11 @@ def sharp_path(generator_path, tmp_path):
 
 @pytest.mark.parametrize("family", [ScaledGPT2, CappedGPT2, PlainGPT2])
 def test_a_model_with_an_unusual_head_is_refused(monkeypatch, sharp_path, family):
-    monkeypatch.setattr(cozyrag.models.generator.AutoModelForCausalLM, "from_pretrained", family.from_pretrained)
+    monkeypatch.setattr(cozyrag.models.loading.AutoModelForCausalLM, "from_pretrained", family.from_pretrained)
     if family is PlainGPT2:
         assert isinstance(Generator.load(sharp_path).model, PlainGPT2)
         return
-    with pytest.raises(InputError, match=rf"{family.__name__} does something more.*Choose another --generator"):
+    with pytest.raises(InputError, match=rf"{family.__name__} computes something else.*Choose another --generator"):
         Generator.load(sharp_path)
 
 
@@ -363,7 +366,7 @@ def test_a_checkpoint_of_nan_is_refused_for_what_it_is(generator_path, tmp_path)
     with torch.no_grad():
         generator.model.transformer.ln_f.bias.fill_(float("nan"))
     generator.save(tmp_path)
-    with pytest.raises(InputError, match="found NaN: its weights are spoilt"):
+    with pytest.raises(InputError, match="found NaN: its weights are damaged"):
         Generator.load(str(tmp_path))
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from cozyrag.models.generator import TokenLosses, recomputing
 from cozyrag.models.gpt2_last_block import read_only_at
+from cozyrag.models.token_losses import TokenLosses, recomputing
 
 SIZES = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 50, "n_positions": 32}
 LENGTHS = (9, 5, 12)

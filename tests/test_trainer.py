@@ -8,10 +8,11 @@ from datasets import Dataset
 from tiny import corpus
 
 from cozyrag.config import TrainingSettings
-from cozyrag.models.generator import Generator, PenalizedLosses, TokenLosses
+from cozyrag.models.generator import Generator
 from cozyrag.models.penalties import Penalties
 from cozyrag.models.prompts import encode_examples, with_keywords
 from cozyrag.models.retriever import Retriever, texts_and_sentences
+from cozyrag.models.token_losses import PenalizedLosses, TokenLosses
 from cozyrag.retrieval.contexts import CONTEXT_FEATURES
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.fingerprints import weights_fingerprint

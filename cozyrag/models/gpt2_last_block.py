@@ -1,8 +1,8 @@
-"""The last block of a GPT-2 computed only where its output is read: at the few positions that an answer is predicted from.
+"""GPT-2's last block computed only where its output is used: at the few positions that predict answer tokens.
 
-Its keys and values are needed of every token, the rest (queries' products, projection, MLP: three quarters of its matrices)
-only there. Losses and gradients stay what they are. Blocks of other models than GPT-2 are left to themselves. Left out: which positions
-are read (batching.py), and the output embeddings, which are computed there alone too (generator.py).
+Every token needs its keys and values; queries, projection and MLP (three quarters of its weights) are needed only
+there. Losses and gradients stay the same. Models other than GPT-2 are left unchanged. Left out: which positions are
+used (batching.py), and the output embeddings, which are also computed only there (token_losses.py).
 """
 
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2Model
 
 FEW = 0.5  # share of the positions above which nothing would be saved
 
 
 @contextmanager
-def read_only_at(model: PreTrainedModel, positions: torch.Tensor, tokens: int) -> Iterator[None]:
-    """Within it, hidden states that the model gives are right at `positions` and not to be used elsewhere.
+def read_only_at(model: nn.Module, positions: torch.Tensor, tokens: int) -> Iterator[None]:
+    """Inside the context, the model's hidden states are valid only at `positions`.
 
     Args:
         model: the base model, without a head. positions: (n,) int64, ascending, into the flattened (batch * length).
@@ -29,9 +29,9 @@ def read_only_at(model: PreTrainedModel, positions: torch.Tensor, tokens: int) -
     if block is None or len(positions) > FEW * tokens:
         yield
         return
-    # on the block itself, so that what wraps it (adapters inside, sharding and checkpointing around) works as ever
-    block.forward = partial(_forward, block, positions)
-    # nor is the block computed again on the way back, when it is itself again: it keeps its few activations
+    # Set on the block itself, so that wrappers (adapters inside, sharding and checkpointing around it) keep working.
+    vars(block)["forward"] = partial(_forward, block, positions)
+    # No gradient checkpointing: the backward pass would recompute the original block. It keeps its few activations.
     recomputes, block.gradient_checkpointing = block.gradient_checkpointing, False
     try:
         yield
@@ -40,13 +40,15 @@ def read_only_at(model: PreTrainedModel, positions: torch.Tensor, tokens: int) -
         block.gradient_checkpointing = recomputes
 
 
-def _last_block(model: PreTrainedModel) -> GPT2Block | None:
-    """The block, if it is one that `_forward` computes as it would itself."""
-    if not isinstance(model, GPT2Model) or type(model.h[-1]).forward is not GPT2Block.forward:
+def _last_block(model: nn.Module) -> GPT2Block | None:
+    """The last block, if `_forward` computes what it would compute itself."""
+    if not isinstance(model, GPT2Model):
         return None
-    config = model.config
+    block, config = model.h[-1], model.config
+    if not isinstance(block, GPT2Block) or type(block).forward is not GPT2Block.forward:
+        return None
     known = config._attn_implementation in ("sdpa", "eager")  # others have masks of their own
-    return model.h[-1] if known and not (config.add_cross_attention or config.reorder_and_upcast_attn) else None
+    return block if known and not (config.add_cross_attention or config.reorder_and_upcast_attn) else None
 
 
 def _forward(
@@ -54,7 +56,7 @@ def _forward(
 ) -> torch.Tensor:
     """(batch, length, d): the block's output at `positions`, its input elsewhere.
 
-    attention_mask: None (causal), or (batch or 1, 1, length, length), bool (true: seen) or to be added to the products.
+    attention_mask: None (causal), or (batch or 1, 1, length, length), bool (true: visible) or added to the scores.
     """
     attention, (batch, length, width) = block.attn, hidden.shape
     rows, places = positions // length, positions % length
@@ -64,18 +66,14 @@ def _forward(
     heads = lambda states: states.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)  # noqa: E731
     asked = queries.new_zeros(batch, int(counts.max()), width).index_put((rows, columns), queries[rows, places])
     if attention_mask is None:
-        seen = torch.arange(length, device=rows.device) <= places[:, None]
+        visible = torch.arange(length, device=rows.device) <= places[:, None]
     else:
-        seen = attention_mask.expand(batch, -1, -1, -1)[rows, 0, places]
-    mask = torch.ones(*asked.shape[:2], length, dtype=torch.bool, device=rows.device).to(seen.dtype)  # padding sees all
-    mask = mask.index_put((rows, columns), seen).unsqueeze(1)
+        visible = attention_mask.expand(batch, -1, -1, -1)[rows, 0, places]
+    mask = torch.ones(*asked.shape[:2], length, dtype=torch.bool, device=rows.device).to(visible.dtype)
+    mask = mask.index_put((rows, columns), visible).unsqueeze(1)  # padding sees everything
+    dropout = attention.attn_dropout.p if block.training else 0.0
     found = F.scaled_dot_product_attention(
-        heads(asked),
-        heads(keys),
-        heads(values),
-        attn_mask=mask,
-        dropout_p=attention.attn_dropout.p if block.training else 0.0,
-        scale=attention.scaling,
+        heads(asked), heads(keys), heads(values), attn_mask=mask, dropout_p=dropout, scale=attention.scaling
     )
     found = found.transpose(1, 2).flatten(2)[rows, columns]
     states = hidden[rows, places] + attention.resid_dropout(attention.c_proj(found))

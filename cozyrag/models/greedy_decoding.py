@@ -1,7 +1,7 @@
-"""Greedy answers of a batch, written token by token: rows that have ended leave it, and each row's certainty comes with it.
+"""Greedy decoding of a batch, token by token: finished rows leave the batch, and every answer has its confidence.
 
-transformers' `generate` computes ended rows to the end and gives no probabilities without keeping all logits. Left out:
-prompts (prompts.py), which tokens an answer may consist of (constrained_decoding.py), what the answers are for (generator.py).
+transformers' `generate` computes finished rows to the end and gives no probabilities without keeping all logits. Left
+out: prompts (prompts.py), tokens of an extractive answer (constrained_decoding.py).
 """
 
 import inspect
@@ -18,7 +18,7 @@ from cozyrag.models.constrained_decoding import Spans
 
 @dataclass(frozen=True)
 class Limits:
-    """What an answer may be: most and fewest tokens, the token that ends it, and the n-gram that must not come twice (0: none)."""
+    """Of an answer: maximum tokens, the end token, minimum tokens, length of n-grams that must not repeat (0: off)."""
 
     longest: int
     end: int
@@ -28,8 +28,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Decoded:
-    """tokens: those of the answer, without the end token. score: geometric mean of their probabilities and of the end
-    token's, if it was reached. silence: the probability that the end token comes first."""
+    """tokens: of the answer, without the end token. score: geometric mean of their probabilities and, if reached, the
+    end token's. silence: the probability that the end token comes first."""
 
     tokens: list[int]
     score: float
@@ -44,7 +44,7 @@ def write_greedily(
     limits: Limits,
     spans: Sequence[Spans] | None = None,
 ) -> list[Decoded]:
-    """The most probable token again and again behind each prompt, until the end token or `limits.longest` tokens.
+    """The most probable token after each prompt, repeatedly, until the end token or `limits.longest` tokens.
 
     Args:
         input_ids, attention_mask: (batch, length) int64, padded on the left.
@@ -64,19 +64,19 @@ def write_greedily(
         written = torch.cat([written, choice[:, None]], dim=1)
         for row, token in zip(alive, choice.tolist(), strict=True):
             tokens[row].append(token)
-        going = (choice != limits.end).nonzero()[:, 0]
-        if not len(going):
+        unfinished = (choice != limits.end).nonzero()[:, 0]
+        if not len(unfinished):
             break
-        if len(going) < len(alive):
-            steps.keep(going)
-            written, alive = written[going], [alive[place] for place in going.tolist()]
+        if len(unfinished) < len(alive):
+            steps.keep(unfinished)
+            written, alive = written[unfinished], [alive[place] for place in unfinished.tolist()]
     scores = np.exp(sums / [max(1, len(each)) for each in tokens]).tolist()
-    ended = [each[:-1] if each and each[-1] == limits.end else each for each in tokens]
-    return [Decoded(*each) for each in zip(ended, scores, silence.tolist(), strict=True)]
+    answers = [each[:-1] if each and each[-1] == limits.end else each for each in tokens]
+    return [Decoded(*each) for each in zip(answers, scores, silence.tolist(), strict=True)]
 
 
 def _allowed(logs: torch.Tensor, written: torch.Tensor, limits: Limits, spans: Sequence[Spans] | None) -> torch.Tensor:
-    """(rows, vocabulary): the log-probabilities, minus infinity where a token may not come next."""
+    """(rows, vocabulary): the log-probabilities, minus infinity for tokens that may not come next."""
     count = written.shape[1]
     if limits.no_repeat and count:
         logs = NoRepeatNGramLogitsProcessor(limits.no_repeat)(written, logs)
@@ -93,46 +93,36 @@ def _allowed(logs: torch.Tensor, written: torch.Tensor, limits: Limits, spans: S
     return mask
 
 
-def _lets_rows_go(cache: object) -> bool:
-    """Whether rows can be taken out of a cache; those of state-space layers have no such thing."""
-    return isinstance(cache, Cache) and all(
-        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) for layer in cache.layers
-    )
-
-
 class _Steps:
-    """The model's next-token logits, with a cache of keys and values whose rows can leave.
+    """The model's next-token logits, with a cache of keys and values that finished rows can leave.
 
-    A model whose cache cannot let rows go, or that has none, reads everything again at each step.
+    A model without such a cache, as one with state-space layers, reads the whole input again at each step.
     """
 
     def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        self.model = model
-        self.ids, self.mask = input_ids, attention_mask
-        self.cache = None
-        known = inspect.signature(model.forward).parameters
-        self.takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
+        self.model, self.ids, self.mask = model, input_ids, attention_mask
+        self.cache: Cache | None = None
+        self.takes = {"position_ids", "logits_to_keep"} & set(inspect.signature(model.forward).parameters)
 
     def logits(self, newest: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary) behind the `newest` tokens (rows, 1), at first (rows, 0) for those behind the prompts."""
+        """(rows, vocabulary) after the `newest` tokens (rows, 1); in the first step (rows, 0), after the prompts."""
         self.ids = torch.cat([self.ids, newest], dim=1)
         self.mask = torch.cat([self.mask, torch.ones_like(newest)], dim=1)
         places = (self.mask.cumsum(1) - 1).clamp(min=0)
         ids = self.ids if self.cache is None else newest
         options = {"position_ids": places[:, -ids.shape[1] :], "logits_to_keep": 1}
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **{name: value for name, value in options.items() if name in self.takes},
-        )
+        options = {name: value for name, value in options.items() if name in self.takes}
+        out = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options)
         cache = out.get("past_key_values")
-        self.cache = cache if _lets_rows_go(cache) else None
+        self.cache = cache if isinstance(cache, Cache) and all(map(_can_drop_rows, cache.layers)) else None
         return out.logits[:, -1]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows alone."""
+        """Continue with these rows only."""
         self.ids, self.mask = self.ids[rows], self.mask[rows]
         if self.cache is not None:
             self.cache.batch_select_indices(rows)
+
+
+def _can_drop_rows(layer: object) -> bool:
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer)

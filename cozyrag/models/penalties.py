@@ -1,18 +1,19 @@
-"""Penalties on what the generator would write: repeats, parroting the question, stopping too soon.
+"""Penalties on what the generator predicts: repeats, parroting the question, stopping too early.
 
 Each is the expectation of a count under the generator's own probabilities at the answer positions, in closed form and
 differentiable; a count of argmax tokens would have no gradient. Positions are taken as independent given the reference
-before them, as in the cross-entropy itself. Left out: their weights (config.py) and where probabilities come from.
+before them, as in the cross-entropy itself. Left out: the weights (config.py) and the source of the probabilities.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """Weights of the three penalties (0 = off), the length of the n-grams, and the fewest tokens of an answer."""
+    """Weights of the three penalties (0 = off), the length of the n-grams, and the minimum tokens of an answer."""
 
     repeats: float = 0.0
     keywords: float = 0.0
@@ -25,27 +26,27 @@ class Penalties:
         """The penalties that are on."""
         return [name for name in ("repeats", "keywords", "shortness") if vars(self)[name] > 0]
 
-    def values(
-        self, probabilities: torch.Tensor, lengths: torch.Tensor, keywords: torch.Tensor, *, eos: int
-    ) -> torch.Tensor:
-        """The penalties that are on, summed over the answers and not yet weighted, in the order of `names`.
-
-        Args:
-            probabilities: (answers, positions, vocabulary), position `lengths[i]` being where answer i ends with `eos`.
-            lengths: (answers,) tokens of each reference, without EOS. keywords: as `keyword_mass` takes them.
-        """
-        mask = torch.arange(probabilities.shape[1], device=lengths.device) < lengths.unsqueeze(1)
-        makers = {
-            "repeats": lambda: expected_repeats(probabilities, mask, n=self.ngram),
-            "keywords": lambda: keyword_mass(probabilities, mask, keywords),
-            "shortness": lambda: expected_shortfall(probabilities[:, :, eos], lengths.clamp(max=self.min_tokens)),
-        }
-        return torch.stack([makers[name]().sum() for name in self.names])
-
     @property
     def weights(self) -> list[float]:
         """The weights that belong to `values`."""
         return [vars(self)[name] for name in self.names]
+
+    def values(
+        self, probabilities: torch.Tensor, lengths: torch.Tensor, keywords: torch.Tensor, *, eos: int
+    ) -> torch.Tensor:
+        """The penalties that are on, summed over the answers, without weights, in the order of `names`.
+
+        Args:
+            probabilities: (answers, positions, vocabulary); at position `lengths[i]` answer i ends with `eos`.
+            lengths: (answers,) tokens of each reference, without EOS. keywords: as for `keyword_mass`.
+        """
+        mask = torch.arange(probabilities.shape[1], device=lengths.device) < lengths.unsqueeze(1)
+        compute = {
+            "repeats": lambda: expected_repeats(probabilities, mask, n=self.ngram),
+            "keywords": lambda: keyword_mass(probabilities, mask, keywords),
+            "shortness": lambda: expected_shortfall(probabilities[:, :, eos], lengths.clamp(max=self.min_tokens)),
+        }
+        return torch.stack([compute[name]().sum() for name in self.names])
 
 
 def expected_repeats(probabilities: torch.Tensor, mask: torch.Tensor, *, n: int) -> torch.Tensor:
@@ -53,7 +54,7 @@ def expected_repeats(probabilities: torch.Tensor, mask: torch.Tensor, *, n: int)
 
     For a pair of n-grams that start at i and i + d, the probability that they are equal is the product, over the chains
     of positions that equality ties together, of sum_v prod p(v). Apart by n or more, each chain has two positions and
-    the product runs over entries of G = P P^T; overlapping ones (d < n) tie longer chains, computed as such.
+    the product runs over entries of G = P P^T; overlapping ones (d < n) tie longer chains.
 
     Args:
         probabilities: (answers, positions, vocabulary); mask: (answers, positions), True at the tokens of the answer
@@ -64,12 +65,11 @@ def expected_repeats(probabilities: torch.Tensor, mask: torch.Tensor, *, n: int)
     """
     masked = probabilities * mask.unsqueeze(-1)
     answers, positions, _ = masked.shape
-    total = masked.new_zeros(answers)
     if positions <= n:
-        return total
+        return masked.new_zeros(answers)
     agree = masked @ masked.transpose(1, 2)
     starts = positions - n + 1
-    pairs = torch.ones(answers, starts, starts, dtype=masked.dtype, device=masked.device)
+    pairs = masked.new_ones(answers, starts, starts)  # float32, even if autocast computes `agree` in bf16
     for k in range(n):  # over the n-gram, not over the answer
         pairs = pairs * agree[:, k : k + starts, k : k + starts]
     total = torch.triu(pairs, diagonal=n).sum((1, 2))
@@ -81,15 +81,9 @@ def expected_repeats(probabilities: torch.Tensor, mask: torch.Tensor, *, n: int)
 def _overlapping(masked: torch.Tensor, n: int, distance: int) -> torch.Tensor:
     """Expected number of equal pairs of n-grams that start `distance` < n apart."""
     starts = masked.shape[1] - n - distance + 1
-    equal = None
-    for first in range(distance):
-        chain = None
-        for position in range(first, n + distance, distance):
-            part = masked[:, position : position + starts]
-            chain = part if chain is None else chain * part
-        tied = chain.sum(-1)
-        equal = tied if equal is None else equal * tied
-    return equal.sum(-1)
+    chains = [range(first, n + distance, distance) for first in range(distance)]
+    tied = [reduce(torch.mul, (masked[:, at : at + starts] for at in chain)).sum(-1) for chain in chains]
+    return reduce(torch.mul, tied).sum(-1)
 
 
 def keyword_mass(probabilities: torch.Tensor, mask: torch.Tensor, keywords: torch.Tensor) -> torch.Tensor:
@@ -97,7 +91,7 @@ def keyword_mass(probabilities: torch.Tensor, mask: torch.Tensor, keywords: torc
 
     Args:
         probabilities: (answers, positions, vocabulary); mask: (answers, positions) as above.
-        keywords: (answers, k) int64 token ids, each at most once in a row, padded with -1.
+        keywords: (answers, k) int64 token ids, each at most once per row, padded with -1.
 
     Returns:
         (answers,) shares, 0 to 1.
@@ -111,13 +105,13 @@ def keyword_mass(probabilities: torch.Tensor, mask: torch.Tensor, keywords: torc
 def expected_shortfall(stop: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
     """Expected number of tokens by which an answer ends before `minimum`: E[max(0, minimum - length)].
 
-    The answer reaches token t if no position up to t stops, so E[min(length, m)] = sum_{t < m} prod_{s <= t} (1 - stop_s).
+    The answer reaches token t if no position up to t stops: E[min(length, m)] = sum_{t < m} prod_{s <= t} (1 - stop_s).
 
     Args:
         stop: (answers, positions) probability of EOS at each position; minimum: (answers,) at most `positions`.
 
     Returns:
-        (answers,) tokens, 0 to minimum. A one-word reference is never punished when its minimum is its own length.
+        (answers,) tokens, 0 to minimum. With its own length as minimum, a one-word reference has no penalty.
     """
     reached = torch.cumprod(1 - stop, dim=1)
     counted = torch.arange(stop.shape[1], device=stop.device) < minimum.unsqueeze(1)

@@ -1,9 +1,9 @@
-"""Text in, tokens out: the one place that knows what a prompt looks like.
+"""Texts to tokens: the only module that knows what a prompt looks like.
 
-A prompt is the context, then the question, then the cue for the answer; the answer and an end token follow in training.
-With a chat template, context and question are the user's message and the answer is the assistant's. Only the context is
-ever shortened: a question or an answer that lost its tail would teach the wrong thing. Left out: which passages and
-sentences make the context (contexts.py), padding and tensors (batching.py).
+A prompt is the context, the question and the cue for the answer; in training, the answer and an end token follow. With
+a chat template, context and question are the user's message and the answer is the assistant's. Only the context is ever
+truncated: a question or an answer without its end would train the wrong thing. Left out: which passages and sentences
+form the context (contexts.py), padding and tensors (batching.py).
 """
 
 import re
@@ -19,21 +19,21 @@ from cozyrag.errors import InputError
 QUESTION_CUE = "\nQuestion: "
 ANSWER_CUE = "\nAnswer:"
 WORD = re.compile(r"\w+")
-COMMON = 50  # a word that stands in more than one in so many questions ("what", "the", "of") is no keyword ...
-RARE = 5  # ... unless the questions are few and it stands in no more than this
+COMMON = 50  # a word in more than one of so many questions ("what", "the", "of") is no keyword ...
+RARE = 5  # ... unless at most this many questions contain it
 
-MARKS = "QUESTIONPLACE", "ANSWERPLACE"  # what a chat template is filled with to see what it puts around
-TODAY = "26 Jul 2024"  # for templates that tell the model the day: a prompt must be the same tomorrow
+MARKS = "QUESTIONPLACE", "ANSWERPLACE"  # the messages with which a chat template is rendered
+TODAY = "26 Jul 2024"  # for templates that state the date: a prompt must not change from day to day
 CLOCK = f"{{% macro strftime_now(format) %}}{TODAY}{{% endmacro %}}"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands around context, question and answer; without arguments, the plain layout.
+    """What surrounds context, question and answer; without arguments, the plain layout.
 
     Args:
-        head, tail: token ids before the context and behind the question. cue: text behind the question; lead: text before
-            an answer that is not empty. end: the token that ends an answer; None: the tokenizer's EOS.
+        head, tail: token ids before the context and after the question. cue: text after the question; lead: text before
+            a non-empty answer. end: the token that ends an answer; None: the tokenizer's EOS.
     """
 
     head: tuple[int, ...] = ()
@@ -47,48 +47,50 @@ PLAIN = Layout()
 
 
 def chat_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """The layout that a tokenizer's chat template makes of one user's message and the assistant's answer.
+    """The layout that a tokenizer's chat template gives one user's message and the assistant's answer.
 
-    The template is rendered once around marks and cut at them, so that which tokens are whose is known for certain whatever
-    the template does, and no text can be mistaken for a part of it.
+    The template is rendered once with marks and split at them, so that the tokens of the template are known exactly
+    whatever it does, and no text can be mistaken for a part of it.
 
     Raises:
-        InputError: the template fails, or does not show both messages once.
+        InputError: the template fails, or does not contain each message exactly once.
     """
     messages = [{"role": "user", "content": MARKS[0]}, {"role": "assistant", "content": MARKS[1]}]
     try:
         asked, answered = _render(tokenizer, messages[:1], True), _render(tokenizer, messages, False)
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
-            f"Expected the generator's chat template to take a user's message and an answer, it says: {error}. "
+            f"Expected the generator's chat template to accept a user's message and an answer, it fails with: {error}. "
             "Use --chat_template off."
         ) from error
     if asked.count(MARKS[0]) != 1 or answered.count(MARKS[1]) != 1:
         raise InputError(
-            "Expected the generator's chat template to show a user's message and an answer once each, as they are; it does "
-            "something else with them. Use --chat_template off."
+            "Expected the generator's chat template to contain a user's message and an answer unchanged and once each; "
+            "it changes, omits or repeats one. Use --chat_template off."
         )
-    head, tail, closing = _tokenize(tokenizer, [*asked.split(MARKS[0]), answered.split(MARKS[1])[1]])
+    head, tail, closing = tokenize(tokenizer, [*asked.split(MARKS[0]), answered.split(MARKS[1])[1]])
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = closing[0] if closing and closing[0] in special else tokenizer.eos_token_id
     return Layout(tuple(head), "", tuple(tail), lead="", end=end)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], cue: bool) -> str:
-    """What the template makes of messages: on a fixed day, and without room for thoughts that an answer has none of."""
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=cue,
-        enable_thinking=False,
-        date_string=TODAY,
-        chat_template=CLOCK + tokenizer.get_chat_template(),
+    """The template filled with messages, on a fixed date and without thinking."""
+    return str(
+        tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=cue,
+            enable_thinking=False,
+            date_string=TODAY,
+            chat_template=CLOCK + tokenizer.get_chat_template(),
+        )
     )
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized training example: `input_ids[prompt_length:]` are the answer tokens, the last of them the end token.
+    """A tokenized training example: `input_ids[prompt_length:]` are the answer and the end token.
 
     `keywords`: first tokens of the question's rare words that the answer does not use.
     """
@@ -108,41 +110,44 @@ def encode_prompts(
     reserve: Sequence[int] | int,
     layout: Layout = PLAIN,
 ) -> list[list[int]]:
-    """Token ids of the prompts, the context cut to `context_tokens` and to what `max_length` leaves.
+    """Token ids of the prompts, the context truncated to `context_tokens` and to what `max_length` leaves.
 
     Args:
-        context_tokens: most tokens a context may take.
-        max_length: most tokens the model can see, prompt and answer together.
-        reserve: tokens to leave free behind each prompt for its answer (one number, or one for each prompt).
-        layout: what stands around context and question.
+        context_tokens: maximum tokens of a context. max_length: of prompt and answer together.
+        reserve: tokens to leave free after each prompt for its answer (one number, or one per prompt).
 
     Raises:
-        InputError: a question and its reserve alone are longer than `max_length`; they are never cut.
+        InputError: a question and its reserve alone are longer than `max_length`; they are never truncated.
     """
     reserve = [reserve] * len(questions) if isinstance(reserve, int) else reserve
-    texts_only = layout is not PLAIN  # in a chat, no text may pass itself off as the template's
-    asked = [f"{QUESTION_CUE}{question}{layout.cue}" for question in questions]
-    questions_ids = [[*ids, *layout.tail] for ids in _tokenize(tokenizer, asked, texts_only)]
-    contexts_ids = _tokenize(tokenizer, contexts, texts_only)
+    questions_ids = _encode_questions(tokenizer, questions, layout)
+    contexts_ids = tokenize(tokenizer, contexts, layout is not PLAIN)
     prompts = []
     for question, question_ids, context_ids, kept in zip(questions, questions_ids, contexts_ids, reserve, strict=True):
-        room = max_length - len(layout.head) - len(question_ids) - kept
+        fixed = len(layout.head) + len(question_ids)
+        room = max_length - fixed - kept
         if room < 0:
             raise InputError(
                 f"A question and its answer must fit into the generator's {max_length} tokens together; "
-                f"{question[:80]!r} takes {len(layout.head) + len(question_ids)} and its answer {kept}. "
+                f"{question[:80]!r} takes {fixed} and its answer {kept}. "
                 "Shorten it, remove the row, or choose a generator with a longer input."
             )
         prompts.append([*layout.head, *context_ids[: max(min(context_tokens, room), 0)], *question_ids])
     return prompts
 
 
+def _encode_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], layout: Layout) -> list[list[int]]:
+    """What follows the context in each prompt."""
+    texts = [f"{QUESTION_CUE}{question}{layout.cue}" for question in questions]
+    return [[*ids, *layout.tail] for ids in tokenize(tokenizer, texts, layout is not PLAIN)]
+
+
 def context_tokens_of(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], question: str, layout: Layout = PLAIN
 ) -> list[int]:
-    """The context's part of a prompt that `encode_prompts` made."""
-    (asked,) = _tokenize(tokenizer, [f"{QUESTION_CUE}{question}{layout.cue}"], layout is not PLAIN)
-    return list(prompt[len(layout.head) : len(prompt) - len(asked) - len(layout.tail)])
+    """The tokens of the context in a prompt that `encode_prompts` made."""
+    (asked,) = _encode_questions(tokenizer, [question], layout)
+    return list(prompt[len(layout.head) : len(prompt) - len(asked)])
 
 
 def encode_examples(
@@ -158,7 +163,7 @@ def encode_examples(
     """Training examples: prompt, answer, end token. Raises InputError as `encode_prompts` does."""
     end = tokenizer.eos_token_id if layout.end is None else layout.end
     answers = [layout.lead + answer if answer else "" for answer in answers]  # an empty answer is the end token alone
-    answers_ids = [[*ids, end] for ids in _tokenize(tokenizer, answers, layout is not PLAIN)]
+    answers_ids = [[*ids, end] for ids in tokenize(tokenizer, answers, layout is not PLAIN)]
     prompts = encode_prompts(
         tokenizer,
         questions=questions,
@@ -174,15 +179,14 @@ def encode_examples(
 def with_keywords(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], questions: Sequence[str]
 ) -> list[Example]:
-    """The examples with their keywords: words of the question that few other questions have."""
+    """The examples with their keywords: words of the question that few other questions contain."""
     words = [list(dict.fromkeys(WORD.findall(question))) for question in questions]
     counts = Counter(word.lower() for each in words for word in set(each))
     limit = max(len(questions) / COMMON, RARE)
     rare = [[word for word in each if counts[word.lower()] <= limit] for each in words]
     vocabulary = sorted({word for each in rare for word in each})
-    first = dict(
-        zip(vocabulary, (ids[0] for ids in _tokenize(tokenizer, [f" {word}" for word in vocabulary])), strict=True)
-    )
+    ids = tokenize(tokenizer, [f" {word}" for word in vocabulary])
+    first = {word: own[0] for word, own in zip(vocabulary, ids, strict=True)}
     found = []
     for example, each in zip(examples, rare, strict=True):
         used = set(example.input_ids[example.prompt_length :])
@@ -191,10 +195,11 @@ def with_keywords(
     return found
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], texts_only: bool = False) -> list[list[int]]:
-    """Ids without special tokens: the pieces of a prompt are joined by us, so none may carry its own BOS or EOS.
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], texts_only: bool = False) -> list[list[int]]:
+    """Ids without special tokens: a prompt consists of several parts, and none may have its own BOS or EOS.
 
-    `texts_only`: what looks like a special token in a text is read as the characters it is written with.
+    `texts_only`: a special token that is spelled out in a text is read as ordinary characters, so that no text can
+    imitate a chat template.
     """
     if not texts:
         return []

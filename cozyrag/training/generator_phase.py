@@ -16,9 +16,11 @@ from datasets import Dataset
 from cozyrag.config import TrainingSettings
 from cozyrag.models.batching import answer_tokens, collate, phase_seed, plan_steps
 from cozyrag.models.fsdp import Sharded, is_split
-from cozyrag.models.generator import DROPOUT_FIELDS, Generator, PenalizedLosses, TokenLosses, recomputing
+from cozyrag.models.generator import Generator
+from cozyrag.models.loading import DROPOUT_FIELDS
 from cozyrag.models.penalties import Penalties
 from cozyrag.models.prompts import Example, encode_examples, with_keywords
+from cozyrag.models.token_losses import PenalizedLosses, TokenLosses, recomputing
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
 from cozyrag.training.trainer import PhaseCallback, chosen_together, first_cut, run_phase, trainable
