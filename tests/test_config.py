@@ -132,6 +132,15 @@ def test_help_shows_the_first_settings_and_names_the_way_to_the_others(monkeypat
     assert f"{len(FIRST)} of {len(NAMES)} settings; --help-all shows all" in shown
 
 
+def test_the_docs_give_the_default_and_the_reason_of_every_setting():
+    page = (Path(config.__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--(\w+)` \| (.*?) \| (.+) \|$", page, re.MULTILINE)
+    shown = {name: default for name, default, _ in rows}
+    assert list(shown) == NAMES
+    for name, default in DEFAULTS.items():
+        assert shown[name] == (" ".join(default) or "(none)" if isinstance(default, list) else str(default)), name
+
+
 # ---- names of earlier versions
 
 
