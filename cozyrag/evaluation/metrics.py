@@ -1,8 +1,8 @@
-"""The numbers the package reports, as pure functions of strings, ranks and arrays.
+"""The metrics, as pure functions of strings, ranks and arrays.
 
-It exists so that every number is computed in one place that is easy to check against its source: training, the benchmarks
-and the modules for the `evaluate` library (metric_modules/) all call these. It leaves out reading, searching, generating
-and printing, and imports nothing of the package; wrong arguments are therefore `ValueError`, not a user's `InputError`.
+Training, benchmarks and the modules for the `evaluate` library (metric_modules/) all call them, so that every number is
+computed in one place, easy to check against its source. The module imports nothing of the package, so wrong arguments
+raise ValueError. Left out: reading, searching, generating, printing.
 """
 
 import math
@@ -17,14 +17,13 @@ import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_DRAWS = 4_000_000  # row numbers drawn at once: bounds the memory of a bootstrap to some 50 MB
+_DRAWS = 4_000_000  # row numbers drawn at once: limits the memory of a bootstrap to about 50 MB
 
 
 def normalize_answer(text: str) -> str:
     """The form in which answers are compared: lowercase, no ASCII punctuation, no articles, single spaces.
 
-    Source: official SQuAD v1.1 evaluation script (Rajpurkar et al. 2016, arXiv:1606.05250). To apply to a passage
-    before `contains_answer`.
+    Source: official SQuAD v1.1 evaluation script (Rajpurkar et al. 2016, arXiv:1606.05250).
     """
     bare = text.lower().translate(_WITHOUT_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", bare).split())
@@ -33,7 +32,7 @@ def normalize_answer(text: str) -> str:
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the prediction equals some reference after `normalize_answer`, else 0.0 (SQuAD v1.1).
 
-    Without references the question has no answer, and only an empty prediction is right (SQuAD 2.0, Rajpurkar et al.
+    Without references the question has no answer, and only an empty prediction is correct (SQuAD 2.0, Rajpurkar et al.
     2018, arXiv:1806.03822).
     """
     wanted = {normalize_answer(reference) for reference in references} or {""}
@@ -43,9 +42,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def f1(prediction: str, references: Sequence[str]) -> float:
     """Harmonic mean of token precision and recall against the best reference, 0 to 1 (SQuAD v1.1).
 
-    Tokens are the words of `normalize_answer`, counted with repeats. As in that script, a reference of nothing but
-    articles or punctuation gives 0.0 to every prediction. Without references: 1.0 for an empty prediction, else 0.0, as
-    in `exact_match`.
+    Tokens are the words of `normalize_answer`, counted with repeats. As in the official script, every prediction scores
+    0.0 against a reference that is only articles or punctuation. Without references as in `exact_match`.
     """
     if not references:
         return exact_match(prediction, references)
@@ -57,15 +55,15 @@ def _token_f1(predicted: list[str], wanted: list[str]) -> float:
     shared = (Counter(predicted) & Counter(wanted)).total()
     if shared == 0:
         return 0.0
-    # The official order of operations: a shortcut like 2 * shared / total differs in the last bit.
+    # The official order of operations: 2 * shared / total would differ in the last bit.
     precision, recall = shared / len(predicted), shared / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 
 def contains_answer(normalized_text: str, answers: Sequence[str]) -> bool:
-    """Whether some answer that is not empty after `normalize_answer` occurs as whole words in `normalized_text`.
+    """Whether some answer, unless empty after `normalize_answer`, occurs as whole words in `normalized_text`.
 
-    The text must have gone through `normalize_answer` already, once for all the questions asked of it.
+    The caller applies `normalize_answer` to the text, once for all of its questions.
     """
     padded = f" {normalized_text} "
     wanted = (normalize_answer(answer) for answer in answers)
@@ -73,8 +71,8 @@ def contains_answer(normalized_text: str, answers: Sequence[str]) -> bool:
 
 
 def same_letters(prediction: str, references: Sequence[str]) -> bool:
-    """Whether the prediction differs from some reference in nothing but form: case, articles, punctuation of any script,
-    symbols, accents, spaces, Unicode variants. "U. S." and "US", "co-operation" and "co operation", "Zürich" and "Zurich".
+    """Whether the prediction differs from some reference only in case, articles, punctuation of any script, symbols,
+    accents, spaces or Unicode variants: "U. S." and "US", "co-operation" and "co operation", "Zürich" and "Zurich".
     """
     wanted = {_letters(reference) for reference in references} - {""}
     return _letters(prediction) in wanted
@@ -88,8 +86,8 @@ def _letters(text: str) -> str:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of words against the best reference, 0 to 1 (Lin 2004).
 
-    As the package rouge-score computes ROUGE-L, without stemming. Without references as in `exact_match`. Raises
-    ImportError where rouge-score is not installed.
+    Computed by the package rouge-score, without stemming. Without references as in `exact_match`. Raises ImportError if
+    rouge-score is not installed.
     """
     if not references:
         return exact_match(prediction, references)
@@ -104,10 +102,10 @@ def _rouge_scorer():
 
 
 def bleu_statistics(prediction: str, references: Sequence[str]) -> np.ndarray:
-    """What BLEU needs of one question, shape (10,): matching n-grams (n = 1 to 4), all n-grams, length, reference length.
+    """Counts of one question, shape (10,): matching n-grams (n = 1 to 4), all n-grams, length, reference length.
 
-    As the package sacrebleu counts them (Post 2018, arXiv:1804.08771). Sums over questions go into `bleu`. Zeros without
-    references: there is nothing to compare with. Raises ImportError where sacrebleu is not installed.
+    Counted by the package sacrebleu (Post 2018, arXiv:1804.08771); `bleu` takes their sums over questions. Zeros
+    without references. Raises ImportError if sacrebleu is not installed.
     """
     if not references:
         return np.zeros(10)
@@ -119,13 +117,13 @@ def bleu_statistics(prediction: str, references: Sequence[str]) -> np.ndarray:
 def _bleu():
     from sacrebleu.metrics import BLEU
 
-    return BLEU(effective_order=True)  # touches the score of a sentence, not its counts, and keeps a warning away
+    return BLEU(effective_order=True)  # avoids a warning; affects the score of a sentence, not its counts
 
 
 def bleu(statistics: np.ndarray) -> float:
     """Corpus BLEU, 0 to 100, from summed `bleu_statistics`, shape (10,); sacrebleu's smoothing ("exp").
 
-    Source: Papineni et al. 2002. 0.0 where no n-gram could be counted.
+    Source: Papineni et al. 2002. 0.0 if there are no n-grams.
     """
     counts = [int(count) for count in statistics]
     if not counts[4]:
@@ -136,8 +134,8 @@ def bleu(statistics: np.ndarray) -> float:
 def ranks_of(ranked_ids: Sequence[str], relevant: Collection[str]) -> list[int]:
     """The ranks, from 1, of all `ranked_ids` (best first) that are in `relevant`, ascending.
 
-    The order of the list is the ranking: whoever has scores that tie must have ordered them (the searches here do, by
-    row). An id that comes twice counts at its first place only; the second takes up a place and counts for nothing.
+    The order of the list is the ranking; the caller breaks ties. Of a repeated id only the first occurrence counts, but
+    the others occupy their ranks.
     """
     wanted, ranks = set(relevant), []
     for rank, key in enumerate(ranked_ids, start=1):
@@ -147,33 +145,28 @@ def ranks_of(ranked_ids: Sequence[str], relevant: Collection[str]) -> list[int]:
     return ranks
 
 
-def rank_of(ranked_ids: Sequence[str], relevant: Collection[str]) -> int | None:
-    """The rank, from 1, of the first of `ranked_ids` (best first) that is in `relevant`; None if none is."""
-    return next(iter(ranks_of(ranked_ids, relevant)), None)
-
-
 def recall_at(ranks: Sequence[int], k: int, relevant: int = 1) -> float:
-    """The share of the `relevant` items that stand among the first `k`; its mean over questions is recall@k.
+    """The share of the `relevant` items among the first `k`; its mean over questions is recall@k.
 
-    `ranks` as `ranks_of` gives them. A list shorter than `k` is no mistake: what is not in it was not found.
+    `ranks` are those of `ranks_of`, whose list may be shorter than `k`.
     """
     return sum(rank <= k for rank in ranks) / relevant
 
 
 def hit_at(ranks: Sequence[int], k: int) -> float:
-    """1.0 if any relevant item stands among the first `k`, else 0.0; its mean is the hit rate (success@k)."""
+    """1.0 if any relevant item is among the first `k`, else 0.0; its mean is the hit rate (success@k)."""
     return float(any(rank <= k for rank in ranks))
 
 
 def reciprocal_rank(ranks: Sequence[int], cutoff: int = 10) -> float:
-    """1/rank of the first relevant item, or 0.0 beyond `cutoff` or if there is none; its mean is MRR@cutoff (Voorhees 1999)."""
+    """1/rank of the first relevant item, 0.0 without one up to `cutoff`; its mean is MRR@cutoff (Voorhees 1999)."""
     return 1.0 / ranks[0] if ranks and ranks[0] <= cutoff else 0.0
 
 
 def ndcg_at(ranks: Sequence[int], k: int, relevant: int = 1) -> float:
     """Normalised discounted cumulative gain of the first `k`, gains 0 or 1, discount log2(rank + 1); 0 to 1.
 
-    The ideal ranking has min(k, relevant) relevant items in front. Source: Jarvelin and Kekalainen 2002.
+    The ideal ranking begins with min(k, relevant) relevant items. Source: Jarvelin and Kekalainen 2002.
     """
     ideal = math.fsum(1 / math.log2(rank + 1) for rank in range(1, min(k, relevant) + 1))
     return math.fsum(1 / math.log2(rank + 1) for rank in ranks if rank <= k) / ideal
@@ -185,7 +178,7 @@ def bootstrap_interval(
     """The percentile bootstrap interval of the mean of `values`, shape (n,), as (low, high) in their unit.
 
     Source: Efron 1979, "Bootstrap methods: another look at the jackknife". Raises ValueError for values that are empty
-    or not of shape (n,), for a level outside 0..1 and for less than one resample.
+    or not of shape (n,), a level outside 0..1 or less than one resample.
     """
     low, high = np.quantile(_resampled_means(values, resamples, seed), _tails(level))
     return float(low), float(high)
@@ -196,7 +189,7 @@ def bleu_interval(statistics: np.ndarray, *, resamples: int = 1000, seed: int = 
 
     Raises ValueError as `bootstrap_interval`.
     """
-    # the same seed draws the same questions for every column
+    # An equal seed draws the same questions for every column.
     columns = [_resampled_means(column, resamples, seed) for column in statistics.T]
     scores = [bleu(np.rint(sums)) for sums in np.stack(columns, axis=1) * len(statistics)]
     low, high = np.quantile(scores, _tails(0.95))
@@ -208,9 +201,9 @@ def paired_bootstrap(
 ) -> tuple[float, float, float, float]:
     """Compare two results on the same rows, shape (n,) each: (mean of after - before, low, high, p_not_better).
 
-    low and high bound 95% of the resampled mean differences; p_not_better is the share of resamples in which `after`
-    is not above `before` (0.0 reads "below 1 / resamples"). Source: Efron and Tibshirani 1993; Koehn 2004, "Statistical
-    significance tests for machine translation evaluation". Raises ValueError as `bootstrap_interval`, and for
+    low and high bound 95 % of the resampled mean differences; p_not_better is the share of resamples in which `after`
+    is not above `before` (0.0 means below 1 / resamples). Source: Efron and Tibshirani 1993; Koehn 2004, "Statistical
+    significance tests for machine translation evaluation". Raises ValueError as `bootstrap_interval`, also for
     different shapes.
     """
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
@@ -233,10 +226,9 @@ def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarra
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or resamples < 1:
         raise ValueError(f"expected values of shape (n,), n > 0, and resamples > 0; found {values.shape}, {resamples}")
-    chance = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     block = max(1, _DRAWS // values.size)
-    means = []
-    for start in range(0, resamples, block):
-        size = (min(block, resamples - start), values.size)
-        means.append(values[chance.integers(values.size, size=size, dtype=np.int32)].mean(axis=1))
-    return np.concatenate(means)
+    sizes = ((min(block, resamples - start), values.size) for start in range(0, resamples, block))
+    return np.concatenate(
+        [values[random.integers(values.size, size=size, dtype=np.int32)].mean(axis=1) for size in sizes]
+    )

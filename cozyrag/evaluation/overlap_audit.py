@@ -1,79 +1,71 @@
-"""How far the questions that a pair is examined with are known from training, and how it does on those that are not.
+"""Train-test overlap: how many validation questions are known from training, and the scores on those that are not.
 
-Overlap flatters: a question that was trained on in other words, an answer heard before, a gold passage that was a gold
-passage in training. Each is counted as Lewis et al. 2021 do ("Question and Answer Test-Train Overlap in Open-Domain
-Question Answering Datasets", arXiv:2008.02637), and scores are given apart for the questions without any of them. Left
-out: paraphrases that share few words, and what the base models read before, of which only a note can be given.
+A question that was trained on in other words, an answer or a gold passage that occurred in training: each raises the
+scores. They are counted as in Lewis et al. 2021 ("Question and Answer Test-Train Overlap in Open-Domain Question
+Answering Datasets", arXiv:2008.02637). Left out: paraphrases that share few words; the training data of the base models
+is only noted.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import compress
 from pathlib import Path
 
 from cozyrag.data.corpus import Corpus
 from cozyrag.evaluation.evaluation import summarize
 from cozyrag.evaluation.metrics import normalize_answer
+from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
 
-SIMILARITY = 0.6  # a word added to or left out of a short question still counts as the same one
+SIMILARITY = 0.6  # a word added to or removed from a short question still counts as the same one
 KINDS = ("question", "passage", "answer")
 PARTS = ("all", "question or passage seen", "answer seen", "nothing seen")
 EXAMPLES = 20
 SHOWN = ("em", "f1", "recall@5")
 _SBERT_ALL = (
-    "1.1 billion sentence pairs, among them question-paragraph pairs of SQuAD 2.0 (87,599), Natural Questions (100,231) "
-    "and TriviaQA (73,346), MS MARCO, PAQ and WikiAnswers"
+    "1.1 billion sentence pairs, among them question-paragraph pairs of SQuAD 2.0 (87,599), Natural Questions "
+    "(100,231) and TriviaQA (73,346), MS MARCO, PAQ and WikiAnswers"
 )
 _SBERT_QA = (
     "215 million question-answer pairs, among them those of SQuAD 2.0, Natural Questions, TriviaQA, MS MARCO and PAQ"
 )
-SMOLLM2_SOURCE = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2 = (
-    "2 trillion tokens of FineWeb-Edu, DCLM, The Stack and filtered sets of its makers, in which any public text may be; then fine-tuned on public "
-    "sets and sets of its makers (smol-smoltalk) and by preference on UltraFeedback"
+    "2 trillion tokens of FineWeb-Edu, DCLM, The Stack and filtered sets of its makers, in which any public text may be"
 )
-# model (last part of its name) -> what it is known to have been trained on, and where that is said
+_SMOLLM2_INSTRUCT = (
+    "; then fine-tuned on public sets and sets of its makers (smol-smoltalk) and by preference on UltraFeedback"
+)
+# model -> the page on the Hub that names its training data, and these data
 TRAINED_ON = {
-    "all-MiniLM-L6-v2": (_SBERT_ALL, "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2"),
-    "all-MiniLM-L12-v2": (_SBERT_ALL, "https://huggingface.co/sentence-transformers/all-MiniLM-L12-v2"),
-    "all-mpnet-base-v2": (_SBERT_ALL, "https://huggingface.co/sentence-transformers/all-mpnet-base-v2"),
-    "multi-qa-MiniLM-L6-cos-v1": (_SBERT_QA, "https://huggingface.co/sentence-transformers/multi-qa-MiniLM-L6-cos-v1"),
-    "multi-qa-mpnet-base-dot-v1": (
-        _SBERT_QA,
-        "https://huggingface.co/sentence-transformers/multi-qa-mpnet-base-dot-v1",
-    ),
-    "distilgpt2": (
-        "OpenWebText, pages that Reddit linked to; any public text may be in it",
-        "https://huggingface.co/distilbert/distilgpt2",
-    ),
-    "gpt2": (
-        "WebText, pages that Reddit linked to, Wikipedia left out",
-        "https://huggingface.co/openai-community/gpt2",
-    ),
-    "SmolLM2-135M-Instruct": (_SMOLLM2, SMOLLM2_SOURCE),
-    "SmolLM2-135M": (_SMOLLM2.partition(";")[0], SMOLLM2_SOURCE),
+    "all-MiniLM-L6-v2": ("sentence-transformers/all-MiniLM-L6-v2", _SBERT_ALL),
+    "all-MiniLM-L12-v2": ("sentence-transformers/all-MiniLM-L12-v2", _SBERT_ALL),
+    "all-mpnet-base-v2": ("sentence-transformers/all-mpnet-base-v2", _SBERT_ALL),
+    "multi-qa-MiniLM-L6-cos-v1": ("sentence-transformers/multi-qa-MiniLM-L6-cos-v1", _SBERT_QA),
+    "multi-qa-mpnet-base-dot-v1": ("sentence-transformers/multi-qa-mpnet-base-dot-v1", _SBERT_QA),
+    "distilgpt2": ("distilbert/distilgpt2", "OpenWebText, pages that Reddit linked to; any public text may be in it"),
+    "gpt2": ("openai-community/gpt2", "WebText, pages that Reddit linked to, Wikipedia left out"),
+    "SmolLM2-135M-Instruct": (SMOLLM2, _SMOLLM2 + _SMOLLM2_INSTRUCT),
+    "SmolLM2-135M": (SMOLLM2, _SMOLLM2),
 }
-EMBEDDED = {
-    "retriever": ("all-MiniLM-L6-v2", *TRAINED_ON["all-MiniLM-L6-v2"]),
-    "generator": (
-        "the small GPT-2 of the package",
-        "SQuAD 1.1 train and Wikipedia articles of 2015, without SQuAD dev and the articles of its titles",
-        "cozyrag/assets/generator/README.md",
-    ),
+PACKAGED_GENERATOR = {
+    "model": "the small GPT-2 of the package",
+    "trained_on": "SQuAD 1.1 train and Wikipedia articles of 2015, without SQuAD dev and the articles of its titles",
+    "source": "cozyrag/assets/generator/README.md",
 }
 
 
 def base_notes(retriever: str, generator: str) -> dict[str, dict]:
-    """For each of the two base models, as the settings name them, what it is known to have been trained on, and the source."""
+    """The known training data of the two base models, as named in the settings, with the source."""
+    retriever = "all-MiniLM-L6-v2" if retriever == "embedded" else retriever
     notes = {}
     for role, name in (("retriever", retriever), ("generator", generator)):
         short = Path(hub_name(name)).name
-        known = EMBEDDED[role] if name == "embedded" else (short, *TRAINED_ON.get(short, ()))
-        if len(known) > 1:
-            notes[role] = dict(zip(("model", "trained_on", "source"), known, strict=True))
-    return notes
+        if short in TRAINED_ON:
+            page, data = TRAINED_ON[short]
+            notes[role] = {"model": short, "trained_on": data, "source": f"https://huggingface.co/{page}"}
+    return notes | ({"generator": PACKAGED_GENERATOR} if generator == "embedded" else {})
 
 
 def audit(
@@ -84,31 +76,33 @@ def audit(
     similarity: float = SIMILARITY,
     bases: Mapping[str, dict] | None = None,
 ) -> dict:
-    """What of the asked questions is known from training; exact, some seconds for 90,000 against 10,000 questions.
+    """What of the `asked` questions is known from training; exact, some seconds for 90,000 against 10,000 questions.
 
     Args:
         train, asked: columns id, question, answers, passage_id of the questions tables.
-        texts: texts of passages by id: equal texts under two ids are one passage.
-        similarity: Jaccard similarity of the sets of word pairs from which on two questions count as the same.
+        texts: texts of passages by id: equal texts with different ids are one passage.
+        similarity: Jaccard similarity of the sets of word pairs from which two questions count as the same.
         bases: see `base_notes`.
 
     Returns:
-        a dictionary fit for JSON: numbers of questions, `counts` for each of KINDS and "nothing seen", `overlaps` (id of an
-        asked question -> the kinds that hold for it), up to EXAMPLES `near_duplicates`, the most alike first, and `bases`.
+        a dictionary for JSON: numbers of questions, `counts` for each of KINDS and "nothing seen", `overlaps` (id of an
+        asked question -> its kinds), up to EXAMPLES `near_duplicates`, most similar first, and `bases`.
     """
     near = dict(near_duplicates(train["question"], asked["question"], similarity))
     answers = {normalize_answer(text) for each in train["answers"] for text in each} - {""}
-    content = cache(lambda key: _content(key, texts))
+    # a passage is identified by its words, or by its id if its text is unknown
+    content = cache(lambda key: normalize_answer(texts[key]) if key in texts else key)
     gold = {content(key) for key in train["passage_id"] if key is not None}
     overlaps = {}
     for row, key in enumerate(asked["id"]):
-        kinds = {
-            "question": row in near,
-            "passage": asked["passage_id"][row] is not None and content(asked["passage_id"][row]) in gold,
-            "answer": any(normalize_answer(text) in answers for text in asked["answers"][row]),
-        }
-        overlaps[key] = [kind for kind in KINDS if kinds[kind]]
-    most_alike = sorted(near, key=lambda row: (-near[row][1], row))[:EXAMPLES]
+        passage = asked["passage_id"][row]
+        seen = (
+            row in near,
+            passage is not None and content(passage) in gold,
+            any(normalize_answer(text) in answers for text in asked["answers"][row]),
+        )
+        overlaps[key] = list(compress(KINDS, seen))
+    most_similar = sorted(near, key=lambda row: (-near[row][1], row))[:EXAMPLES]
     return {
         "train_questions": len(train["id"]),
         "questions": len(asked["id"]),
@@ -124,36 +118,27 @@ def audit(
                 "train_question": train["question"][near[row][0]],
                 "similarity": round(near[row][1], 3),
             }
-            for row in most_alike
+            for row in most_similar
         ],
         "bases": dict(bases or {}),
     }
 
 
 def audit_corpus(corpus: Corpus, *, retriever: str, generator: str) -> dict:
-    """The audit of the tables of a run, with notes on the base models named."""
+    """The audit of the tables of a run, with notes on the base models."""
     passages = corpus.passages[:]
-    return audit(
-        corpus.questions[:],
-        corpus.eval_questions[:],
-        dict(zip(passages["id"], passages["text"], strict=True)),
-        bases=base_notes(retriever, generator),
-    )
-
-
-def _content(key: str, texts: Mapping[str, str]) -> str:
-    """What makes a passage the same: its words; its id where the text is not known."""
-    return normalize_answer(texts[key]) if key in texts else key
+    texts = dict(zip(passages["id"], passages["text"], strict=True))
+    return audit(corpus.questions[:], corpus.eval_questions[:], texts, bases=base_notes(retriever, generator))
 
 
 def near_duplicates(
     train: Sequence[str], asked: Sequence[str], similarity: float
 ) -> Iterator[tuple[int, tuple[int, float]]]:
-    """(row of an asked question, (row of the most similar training question, Jaccard similarity)) from `similarity` on.
+    """(row of an asked question, (row of the most similar training question, Jaccard similarity)), from `similarity`.
 
-    Compared are the sets of neighbouring words after SQuAD's normalisation, beginning and end included. Two sets as similar
-    as that share at least one of their rarest pairs, so only these are looked up (prefix filtering: Chaudhuri et al. 2006,
-    "A Primitive Operator for Similarity Joins in Data Cleaning"); what is found is then compared in full.
+    Compared are the sets of neighbouring words after SQuAD's normalisation, including beginning and end. Two sets of
+    that similarity share at least one of their rarest pairs, so only candidates with a shared rare pair are compared in
+    full (prefix filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins in Data Cleaning").
     """
     pairs = [_word_pairs(text) for text in (*train, *asked)]
     counts = Counter(pair for each in pairs for pair in each)
@@ -166,12 +151,11 @@ def near_duplicates(
     for row, codes in enumerate(coded[len(train) :]):
         own = set(codes)
         candidates = {other for code in _rarest(codes, similarity) for other in rare.get(code, ())}
-        alike = ((len(own.intersection(coded[other])), other) for other in sorted(candidates))
-        best = max(
-            ((shared / (len(own) + len(coded[other]) - shared), -other) for shared, other in alike), default=(0.0, 0)
-        )
-        if best[0] >= similarity:
-            yield row, (-best[1], best[0])
+        shared = ((len(own.intersection(coded[other])), other) for other in candidates)
+        found = ((count / (len(own) + len(coded[other]) - count), -other) for count, other in shared)
+        best, other = max(found, default=(0.0, 0))
+        if best >= similarity:
+            yield row, (-other, best)
 
 
 def _word_pairs(text: str) -> set[str]:
@@ -190,8 +174,8 @@ def part_of(kinds: Sequence[str]) -> str:
     return PARTS[2] if kinds else PARTS[3]
 
 
-def part_scores(found: Mapping, rows: Sequence[Mapping]) -> dict[str, dict]:
-    """Scores of examined rows (as `evaluation.examine` gives them) for each of PARTS that has questions."""
+def part_scores(found: Mapping, rows: Sequence[dict]) -> dict[str, dict]:
+    """Scores of evaluated rows (of `evaluate_pair`) for each of PARTS that has questions."""
     parts: dict[str, list] = {name: [] for name in PARTS}
     for row in rows:
         parts["all"].append(row)
@@ -204,9 +188,9 @@ def brief(found: Mapping) -> str:
     total = found["questions"]
     share = {kind: f"{count} ({100 * count / total:.1f} %)" for kind, count in found["counts"].items()}
     lines = [
-        f"Leak audit of {total} questions against {found['train_questions']} trained on: {share['question']} nearly the same "
-        f"question (word pairs {100 * found['similarity']:.0f} % alike), {share['passage']} the same gold passage, "
-        f"{share['answer']} an answer heard in training; {share['nothing seen']} share nothing."
+        f"Leak audit of {total} questions against {found['train_questions']} of training: {share['question']} have "
+        f"nearly the same question (word pairs {100 * found['similarity']:.0f} % similar), {share['passage']} the same "
+        f"gold passage, {share['answer']} an answer seen in training; {share['nothing seen']} share nothing."
     ]
     lines += [
         f"  Note: the {role}, {note['model']}, was itself trained on {note['trained_on']} ({note['source']})."
@@ -216,20 +200,20 @@ def brief(found: Mapping) -> str:
 
 
 def audit_table(scores: Mapping[str, Mapping]) -> str:
-    """What `part_scores` gives as a Markdown table, with 95 % intervals of EM and F1."""
+    """The result of `part_scores` as a Markdown table, with 95 % intervals of EM and F1."""
     lines = ["| part of the questions | questions | " + " | ".join(SHOWN) + " |", "|---|" + "---:|" * (len(SHOWN) + 1)]
     for part, summary in scores.items():
+        intervals = {name: summary.get(f"{name}_interval") for name in SHOWN}
         cells = [
-            f"{summary[name]:.1f}"
-            + ("" if f"{name}_interval" not in summary else " ({:.1f} to {:.1f})".format(*summary[f"{name}_interval"]))
-            for name in SHOWN
+            f"{summary[name]:.1f}" + (" ({:.1f} to {:.1f})".format(*ends) if ends else "")
+            for name, ends in intervals.items()
         ]
         lines.append(f"| {part} | {summary['questions']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def examples_alike(found: Mapping, count: int = 5) -> str:
-    """The near-duplicates most alike, a line each; "" if there are none."""
+    """The most similar near-duplicates, a line each; "" if there are none."""
     return "\n".join(
         f"  {each['similarity']:.2f}  {each['question']}  |  trained on: {each['train_question']}"
         for each in found["near_duplicates"][:count]
