@@ -1,8 +1,9 @@
 #!/bin/bash
-# Train on several machines of a SLURM cluster: sbatch examples/slurm.sh --questions qa.tsv --passages wiki.parquet --output_dir my-rag
-# Submit it from the project's folder. That folder, the data and --output_dir must lie on a disk that all machines share, with the
-# environment of the README active. Words behind the script's name are settings of train.py. A job that ran out of time
-# goes on where it stopped when it is submitted again with the same words.
+# Train on several machines of a SLURM cluster:
+#   sbatch examples/slurm.sh --questions qa.tsv --passages wiki.parquet --output_dir my-rag
+# Submit it from the repository, with the environment of the README active. The repository, the data, and --output_dir must
+# be on a disk that all machines share. The arguments are settings of train.py. If the time limit ends a job, submit it again
+# with the same arguments: it resumes.
 #SBATCH --job-name=cozyrag
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,12 +15,12 @@
 set -euo pipefail
 
 export CONFIG=${CONFIG:-accelerate_configs/multi_node.yaml}
-export PER_NODE=${PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # processes of each machine, one for each GPU
+export PER_NODE=${PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # processes of each machine, one per GPU
 MACHINES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MAIN=${MACHINES%%$'\n'*} # the first; a pipe into head could close before scontrol has written the others, and end the job
+MAIN=${MACHINES%%$'\n'*} # the first; a pipe into head could close before scontrol has written all names, and end the job
 export MAIN PORT=${PORT:-$((29500 + SLURM_JOB_ID % 1000))}
 
-# One task a machine: accelerate starts its processes. SLURM_NODEID is known only inside srun, hence the quotes.
+# One task per machine; accelerate starts its processes. SLURM_NODEID is known only inside srun, hence the quotes.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file "$CONFIG" \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * PER_NODE))" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$MAIN" --main_process_port "$PORT" train.py "$@"' bash "$@"

@@ -1,13 +1,12 @@
-"""See with other code that `cozyrag passages` lost nothing: counts, and every article's text letter by letter.
+"""Check independently that `cozyrag passages` lost nothing: counts, and the text of every article.
 
     python scripts/check_passages.py OUTPUT.jsonl IN...
 
-IN: WikiExtractor folders and .jsonl.gz files of articles (title, text). Makes nothing of the package's code: reads the inputs
-with regular expressions and json. Three things are compared with the output and its summary:
-  - the texts of all articles without white space, one after another, are exactly the passages without white space
-    (for an output made with --keep_duplicates --min_characters 1);
-  - otherwise: articles, words and characters, where every passage must be part of an article, and articles less passages
-    must be what the summary says was left out.
+IN: WikiExtractor folders and .jsonl.gz files of articles (title, text). The script does not use the code of the
+package: it reads the inputs with regular expressions and json. It checks:
+  - if the output was made with --keep_duplicates --min_characters 1: the articles without white space, joined, equal
+    the passages without white space, joined;
+  - otherwise: every passage is part of an article, and the numbers of articles, words, and passages match the summary.
 """
 
 import gzip
@@ -15,11 +14,12 @@ import html
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def articles(inputs: list[str]):
-    """(title, text) of every article, in the order of files."""
+def articles(inputs: list[str]) -> Iterator[tuple[str, str]]:
+    """(title, text) of every article, in the order of the files."""
     for name in inputs:
         path = Path(name)
         if path.is_dir():
@@ -28,20 +28,20 @@ def articles(inputs: list[str]):
                 for head, body in re.findall(r"(<doc [^\n]*>)\n(.*?)</doc>", raw, flags=re.S):
                     yield html.unescape(re.search(r'title="(.*)">$', head)[1]), html.unescape(body)
         else:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                for line in file:
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                for line in lines:
                     row = json.loads(line)
                     yield row["title"], row["text"]
 
 
 def without_title(title: str, text: str) -> str:
-    """WikiExtractor repeats the title as the first line."""
+    """The text without its first line if that repeats the title, as in WikiExtractor's output."""
     lines = text.strip().split("\n")
     return "\n".join(lines[1:]) if lines[0].strip() == title else text
 
 
 def squeezed(text: str) -> str:
-    """The text without any white space."""
+    """The text without white space."""
     return "".join(text.split())
 
 
@@ -51,35 +51,39 @@ def passages(output: str) -> list[dict]:
         import pyarrow.parquet as pq
 
         return pq.read_table(output).to_pylist()
-    with (
-        gzip.open(output, "rt", encoding="utf-8") if output.endswith(".gz") else open(output, encoding="utf-8") as file
-    ):
+    opened = gzip.open if output.endswith(".gz") else open
+    with opened(output, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def main() -> None:
-    """Compare, print, and fail where something is missing."""
+    """Compare and print; fail if something is missing."""
     output, inputs = sys.argv[1], sys.argv[2:]
     summary = json.loads(Path(re.sub(r"\.(jsonl(\.gz)?|parquet)$", "", output) + ".summary.json").read_text())
-    made, count, words, stream, titles = passages(output), 0, 0, [], {}
+    made, count, words = passages(output), 0, 0
+    stream: list[str] = []
+    titles: dict[str, list[str]] = {}
     for title, text in articles(inputs):
         text = without_title(title, text)
         count, words = count + 1, words + len(text.split())
         stream.append(squeezed(text))
         titles.setdefault(" ".join(title.split()), []).append(stream[-1])
     dropped = sum(each["words"] for each in summary["dropped"].values())
-    found = {"articles": count, "words": words, "passages": len(made), "words in passages": sum(len(each["text"].split()) for each in made)}  # fmt: skip
-    print(found, {"words left out, by the summary": dropped})
+    kept = sum(len(each["text"].split()) for each in made)
+    print(
+        f"{count} articles of {words} words; {len(made)} passages of {kept} words; {dropped} words left out, by the "
+        "summary"
+    )
     assert (count, words) == (summary["articles"], summary["words_read"])
-    assert found["passages"] == summary["passages"] and found["words in passages"] == summary["words"]
-    assert abs(words - found["words in passages"] - dropped) <= 1e-5 * words  # a word of 150 may be cut in two
+    assert (len(made), kept) == (summary["passages"], summary["words"])
+    assert abs(words - kept - dropped) <= 1e-5 * words  # a word of 150 characters may be split
     assert len({each["id"] for each in made}) == len(made)
     assert all(any(squeezed(each["text"]) in text for text in titles[each["title"]]) for each in made)
     if summary["settings"]["keep_duplicates"] and summary["settings"]["min_characters"] == 1:
         assert "".join(stream) == "".join(squeezed(each["text"]) for each in made)
-        print("Every article's text is there, letter by letter and in order.")
+        print("The text of every article is in the passages, in order.")
     else:
-        print("Every passage is part of an article of its title; the words add up.")
+        print("Every passage is part of an article of its title, and the numbers of words match.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Put a metric module together as a Space for the Hugging Face Hub, which does not know this package.
+"""Assemble a metric module as a Space for the Hugging Face Hub, where this package is not installed.
 
     python scripts/metric_space.py cozyrag_qa FOLDER
     hf upload USER/cozyrag_qa FOLDER --repo-type space
 
-In FOLDER the module reads the metrics from a file beside it instead of from the package; everything else is as it is
-here, and `evaluate.load("USER/cozyrag_qa")` gives the same numbers. Left out: uploading.
+In FOLDER the module imports the metrics from a file beside it instead of from the package, and
+`evaluate.load("USER/cozyrag_qa")` gives the same numbers. Left out: uploading.
 """
 
 import argparse
@@ -21,7 +21,7 @@ BESIDE = "cozyrag_metrics"
 
 
 def assemble(name: str, folder: Path) -> None:
-    """Write the Space of one of MODULES. Raises InputError where the folder holds something already."""
+    """Write the Space of one of MODULES. Raises InputError if the folder is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"Expected a new or empty folder, found files in {folder.absolute()}. Name another.")
     shutil.copytree(shipped_folder("metric_modules") / name, folder, dirs_exist_ok=True)
@@ -36,8 +36,8 @@ def assemble(name: str, folder: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=MODULES)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("name", choices=MODULES, help="the metric module")
+    parser.add_argument("folder", type=Path, help="new or empty output folder")
     options = parser.parse_args()
     entry_point(lambda: assemble(options.name, options.folder))
     print(f"Written. Upload it with `hf upload USER/{options.name} {options.folder} --repo-type space`.")

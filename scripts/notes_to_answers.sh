@@ -1,6 +1,6 @@
 #!/bin/sh
-# A folder of Markdown notes and a TSV of questions, from nothing to an answer in four commands, with the models that come
-# with the package and training cut short. Give a folder for the results (default: notes-rag); about two minutes on two cores.
+# From a folder of Markdown notes and a TSV of questions to an answer in four commands, with the bundled models and a short training.
+# Usage: notes_to_answers.sh [OUTPUT_FOLDER] (default: notes-rag). Takes about two minutes on two cores.
 set -e
 here=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-notes-rag}

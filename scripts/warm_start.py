@@ -1,10 +1,10 @@
-"""A GPT-2 that begins with what a small BERT encoder knows: its word vectors and its first layers.
+"""A GPT-2 that starts with the word vectors and the first layers of a small BERT encoder.
 
-Initialising a decoder from an encoder is known to pay (Rothe et al. 2020, arXiv:1907.12461). Theirs had the same layers;
-GPT-2 normalises before each sublayer where BERT does after, so weights cannot simply be copied. What BERT's sublayers
-compute can be kept nearly all the same: the residual stream of GPT-2 is BERT's, up to a scale for each dimension, and
-that scale is fitted on sample text, sublayer by sublayer. Words that BERT never had as one piece get the mean of their
-pieces. Left out: training, which must teach it to look back only, to copy and to write.
+Initialising a decoder from an encoder is known to help (Rothe et al. 2020, arXiv:1907.12461), with equal layers. GPT-2
+normalises before each sublayer and BERT after it, so weights cannot simply be copied. But the output of BERT's
+sublayers can nearly be kept: the residual stream of GPT-2 is BERT's, up to a scale for each dimension, and that scale
+is fitted on sample text, sublayer by sublayer. Words that are several pieces in BERT's vocabulary get the mean of their
+pieces. Left out: training, in which the model learns causal attention, copying, and writing.
 """
 
 import torch
@@ -19,24 +19,41 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# BERT's word vectors are some ten times longer than GPT-2's: with 1 the first losses would be near 50
+# BERT's word vectors are about ten times longer than GPT-2's: with a scale of 1 the first losses would be near 50.
 LOGIT_SCALE = 0.15
+
+
+def gpt2_config(tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int, heads: int) -> GPT2Config:
+    """The config of a small GPT-2 without dropout."""
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=512,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 @torch.no_grad()
 def from_encoder(
     encoder: str, tokenizer: PreTrainedTokenizerBase, sample: torch.Tensor, *, config: GPT2Config
 ) -> tuple[GPT2LMHeadModel, list[float]]:
-    """A GPT2LMHeadModel whose layers compute what the first layers of a BERT encoder compute under a causal mask.
+    """A GPT2LMHeadModel whose layers compute the same as the first layers of a BERT encoder under a causal mask.
 
     Args:
         encoder: folder or Hub id of a BERT model.
-        tokenizer: of the new model, byte-level BPE.
+        tokenizer: tokenizer of the new model, byte-level BPE.
         sample: (n_texts, length) int64, tokens of running text on which the scales are fitted.
-        config: of the new model; its width and heads are those of the encoder, its layers at most as many.
+        config: config of the new model, with the width and heads of the encoder and at most as many layers.
 
     Returns:
-        the model, and for each of its norms the share of the variance (R2) of BERT's hidden states that it reproduces.
+        the model, and for each of its norms the share of the variance of BERT's hidden states that it reproduces (R2).
     """
     bert = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
     model = GPT2LMHeadModel(config)
@@ -70,14 +87,14 @@ def _embeddings(
     new: nn.Module,
     sample: torch.Tensor,
 ) -> torch.Tensor:
-    """Fill word and position vectors so that their sum is BERT's first hidden state, nearly; gives that state on the sample."""
+    """Fit word and position vectors to BERT's first hidden state. Returns that state of the sample."""
     parts = bert.embeddings
     words = torch.stack([parts.word_embeddings.weight[ids].mean(0) for ids in _pieces(old, tokenizer)])
     places = parts.position_embeddings.weight[: len(new.wpe.weight)] + parts.token_type_embeddings.weight[0]
     raw = words[sample] + places[: sample.shape[1]]
     gain = parts.LayerNorm.weight / raw.std(-1, unbiased=False).mean()
     new.wte.weight.copy_(words * gain)
-    # BERT has no capitals: one direction, the same for all, tells them apart
+    # BERT has no capitals: one direction, the same for all words, marks them.
     capital = torch.tensor([tokenizer.decode([i]).strip()[:1].isupper() for i in range(len(tokenizer))])
     direction = torch.randn(words.shape[1], generator=torch.Generator().manual_seed(0))
     new.wte.weight[capital] += 0.3 * new.wte.weight.std() * direction
@@ -86,7 +103,7 @@ def _embeddings(
 
 
 def _pieces(old: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """For each entry of the new vocabulary the entries of BERT's that spell it; a piece inside a word as such if there is one."""
+    """The entries of BERT's vocabulary that spell each entry of the new one; inside words a ## piece if possible."""
     vocabulary, pieces = old.get_vocab(), []
     for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         text = tokenizer.decode([number]).strip().lower()
@@ -97,7 +114,7 @@ def _pieces(old: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _copy(into: nn.Module, linears: list[nn.Linear], scale: torch.Tensor | float = 1.0) -> None:
-    """Linear layers, side by side, into a Conv1D of GPT-2 (which keeps its matrix transposed), outputs scaled."""
+    """Copy linear layers, side by side, into a Conv1D of GPT-2 (whose matrix is transposed), and scale the outputs."""
     into.weight.copy_(torch.cat([linear.weight for linear in linears]).T * scale)
     into.bias.copy_(torch.cat([linear.bias for linear in linears]) * scale)
 
@@ -116,7 +133,7 @@ def _mix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: to
 
 
 def _fit_norm(norm: nn.LayerNorm, stream: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Weight and bias with which the norm of the stream comes nearest to BERT's hidden state, by least squares; gives R2."""
+    """Fit weight and bias of a norm of the stream to BERT's hidden state by least squares. Returns R2."""
     normed = F.layer_norm(stream, stream.shape[-1:], eps=norm.eps).flatten(0, 1)
     wanted = wanted.flatten(0, 1)
     norm.weight.copy_(_slope(normed, wanted))
@@ -126,7 +143,7 @@ def _fit_norm(norm: nn.LayerNorm, stream: torch.Tensor, wanted: torch.Tensor) ->
 
 
 def _scale(stream: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """How much of the stream one unit of BERT's hidden state is, for each dimension."""
+    """The scale of the stream relative to BERT's hidden state, for each dimension."""
     return _slope(hidden.flatten(0, 1), stream.flatten(0, 1))
 
 

@@ -1,28 +1,19 @@
-"""The ablation benchmark: its rates by hand, what shares a training, and both kinds of study with tiny models."""
+"""The ablation benchmark: its metrics by hand, shared training, and both kinds of study with tiny models."""
 
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import corpus, write_jsonl
 
+from benchmarks.parts import ablation
+from benchmarks.shared import studies
 from cozyrag.errors import InputError
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def ablation(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("ablation")
 
 
 @pytest.fixture
 def arguments(tmp_path, generator_path, retriever_path):
-    """Twenty questions to learn from and ten others, 15 passages."""
+    """Twenty training questions, ten validation questions, 15 passages."""
     passages, questions = corpus(15)
     texts = {each["id"]: each["text"] for each in passages}
     full = [{**each, "context": texts[each.pop("passage_id")]} for each in map(dict, questions)]
@@ -41,22 +32,21 @@ def arguments(tmp_path, generator_path, retriever_path):
     return [str(each) for each in (*named, *more)]
 
 
-def test_rates_by_hand(ablation):
-    assert ablation.repetition([1, 2, 3, 1, 2, 3]) == pytest.approx(1 - 3 / 4)
-    assert ablation.repetition([1, 2]) == ablation.repetition([1, 2, 3]) == 0
-    assert ablation.repetition([7] * 5) == pytest.approx(2 / 3)
-    assert ablation.parrots("the red fox", "Is the fox red?", ["blue"]) == 1
-    assert ablation.parrots("a red owl", "Is the fox red?", ["blue"]) == 0
-    assert ablation.parrots("the fox", "Is the fox red?", ["fox"]) == 0  # there it is right
-    assert ablation.parrots("", "Is the fox red?", ["blue"]) == ablation.parrots("the", "the?", ["x"]) == 0
-    assert [ablation.too_short(length, [5, 4]) for length in (0, 2, 3)] == [1, 1, 0]
-    assert [ablation.too_short(length, [5, 1]) for length in (0, 1)] == [1, 0]
+def test_metrics_by_hand():
+    assert studies.repetition([1, 2, 3, 1, 2, 3]) == pytest.approx(1 - 3 / 4)
+    assert studies.repetition([1, 2]) == studies.repetition([1, 2, 3]) == 0
+    assert studies.repetition([7] * 5) == pytest.approx(2 / 3)
+    assert studies.parrots("the red fox", "Is the fox red?", ["blue"]) == 1
+    assert studies.parrots("a red owl", "Is the fox red?", ["blue"]) == 0
+    assert studies.parrots("the fox", "Is the fox red?", ["fox"]) == 0  # as in a reference
+    assert studies.parrots("", "Is the fox red?", ["blue"]) == studies.parrots("the", "the?", ["x"]) == 0
+    assert [studies.too_short(length, [5, 4]) for length in (0, 2, 3)] == [1, 1, 0]
+    assert [studies.too_short(length, [5, 1]) for length in (0, 1)] == [1, 0]
 
 
-def test_lines_that_train_alike_share_a_training(ablation, capsys):
+def test_variants_with_equal_training_share_it(capsys):
     assert (
-        ablation.without_decoding("--extractive --repeat_penalty 0.1 --no_repeat_ngram_size 3")
-        == "--repeat_penalty 0.1"
+        studies.without_decoding("--extractive --repeat_penalty 0.1 --no_repeat_ngram_size 3") == "--repeat_penalty 0.1"
     )
     seen = []
 
@@ -71,63 +61,63 @@ def test_lines_that_train_alike_share_a_training(ablation, capsys):
     found = ablation.run(Study(), variants, [1, 2])
     assert [flags for seed, flags in seen if seed == 1] == ["", "--min_answer_tokens 2", "--repeat_penalty 0.1"]
     assert list(found) == ["a", "b", "c"] and found["b"]["F1"].tolist() == [[1, 0], [2, 0]]
-    told = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert len(told) == 6 and told[0] == "a, seed 1: F1 50.0" and told[5] == "b, seed 2: F1 100.0"
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(printed) == 6 and printed[0] == "a, seed 1: F1 50.0" and printed[5] == "b, seed 2: F1 100.0"
 
 
-def test_the_table_compares_with_the_first_line(ablation):
+def test_the_table_compares_with_the_first_row():
     first, other = np.array([[0, 0, 1, 1.0]] * 2), np.array([[1, 1, 1, 1.0], [1, 0, 1, 1.0]])
     text = ablation.table({"plain": {"F1": first}, "more": {"F1": other}})
     assert "| plain | 50.0 (0.0 to 100.0) |" in text and "| more | 87.5, +37.5 (" in text
-    told = ablation.spread_of_seeds({"plain": {"F1": first}, "more": {"F1": other}}, "F1")
-    assert "by up to 25.0 points" in told and "more 0." in told
+    text = ablation.spread_of_seeds({"plain": {"F1": first}, "more": {"F1": other}}, "F1")
+    assert "by up to 25.0 points" in text and "more 0." in text
 
 
-def test_the_study_of_penalties(ablation, arguments, tmp_path, capsys):
-    told = tmp_path / "told.json"
+def test_the_study_of_penalties(arguments, tmp_path, capsys):
+    path = tmp_path / "means.json"
     own = [
         "--variant",
         "short too: --short_penalty 0.5 --min_answer_tokens 2",
         "--base",
         "--answer_tokens 4",
         "--json",
-        str(told),
+        str(path),
     ]
     ablation.compare(ablation.parse(["penalties", *arguments, "--seeds", "1", *own]))
-    out, numbers = capsys.readouterr().out, json.loads(told.read_text())
+    out, numbers = capsys.readouterr().out, json.loads(path.read_text())
     assert all(f"| {name} |" in out for name in numbers["variants"]) and "short too" in numbers["variants"]
-    assert "20 questions to learn from, 10 asked, 15 passages" in out
+    assert "20 training questions, 10 validation questions, 15 passages" in out
     assert set(numbers["means"]["short too"]) == {"EM", "F1", "seq-rep-3", "parroting", "too short"}
     assert numbers["means"]["at least 3 tokens, decoding"]["too short"] == [0.0]
     assert numbers["variants"]["no penalty"] == "--answer_tokens 4"
 
 
-def test_the_study_of_feedback(ablation, arguments, tmp_path, capsys):
-    told = tmp_path / "told.json"
+def test_the_study_of_feedback(arguments, tmp_path, capsys):
+    path = tmp_path / "means.json"
     more = [
         "--max_passages",
         "30",
         "--base",
         "--retriever_learning_rate 1e-2 --retriever_batch_size 4",
         "--json",
-        str(told),
+        str(path),
     ]
     ablation.compare(ablation.parse(["feedback", *arguments, "--seeds", "1", *more]))
-    means = json.loads(told.read_text())["means"]
+    means = json.loads(path.read_text())["means"]
     assert means["contrastive"] != means["contrastive + feedback"]
-    assert set(means["contrastive"]) == set(ablation.RetrieverStudy.names)
+    assert set(means["contrastive"]) == set(studies.RetrieverStudy.names)
     assert "| contrastive + feedback |" in capsys.readouterr().out
 
 
-def test_the_retriever_learns_from_the_negatives_of_a_run(ablation, arguments):
-    """A run mines one hard negative for each question unless told otherwise; so do all lines of a study."""
-    ground = ablation.open_ground(ablation.parse(["feedback", *arguments]))
+def test_the_retriever_trains_on_the_negatives_of_a_run(arguments):
+    """As in a run, one hard negative is mined for each question by default."""
+    setup = studies.Setup.load(ablation.parse(["feedback", *arguments]))
     for flags, count in (("", 1), ("--hard_negatives 2", 2), ("--hard_negatives 0", 0)):
-        mined = ground.contexts("train", ablation.settings_of(flags, 1))["negatives"]
+        mined = setup.contexts("train", studies.settings_of(flags, 1))["negatives"]
         assert max(map(len, mined)) == count, flags
 
 
-def test_wrong_variants_are_told_before_anything_is_read(ablation):
+def test_wrong_variants_are_refused_before_anything_is_read():
     asked = ["own", "--questions", "no.jsonl", "--train", "no.jsonl", "--index", "no"]
     with pytest.raises(InputError, match='expected "NAME:--setting value", found'):
         ablation.compare(ablation.parse([*asked, "--variant", "--repeat_penalty 1"]))

@@ -1,33 +1,35 @@
-"""The benchmark of levers: each one taken out is really out, changes no result where it must not, and has its line."""
+"""The benchmark of optimisations: each is really taken out, does not change results, and has a row."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import corpus, write_jsonl
 
+from benchmarks.shared.round_benchmark import Benchmark, parse
+from benchmarks.speed import levers
 from cozyrag.models import batching
 from cozyrag.models import generator as generator_module
 from cozyrag.models.batching import collate, plan_steps
-from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples
+from cozyrag.models.token_losses import TokenLosses
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SMALL = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 1000, "pairs": 8, "generator_batch": 4, "context_tokens": 24, "repeats": 1}  # fmt: skip
-
-
-@pytest.fixture
-def levers(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("levers")
+SMALL = {
+    "layers": 1,
+    "width": 16,
+    "heads": 2,
+    "vocabulary": 1000,
+    "pairs": 8,
+    "generator_batch": 4,
+    "context_tokens": 24,
+    "repeats": 1,
+}
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    """A small run on made-up texts."""
+    """A small run on generated texts."""
     passages, questions = corpus(40)
     files = (
         "--questions",
@@ -35,21 +37,22 @@ def arguments(tmp_path):
         "--passages",
         write_jsonl(tmp_path / "p.jsonl", passages),
     )
-    return [str(each) for each in (*files, "--device", "cpu", *[part for name, value in SMALL.items() for part in (f"--{name}", value)])]  # fmt: skip
+    sizes = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
+    return [str(each) for each in (*files, "--device", "cpu", *sizes)]
 
 
-def test_every_lever_has_its_line(levers, arguments, tmp_path, capsys):
-    told = tmp_path / "levers.json"
-    options = levers.parse([*arguments, "--json", str(told)])
+def test_every_optimisation_has_its_row(arguments, tmp_path, capsys):
+    path = tmp_path / "levers.json"
+    options = parse(None, [*arguments, "--json", str(path)])
     levers.compare(options)
-    out, numbers = capsys.readouterr().out, json.loads(told.read_text())
+    out, numbers = capsys.readouterr().out, json.loads(path.read_text())
     assert all(f"| {name} |" in out for name in numbers) and len(numbers) >= 8
     assert all(len(each["measured"]) == 1 and each["measured"][0] > 0 for each in numbers.values())
     assert options.context_tokens == SMALL["context_tokens"]
 
 
-def test_predictions_count_tokens(levers, arguments):
-    benchmark = levers.Benchmark(levers.parse(arguments))
+def test_predictions_count_tokens(arguments):
+    benchmark = Benchmark(parse(None, arguments))
     asked = benchmark.asked.first(8)
     prompts = benchmark.prompts(asked)
     benchmark.options.context_tokens *= 2
@@ -58,11 +61,16 @@ def test_predictions_count_tokens(levers, arguments):
     assert levers.padded([3, 5, 1, 2], [torch.tensor([0, 1]).numpy(), torch.tensor([2, 3]).numpy()]) == [5, 5, 2, 2]
 
 
-def test_the_head_everywhere_gives_the_same_losses(levers, generator_path):
+def test_the_head_everywhere_gives_the_same_losses(generator_path):
     generator = Generator.load(str(generator_path))
     examples = encode_examples(
-        generator.tokenizer, questions=["a b?", "c?"], contexts=["a b c", "d"], answers=["c", "d"], context_tokens=8, max_length=64
-    )  # fmt: skip
+        generator.tokenizer,
+        questions=["a b?", "c?"],
+        contexts=["a b c", "d"],
+        answers=["c", "d"],
+        context_tokens=8,
+        max_length=64,
+    )
     batch = collate(examples, pad_id=generator.tokenizer.pad_token_id)
     expected = TokenLosses(generator.model)(**batch)
     head, seen = generator.model.get_output_embeddings(), []
@@ -73,7 +81,7 @@ def test_the_head_everywhere_gives_the_same_losses(levers, generator_path):
     assert seen[1] > seen[0]
 
 
-def test_what_is_out_is_out(levers, generator_path, monkeypatch):
+def test_each_optimisation_is_taken_out(generator_path, monkeypatch):
     lengths = list(range(40))
     steps = lambda: plan_steps(lengths, batch_size=4, epochs=1, max_steps=None, seed=1)  # noqa: E731
     spread = lambda made: sum(step.max() - step.min() for step in made)  # noqa: E731

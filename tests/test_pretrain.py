@@ -1,7 +1,6 @@
-"""The pretraining script on a handful of articles: what is left out, what a made-up question looks like, resuming."""
+"""The pretraining script on a few articles: what is left out, the form of cloze questions, resuming, two processes."""
 
-import importlib
-import importlib.util
+import argparse
 import json
 import os
 import re
@@ -12,35 +11,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from tiny import corpus, write_jsonl
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, GPT2LMHeadModel
 
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
+from cozyrag.models.token_losses import TokenLosses
 
 pytest.importorskip("bm25s")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_generator.py"
-sys.path.insert(0, str(SCRIPT.parent))  # the script imports its neighbour
+sys.path.insert(0, str(SCRIPT.parent))
+
+import pretrain_generator  # noqa: E402
+import warm_start  # noqa: E402
+from packed_readings import reading_mask  # noqa: E402
+from pretrain_examples import Cloze, Questions, Steps, target_weights  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    found = importlib.util.spec_from_file_location("pretrain_generator", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    sys.modules["pretrain_generator"] = module
-    found.loader.exec_module(module)
-    return module
-
-
-def run(script, monkeypatch, *arguments):
+def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["pretrain_generator.py", *map(str, arguments)])
-    script.main()
+    pretrain_generator.main()
 
 
 @pytest.fixture(scope="module")
-def prepared(script, tmp_path_factory):
+def prepared(tmp_path_factory):
     """Token arrays of 40 articles and 120 questions; three titles are left out."""
     folder = tmp_path_factory.mktemp("pretrain")
     passages, questions = corpus(40)
@@ -66,7 +62,6 @@ def prepared(script, tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         run(
-            script,
             patch,
             "prepare",
             "--text",
@@ -109,10 +104,10 @@ def readings_of(source, count):
     return [reading for reading in made if reading is not None]
 
 
-def test_a_made_up_question_has_its_answer_in_its_context_and_not_in_itself(script, prepared):
+def test_a_cloze_question_has_its_answer_in_its_context(prepared):
     folder, _ = prepared
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    readings = readings_of(script.Cloze(folder, tokenizer, lm_share=0.0), 100)
+    readings = readings_of(Cloze(folder, tokenizer, lm_share=0.0), 100)
     assert len(readings) > 80
     assert max(len(reading.branches) for reading in readings) > 3
     for reading in readings:
@@ -124,10 +119,10 @@ def test_a_made_up_question_has_its_answer_in_its_context_and_not_in_itself(scri
             assert answer.removesuffix(tokenizer.eos_token).strip() in context
 
 
-def test_tokens_are_those_the_package_would_make(script, prepared):
+def test_tokens_are_those_of_the_package(prepared):
     folder, _ = prepared
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    for source in (script.Cloze(folder, tokenizer, lm_share=0.0), script.Questions(folder, tokenizer, mixed=True)):
+    for source in (Cloze(folder, tokenizer, lm_share=0.0), Questions(folder, tokenizer, mixed=True)):
         for reading in readings_of(source, 50):
             assert tokenizer(tokenizer.decode(reading.context))["input_ids"] == reading.context
             for asked, answer in reading.branches:
@@ -135,10 +130,10 @@ def test_tokens_are_those_the_package_would_make(script, prepared):
                 assert tokenizer(tokenizer.decode(answer[:-1]))["input_ids"] == answer[:-1]
 
 
-def test_a_paragraph_comes_with_its_own_questions(script, prepared):
+def test_a_paragraph_has_its_own_questions(prepared):
     folder, _ = prepared
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    source = script.Questions(folder, tokenizer, mixed=True)
+    source = Questions(folder, tokenizer, mixed=True)
     several = [reading for reading in readings_of(source, 100) if len(reading.branches) > 1]
     assert several
     for reading in several:
@@ -149,25 +144,25 @@ def test_a_paragraph_comes_with_its_own_questions(script, prepared):
             assert tokenizer.decode(answer[:-1]).strip() in context
 
 
-def test_gold_only_leaves_out_the_other_contexts(script, prepared):
+def test_gold_only_leaves_out_the_other_contexts(prepared):
     folder, _ = prepared
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    for reading in readings_of(script.Questions(folder, tokenizer, mixed=False), 100):
+    for reading in readings_of(Questions(folder, tokenizer, mixed=False), 100):
         for _, answer in reading.branches:
             assert tokenizer.decode(answer[:-1]).strip() in tokenizer.decode(reading.context)
 
 
-def test_weights_of_targets_sum_to_one_for_answers_and_one_for_plain_text(script):
+def test_weights_of_targets_sum_to_one_for_answers_and_one_for_plain_text():
     plain = torch.tensor([True] * 9 + [False] * 5)
-    weights = script.target_weights(plain)
+    weights = target_weights(plain)
     torch.testing.assert_close(weights[:9].sum(), torch.tensor(1.0))
     torch.testing.assert_close(weights[9:].sum(), torch.tensor(1.0))
-    torch.testing.assert_close(script.target_weights(~torch.zeros(4, dtype=torch.bool)).sum(), torch.tensor(1.0))
+    torch.testing.assert_close(target_weights(~torch.zeros(4, dtype=torch.bool)).sum(), torch.tensor(1.0))
 
 
 @pytest.fixture(scope="module")
 def small_bert(tmp_path_factory, prepared):
-    """A BERT of two layers with a word-piece vocabulary of its own; its norms and biases are no longer the initial ones."""
+    """A BERT of two layers with its own WordPiece vocabulary, and with norms and biases that are not initial values."""
     folder = tmp_path_factory.mktemp("bert")
     letters = [chr(c) for c in range(33, 127)]
     words = ["fox", "red", "village", "monastery", "the", "of", "is", "in", "coins", "count"]
@@ -187,12 +182,11 @@ def small_bert(tmp_path_factory, prepared):
     return folder
 
 
-def test_a_warm_start_computes_what_bert_computes(script, prepared, small_bert):
-    """R2 of every norm is that of BERT's hidden states under a causal mask, taken from transformers' own BERT as a decoder."""
-    warm_start = importlib.import_module("warm_start")
+def test_a_warm_start_computes_what_bert_computes(prepared, small_bert):
+    """R2 of every norm, against the hidden states of transformers' own BERT as a decoder."""
     tokenizer = AutoTokenizer.from_pretrained(prepared[0] / "tokenizer")
     sample = torch.from_numpy(np.load(prepared[0] / "text.npz")["tokens"][:640].astype(np.int64)).view(8, 80)
-    config = script.gpt2_config(tokenizer, width=48, layers=2, heads=4)
+    config = warm_start.gpt2_config(tokenizer, width=48, layers=2, heads=4)
     model, quality = warm_start.from_encoder(str(small_bert), tokenizer, sample, config=config)
     assert len(quality) == 4 and min(quality) > 0.8
     cold, _ = GPT2LMHeadModel(config), None
@@ -218,27 +212,26 @@ def test_a_warm_start_computes_what_bert_computes(script, prepared, small_bert):
 SMALL = ["--rows", 2, "--row_tokens", 384, "--width", 64, "--layers", 1, "--logging_steps", 1, "--threads", 1]
 
 
-def test_both_stages_train_and_a_resumed_run_ends_bit_equal(script, prepared, tmp_path, monkeypatch):
+def test_both_stages_train_and_a_resumed_run_ends_bit_equal(prepared, tmp_path, monkeypatch):
     folder, _ = prepared
     steps = ["--stage1_steps", 6, "--stage2_steps", 4]
-    run(script, monkeypatch, "train", "--folder", folder, "--output_dir", tmp_path / "whole", *steps, *SMALL)
+    run(monkeypatch, "train", "--folder", folder, "--output_dir", tmp_path / "whole", *steps, *SMALL)
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in log if "loss" in row and row["stage"] == 1]
     assert losses[-1] < losses[0]
     assert all(0 <= row["validation_f1"] <= 100 for row in log if "validation_f1" in row)
 
-    # stopped inside stage 2: the state that stage 2 saves after step 2 of 4 is what a stop there would leave
-    save = script.save_state
+    # A run that stops in stage 2 leaves the state that was saved after step 2 of 4.
+    save = pretrain_generator.save_state
 
     def save_then_stop(output, generator, optimizer, stage, step):
         save(output, generator, optimizer, stage, step)
         if (stage, step) == (2, 2):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "save_state", save_then_stop)
+    monkeypatch.setattr(pretrain_generator, "save_state", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         run(
-            script,
             monkeypatch,
             "train",
             "--folder",
@@ -250,9 +243,8 @@ def test_both_stages_train_and_a_resumed_run_ends_bit_equal(script, prepared, tm
             "--validate_minutes",
             0,
         )
-    monkeypatch.setattr(script, "save_state", save)
+    monkeypatch.setattr(pretrain_generator, "save_state", save)
     run(
-        script,
         monkeypatch,
         "train",
         "--folder",
@@ -268,7 +260,7 @@ def test_both_stages_train_and_a_resumed_run_ends_bit_equal(script, prepared, tm
 
 
 def launch_two(*task) -> str:
-    """The script under accelerate launch with two processes; returns what it printed."""
+    """Run the script under accelerate launch with two processes, and return what it prints."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")
     }
@@ -291,32 +283,31 @@ def log_of(output) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_path):
-    """What is launched, and what two processes make of a state saved on the way, is compared with steps made by hand on
-    the batches of both."""
+def test_two_processes_take_the_mean_step_of_their_rows(prepared, tmp_path):
+    """A whole run and a resumed run of two processes equal steps made by hand on the batches of both."""
     folder, _ = prepared
     length = ["--stage1_steps", 3, "--stage2_steps", 2]
-    said = launch_two("train", "--folder", folder, "--output_dir", tmp_path / "whole", *length, *SMALL)
-    assert "of 2 processes" in said and said.count('"step": 3') == 2  # a loss and a validation, said once
+    printed = launch_two("train", "--folder", folder, "--output_dir", tmp_path / "whole", *length, *SMALL)
+    assert "of 2 processes" in printed and printed.count('"step": 3') == 2  # a loss and a validation, each once
 
-    options = script.argparse.Namespace(cold_start=False, width=64, layers=1)
+    options = argparse.Namespace(cold_start=False, width=64, layers=1)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    script.set_seed(42)
-    generator = Generator(script.make_model(folder, tokenizer, options), tokenizer)
+    set_seed(42)
+    generator = Generator(pretrain_generator.make_model(folder, tokenizer, options), tokenizer)
     model = generator.model
     losses = []
     for source, seed, steps in (
-        (script.Cloze(folder, tokenizer, lm_share=0.3, ask_share=0.3), 42, 3),
-        (script.Questions(folder, tokenizer, mixed=True, ask_share=0.3), 43, 2),
+        (Cloze(folder, tokenizer, lm_share=0.3, ask_share=0.3), 42, 3),
+        (Questions(folder, tokenizer, mixed=True, ask_share=0.3), 43, 2),
     ):
         peak = 1e-3 if seed == 42 else 5e-4
-        optimizer = script.make_optimizer(model, peak, 0.4)
+        optimizer = pretrain_generator.make_optimizer(model, peak, 0.4)
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = peak * group["share"] * script.shape_of_rate(step, steps)
+                group["lr"] = peak * group["share"] * pretrain_generator.shape_of_rate(step, steps)
             mean = 0
             for process in (0, 1):
-                batch = script.Steps(
+                batch = Steps(
                     source,
                     steps=steps,
                     rows=1,
@@ -326,8 +317,8 @@ def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_pa
                     process=process,
                 )[step]
                 weights = batch.pop("weights")
-                batch["attention_mask"] = script.reading_mask(batch.pop("documents"), batch.pop("branches"))
-                mean = mean + (script.TokenLosses(model)(**batch) * weights).sum() / 2
+                batch["attention_mask"] = reading_mask(batch.pop("documents"), batch.pop("branches"))
+                mean = mean + (TokenLosses(model)(**batch) * weights).sum() / 2
             mean.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -335,7 +326,7 @@ def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_pa
             losses.append(float(mean.detach()))
             if (seed, step) == (43, 0):
                 (tmp_path / "halves").mkdir()
-                script.save_state(tmp_path / "halves", generator, optimizer, 2, 1)
+                pretrain_generator.save_state(tmp_path / "halves", generator, optimizer, 2, 1)
     launch_two("train", "--folder", folder, "--output_dir", tmp_path / "halves", *length, *SMALL, "--resume")
     logged = {name: [row["loss"] for row in log_of(tmp_path / name) if "loss" in row] for name in ("whole", "halves")}
     assert logged["whole"] == pytest.approx(losses, abs=2e-4)
@@ -347,16 +338,15 @@ def test_two_processes_take_the_mean_step_of_their_rows(script, prepared, tmp_pa
             torch.testing.assert_close(weight, model.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
-def test_rows_that_cannot_be_shared_out_are_refused(script, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.Accelerator, "num_processes", property(lambda self: 3))
-    with pytest.raises(SystemExit, match="--rows 4 cannot be shared out evenly to 3"):
-        run(script, monkeypatch, "train", "--folder", prepared[0], "--output_dir", tmp_path, *SMALL, "--rows", 4)
+def test_rows_that_processes_cannot_share_are_refused(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_generator.Accelerator, "num_processes", property(lambda self: 3))
+    with pytest.raises(SystemExit, match="--rows: expected a multiple of the 3 processes, found 4"):
+        run(monkeypatch, "train", "--folder", prepared[0], "--output_dir", tmp_path, *SMALL, "--rows", 4)
 
 
-def test_the_result_is_an_ordinary_checkpoint_in_half_precision(script, prepared, tmp_path, monkeypatch):
+def test_the_result_is_an_ordinary_checkpoint_in_half_precision(prepared, tmp_path, monkeypatch):
     folder, _ = prepared
     run(
-        script,
         monkeypatch,
         "train",
         "--folder",

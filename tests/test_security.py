@@ -126,7 +126,8 @@ def test_a_trap_in_the_state_to_resume_from_does_not_spring(name, tmp_path):
 # ---- code
 
 
-SOURCES = [*(ROOT / "cozyrag").glob("*.py"), *(ROOT / "metric_modules").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), ROOT / "train.py"]  # fmt: skip
+FOLDERS = ("cozyrag", "metric_modules", "scripts", "benchmarks")
+SOURCES = [*(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "train.py"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -1,6 +1,5 @@
-"""The speed benchmark with tiny models: every row is there, its arithmetic is right, and both loops learn from the same."""
+"""The speed benchmark with tiny models: its rows, its arithmetic, and equal data for both loops."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,24 +9,24 @@ import pytest
 import torch
 from tiny import corpus, write_jsonl
 
+from benchmarks.shared import measuring, reference_loop, speed_data
+from benchmarks.shared.retrieval_sides import OURS_INT8, ST_ENCODE, index_sides
+from benchmarks.shared.round_benchmark import PARTS, ROUNDS, Benchmark, parse
+from benchmarks.shared.training_sides import HF_TRAINER, OURS, PENALIZED, REFERENCE, ST_LOOP, ST_TRAINER
+from benchmarks.speed import round
 from cozyrag.models.batching import collate
-from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples
+from cozyrag.models.token_losses import TokenLosses
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 TINY = {
     "repeats": 2, "pairs": 8, "reference_pairs": 4, "learn_pairs": 8, "held_out": 4, "retriever_pairs": 8,
-    "index_passages": 8, "searched_passages": 80, "retrieval_questions": 4, "reference_questions": 2, "product_size": 16,
-    "products": 2, "generator_batch": 4, "retriever_batch": 4, "pad_to": 64, "context_tokens": 24, "passage_tokens": 32,
+    "index_passages": 8, "searched_passages": 80, "retrieval_questions": 4, "reference_questions": 2,
+    "product_size": 16, "products": 2, "generator_batch": 4, "retriever_batch": 4, "pad_to": 64,
+    "context_tokens": 24, "passage_tokens": 32,
 }  # fmt: skip
 SHAPE = ("--layers", "1", "--width", "16", "--heads", "2", "--vocabulary", "1000")
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """A benchmark script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -52,38 +51,36 @@ def lines_of(table):
     return {(row[0], row[1]): row[2:] for row in rows}
 
 
-def test_every_row_is_there(benchmark, files, retriever_path, tmp_path, monkeypatch, capsys):
-    speed = benchmark("speed")
-    told = tmp_path / "speed.json"
-    monkeypatch.setattr(sys, "argv", ["speed.py", *arguments(files, retriever_path, *SHAPE, "--json", str(told))])
-    speed.main()
+def test_every_side_has_its_row(files, retriever_path, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["round", *arguments(files, retriever_path, *SHAPE, "--json", str(path))])
+    round.main()
     out = capsys.readouterr().out
-    sides = {part: [side for first, side in lines_of(out) if first.startswith(f"{part},")] for part in speed.PARTS}
+    sides = {part: [side for first, side in lines_of(out) if first.startswith(f"{part},")] for part in PARTS}
     assert sides == {
-        "generator": [speed.OURS, speed.PENALIZED, speed.REFERENCE, speed.HF_TRAINER],
-        "retriever": [speed.OURS, speed.ST_TRAINER, speed.ST_LOOP],
-        "index": [speed.OURS, "CoZyRAG, int8", speed.ST_ENCODE, "SentenceTransformer.encode, our length limit"],
-        "retrieval": [speed.OURS, speed.REFERENCE],
+        "generator": [OURS, PENALIZED, REFERENCE, HF_TRAINER],
+        "retriever": [OURS, ST_TRAINER, ST_LOOP],
+        "index": [OURS, "CoZyRAG, int8", ST_ENCODE, "SentenceTransformer.encode, our length limit"],
+        "retrieval": [OURS, REFERENCE],
     }
-    numbers = json.loads(told.read_text())
-    assert set(numbers["round_seconds"]) == set(speed.ROUNDS) and all(f"| {name} |" in out for name in speed.ROUNDS)
-    assert list(numbers["learned"]) == ["before", speed.OURS, "CoZyRAG, batches of 4", speed.REFERENCE]
-    assert numbers["learned"][speed.OURS]["loss"] < numbers["learned"]["before"]["loss"]
+    numbers = json.loads(path.read_text())
+    assert set(numbers["round_seconds"]) == set(ROUNDS) and all(f"| {name} |" in out for name in ROUNDS)
+    assert list(numbers["learned"]) == ["before", OURS, "CoZyRAG, batches of 4", REFERENCE]
+    assert numbers["learned"][OURS]["loss"] < numbers["learned"]["before"]["loss"]
     assert numbers["utilisation"]["share"] > 0 and "Padding does not count" in out
     for part in numbers["parts"].values():
         assert all(len(side["rates"]) == 2 and min(side["rates"]) > 0 for side in part.values())
         assert all(side["memory"] >= 0 for side in part.values())
 
 
-def test_a_part_alone_and_no_round_without_the_others(benchmark, files, retriever_path, generator_path, capsys):
-    speed = benchmark("speed")
-    speed.compare(speed.parse(arguments(files, retriever_path, "--only", "index", "--generator", str(generator_path))))
+def test_one_part_alone_gives_no_round(files, retriever_path, generator_path, capsys):
+    round.compare(parse(None, arguments(files, retriever_path, "--only", "index", "--generator", str(generator_path))))
     out = capsys.readouterr().out
-    assert "| index, passages | CoZyRAG |" in out and "generator, QA" not in out and "Not known: a round" in out
+    assert "| index, passages | CoZyRAG |" in out and "generator, QA" not in out and "Unknown: a round" in out
 
 
-def test_the_default_shape_is_that_of_distilgpt2(benchmark):
-    options = benchmark("speed").parse([])
+def test_the_default_shape_is_that_of_distilgpt2():
+    options = parse(None, [])
     assert (options.layers, options.width, options.heads, options.vocabulary) == (6, 768, 12, 50257)
     assert (options.round_pairs, options.round_passages, options.repeats) == (20_000, 21_000, 3)
 
@@ -91,40 +88,36 @@ def test_the_default_shape_is_that_of_distilgpt2(benchmark):
 # ---- arithmetic
 
 
-def test_training_flops_by_hand(benchmark):
-    # d = 4, m = 16: a layer has 4 * 16 + 2 * 64 = 192 parameters in matrices; 5 tokens through the first: 6 * 192 * 5 = 5760;
-    # its attention: 6 * 4 * (3^2 + 2^2) = 312. The last: 6 * 48 * 5 = 1440 for all tokens, 6 * 144 * 3 = 2592 for 3 answer
-    # tokens, 12 * 4 * (3 * 2 + 2 * 1) = 384 for what they look at; head: 6 * 4 * 10 * 3 = 720.
-    found = benchmark("measuring").training_flops(
-        layers=2, width=4, inner=16, vocabulary=10, lengths=[3, 2], targets=[2, 1]
-    )
+def test_training_flops_by_hand():
+    # d = 4, m = 16: a layer has 4 * 16 + 2 * 64 = 192 matrix parameters. First layer, 5 tokens: 6 * 192 * 5 = 5760;
+    # its attention: 6 * 4 * (3^2 + 2^2) = 312. Last layer: 6 * 48 * 5 = 1440 for all tokens, 6 * 144 * 3 = 2592 for 3
+    # answer tokens, 12 * 4 * (3 * 2 + 2 * 1) = 384 for their attention. Head: 6 * 4 * 10 * 3 = 720.
+    found = measuring.training_flops(layers=2, width=4, inner=16, vocabulary=10, lengths=[3, 2], targets=[2, 1])
     assert found == 5760 + 312 + 1440 + 2592 + 384 + 720
 
 
-def test_the_formula_counts_the_matrices_of_the_model_that_is_trained(benchmark, generator_path):
+def test_the_formula_counts_the_matrices_of_the_model_that_is_trained(generator_path):
     generator = Generator.load(str(generator_path))
     config = generator.model.config
     matrices = sum(p.numel() for p in generator.model.transformer.h.parameters() if p.ndim == 2)
-    found = benchmark("measuring").training_flops(
+    found = measuring.training_flops(
         layers=config.n_layer, width=config.n_embd, inner=4 * config.n_embd, vocabulary=0, lengths=[1], targets=[1]
     )
     assert found == 6 * matrices + 6 * (config.n_layer - 1) * config.n_embd + 12 * config.n_embd
 
 
-def test_the_round_by_hand(benchmark):
+def test_the_round_by_hand():
     rates = {"generator": 2.0, "retriever": 4.0, "index": 10.0, "retrieval": 50.0}
     # 200 pairs: 100 s + 50 s + 4 s; 30 passages: 3 s
-    assert benchmark("measuring").round_seconds(rates, pairs=200, passages=30) == 157.0
+    assert measuring.round_seconds(rates, pairs=200, passages=30) == 157.0
 
 
-def test_ratios_are_taken_within_a_repetition(benchmark):
-    measuring = benchmark("measuring")
+def test_ratios_are_taken_within_a_repetition():
     ours, theirs = measuring.Measured("a", [4.0, 2.0, 9.0], 0), measuring.Measured("b", [2.0, 2.0, 3.0], 0)
     assert measuring.ratios(ours, theirs) == [2.0, 1.0, 3.0] and ours.rate == 4.0
 
 
-def test_sides_take_turns_and_the_warm_up_does_not_count(benchmark):
-    measuring = benchmark("measuring")
+def test_sides_alternate_and_the_warm_up_does_not_count():
     order = []
 
     def side(name):
@@ -135,8 +128,8 @@ def test_sides_take_turns_and_the_warm_up_does_not_count(benchmark):
     assert [len(each.rates) for each in found] == [2, 2]
 
 
-def test_peak_memory_sees_what_is_gone_again(benchmark):
-    memory = benchmark("measuring").PeakMemory(torch.device("cpu"))
+def test_peak_memory_includes_freed_memory():
+    memory = measuring.PeakMemory(torch.device("cpu"))
     with memory:
         block = torch.ones(64 * 2**20)
         del block
@@ -146,31 +139,28 @@ def test_peak_memory_sees_what_is_gone_again(benchmark):
 # ---- data and models
 
 
-def test_without_datasets_the_same_is_read(benchmark, files):
-    data = benchmark("speed_data")
+def test_both_readers_give_the_same_data(files):
     asked, passages = (str(path) for path in files)
-    assert data._read_lines(asked, passages) == data._read_tables(asked, passages)
+    assert speed_data._read_lines(asked, passages) == speed_data._read_tables(asked, passages)
 
 
-def test_passages_come_from_the_question_file_if_it_carries_them(benchmark, tmp_path):
-    data = benchmark("speed_data")
+def test_passages_come_from_the_question_file_if_it_contains_them(tmp_path):
     rows = [{"question": f"{n}?", "answers": [str(n)], "title": "T", "context": f"text {n // 2}"} for n in range(6)]
-    path = str(write_jsonl(tmp_path / "carrying.jsonl", rows))
-    for read in (data._read_lines, data._read_tables):
+    path = str(write_jsonl(tmp_path / "questions.jsonl", rows))
+    for read in (speed_data._read_lines, speed_data._read_tables):
         found, passages = read(path, None)
         texts = dict(zip(passages.ids, passages.texts, strict=True))
         assert passages.texts == ["text 0", "text 1", "text 2"] and passages.titles == ["T"] * 3
         assert [texts[key] for _, _, key in found] == [row["context"] for row in rows]
 
 
-def test_held_out_questions_are_not_trained_on(benchmark):
-    asked = benchmark("speed_data").Asked(list("abcdef"), list("ABCDEF"), list(range(6)))
+def test_held_out_questions_are_not_trained_on():
+    asked = speed_data.Asked(list("abcdef"), list("ABCDEF"), list(range(6)))
     train, held_out = asked.split(5, 2)
     assert train.questions == list("abcda") and held_out.questions == ["e", "f"] and held_out.gold == [4, 5]
 
 
-def test_a_random_retriever_has_the_shape_of_the_real_one(benchmark):
-    speed_data = benchmark("speed_data")
+def test_a_random_retriever_has_the_shape_of_the_real_one():
     models = speed_data.Models(["a red fox", "a blue river"], shape=None, retriever="random")
     retriever = models.load_retriever("cpu", 32)
     matrices = [p.numel() for name, p in retriever.model.named_parameters() if ".layer." in name and p.ndim == 2]
@@ -198,22 +188,22 @@ def same(generator_path):
     return generator, examples, [each["question"] for each in asked]
 
 
-def test_the_reference_loop_has_our_loss_on_the_same_batch(benchmark, same):
+def test_the_reference_loop_has_our_loss_on_the_same_batch(same):
     generator, examples, questions = same
     ours = TokenLosses(generator.model)(**collate(examples, pad_id=generator.tokenizer.pad_token_id)).mean().item()
     assert generator.model.config.resid_pdrop == 0
-    told = benchmark("reference_loop").train_generator(
+    losses = reference_loop.train_generator(
         generator.model, generator.tokenizer, examples, questions, device=torch.device("cpu"), autocast=False,
         learning_rate=1e-3, batch_size=3, pad_to=120,
     )  # fmt: skip
-    assert told == [pytest.approx(ours, abs=1e-4)]
+    assert losses == [pytest.approx(ours, abs=1e-4)]
     after = TokenLosses(generator.model)(**collate(examples, pad_id=generator.tokenizer.pad_token_id)).mean().item()
     assert after < ours
 
 
-def test_the_batches_of_the_reference_loop_are_padded_and_only_answers_have_labels(benchmark, same):
+def test_the_batches_of_the_reference_loop_are_padded_and_only_answers_have_labels(same):
     _, examples, _ = same
-    batch = benchmark("reference_loop").padded(examples, pad_id=7, pad_to=120)
+    batch = reference_loop.padded(examples, pad_id=7, pad_to=120)
     assert all(tensor.shape == (3, 120) for tensor in batch.values())
     for row, example in enumerate(examples):
         wanted = batch["labels"][row] != -100
@@ -221,13 +211,14 @@ def test_the_batches_of_the_reference_loop_are_padded_and_only_answers_have_labe
         assert batch["attention_mask"][row].sum() == len(example.input_ids)
 
 
-def test_the_penalties_of_the_reference_loop_by_hand(benchmark):
-    loop = benchmark("reference_loop")
-    assert loop.repeated_ngrams([1, 2, 3, 1, 2, 3, 1, 2, 3]) == 3 + 1 + 1  # 123 three times, 231 twice, 312 twice
-    assert loop.keyword_overlap("the red fox", "Where is THE fox") == pytest.approx(2 / 3)
+def test_the_penalties_of_the_reference_loop_by_hand():
+    assert (
+        reference_loop.repeated_ngrams([1, 2, 3, 1, 2, 3, 1, 2, 3]) == 3 + 1 + 1
+    )  # 123 three times, 231 twice, 312 twice
+    assert reference_loop.keyword_overlap("the red fox", "Where is THE fox") == pytest.approx(2 / 3)
 
 
-def test_the_contexts_of_the_reference_loop_keep_the_nearest_sentences(benchmark, retriever_path, generator_path):
+def test_the_contexts_of_the_reference_loop_keep_the_nearest_sentences(retriever_path, generator_path):
     import faiss
 
     from cozyrag.models.retriever import Retriever
@@ -239,7 +230,7 @@ def test_the_contexts_of_the_reference_loop_keep_the_nearest_sentences(benchmark
     index = faiss.IndexFlatIP(32)
     index.add(retriever.encode(passages.texts, kind="document", batch_size=4))
     question = "The fox 0 is red."
-    context = benchmark("reference_loop").make_context(
+    context = reference_loop.make_context(
         question, model=retriever.model, index=index, passages=passages,
         tokenizer=Generator.load(str(generator_path)).tokenizer, top_k=3, budget=20,
     )  # fmt: skip
@@ -263,8 +254,9 @@ def bare_packages(tmp_path):
 @pytest.mark.slow
 def test_three_parts_run_without_datasets_and_faiss(bare_packages, files, retriever_path):
     done = subprocess.run(
-        [sys.executable, "-S", str(BENCHMARKS / "speed.py"), *arguments(files, retriever_path, *SHAPE)],
-        env={"PYTHONPATH": f"{BENCHMARKS.parent}:{bare_packages}", "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-S", "-m", "benchmarks.speed.round", *arguments(files, retriever_path, *SHAPE)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(bare_packages), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -276,12 +268,11 @@ def test_three_parts_run_without_datasets_and_faiss(bare_packages, files, retrie
     assert "SentenceTransformerTrainer" not in done.stdout
 
 
-def test_the_8_bit_side_encodes_with_8_bits_while_it_is_timed(benchmark, files, retriever_path):
+def test_the_8_bit_side_encodes_with_8_bits_while_it_is_timed(files, retriever_path):
     pytest.importorskip("onnxruntime")
-    speed, contenders = benchmark("speed"), benchmark("contenders")
-    made = speed.Benchmark(speed.parse(arguments(files, retriever_path, "--only", "index")))
-    plain, eight = contenders.index_sides(made.models, made.passages, made.place, made.options)[:2]
-    assert eight.name == contenders.OURS_INT8
+    made = Benchmark(parse(None, arguments(files, retriever_path, "--only", "index")))
+    plain, eight = index_sides(made.models, made.passages, made.place, made.options)[:2]
+    assert eight.name == OURS_INT8
     (whole, _), (coarse, _) = plain.build(8)(), eight.build(8)()
     near = (whole * coarse).sum(axis=1)
     assert 0.97 < near.min() < near.max() < 1 - 1e-7

@@ -1,7 +1,7 @@
-"""How the speed benchmark measures: seconds, peak memory, FLOPs, and medians of repetitions that take turns.
+"""How the speed benchmarks measure: seconds, peak memory, FLOPs, and medians of alternating repetitions.
 
-Machines are noisy: the sides of a comparison take turns (ours, theirs, ours, theirs ...) and are compared within a
-repetition, so that a slow minute slows both. Left out: what is measured (speed.py, contenders.py, reference_loop.py).
+Machines are noisy, so the sides of a comparison alternate (ours, theirs, ours, theirs ...) and are compared within a
+repetition: a slow minute slows both. Left out: what is measured (training_sides.py, retrieval_sides.py).
 """
 
 import gc
@@ -15,25 +15,31 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-SAMPLING = 0.01  # seconds between two looks at the memory of the process
+SAMPLING = 0.01  # seconds between two samples of the memory of the process
+
+Run = Callable[[], object]
+Build = Callable[[int], Run]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do a part: `build(rows)` makes all ready, which is not timed, and gives the act that is timed.
+    """One implementation of a part.
 
-    `size`: rows of a repetition; `warm_up`: rows done once before all repetitions, so that kernels are chosen and loaded.
+    Args:
+        size: rows of a repetition.
+        warm_up: rows of the warm-up before all repetitions, in which kernels are chosen and loaded.
+        build: prepares a run over so many rows, which is not timed, and returns the run, which is timed.
     """
 
     name: str
     size: int
     warm_up: int
-    build: Callable[[int], Callable[[], object]]
+    build: Build
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a side took: rows per second of each repetition, and the most memory in bytes beyond what was there before."""
+    """Rows per second of each repetition of a side, and its peak memory in bytes beyond the memory in use before."""
 
     name: str
     rates: list[float]
@@ -46,19 +52,20 @@ class Measured:
 
 
 class PeakMemory:
-    """The most memory in use inside a `with`, in bytes, less `before`: allocated on a GPU, resident on a CPU."""
+    """Peak memory inside a `with`, in bytes beyond `before`: allocated memory on a GPU, resident memory on a CPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.before = self.peak = self._now()
         self._over = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def _now(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return psutil.Process().memory_info().rss
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._over.wait(SAMPLING):
             self.peak = max(self.peak, self._now())
 
@@ -66,46 +73,45 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+            self._sampler.start()
         return self
 
-    def __exit__(self, *problem) -> None:
+    def __exit__(self, *problem: object) -> None:
         if self.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(self.device)
         else:
             self._over.set()
-            self._thread.join()
+            self._sampler.join()
             self.peak = max(self.peak, self._now())
 
     @property
     def used(self) -> int:
-        """Bytes beyond what was in use when this was made."""
+        """Bytes beyond the memory in use when this object was made."""
         return self.peak - self.before
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given, so that the clock sees it."""
+    """Wait until a GPU has finished its queue, so that the clock includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(side: Side, rows: int, device: torch.device) -> tuple[float, int]:
-    """Seconds and peak memory of one act. The memory counts from before the side was built: its models are its own."""
+    """Seconds and peak memory in bytes of one run. The memory includes the models that the side loads."""
     gc.collect()
     memory = PeakMemory(device)
-    act = side.build(rows)
+    run = side.build(rows)
     wait_for(device)
     with memory:
         began = time.perf_counter()
-        act()
+        run()
         wait_for(device)
         seconds = time.perf_counter() - began
     return seconds, memory.used
 
 
 def measure(part: str, sides: Sequence[Side], *, repeats: int, device: torch.device) -> list[Measured]:
-    """All sides of a part, taking turns."""
+    """Measure all sides of a part in alternation, after a warm-up."""
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     memory = dict.fromkeys(rates, 0)
     with tqdm(total=len(sides) * (repeats + 1), desc=f"measuring: {part}", unit="run") as bar:
@@ -116,7 +122,7 @@ def measure(part: str, sides: Sequence[Side], *, repeats: int, device: torch.dev
                 seconds, used = timed(side, rows, device)
                 if repetition:
                     rates[side.name].append(rows / seconds)
-                # a process keeps freed memory, so that later growth looks too small: the largest counts
+                # A process keeps freed memory, which makes later growth look too small: the largest value counts.
                 memory[side.name] = max(memory[side.name], used)
                 bar.update()
     return [Measured(side.name, rates[side.name], memory[side.name]) for side in sides]
@@ -125,6 +131,11 @@ def measure(part: str, sides: Sequence[Side], *, repeats: int, device: torch.dev
 def ratios(ours: Measured, theirs: Measured) -> list[float]:
     """How many times as fast we are, for each repetition."""
     return [mine / other for mine, other in zip(ours.rates, theirs.rates, strict=True)]
+
+
+def spread(values: Sequence[float], digits: str) -> str:
+    """Lowest to highest as text."""
+    return f"{min(values):{digits}} to {max(values):{digits}}"
 
 
 def round_seconds(rates: dict[str, float], *, pairs: int, passages: int) -> float:
@@ -136,16 +147,19 @@ def round_seconds(rates: dict[str, float], *, pairs: int, passages: int) -> floa
 def training_flops(
     *, layers: int, width: int, inner: int, vocabulary: int, lengths: Sequence[int], targets: Sequence[int]
 ) -> int:
-    """Model FLOPs of training a GPT-2 once on examples: what the mathematics needs, whatever a program computes besides.
+    """Model FLOPs of training a GPT-2 once on examples, whatever an implementation computes beyond them.
 
-    A parameter of a matrix costs a token 2 FLOPs forward and 4 backward. With d the width and m the inner width:
-    layers but the last, 6 * (4 d^2 + 2 d m) for each token; attention, 6 * d * length^2 for each example (12 for two
-    products of all pairs of tokens, half of it as a token sees no later one); the last layer, 6 * 3 d^2 for each token
-    (its keys and values are read of all; queries are one product with them) and 6 * (d^2 + 2 d m) + 12 * d * length for each
-    answer token; head, 6 * d * vocabulary for each answer token. Padding, recomputation, biases, norms and the optimizer do not count.
+    A parameter of a matrix costs 2 FLOPs a token forward and 4 backward. With the width d and the inner width m:
+      - all layers but the last: 6 * (4 d^2 + 2 d m) for each token, and for attention 6 * d * length^2 for each example
+        (12 for two products of all pairs of tokens, halved because attention is causal);
+      - the last layer: 6 * 3 d^2 for each token (keys, values, and queries, which share one product), and
+        6 * (d^2 + 2 d m) + 12 * d * length for each answer token;
+      - the head: 6 * d * vocabulary for each answer token.
+    Padding, recomputation, biases, norms, and the optimizer do not count.
 
     Args:
-        lengths: tokens of each example; targets: answer tokens (EOS too) of each.
+        lengths: tokens of each example.
+        targets: answer tokens of each example, with EOS.
     """
     matrices = 6 * (layers - 1) * (4 * width**2 + 2 * width * inner) * sum(lengths)
     attention = 6 * (layers - 1) * width * sum(length**2 for length in lengths)
@@ -160,14 +174,14 @@ def matrix_products(size: int, count: int, device: torch.device) -> Side:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     flops = 2 * size**3
 
-    def build(rows: int) -> Callable[[], object]:
+    def build(rows: int) -> Run:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
 
-        def act() -> None:
+        def run() -> None:
             for _ in range(rows // flops):
                 torch.mm(left, right, out=out)
 
-        return act
+        return run
 
     return Side("matrix product", flops * count, flops, build)

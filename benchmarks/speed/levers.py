@@ -1,17 +1,16 @@
-#!/usr/bin/env python
-"""What each lever of the generator phase is worth: the phase as it is, and the phase with one thing taken out of it.
+"""What is each optimisation of the generator phase worth? Measures the phase without one at a time.
 
-    python benchmarks/levers.py --json levers.json
+    python -m benchmarks.speed.levers --json levers.json
 
-The sides take turns in one process, on the same questions and weights (data and sizes: the options of speed.py). Next to
-what was measured stands what arithmetic predicts, where it does: more FLOPs than with the lever. Left out: what is compared
-with other programs (speed.py).
+The sides alternate in one process, on the same questions and weights; data and sizes are options of round.py. The table
+also shows the ratio of FLOPs that arithmetic predicts, where it does. Left out: comparison with other programs
+(round.py).
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,96 +18,104 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from contenders import our_generator
-from measuring import Side, measure, ratios, training_flops
-from speed import Benchmark, parse, spread
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
+from benchmarks.shared.measuring import Run, Side, measure, ratios, spread, training_flops
+from benchmarks.shared.round_benchmark import Benchmark, parse
+from benchmarks.shared.speed_data import Prompts
+from benchmarks.shared.training_sides import our_generator
 from cozyrag.cli import entry_point
-from cozyrag.models import batching, generator
+from cozyrag.models import batching, loading, token_losses
 from cozyrag.models.batching import plan_steps
+from cozyrag.models.prompts import Example
 
 AS_IT_IS = "as it is"
 
 
 @dataclass(frozen=True)
 class Lever:
-    """`name`: what is taken out; `without`: a context in which it is; `predicted`: how many times as long, None: unknown.
+    """One optimisation that is taken out of the generator phase.
 
-    `changes`: training settings that take it out; `context_tokens`: a budget of contexts that takes it out.
+    Args:
+        name: what replaces it.
+        predicted: how many times as long the phase takes by arithmetic; None: unknown.
+        without: a context manager that takes it out.
+        changes: training settings that take it out.
+        context_tokens: a budget of contexts that takes it out.
     """
 
     name: str
     predicted: float | None = None
-    without: Callable[[], object] | None = None
+    without: Callable[[], AbstractContextManager] = nullcontext
     changes: tuple[tuple[str, object], ...] = ()
     context_tokens: int | None = None
 
 
-# ---- the phase without one thing
+# ---- the phase without one optimisation
 
 
-def head_everywhere():
-    """Logits of every position, of which the loss takes those of answers."""
+def head_everywhere() -> AbstractContextManager:
+    """Compute the logits of every position; the loss uses those of the answers."""
 
     def forward(self, input_ids, positions, targets, attention_mask=None, position_ids=None, **unused):
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets, reduction="none")
 
-    return patch.object(generator.TokenLosses, "forward", forward)
+    return patch.object(token_losses.TokenLosses, "forward", forward)
 
 
 @contextmanager
 def nothing_changed(*_) -> Iterator[None]:
-    """Takes the place of what saves most of the last block."""
+    """Replaces the context manager that skips most of the last block."""
     yield
 
 
-def last_block_everywhere():
-    """The whole last block at every position."""
-    return patch.object(generator, "read_only_at", nothing_changed)
+def last_block_everywhere() -> AbstractContextManager:
+    """Compute the whole last block at every position."""
+    return patch.object(token_losses, "read_only_at", nothing_changed)
 
 
 def shuffled(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Batches of rows as they come, long beside short."""
+    """Batches in random order, with short and long rows mixed."""
     order = random.permutation(len(lengths))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def unsorted():
-    """Rows are not sorted by length."""
+def unsorted() -> AbstractContextManager:
+    """Do not sort rows by length."""
     return patch.object(batching, "_one_epoch", shuffled)
 
 
-def loaded_with(change: Callable):
-    """Models whose config is changed after the package has set it."""
-    original = generator._training_config
+def loaded_with(change: Callable[[PretrainedConfig], None]) -> AbstractContextManager:
+    """Load models with a change of the config that the package trains with."""
+    original = loading.training_config
 
-    def changed(config, dropout):
+    def changed(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
         config = original(config, dropout)
         change(config)
         return config
 
-    return patch.object(generator, "_training_config", changed)
+    return patch.object(loading, "training_config", changed)
 
 
-def composed_activation(config) -> None:
-    """GPT-2's activation as it is written in its first code, eight kernels instead of one."""
+def composed_activation(config: PretrainedConfig) -> None:
+    """GPT-2's activation as first published: eight kernels instead of one."""
     config.activation_function = "gelu_new"
 
 
-def with_dropout(config) -> None:
-    """Dropout as distilgpt2's config has it."""
+def with_dropout(config: PretrainedConfig) -> None:
+    """The dropout of distilgpt2's config."""
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.1
 
 
-def eager_attention(config) -> None:
-    """Attention written out as products and a softmax."""
+def eager_attention(config: PretrainedConfig) -> None:
+    """Attention as separate products and a softmax."""
     config._attn_implementation = "eager"
 
 
-def plain_optimizer():
-    """AdamW that goes through the weights one tensor and one operation at a time."""
+def plain_optimizer() -> AbstractContextManager:
+    """AdamW with one tensor and one operation at a time."""
     adamw = torch.optim.AdamW
     return patch.object(
         torch.optim, "AdamW", lambda *args, **named: adamw(*args, **named | {"fused": False, "foreach": False})
@@ -130,7 +137,12 @@ def one_thread() -> Iterator[None]:
 
 
 def flops(benchmark: Benchmark, lengths: Sequence[int], last: Sequence[int], head: Sequence[int]) -> int:
-    """Of a pass over examples of these lengths (padding included), with so many places in the last block and in the head."""
+    """FLOPs of a pass over examples of these lengths, padding included.
+
+    Args:
+        last: positions of each example in the last block.
+        head: positions of each example in the head.
+    """
     shape = benchmark.models.shape
     layers = training_flops(
         layers=shape.n_layer, width=shape.n_embd, inner=4 * shape.n_embd, vocabulary=0, lengths=lengths, targets=last
@@ -139,13 +151,13 @@ def flops(benchmark: Benchmark, lengths: Sequence[int], last: Sequence[int], hea
 
 
 def padded(lengths: Sequence[int], steps: Sequence[np.ndarray]) -> list[int]:
-    """The length that each row has in its batch, by row."""
+    """The padded length of each row in its batch."""
     longest = {int(row): max(lengths[each] for each in step) for step in steps for row in step}
     return [longest[row] for row in range(len(lengths))]
 
 
-def predictions(benchmark: Benchmark, examples: Sequence, longer: Sequence) -> dict[str, float]:
-    """How many times as many FLOPs without the lever: head, last block, sorting, and a longer context."""
+def predictions(benchmark: Benchmark, examples: Sequence[Example], longer: Sequence[Example]) -> dict[str, float]:
+    """The ratio of FLOPs without each optimisation: head, last block, sorting, and a longer context."""
     lengths = [len(example.input_ids) for example in examples]
     targets = [len(example.input_ids) - example.prompt_length for example in examples]
     batch = benchmark.options.generator_batch
@@ -167,7 +179,7 @@ def predictions(benchmark: Benchmark, examples: Sequence, longer: Sequence) -> d
 
 
 def levers(benchmark: Benchmark, predicted: dict[str, float]) -> list[Lever]:
-    """All of them."""
+    """All optimisations."""
     double = 2 * benchmark.options.context_tokens
     threads = torch.get_num_threads()
     found = [
@@ -186,20 +198,19 @@ def levers(benchmark: Benchmark, predicted: dict[str, float]) -> list[Lever]:
     return found + [Lever(f"one thread, not {threads}", float(threads), one_thread)] * (threads > 1)
 
 
-def side(benchmark: Benchmark, prompts, lever: Lever) -> Side:
-    """The phase without that lever."""
+def side(benchmark: Benchmark, prompts: Prompts, lever: Lever) -> Side:
+    """The phase without one optimisation."""
     options = argparse.Namespace(**vars(benchmark.options))
     options.context_tokens = lever.context_tokens or options.context_tokens
     build = our_generator(benchmark.models, prompts, benchmark.place, options, **dict(lever.changes))
-    without = lever.without or (lambda: patch.dict({}))
 
-    def prepare(rows: int) -> Callable[[], object]:
-        with without():
-            act = build(rows)
+    def prepare(rows: int) -> Run:
+        with lever.without():
+            phase = build(rows)
 
         def run() -> object:
-            with without():
-                return act()
+            with lever.without():
+                return phase()
 
         return run
 
@@ -210,11 +221,11 @@ def side(benchmark: Benchmark, prompts, lever: Lever) -> Side:
 
 
 def table(found: list[tuple[Lever, list[float]]], rate: float, pairs: int) -> str:
-    """How many times as long the phase takes without each lever."""
+    """How many times as long the phase takes without each optimisation."""
     lines = [
         f"The generator phase as it is: {rate:.2f} QA pairs a second ({pairs} pairs).",
         "",
-        "| without the lever | predicted | measured (median) | lowest to highest |",
+        "| without the optimisation | predicted | measured (median) | lowest to highest |",
         "|---|---:|---:|---:|",
     ]
     for lever, times in found:
@@ -224,7 +235,7 @@ def table(found: list[tuple[Lever, list[float]]], rate: float, pairs: int) -> st
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Measure and tell."""
+    """Measure and report."""
     benchmark = Benchmark(options)
     asked = benchmark.asked.first(options.pairs)
     prompts = benchmark.prompts(asked)
@@ -238,10 +249,15 @@ def compare(options: argparse.Namespace) -> None:
     found = [(lever, ratios(first, other)) for lever, other in zip(chosen, others, strict=True)]
     print(table(found, first.rate, options.pairs))
     if options.json:
-        told = {lever.name: {"predicted": lever.predicted, "measured": times} for lever, times in found}
-        Path(options.json).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        results = {lever.name: {"predicted": lever.predicted, "measured": times} for lever, times in found}
+        Path(options.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    options = parse(__doc__)
+    entry_point(lambda: compare(options))
 
 
 if __name__ == "__main__":
-    chosen_options = parse()
-    entry_point(lambda: compare(chosen_options))
+    main()

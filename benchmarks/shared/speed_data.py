@@ -1,7 +1,7 @@
-"""What the speed benchmark works on: questions with their passages, prompts, and the checkpoints all sides start from.
+"""Data of the speed benchmarks: questions with passages, prompts, and the checkpoints that all sides start from.
 
-Contexts of the training parts need no search: a gold passage and those that follow it in the file, cut at the budget, so
-that a prompt is as long as a real one. Left out: which side does what with them.
+The training parts need no search. A context is a gold passage and the passages after it in the file, cut at the budget,
+so a prompt is as long as a real one. Left out: what each side does with the data.
 """
 
 import gzip
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import stand_ins
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -25,70 +24,74 @@ from transformers import (
     GPT2Tokenizer,
 )
 
+from benchmarks.shared import stub_modules
 from cozyrag.errors import InputError
 from cozyrag.models.prompts import Example, encode_examples
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.assets import QUICKSTART
 
-NEIGHBOURS = 4  # passages that a context is cut from, as many as a search gives
+NEIGHBOURS = 4  # passages that a context is cut from: the default top_k
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions with an answer and the row of their gold passage."""
+    """Questions, one answer of each, and the row of the gold passage of each."""
 
     questions: list[str]
     answers: list[str]
     gold: list[int]
 
     def first(self, count: int, start: int = 0) -> "Asked":
-        """So many questions from `start` on, from the beginning again where they run out."""
+        """`count` questions from `start` on, wrapping around at the end."""
         rows = [(start + at) % len(self.questions) for at in range(count)]
         columns = (self.questions, self.answers, self.gold)
         return Asked(*([column[row] for row in rows] for column in columns))
 
     def split(self, train: int, held_out: int) -> tuple["Asked", "Asked"]:
-        """So many questions to train on, and others, at most half of all."""
+        """`train` questions to train on, and others that are held out, at most half of all."""
         start = len(self.questions) - min(held_out, len(self.questions) // 2)
         return self.first(start).first(train), self.first(len(self.questions) - start, start)
 
 
 def read_corpus(questions: str | None, passages: str | None, *, seed: int) -> tuple[Asked, Passages]:
-    """Questions in random order, and all passages. Without datasets only .jsonl is read.
+    """Questions in random order, and all passages.
 
     Args:
-        questions, passages: as cozyrag/data/questions.py and passages.py read them; both None: the quickstart set.
+        questions, passages: files in any format of train.py, or .jsonl without datasets; both None: the quickstart set.
+
+    Raises:
+        InputError: no question has a known gold passage, or a file is unusable.
     """
     if questions is None:
         questions, passages = QUICKSTART["questions"], passages or QUICKSTART["passages"]
-    read = _read_lines if "datasets" in stand_ins.MISSING else _read_tables
+    read = _read_lines if "datasets" in stub_modules.MISSING else _read_tables
     rows, columns = read(questions, passages)
     row_of = {key: row for row, key in enumerate(columns.ids)}
     usable = [(question, answer, row_of[key]) for question, answer, key in rows if key in row_of]
     if not usable:
-        raise InputError(f"Expected questions whose gold passage is known, found none in {questions}. Give --passages.")
+        raise InputError(f"Expected questions with a known gold passage, found none in {questions}. Give --passages.")
     random.Random(seed).shuffle(usable)
     return Asked(*(list(column) for column in zip(*usable, strict=True))), columns
 
 
 def _read_tables(questions: str, passages: str | None) -> tuple[list[tuple[str, str, str]], Passages]:
-    """(question, answer, passage id) and the passages, by the package's own readers."""
+    """(question, answer, passage id) and the passages, with the readers of the package."""
     from cozyrag.data.passages import read_passages
     from cozyrag.data.questions import read_questions
 
     read = read_questions(questions)
     table = read_passages(passages)[0] if passages else read.passages
     if table is None:
-        raise InputError(f"Expected passages to search; {questions} carries none. Give --passages.")
+        raise InputError(f"Expected passages to search, found none in {questions}. Give --passages.")
     columns = read.table[:]
     answers = [each[0] for each in columns["answers"]]
     return list(zip(columns["question"], answers, columns["passage_id"], strict=True)), Passages.of(table)
 
 
 def _read_lines(questions: str, passages: str | None) -> tuple[list[tuple[str, str, str]], Passages]:
-    """The same from JSON lines, without datasets: question, answers, and passage_id or context."""
+    """The same from JSON lines with question, answers, and passage_id or context, without datasets."""
     asked = _lines(questions)
     held = _lines(passages) if passages else [row | {"id": row["context"], "text": row["context"]} for row in asked]
     unique = {row["id"]: row for row in held}
@@ -102,7 +105,9 @@ def _read_lines(questions: str, passages: str | None) -> tuple[list[tuple[str, s
 
 def _lines(path: str) -> list[dict]:
     if not path.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"Expected a .jsonl or .jsonl.gz file, since datasets is not installed here, found {path}.")
+        raise InputError(
+            f"Expected a .jsonl or .jsonl.gz file, found {path}. Other formats need the package datasets: install it."
+        )
     opened = gzip.open if path.endswith(".gz") else open
     with opened(path, mode="rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
@@ -110,7 +115,7 @@ def _lines(path: str) -> list[dict]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the generators train on: the same texts for all, and the same tokens."""
+    """Training data of the generators: the same texts and tokens for all sides."""
 
     questions: list[str]
     contexts: list[str]
@@ -119,7 +124,7 @@ class Prompts:
 
 
 def make_prompts(asked: Asked, passages: Passages, tokenizer, *, context_tokens: int, max_length: int) -> Prompts:
-    """Prompts whose contexts are full."""
+    """Prompts whose contexts fill the budget."""
     contexts = []
     for gold in asked.gold:
         near = [(gold + step) % len(passages.ids) for step in range(NEIGHBOURS)]
@@ -138,12 +143,12 @@ def make_prompts(asked: Asked, passages: Passages, tokenizer, *, context_tokens:
 
 @dataclass
 class Models:
-    """Checkpoint folders that every side loads anew, so that all start from equal weights.
+    """Checkpoints that every side loads again before each run, so that all start from equal weights.
 
     Args:
-        generator: a checkpoint to start from; None: `shape` with random weights.
-        tokenizer: a folder whose tokenizer the random generator gets; None: one trained on `texts`.
-        retriever: "embedded", "random" (all-MiniLM-L6-v2's shape, for machines without its weights), or a folder.
+        generator: a checkpoint; None: random weights of `shape`.
+        tokenizer: folder of a tokenizer for random weights; None: one trained on `texts`.
+        retriever: "embedded", "random" (the shape of all-MiniLM-L6-v2, for machines without its weights), or a folder.
     """
 
     texts: Sequence[str]
@@ -155,7 +160,7 @@ class Models:
 
     @cached_property
     def generator_folder(self) -> str:
-        """Where the generator lies."""
+        """The folder of the generator."""
         if self.generator:
             return self.generator
         folder = Path(self._folder.name) / "generator"
@@ -167,7 +172,8 @@ class Models:
             )
         if len(tokenizer) > self.shape.vocab_size:
             raise InputError(
-                f"Expected --vocabulary of at least {len(tokenizer)}, as many as the tokenizer has tokens."
+                f"--vocabulary: expected at least the {len(tokenizer)} tokens of the tokenizer, found "
+                f"{self.shape.vocab_size}. Raise it."
             )
         tokenizer.save_pretrained(folder)
         self.shape.bos_token_id = self.shape.eos_token_id = tokenizer.eos_token_id
@@ -175,7 +181,7 @@ class Models:
         return str(folder)
 
     def load_retriever(self, device: str, max_tokens: int | None = None) -> Retriever:
-        """The retriever; `max_tokens` None leaves its own limit."""
+        """The retriever, reading at most `max_tokens` of a passage; None: its own limit."""
         if self.retriever == "embedded":
             return Retriever.load_embedded(max_tokens=max_tokens, device=device)
         folder = self.random_retriever if self.retriever == "random" else self.retriever
@@ -183,7 +189,7 @@ class Models:
 
     @cached_property
     def random_retriever(self) -> str:
-        """A folder with a SentenceTransformer of all-MiniLM-L6-v2's shape, untrained, with a vocabulary of `texts`."""
+        """An untrained SentenceTransformer of the shape of all-MiniLM-L6-v2, with a vocabulary from `texts`."""
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -197,7 +203,7 @@ class Models:
 
 
 def _word_pieces(texts: Sequence[str]) -> BertTokenizerFast:
-    """BERT's kind of tokenizer, trained on the texts."""
+    """A WordPiece tokenizer like BERT's, trained on the texts."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,8 +1,8 @@
-"""Lets the phases of training be imported where datasets and faiss are not installed, as on many borrowed GPU machines.
+"""Import the training phases without datasets and faiss, which many GPU machines do not have.
 
-They name `Dataset` in annotations and `Passages` of the index module, whose head imports both libraries, and need
-neither. So where one is missing, an empty module stands in for it while the phases are imported, and is taken away
-again. Left out: searching, which needs the real ones.
+The phases name `Dataset` in annotations and `Passages` of passage_index.py, which imports both libraries, but need
+neither. An empty module replaces a missing library while the phases are imported, and is removed afterwards. Left out:
+search, which needs the libraries.
 """
 
 import importlib
@@ -12,8 +12,8 @@ from types import ModuleType
 
 WANTED = ("datasets", "faiss")
 MISSING = tuple(name for name in WANTED if find_spec(name) is None)
-# What the phases need besides, imported first so that no other library meets a stand-in.
-BEFORE = (
+# Imported first, so that no other library sees an empty module.
+FIRST = (
     "accelerate.utils",
     "transformers",
     "sentence_transformers",
@@ -23,19 +23,19 @@ BEFORE = (
 PHASES = ("cozyrag.training.generator_phase", "cozyrag.training.retriever_phase")
 
 
-def _empty(name: str, **content) -> ModuleType:
-    module = ModuleType(name, "A stand-in for a library that is not installed.")
+def _stub(name: str, **content: object) -> ModuleType:
+    module = ModuleType(name, "Replaces a library that is not installed.")
     vars(module).update(content)
     return module
 
 
 def _import_phases() -> None:
-    for name in BEFORE:
+    for name in FIRST:
         importlib.import_module(name)
     modules = {
-        "datasets": _empty("datasets", Dataset=object),
-        "datasets.utils": _empty("datasets.utils", are_progress_bars_disabled=lambda: True),
-        "faiss": _empty("faiss", Index=object),
+        "datasets": _stub("datasets", Dataset=object),
+        "datasets.utils": _stub("datasets.utils", are_progress_bars_disabled=lambda: True),
+        "faiss": _stub("faiss", Index=object),
     }
     placed = {name: module for name, module in modules.items() if name.partition(".")[0] in MISSING}
     sys.modules.update(placed)

@@ -1,4 +1,4 @@
-"""SQuAD's questions asked of Wikipedia articles: articles cut into passages, and the passage that holds a paragraph's answer.
+"""SQuAD's questions over Wikipedia articles: split articles into passages and find the gold passages.
 
 Left out: which files these are (suites.py).
 """
@@ -17,13 +17,13 @@ from cozyrag.data.rows import BadRows
 from cozyrag.data.sentences import split_sentences
 from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 
-COVERAGE = 0.5  # share of a paragraph's runs of words that must stand in the article
-RUN = 8
+COVERAGE = 0.5  # share of a paragraph's runs of words that the article must contain
+RUN = 8  # words
 CHUNK_WORDS = 100
 
 
 def cut(text: str, words: int = CHUNK_WORDS) -> list[str]:
-    """A text in passages of whole sentences with about so many words; a rest of less than a third joins the one before."""
+    """Passages of whole sentences with about `words` words each. A rest below a third joins the last one."""
     passages: list[list[str]] = []
     size = words
     for sentence in split_sentences(text):
@@ -42,10 +42,10 @@ def _rows(path: str, columns: tuple[str, ...]) -> Iterator[dict]:
     return (row.values for row in read_rows(path, split="train", known=columns, bad=BadRows()))
 
 
-def _cut_all(path: str) -> Dataset:
-    """All articles of a file as passages; the ids are ARTICLE-NUMBER."""
+def _passages_of(path: str) -> Dataset:
+    """The passages of all articles of a file, with ids ARTICLE-NUMBER."""
     table: dict[str, list[str]] = {"id": [], "title": [], "text": []}
-    for article in tqdm(_rows(path, ("id", "title", "text")), desc="cutting articles", unit="article"):
+    for article in tqdm(_rows(path, ("id", "title", "text")), desc="splitting articles", unit="article"):
         for number, text in enumerate(cut(article["text"])):
             table["id"].append(f"{article['id']}-{number}")
             table["title"].append(article["title"])
@@ -60,16 +60,16 @@ def _runs(text: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Articles:
-    """Passages cut from articles; `held`: for the SHA-1 of a SQuAD paragraph the rows of the article that holds it."""
+    """Passages of articles. `rows_of`: by SHA-1 of a SQuAD paragraph, the rows of the article that contains it."""
 
     passages: Dataset
     texts: list[str]
-    held: dict[str, list[int]]
+    rows_of: dict[str, list[int]]
 
     @classmethod
     def read(cls, articles: str, places: str) -> "Articles":
-        """Cut the articles of one file, and see in the other which paragraphs they hold."""
-        passages, rows_of = _cut_all(articles), {}
+        """Read the articles from one file, and from the other which paragraphs each of them contains."""
+        passages, rows_of = _passages_of(articles), {}
         for row, key in enumerate(passages["id"][:]):
             rows_of.setdefault(key.rpartition("-")[0], []).append(row)
         held = {
@@ -80,21 +80,21 @@ class Articles:
         return cls(passages, passages["text"][:], held)
 
     def find(self, questions: Questions, limit: int | None) -> tuple[Dataset, int]:
-        """The questions (a sample) whose paragraph is held, with their gold passage here or None; and how many there were."""
+        """A sample of the questions whose paragraph is in an article, with gold passages; and how many there are."""
         carried = questions.passages[:]
         paragraphs = dict(zip(carried["id"], carried["text"], strict=True))
         sha1 = {key: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for key, text in paragraphs.items()}
-        there = [row for row, key in enumerate(questions.table["passage_id"][:]) if sha1[key] in self.held]
+        there = [row for row, key in enumerate(questions.table["passage_id"][:]) if sha1[key] in self.rows_of]
         chosen = take(questions.table.select(there), limit, 0)[:]
         asked = list(zip(chosen["passage_id"], chosen["answers"], strict=True))
         gold = [
-            self.gold(paragraphs[key], answers, self.held[sha1[key]])
+            self.gold(paragraphs[key], answers, self.rows_of[sha1[key]])
             for key, answers in tqdm(asked, desc="finding gold passages", unit="question")
         ]
         return Dataset.from_dict(chosen | {"passage_id": gold}, features=questions.table.features), len(there)
 
     def gold(self, paragraph: str, answers: list[str], rows: list[int]) -> str | None:
-        """Of the passages that hold an answer the one that shares most runs of words with the paragraph; None if none does."""
+        """The passage that contains an answer and shares most runs with the paragraph; None if there is none."""
         runs = _runs(paragraph)
         shared = {
             row: len(runs & _runs(self.texts[row]))

@@ -1,21 +1,21 @@
-"""RAG fine-tuning as it is plainly written: the loop that CoZyRAG's speed is held against.
+"""RAG fine-tuning, plainly written: the baseline of the speed benchmark.
 
-Every choice here is the obvious one: one question and one sentence encoded at a time, batches of 4 padded to a fixed
-length, the LM head at every position with labels of -100 where no loss is wanted, dropout as the config has it, AdamW
-as it comes, penalties counted in Python from the argmax tokens. Nothing is made slow on purpose: prompts come tokenized
-and the index is FAISS's. Left out: learning-rate schedule, clipping, evaluation, saving.
+Every choice is the obvious one: one question and one sentence encoded at a time, batches of 4 padded to a fixed length,
+the LM head at every position with labels of -100 outside of answers, dropout as in the config, default AdamW, penalties
+counted in Python from the argmax tokens. Nothing is slow on purpose: prompts are tokenized beforehand, and the index is
+from FAISS. Left out: learning-rate schedule, clipping, evaluation, saving.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import stand_ins  # noqa: F401  makes the imports below possible without datasets and faiss
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.shared import stub_modules  # noqa: F401  first: allows the next imports without datasets and faiss
 from cozyrag.data.sentences import split_sentences
 from cozyrag.models.prompts import Example
 from cozyrag.retrieval.passage_index import Passages
@@ -37,7 +37,7 @@ def padded(examples: Sequence[Example], *, pad_id: int, pad_to: int) -> dict[str
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 3) -> int:
-    """Pairs of equal n-grams."""
+    """Number of pairs of equal n-grams."""
     count = 0
     for first in range(len(tokens) - n + 1):
         for second in range(first + 1, len(tokens) - n + 1):
@@ -47,7 +47,7 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 3) -> int:
 
 
 def keyword_overlap(text: str, question: str) -> float:
-    """Share of the words written that stand in the question."""
+    """Share of the words of a text that are in the question."""
     words = text.lower().split()
     asked = set(question.lower().split())
     return sum(1 for word in words if word in asked) / max(1, len(words))
@@ -61,7 +61,7 @@ def penalty(
     *,
     min_tokens: int = 3,
 ) -> float:
-    """Mean over the batch of repeats, overlap with the question and shortness of the argmax answers."""
+    """Mean over the batch of the repeats, overlap with the question, and shortness of the argmax answers."""
     total = 0.0
     predicted = logits[:, :-1].argmax(-1)
     for row, question in enumerate(questions):
@@ -88,11 +88,11 @@ def train_generator(
     pad_to: int = 256,
     penalty_weight: float = 0.1,
 ) -> list[float]:
-    """One pass over the examples in random order; returns the cross-entropy of each batch."""
+    """One pass over the examples in random order. Returns the cross-entropy of each batch."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     order = torch.randperm(len(examples)).tolist()
-    told = []
+    losses = []
     for start in tqdm(range(0, len(order), batch_size), desc="reference loop", unit="step", leave=False):
         rows = order[start : start + batch_size]
         batch = padded([examples[row] for row in rows], pad_id=tokenizer.pad_token_id, pad_to=pad_to)
@@ -104,8 +104,8 @@ def train_generator(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        told.append(output.loss.item())
-    return told
+        losses.append(output.loss.item())
+    return losses
 
 
 def train_retriever(
@@ -116,12 +116,12 @@ def train_retriever(
     learning_rate: float,
     batch_size: int,
 ) -> list[float]:
-    """One pass over (question, positive, negative) in random order; returns the loss of each batch."""
+    """One pass over (question, positive, negative) in random order. Returns the loss of each batch."""
     model.train()
     objective = MultipleNegativesRankingLoss(model, scale=20.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     order = torch.randperm(len(triplets)).tolist()
-    told = []
+    losses = []
     for start in tqdm(range(0, len(order), batch_size), desc="plain retriever loop", unit="step", leave=False):
         columns = zip(*(triplets[row] for row in order[start : start + batch_size]), strict=True)
         features = [
@@ -136,8 +136,8 @@ def train_retriever(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        told.append(loss.item())
-    return told
+        losses.append(loss.item())
+    return losses
 
 
 def make_context(
@@ -150,7 +150,7 @@ def make_context(
     top_k: int,
     budget: int,
 ) -> str:
-    """The sentences of the passages found that are nearest to the question, within the budget.
+    """The sentences of the retrieved passages that are nearest to the question, within the budget.
 
     Args:
         index: a FAISS index of the passages' vectors, inner product.

@@ -1,13 +1,10 @@
-"""What a benchmark asks: questions, the passages searched, and the questions trained on. Named suites, or files of one's own.
+"""The tasks of a benchmark: questions, passages, and training questions. Named suites, or the user's files.
 
-    --suite quickstart                   the test questions that come with the package
-    --suite squad --data FOLDER          SQuAD-corpus: the dev questions of SQuAD 1.1, 20,958 paragraphs of train and dev
-    --suite squad-wiki --data FOLDER     those questions whose paragraph is in Wikipedia articles of 2015, cut into passages
+    --suite quickstart                   the test split of the quickstart set
+    --suite squad --data FOLDER          dev questions of SQuAD 1.1, the 20,958 paragraphs of train and dev
+    --suite squad-wiki --data FOLDER     those of the questions whose paragraph is in Wikipedia articles of 2015
 
-FOLDER holds squad11_dev.jsonl.gz and squad11_train.jsonl.gz (or the official dev-v1.1.json and train-v1.1.json) and, for
-squad-wiki, wiki2015_small.jsonl.gz (articles: id, title, text) and squad11_in_wiki2015.jsonl.gz (for the SHA-1 of a
-paragraph: corpus_id, the article that holds it, and coverage, the share of its 8-word runs found there). Left out:
-downloading any of them.
+docs/benchmarks.md lists the files of FOLDER. Left out: downloading them.
 """
 
 import argparse
@@ -15,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datasets import Dataset
-from pairs import settings_of
-from searching import fewer, gold_ids
-from wiki import COVERAGE, RUN, Articles
 
+from benchmarks.shared.corpus import fewer, gold_ids
+from benchmarks.shared.pairs import UNTUNED, run_settings
+from benchmarks.shared.wiki import COVERAGE, RUN, Articles
 from cozyrag.data.passages import FEATURES, merge_passages, read_passages
 from cozyrag.data.questions import Questions, read_questions, take
 from cozyrag.errors import InputError
@@ -28,77 +25,77 @@ from cozyrag.runtime.assets import QUICKSTART, QUICKSTART_FOLDER
 SUITES = ("quickstart", "squad", "squad-wiki")
 SQUAD_FILES = {"dev": ("squad11_dev.jsonl.gz", "dev-v1.1.json"), "train": ("squad11_train.jsonl.gz", "train-v1.1.json")}
 WIKI_FILES = ("wiki2015_small.jsonl.gz", "squad11_in_wiki2015.jsonl.gz")
-WEIGHT_QUESTIONS = 1000
+FUSION_QUESTIONS = 1000
 PUBLISHED = (
     {"name": "RAG, passage encoder frozen (published)", "em": 28.12},
     {"name": "RAG-end2end (published)", "em": 40.02},
 )
 PUBLISHED_NOTE = (
-    "The published rows: Siriwardhana et al. 2021, arXiv:2106.11517, and the README of rag-end2end-retriever in Hugging Face "
-    "transformers (RAG-original and RAG-end2end with DPR). There the generator is BART-large (400 M parameters) and the retriever DPR (two "
-    "BERT-base encoders, 220 M), trained for 10 epochs on GPUs; here 82 M or 10 M and 23 M parameters, on a CPU if need be. There passages "
-    "were found by vectors alone; here words help (hybrid). The questions are those of SQuAD 1.1's dev set in both; the passages are "
-    "SQuAD's paragraphs in both, but how they were cut there is not said to the last detail. No intervals were published; +-0.9 points "
-    "would be those of 10,570 questions."
+    "The published rows: Siriwardhana et al. 2021, arXiv:2106.11517, and the README of rag-end2end-retriever in "
+    "Hugging Face transformers (RAG-original and RAG-end2end with DPR). Their generator is BART-large (400 M "
+    "parameters) and their retriever DPR (two BERT-base encoders, 220 M), trained for 10 epochs on GPUs; ours have 82 "
+    "M or 10 M and 23 M parameters, on a CPU if need be. They use dense search; ours is hybrid. The questions are "
+    "those of SQuAD 1.1's dev set in both, and the passages are SQuAD's paragraphs in both, but their splitting is "
+    "not fully specified. They give no intervals; for 10,570 questions they would be about +-0.9 points."
 )
 
 
 @dataclass(frozen=True)
 class Task:
-    """Tables as questions.py and passages.py make them; gold ids are ids of `passages`, or None.
+    """Tables with the columns of cozyrag/data/questions.py and passages.py. Gold ids are ids of `passages`, or None.
 
-    `train`: questions trained on, for the leak audit; `weigh`: those of them on which the weight of an untuned pair's hybrid
-    search is chosen, as a run does; None where unknown.
+    Args:
+        train: training questions for the leak audit; None: unknown.
+        fusion: training questions on which the fusion weights of an untuned pair are fitted; None: unknown.
+        published: results of other systems, as rows of the answer table.
     """
 
     name: str
     questions: Dataset
     passages: Dataset
     train: Dataset | None
-    weigh: Dataset | None
+    fusion: Dataset | None
     published: tuple[dict, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `load_task` reads."""
-    what = parser.add_argument_group("what is asked")
-    what.add_argument("--suite", choices=SUITES, help="questions, passages and training questions by one name")
-    what.add_argument("--data", metavar="FOLDER", help="where the files of the suites squad and squad-wiki lie")
-    what.add_argument(
-        "--questions", metavar="FILE", help="questions with answers, any format of train.py; with a context or passage_id"
-    )  # fmt: skip
-    what.add_argument(
+    """Add the arguments that `load_task` reads."""
+    add = parser.add_argument_group("questions and passages").add_argument
+    add("--suite", choices=SUITES, help="questions, passages, and training questions by one name")
+    add("--data", metavar="FOLDER", help="folder with the files of the suites squad and squad-wiki")
+    add(
+        "--questions", metavar="FILE", help="questions with answers and a context or passage_id, any format of train.py"
+    )
+    add(
         "--passages",
         metavar="FILE",
         help="passages to search (default: those of MODEL's own index; for `embedded` the contexts of the questions)",
     )
-    what.add_argument(
-        "--also_passages", metavar="FILE", nargs="*", default=[], help="question files whose contexts are searched too"
-    )
-    what.add_argument(
+    add("--also_passages", metavar="FILE", nargs="*", default=[], help="question files whose contexts are searched too")
+    add(
         "--train",
         metavar="FILE",
-        help="questions that MODEL was trained on, for the leak audit and the weight of the untuned pair's search "
-        "(default: those that the run noted, where they still lie there)",
+        help=f"training questions of MODEL, for the leak audit and the fusion weights of the {UNTUNED} (default: those "
+        "in settings.json, if the file still exists)",
     )
-    what.add_argument("--limit", type=int, metavar="N", help="ask a sample of N questions, the same every time")
-    what.add_argument(
+    add("--limit", type=int, metavar="N", help="use a fixed sample of N questions")
+    add(
         "--max_passages",
         type=int,
         metavar="N",
-        help="search N passages only: the gold ones of the questions asked and a sample of the others (for trying out)",
+        help="search N passages only, for a trial: the gold ones of the questions and a sample of the others",
     )
 
 
 def load_task(options: argparse.Namespace, own: PassageIndex | None) -> Task:
-    """What the options ask for.
+    """Load the task that the options name.
 
     Args:
-        own: the index that MODEL came with, if it did.
+        own: the index that MODEL came with, if any.
 
     Raises:
-        InputError: a file that is missing or cannot be used; neither --suite nor --questions.
+        InputError: a file is missing or unusable, or there is neither --suite nor --questions.
     """
     if (options.suite is None) == (options.questions is None):
         raise InputError("Expected either --suite NAME or --questions FILE. See --help.")
@@ -128,8 +125,8 @@ def _data_folder(options: argparse.Namespace) -> Path:
     folder = Path(options.data or "")
     if options.data is None or not folder.is_dir():
         raise InputError(
-            f"--suite {options.suite}: expected --data FOLDER, the folder that holds its files, found {options.data or 'none'}. "
-            "The docstring of benchmarks/suites.py and docs/benchmarks.md say which files."
+            f"--suite {options.suite}: expected --data FOLDER with its files, found {options.data or 'none'}. "
+            "docs/benchmarks.md lists the files."
         )
     return folder
 
@@ -155,34 +152,29 @@ def _squad_wiki(folder: Path, limit: int | None) -> Task:
     table, there = articles.find(asked, limit)
     known = sum(key is not None for key in table["passage_id"][:])
     note = (
-        f"{there} of the {len(asked.table)} dev questions have their paragraph in an article of the file (at least {COVERAGE:.0%} of its "
-        f"{RUN}-word runs). Gold is, of the article's passages that hold an answer, the one that shares most with the paragraph: known for "
-        f"{known} of the {len(table)} questions asked."
+        f"{there} of the {len(asked.table)} dev questions have their paragraph in an article of the file (at least "
+        f"{COVERAGE:.0%} of its {RUN}-word runs). The gold passage is the passage of the article that contains an "
+        f"answer and shares most runs with the paragraph. It is known for {known} of the {len(table)} questions used."
     )
     return Task(
-        "squad-wiki", table, articles.passages, train.table, articles.find(train, WEIGHT_QUESTIONS)[0], (), [note]
+        "squad-wiki", table, articles.passages, train.table, articles.find(train, FUSION_QUESTIONS)[0], (), [note]
     )
 
 
 def _own_files(options: argparse.Namespace, own: PassageIndex | None) -> Task:
     asked = read_questions(options.questions)
     passages = _pool(options, asked, own)
-    noted = settings_of(options.model).get("questions")
+    noted = run_settings(options.model).get("questions")
     noted = QUICKSTART["questions"] if noted == "quickstart" else noted
     source = options.train or (noted if noted and Path(noted).is_file() else None)
     read = read_questions(source) if source else None
     train = gold_ids(read.table, read.passages, passages) if read else None
-    return Task(
-        Path(options.questions).name,
-        gold_ids(asked.table, asked.passages, passages),
-        passages,
-        train,
-        _sample(train) if train else None,
-    )
+    questions = gold_ids(asked.table, asked.passages, passages)
+    return Task(Path(options.questions).name, questions, passages, train, _sample(train) if train else None)
 
 
 def _sample(train: Dataset) -> Dataset:
-    return take(train, WEIGHT_QUESTIONS, 0)
+    return take(train, FUSION_QUESTIONS, 0)
 
 
 def _pool(options: argparse.Namespace, asked: Questions, own: PassageIndex | None) -> Dataset:
@@ -194,6 +186,6 @@ def _pool(options: argparse.Namespace, asked: Questions, own: PassageIndex | Non
     tables = [asked.passages, *(read_questions(path).passages for path in options.also_passages)]
     if not any(tables):
         raise InputError(
-            f"Expected passages to search: {options.questions} carries no contexts, and --passages was not given. Give --passages FILE."
+            f"Expected passages to search, found none: {options.questions} contains no contexts. Give --passages FILE."
         )
     return merge_passages([table for table in tables if table is not None])

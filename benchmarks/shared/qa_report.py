@@ -1,6 +1,6 @@
-"""What qa.py writes: one dictionary of numbers, its tables in Markdown, and a line for every question.
+"""The output of qa.py: one dictionary of numbers, its Markdown tables, and a line of JSON for each question.
 
-No time, no path and no number of processes stands in any of them. Left out: where the numbers come from (scoring.py).
+None of them contains times, paths, or the number of processes. Left out: computing the scores (scoring.py).
 """
 
 import json
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pairs import Reading
-from scoring import (
+from benchmarks.shared.pairs import UNTUNED, ReadingSettings
+from benchmarks.shared.scoring import (
     ANSWERS,
     FOUND,
     TESTED,
@@ -20,26 +20,26 @@ from scoring import (
     verdict_counts,
     verdict_table,
 )
-from suites import Task
-
+from benchmarks.shared.suites import Task
 from cozyrag.evaluation.overlap_audit import PARTS, audit, base_notes, brief, examples_alike, part_of
 
-MODEL, UNTUNED, BM25, CLOSED, GOLD = "this model", "untuned pair", "BM25 + generator", "closed book", "gold context"
+MODEL, BM25, CLOSED, GOLD = "this model", "BM25 + generator", "closed book", "gold context"
 SEARCHED = FOUND[:-1]
 METRICS = {CLOSED: ANSWERS[:-1], GOLD: ANSWERS}
 PART_METRICS = ("em", "f1", "recall@5")
+KEPT = ("prediction", "em", "f1", "rouge_l", "recall@5", "mrr@10", "answer_in_context", "verdict")
 
 
-def outcome(
+def summarise(
     task: Task,
     systems: Mapping[str, Sequence[Mapping]],
     *,
     model: str,
     bases: tuple[str | None, str | None],
-    reading: Reading,
+    reading: ReadingSettings,
     weights: Mapping[str, dict | str],
 ) -> dict:
-    """Everything that is the same for the same models and questions."""
+    """All results. They are the same for the same models and questions."""
     audited = audit_of(task, bases)
     return {
         "benchmark": "qa",
@@ -67,7 +67,7 @@ def _name(base: str | None) -> str | None:
 
 
 def audit_of(task: Task, bases: tuple[str | None, str | None]) -> dict | None:
-    """The leak audit, where it is known what was trained on."""
+    """The leak audit, if the training questions are known."""
     if task.train is None:
         return None
     texts = dict(zip(task.passages["id"][:], task.passages["text"][:], strict=True))
@@ -76,7 +76,7 @@ def audit_of(task: Task, bases: tuple[str | None, str | None]) -> dict | None:
 
 
 def parts_of(audited: Mapping, rows: Sequence[Mapping], system: str) -> dict[str, dict]:
-    """Scores of one system for each part of the questions by what was seen in training."""
+    """Scores of one system for each part of the questions, by their overlap with training."""
     names = TESTED if system in METRICS else PART_METRICS
     parts: dict[str, list] = {part: [] for part in PARTS[1:]}
     for row in rows:
@@ -85,42 +85,39 @@ def parts_of(audited: Mapping, rows: Sequence[Mapping], system: str) -> dict[str
 
 
 def write_questions(path: Path, task: Task, systems: Mapping[str, Sequence[Mapping]]) -> None:
-    """One line for each question: its answers, gold passage, and what each system made of it."""
+    """Write a line for each question: its references, gold passage, and the prediction and scores of each system."""
     columns = task.questions[:]
-    kept = ("prediction", "em", "f1", "rouge_l", "recall@5", "mrr@10", "answer_in_context", "verdict")
     with path.open("w", encoding="utf-8") as file:
         for number, key in enumerate(columns["id"]):
             line = {name: columns[name][number] for name in ("id", "question", "answers", "passage_id")}
             line["context"] = systems[MODEL][number]["context"]
             line["verdict"] = systems[MODEL][number]["verdict"]
-            line["systems"] = {name: {each: rows[number][each] for each in kept} for name, rows in systems.items()}
+            line["systems"] = {name: {each: rows[number][each] for each in KEPT} for name, rows in systems.items()}
             assert systems[MODEL][number]["id"] == key
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def tables_of(told: Mapping) -> str:
-    """The tables in Markdown, each with a sentence that says what it holds."""
-    scores = told["scores"]
+def tables_of(results: Mapping) -> str:
+    """The results as Markdown tables."""
+    scores = results["scores"]
     found = {name: own for name, own in scores.items() if name not in METRICS}
     parts = [
-        f"# {told['model']} on {told['task']}\n\n{told['questions']} questions, {told['passages']} passages. Percent, with 95 % bootstrap "
-        "intervals over the questions.",
-        "Answers:\n\n" + score_table(scores, ANSWERS, told["published"]),
-        "Passages found:\n\n" + score_table(found, SEARCHED),
-        f"Difference in points, its 95 % interval and the share p of the resamples in which {MODEL} is not better (paired bootstrap):\n\n"
-        + test_table(told["tests"], MODEL),
-        "What became of the questions, in percent:\n\n" + verdict_table(told["verdicts"]),
+        f"# {results['model']} on {results['task']}",
+        f"{results['questions']} questions, {results['passages']} passages. Percent, with 95 % bootstrap intervals "
+        "over the questions.",
+        "Answers:\n\n" + score_table(scores, ANSWERS, results["published"]),
+        "Retrieval:\n\n" + score_table(found, SEARCHED),
+        f"Difference in points, its 95 % interval, and the share p of the resamples in which {MODEL} is not better "
+        f"(paired bootstrap):\n\n{test_table(results['tests'], MODEL)}",
+        "Verdicts, in percent of the questions:\n\n" + verdict_table(results["verdicts"]),
     ]
-    if told["audit"]:
-        parts.append(brief(told["audit"]) + _parts_table(told["audit"]["parts"]))
-        alike = examples_alike(told["audit"])
-        parts.append("Questions most alike:\n\n```\n" + alike + "\n```" if alike else "")
-    parts += [
-        f"Not in the tables: {UNTUNED}, because {why}."
-        for why in [told["weights"].get(UNTUNED)]
-        if isinstance(why, str)
-    ]
-    return "\n\n".join(part for part in [*parts, *told["notes"]] if part) + "\n"
+    if results["audit"]:
+        parts.append(brief(results["audit"]) + _parts_table(results["audit"]["parts"]))
+        alike = examples_alike(results["audit"])
+        parts.append(f"Most similar questions:\n\n```\n{alike}\n```" if alike else "")
+    reason = results["weights"].get(UNTUNED)
+    parts.append(f"Not in the tables: {UNTUNED}, because {reason}." if isinstance(reason, str) else "")
+    return "\n\n".join(part for part in [*parts, *results["notes"]] if part) + "\n"
 
 
 def _parts_table(parts: Mapping[str, Mapping]) -> str:

@@ -1,10 +1,11 @@
-"""Peak memory and seconds of a training step in micro-batches of a certain number, or as they are chosen by tokens.
+"""How much time and memory does a training step need in micro-batches? Peak memory and seconds for a number of them.
 
-    python benchmarks/micro_batches.py generator auto
-    python benchmarks/micro_batches.py generator 1
+    python -m benchmarks.speed.micro_batches generator auto
+    python -m benchmarks.speed.micro_batches generator 1
 
-A generator of SmolLM2-135M's shape with random weights learns from 32 rows of 150 tokens; the retriever, all-MiniLM-L6-v2, from 64
-questions and 128 passages of some 160 tokens. In float32. The peak is that of the process, so each line needs a process of its own.
+`auto` chooses micro-batches by tokens. The generator, with SmolLM2-135M's shape and random weights, trains on 32 rows
+of 150 tokens; the retriever, all-MiniLM-L6-v2, on 64 questions and 128 passages of about 160 tokens; both in float32.
+The peak is that of the process, so each case needs its own. Left out: GPUs.
 """
 
 import argparse
@@ -13,15 +14,17 @@ import resource
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median_high
 
 import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cozyrag.config import TrainingSettings
-from cozyrag.models.generator import Generator, TokenLosses
+from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import Example
 from cozyrag.models.retriever import Retriever
+from cozyrag.models.token_losses import TokenLosses
 from cozyrag.training.generator_phase import generator_cut, generator_step
 from cozyrag.training.losses import contrastive_loss
 from cozyrag.training.micro_batches import Cut
@@ -39,7 +42,7 @@ WORDS = (
 
 
 def generator_work(accelerator: Accelerator, wanted: str) -> tuple[torch.nn.Module, Callable[[], object]]:
-    """The module that trains, and what takes the gradients of a step."""
+    """The module that is trained, and a function that computes the gradients of a step."""
     scratch = Generator.from_scratch(["some text"], vocab_size=300)
     generator = Generator(LlamaForCausalLM(SHAPE).train(), scratch.tokenizer)
     cut = generator_cut(accelerator, generator, TrainingSettings(), TOKENS) if wanted == "auto" else Cut(int(wanted))
@@ -65,27 +68,32 @@ def retriever_work(accelerator: Accelerator, wanted: str) -> tuple[torch.nn.Modu
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["generator", "retriever"])
-    parser.add_argument("micro_batches", help="how many of them a step has, or auto")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    parser.add_argument("model", choices=["generator", "retriever"], help="the model that is trained")
+    parser.add_argument("micro_batches", help="number of micro-batches of a step, or auto")
+    parser.add_argument("--steps", type=int, default=3, help="number of steps (default: 3)")
+    parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
+    measure(parser.parse_args())
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Train some steps; print the median of their seconds and the peak memory."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     work = {"generator": generator_work, "retriever": retriever_work}[options.model]
-    module, take = work(accelerator, options.micro_batches)
+    module, compute_gradients = work(accelerator, options.micro_batches)
     optimizer = torch.optim.AdamW(trainable(module), lr=1e-5, fused=True)
     seconds = []
     for _ in range(options.steps):
         began = time.perf_counter()
-        take()
+        compute_gradients()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(
-        f"{options.model}, micro-batches {options.micro_batches}: {sorted(seconds)[len(seconds) // 2]:.1f} s a step (median of {options.steps}), peak {peak:.2f} GB"
+        f"{options.model}, micro-batches {options.micro_batches}: {median_high(seconds):.1f} s a step (median of "
+        f"{options.steps}), peak {peak:.2f} GB"
     )
 
 

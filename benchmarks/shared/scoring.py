@@ -1,7 +1,7 @@
-"""From examined questions to numbers with intervals, paired tests and tables.
+"""Scores with intervals, paired tests, and their tables, from evaluated questions.
 
-What it makes depends on the questions, the passages and the models alone: times go elsewhere (latency.py). Left out: the
-arithmetic of the metrics (cozyrag/evaluation/metrics.py).
+The results depend on questions, passages, and models only. Left out: times (bench.py), the arithmetic of the metrics
+(cozyrag/evaluation/metrics.py).
 """
 
 from collections import Counter
@@ -31,23 +31,23 @@ NAMES = {
 
 
 def check_packages() -> None:
-    """Raise InputError where a package that only benchmarks need is not installed, before hours of work."""
+    """Raise InputError if a package of the extra `benchmarks` is missing, before hours of work."""
     try:
         rouge_l("a", ["a"])
         bleu_statistics("a", ["a"])
     except ImportError as error:
         raise InputError(
-            f"The benchmarks need the package {error.name}, which is not installed: run `pip install cozyrag[benchmarks]`."
+            f"Expected the package {error.name}, which is not installed. Run `pip install cozyrag[benchmarks]`."
         ) from error
 
 
-def with_texts_scored(rows: Sequence[dict]) -> list[dict]:
-    """Examined rows with ROUGE-L."""
+def with_rouge_l(rows: Sequence[dict]) -> list[dict]:
+    """Evaluated rows with ROUGE-L."""
     return [row | {"rouge_l": rouge_l(row["prediction"], row["answers"])} for row in rows]
 
 
 def estimate(values: Sequence[float]) -> dict:
-    """Mean and 95 % interval in percent."""
+    """Mean and 95 % bootstrap interval, in percent, of values from 0 to 1."""
     array = np.asarray(values, dtype=np.float64)
     return {
         "mean": round(100 * float(array.mean()), 2),
@@ -56,7 +56,7 @@ def estimate(values: Sequence[float]) -> dict:
 
 
 def scores_of(rows: Sequence[Mapping], names: Sequence[str]) -> dict[str, dict]:
-    """Estimates of the metrics that the rows carry one by one, and of BLEU over all of them."""
+    """Mean and interval of each metric of the rows. BLEU is computed over the corpus."""
     scores = {name: estimate([row[name] for row in rows]) for name in names if name != "bleu"}
     if "bleu" in names:
         statistics = np.stack([bleu_statistics(row["prediction"], row["answers"]) for row in rows])
@@ -68,14 +68,18 @@ def scores_of(rows: Sequence[Mapping], names: Sequence[str]) -> dict[str, dict]:
 
 
 def verdict_counts(rows: Sequence[Mapping]) -> dict[str, int]:
-    """How many questions have each verdict, in the order of VERDICTS."""
+    """The number of questions with each verdict, in the order of VERDICTS."""
     counts = Counter(row["verdict"] for row in rows)
     return {verdict: counts[verdict] for verdict in VERDICTS}
 
 
 def paired_tests(systems: Mapping[str, Sequence[Mapping]], metrics: Sequence[str] = TESTED) -> list[dict]:
-    """Every two systems, question by question: the mean of first - second in points, its 95 % interval, and the share of
-    resamples in which the first is not better."""
+    """A paired bootstrap test of every two systems.
+
+    Returns:
+        for each pair and metric: the mean of first - second in points, its 95 % interval, and the share of the
+        resamples in which the first is not better.
+    """
     tests = []
     for first, second in combinations(systems, 2):
         for metric in metrics:
@@ -94,12 +98,12 @@ def paired_tests(systems: Mapping[str, Sequence[Mapping]], metrics: Sequence[str
 
 
 def cell(score: Mapping | None) -> str:
-    """ "12.3 (10.1 to 14.5)", or a dash for what there is not."""
+    """ "12.3 (10.1 to 14.5)", or a dash if there is no score."""
     return "-" if score is None else f"{score['mean']:.1f} ({score['interval'][0]:.1f} to {score['interval'][1]:.1f})"
 
 
 def score_table(scores: Mapping[str, Mapping], names: Sequence[str], published: Sequence[Mapping] = ()) -> str:
-    """A Markdown table, one line for each system, and one for each published result."""
+    """A Markdown table with a row for each system and each published result."""
     lines = ["| | " + " | ".join(NAMES.get(name, name) for name in names) + " |", "|---|" + "---:|" * len(names)]
     lines += [
         f"| {system} | " + " | ".join(cell(own.get(name)) for name in names) + " |" for system, own in scores.items()
@@ -111,7 +115,7 @@ def score_table(scores: Mapping[str, Mapping], names: Sequence[str], published: 
 
 
 def test_table(tests: Sequence[Mapping], first: str) -> str:
-    """The paired tests of one system against the others as a Markdown table; "" if there are none."""
+    """A Markdown table of the tests of one system against the others; "" if there are none."""
     own = [test for test in tests if test["first"] == first]
     metrics = list(dict.fromkeys(test["metric"] for test in own))
     lines = [
@@ -120,7 +124,8 @@ def test_table(tests: Sequence[Mapping], first: str) -> str:
     ]
     for other in dict.fromkeys(test["second"] for test in own):
         cells = [
-            f"{test['difference']:+.1f} ({test['interval'][0]:+.1f} to {test['interval'][1]:+.1f}), p {told(test['p_not_better'])}"
+            f"{test['difference']:+.1f} ({test['interval'][0]:+.1f} to {test['interval'][1]:+.1f}), "
+            f"p {p_value(test['p_not_better'])}"
             for test in own
             if test["second"] == other
         ]
@@ -128,13 +133,13 @@ def test_table(tests: Sequence[Mapping], first: str) -> str:
     return "\n".join(lines) if own else ""
 
 
-def told(p: float) -> str:
-    """A share of 2,000 resamples: 0 of them is "below 0.0005"."""
+def p_value(p: float) -> str:
+    """A share of 2,000 resamples as text; 0 is "< 0.0005"."""
     return f"{p:.4f}" if p else "< 0.0005"
 
 
 def verdict_table(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Verdicts as a Markdown table, in percent; verdicts that no question has are left out."""
+    """Verdicts in percent as a Markdown table. Verdicts of no question are left out."""
     shown = [verdict for verdict in VERDICTS if any(own[verdict] for own in counts.values())]
     lines = ["| | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]
     for system, own in counts.items():

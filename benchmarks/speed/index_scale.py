@@ -1,9 +1,11 @@
-"""A million vectors: how long an index takes to make, what it holds in memory, what it finds and how fast it answers.
+"""How fast is an index of a million vectors? Time to build it, memory, recall, and search time.
 
-The vectors are made up, since nobody has a million passages at hand: each is a real one (`--source`) moved by a part of the
-difference of two other real ones, so that they crowd and stretch as embeddings do, or, without `--source`, a point of a mixture of
-Gaussians. Held-out questions are made in the same way, near and farther, and read (`--questions`). The index is written as `cozyrag index`
-writes it, and searched in a process of its own, whose memory is read from /proc (Linux). Left out: encoding texts.
+    python -m benchmarks.speed.index_scale --memory 400MB --source vectors.npy --questions questions.npy
+
+Vectors are generated: each is a real one (`--source`) moved by a part of the difference of two other real ones, so that
+they crowd and stretch as embeddings do. Without `--source` they come from a mixture of Gaussians. Questions are
+generated in the same way, near and far, and read from `--questions`. The index is written as `cozyrag index` writes it,
+and searched in a new process, whose memory is read from /proc (Linux). Left out: encoding texts.
 """
 
 import argparse
@@ -26,13 +28,15 @@ from cozyrag.retrieval.faiss_index import ADDED, memory_of, search_shards, stret
 from cozyrag.retrieval.passage_index import PassageIndex, write_index
 from cozyrag.retrieval.vector_shards import Known, store_passages, write_vectors
 
-# How far passages and questions lie from real vectors, in differences of two of those.
+# Distances of generated passages and questions from real vectors, in differences of two real vectors.
 MOVED, ASKED = 0.4, (0.4, 0.7)
 NAME = "0" * 16
 
+Draw = Callable[[int, float, np.random.Generator], np.ndarray]
+
 
 def main() -> None:
-    """The command."""
+    """The command line."""
     options = _arguments()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         place, draw = Path(folder), _drawing(options.source, options.dimensions)
@@ -48,8 +52,6 @@ def main() -> None:
             "dimensions": vectors.shape[1],
             "index": factory,
             "build_seconds": time.perf_counter() - started,
-        }
-        facts |= {
             "planned_MB": memory_of(factory, *vectors.shape) / 1e6,
             "recall_when_tuned": share,
             "threads": options.threads,
@@ -65,23 +67,19 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--vectors", type=int, default=1_000_000, help="how many (default: 1,000,000)")
-    add("--dimensions", type=int, default=384, help="without --source (default: 384)")
-    add("--memory", type=bytes_of, help="as --index_memory of `cozyrag index`, such as 400MB; default: no limit")
-    add("--source", help="vectors to begin with, .npy or .safetensors (n, dim), such as those of an index")
-    add("--questions", help="vectors of real questions, .npy (n, dim), beside those made up")
-    add("--asked", type=int, default=200, help="questions, at most (default: 200)")
+    add("--vectors", type=int, default=1_000_000, help="number of vectors (default: 1,000,000)")
+    add("--dimensions", type=int, default=384, help="dimensions without --source (default: 384)")
+    add("--memory", type=bytes_of, help="as --index_memory of `cozyrag index`, such as 400MB (default: no limit)")
+    add("--source", help="real vectors, .npy or .safetensors (n, dim), such as those of an index")
+    add("--questions", help="vectors of real questions, .npy (n, dim)")
+    add("--asked", type=int, default=200, help="questions of each kind, at most (default: 200)")
     add("--threads", type=int, default=2, help="threads of FAISS (default: 2)")
-    add(
-        "--folder",
-        default=tempfile.gettempdir(),
-        help="where the index may lie meanwhile: 2 GB for a million of 384 dimensions",
-    )
+    add("--folder", default=tempfile.gettempdir(), help="folder for the index: 2 GB for a million of 384 dimensions")
     return parser.parse_args()
 
 
-def _drawing(source: str | None, dimensions: int) -> Callable[[int, float, np.random.Generator], np.ndarray]:
-    """What makes `count` unit vectors (count, dim) float32, `moved` so far from those that are given or drawn."""
+def _drawing(source: str | None, dimensions: int) -> Draw:
+    """A function that generates `count` unit vectors, (count, dim) float32, `moved` from real or drawn ones."""
     draws = np.random.default_rng(0)
     if source is None:
         spread = (1 + np.arange(dimensions)) ** -0.5  # embeddings use their dimensions unequally
@@ -98,30 +96,32 @@ def _drawing(source: str | None, dimensions: int) -> Callable[[int, float, np.ra
     return draw
 
 
-def _write(place: Path, draw: Callable, count: int) -> np.ndarray:
-    """Passages of some 600 characters and their vectors, a stretch at a time; returns the vectors, memory-mapped."""
+def _write(place: Path, draw: Draw, count: int) -> np.ndarray:
+    """Write passages of about 600 characters and their vectors. Returns the vectors, memory-mapped."""
     text = "A passage as long as passages are. " * 17
-    store_passages(((f"p{row}", f"Title {row // 10}", f"{row} {text}") for row in tqdm(range(count), desc="passages")), place / "passages.parquet")  # fmt: skip
+    rows = tqdm(range(count), desc="passages")
+    passages = ((f"p{row}", f"Title {row // 10}", f"{row} {text}") for row in rows)
+    store_passages(passages, place / "passages.parquet")
     random = np.random.default_rng(1)
     parts = []
     for start in range(0, count, ADDED):
         np.save(place / f"{start}.npy", draw(min(ADDED, count - start), MOVED, random))
         parts.append(np.load(place / f"{start}.npy", mmap_mode="r"))
-    rows = np.arange(count, dtype=np.uint64)
-    vectors = write_vectors(place / "vectors.safetensors", rows, Known(rows, tuple(parts)))
+    keys = np.arange(count, dtype=np.uint64)
+    vectors = write_vectors(place / "vectors.safetensors", keys, Known(keys, tuple(parts)))
     for part in place.glob("*.npy"):
         part.unlink()
     return vectors
 
 
 def _memory() -> dict[str, float]:
-    """MB that this process holds: of its own, and of files that the system may drop and read again."""
+    """MB of this process: its own, and pages of mapped files, which the system may drop."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1e3 for name in ("RssAnon", "RssFile")}
 
 
 def _searched(folder: Path, questions: dict[str, np.ndarray], exact: list[np.ndarray], threads: int) -> dict:
-    """What a process finds out that does nothing but load the index and search."""
+    """Load the index and search, in a process that does nothing else."""
     faiss.omp_set_num_threads(threads)
     before, started = _memory(), time.perf_counter()
     index = PassageIndex.load(folder, fingerprint=NAME)
