@@ -25,8 +25,7 @@ CONFIGS = "accelerate_configs/fsdp.yaml or accelerate_configs/zero2.yaml"
 def launched(environment: Mapping[str, str]) -> str | None:
     """The sharding that an FSDP config of `accelerate launch` sets in the environment; None without one.
 
-    Raises:
-        InputError: the config asks for an option of FSDP that is not supported.
+    Raises InputError if the config asks for an option of FSDP that is not supported.
     """
     if environment.get(LAUNCHED, "false").lower() != "true":
         return None

@@ -55,11 +55,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Written:
-    """An answer.
-
-    score: its confidence, 0 to 1, the geometric mean of the probabilities of its tokens, including the end token if it
-    was reached. silence: the probability of an empty answer.
-    """
+    """An answer. score: its confidence, 0 to 1, the geometric mean of the probabilities of its tokens and, if reached,
+    of the end token. silence: the probability of an empty answer."""
 
     text: str
     score: float
@@ -98,11 +95,8 @@ class Generator:
     ) -> "Generator":
         """Load a checkpoint folder, a Hub id or "smollm2" in float32; a LoRA adapter together with its base model.
 
-        Without `chat_template` the tokenizer loses its template, also in what is saved, so that whoever loads the saved
-        generator gets the same prompts.
-
-        Raises:
-            InputError: it cannot be loaded; the message names the alternatives.
+        Without `chat_template` the tokenizer loses its template, also in what is saved, so that prompts stay the same.
+        Raises InputError if it cannot be loaded; the message names the alternatives.
         """
         return cls(*load_causal_lm(name, revision=revision, dropout=dropout, token=token, chat_template=chat_template))
 
@@ -199,7 +193,7 @@ class Generator:
         """Greedy answers with their confidence, in the order of the questions, from one pass.
 
         Args:
-            batch_size: prompts per batch; a batch holds prompts of similar length.
+            batch_size: prompts per batch, which are of similar length.
             min_new_tokens, no_repeat_ngram_size: for the answer alone; 0 = off. transformers' `no_repeat_ngram_size`
                 counts the prompt, too, and so forbids copying from the context: four points of EM (docs/results.md).
             extractive: an answer is a word sequence of the context, "" if there is no context.

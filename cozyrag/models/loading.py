@@ -24,12 +24,7 @@ DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"
 
 
 def load_causal_lm(
-    name: str,
-    *,
-    revision: str | None = None,
-    dropout: float = 0.0,
-    token: str | None = None,
-    chat_template: bool = True,
+    name: str, *, revision: str | None, dropout: float, token: str | None, chat_template: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in float32 and its tokenizer; arguments and errors are those of `Generator.load`."""
     if name == SMOLLM2:
@@ -59,7 +54,8 @@ def _load_checkpoint(
     if adapter is None:
         _check_head(model)
     else:
-        model, _ = load_causal_lm(adapter.base, revision=adapter.revision, dropout=dropout, token=token)
+        base = {"revision": adapter.revision, "token": token}
+        model, _ = load_causal_lm(adapter.base, **base, dropout=dropout, chat_template=False)
         load_adapter(model, name, adapter, **source)
     return model, tokenizer
 

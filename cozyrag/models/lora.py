@@ -43,13 +43,10 @@ def has_adapter(model: PreTrainedModel) -> bool:
 def read_adapter(name: str, *, revision: str | None = None, token: str | None = None) -> Adapter | None:
     """What the adapter in a folder or a repository belongs to; None for a whole model.
 
-    Raises:
-        InputError: there is an adapter, but PEFT is not installed.
+    Raises InputError if there is an adapter, but PEFT is not installed.
     """
-    if Path(name).is_dir():
-        path = Path(name) / CONFIG
-    else:
-        path = Path(cached_file(name, CONFIG, revision=revision, token=token, **QUIETLY) or "")
+    cached = None if Path(name).is_dir() else cached_file(name, CONFIG, revision=revision, token=token, **QUIETLY)
+    path = Path(cached or Path(name) / CONFIG)
     if not path.is_file():
         return None
     _check_peft(f"{name} is a LoRA adapter")

@@ -50,7 +50,7 @@ class Penalties:
 
 
 def expected_repeats(probabilities: torch.Tensor, mask: torch.Tensor, *, n: int) -> torch.Tensor:
-    """Expected number of pairs of equal n-grams in each answer.
+    """(answers,) expected numbers of pairs of equal n-grams in each answer.
 
     For a pair of n-grams that start at i and i + d, the probability that they are equal is the product, over the chains
     of positions that equality ties together, of sum_v prod p(v). Apart by n or more, each chain has two positions and
@@ -59,9 +59,6 @@ def expected_repeats(probabilities: torch.Tensor, mask: torch.Tensor, *, n: int)
     Args:
         probabilities: (answers, positions, vocabulary); mask: (answers, positions), True at the tokens of the answer
         (without EOS), which come first in each row.
-
-    Returns:
-        (answers,) expected counts.
     """
     masked = probabilities * mask.unsqueeze(-1)
     answers, positions, _ = masked.shape
@@ -87,14 +84,11 @@ def _overlapping(masked: torch.Tensor, n: int, distance: int) -> torch.Tensor:
 
 
 def keyword_mass(probabilities: torch.Tensor, mask: torch.Tensor, keywords: torch.Tensor) -> torch.Tensor:
-    """Expected share of each answer's tokens that are keywords of the question and not of the reference.
+    """(answers,) expected shares of each answer's tokens that are keywords of the question and not of the reference.
 
     Args:
         probabilities: (answers, positions, vocabulary); mask: (answers, positions) as above.
         keywords: (answers, k) int64 token ids, each at most once per row, padded with -1.
-
-    Returns:
-        (answers,) shares, 0 to 1.
     """
     wanted = (keywords >= 0).unsqueeze(1)
     ids = keywords.clamp(min=0).unsqueeze(1).expand(-1, probabilities.shape[1], -1)
@@ -103,15 +97,13 @@ def keyword_mass(probabilities: torch.Tensor, mask: torch.Tensor, keywords: torc
 
 
 def expected_shortfall(stop: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-    """Expected number of tokens by which an answer ends before `minimum`: E[max(0, minimum - length)].
+    """(answers,) expected numbers of tokens by which an answer ends before `minimum`: E[max(0, minimum - length)].
 
     The answer reaches token t if no position up to t stops: E[min(length, m)] = sum_{t < m} prod_{s <= t} (1 - stop_s).
+    With its own length as minimum, a one-word reference has no penalty.
 
     Args:
         stop: (answers, positions) probability of EOS at each position; minimum: (answers,) at most `positions`.
-
-    Returns:
-        (answers,) tokens, 0 to minimum. With its own length as minimum, a one-word reference has no penalty.
     """
     reached = torch.cumprod(1 - stop, dim=1)
     counted = torch.arange(stop.shape[1], device=stop.device) < minimum.unsqueeze(1)

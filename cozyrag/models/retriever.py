@@ -51,11 +51,7 @@ class Retriever:
         device: str = "cpu",
         token: str | None = None,
     ) -> "Retriever":
-        """Load a SentenceTransformer folder or Hub id in float32.
-
-        Raises:
-            InputError: it cannot be loaded; the message names the alternatives.
-        """
+        """Load a SentenceTransformer folder or Hub id in float32. Raises InputError, with alternatives, if it fails."""
         options = {"dtype": torch.float32, "use_safetensors": True}  # a pytorch_model.bin is a pickle
         try:
             _refuse_pickles(Path(name))
@@ -129,14 +125,10 @@ class Retriever:
         return [len(ids) for ids in encoded["input_ids"]]
 
     def embed(self, texts: Sequence[str], *, kind: str, spans: Sequence[Sequence[Span]] | None = None) -> torch.Tensor:
-        """Vectors with gradients; `kind` is "query" or "document", for models with different prompts.
+        """L2-normalised vectors (n_texts, dim) with gradients; `kind`, "query" or "document", selects the model's prompt.
 
-        Args:
-            spans: positions of the sentences of each text, as for `encode_passages`.
-
-        Returns:
-            (n_texts, dim), L2-normalised; with spans (n_texts + n_sentences, dim), each text's vector followed by those
-            of its sentences, zero for a sentence beyond the reading length.
+        With `spans` of sentences, as for `encode_passages`, the result is (n_texts + n_sentences, dim): each text's
+        vector followed by those of its sentences, zero for a sentence beyond the reading length.
         """
         blocks: list[torch.Tensor] = [torch.empty(0)] * len(texts)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -236,11 +228,9 @@ class Retriever:
         ]
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when a weight, the reading length or a prompt of the passage side changes: they
-        identify the retriever whose vectors an index contains."""
-        return weights_fingerprint(
-            self._documents, str(self.model.max_seq_length), str(sorted(self.model.prompts.items()))
-        )
+        """16 hex digits that identify the vectors of passages: of weights of that side, reading length and prompts."""
+        facts = str(self.model.max_seq_length), str(sorted(self.model.prompts.items()))
+        return weights_fingerprint(self._documents, *facts)
 
     def save(self, folder: str | Path) -> None:
         """Write an ordinary SentenceTransformer checkpoint (safetensors)."""

