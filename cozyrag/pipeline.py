@@ -1,4 +1,4 @@
-"""The trained pair at work: `CozyRAG.from_pretrained(folder or repo).answer("...")` gives an answer and its sources.
+"""Inference with a trained pair: `CozyRAG.from_pretrained(folder or repo).answer("...")` gives an answer with sources.
 
 Left out: training, evaluation, and any way to change the pair.
 """
@@ -24,16 +24,16 @@ from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
 from cozyrag.runtime.precision import fitting
 
-# What is fetched of a repository: no pickles and no code, whatever else lies there, nor index.faiss, which is made
-# anew.
+# The files downloaded from a repository: no pickles, no code, and no index.faiss, which is rebuilt.
 FETCHED = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.parquet", "README.md"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A passage that was retrieved for an answer; `score` is its cosine with the question, its BM25 score, or the weighted sum of hybrid.py.
+    """A passage that was retrieved for an answer.
 
-    `used`: (start, end), in characters of `text`, of each sentence that the generator was given.
+    `score`: its cosine with the question, its BM25 score, or the weighted sum of hybrid.py. `used`: (start, end), in
+    characters of `text`, of each sentence in the context.
     """
 
     id: str
@@ -45,8 +45,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Answer:
-    """`text` (empty where the pair keeps silent), how sure the generator is (`score`, 0 to 1: geometric mean of its
-    token probabilities), what it read and where that came from."""
+    """`text` (empty if the pair abstains), `score` (0 to 1, the geometric mean of the token probabilities), the context
+    that the generator read, and the passages found."""
 
     text: str
     score: float
@@ -60,7 +60,7 @@ class CozyRAG:
     Args:
         mode, weights, stemmer: of the search; see `Searcher`.
         top_k: passages whose sentences compete for a context.
-        decoding: how contexts are cut and answers are written.
+        decoding: limits of contexts and answers.
         context_filter: how sentences are chosen; see `ContextBuilder`.
         no_answer_threshold: the probability of an empty answer above which the pair abstains; None: it never does.
     """
@@ -114,14 +114,14 @@ class CozyRAG:
     ) -> "CozyRAG":
         """Load the output folder of train.py, or a pair that was pushed as `user/name`.
 
-        From the Hub, the generator comes at `revision` (a branch, a tag such as round-1, a commit; None: the newest), and the
-        retriever and the index come at the exact revisions that it names. Later loads need no network.
+        From the Hub, the generator comes at `revision` (a branch, a tag such as round-1, a commit; None: the newest),
+        and the retriever and the index at the exact revisions that it names. Later loads need no network.
 
         Args:
-            precision: precision of inference, "float32" or "bf16"; None: bf16 where the machine has it and it is faster.
+            precision: of inference, "float32" or "bf16"; None: bf16 if the machine has it and it is faster.
 
         Raises:
-            InputError: there is no usable pair under that name, or generator, retriever and index are not of one pair.
+            InputError: the name has no usable pair, or generator, retriever and index do not belong together.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
@@ -130,18 +130,18 @@ class CozyRAG:
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
         if expected not in (None, found):
             raise InputError(
-                f"{folder / PAIR_FILE} names the generator {expected}, but the one beside it is {found}: the files "
-                "come from different rounds or runs. Copy the whole folder again, or train again."
+                f"{folder / PAIR_FILE} names generator {expected}, but the one beside it is {found}: the files come "
+                "from different rounds or runs. Copy the whole folder again, or train again."
             )
-        generator.model.to(device).eval()
+        generator.model.to(device).eval()  # type: ignore[arg-type]  # a decorator of transformers hides `self`
         generator.precision = precision or reading_precision(fitting(torch.device(device).type).name)
         retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
         found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]
         index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
         if found != named:
             raise InputError(
-                f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they are not of one "
-                "pair. Load another revision, copy the folder again or run train.py again."
+                f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they belong to "
+                "different pairs. Load another revision, copy the folder again or run train.py again."
             )
         contexts = dict(pair["contexts"])
         decoding = Decoding(
@@ -174,7 +174,7 @@ class CozyRAG:
         ]
 
     def _sources(self, rows: Sequence[int], scores: Sequence[float], chosen: Sequence[Chosen]) -> tuple[Source, ...]:
-        """The passages of one answer, best first, with the places of the sentences that were chosen from each."""
+        """The passages of one answer, best first, with the places of their sentences in the context."""
         passages = self.index.passages
         used: dict[int, list[int]] = {}
         for rank, number, _ in chosen:
@@ -193,16 +193,15 @@ def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path
         place = folder / piece["folder"]
         if not place.resolve().is_relative_to(folder.resolve()):
             raise InputError(
-                f"{folder / PAIR_FILE}: expected a piece of the pair in the folder that holds it, found "
-                f"{piece['folder']!r}, which lies outside. Nothing is read from there; put the piece beside it, or "
-                "get the pair anew."
+                f"{folder / PAIR_FILE}: expected a piece of the pair in its own folder, found {piece['folder']!r}, "
+                "which is outside. Nothing is read from there. Move the piece into the folder, or get the pair again."
             )
         return place
     return _download(piece["repo"], revision=piece["revision"], token=token, repo_type=repo_type)
 
 
 def _download(repo: str, *, revision: str | None, token: str | None, repo_type: str = "model") -> Path:
-    """The folder of the cache that holds a repository at a revision; what is there already is not fetched again."""
+    """The cache folder of a repository at a revision; files that it holds already are not downloaded again."""
 
     def fetch() -> str:
         return snapshot_download(repo, revision=revision, token=token, repo_type=repo_type, allow_patterns=FETCHED)
@@ -214,6 +213,6 @@ def _download(repo: str, *, revision: str | None, token: str | None, repo_type: 
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(
             f"Expected a folder that train.py wrote or a repository on the Hub, found no folder {repo!r}, and the "
-            f"repository could not be had{at}: {what}. To load it, {remedy}, then do the same again; what was fetched "
-            "is kept."
+            f"repository could not be downloaded{at}: {what}. To load it, {remedy}, then try again; downloaded files "
+            "are kept."
         ) from error

@@ -16,7 +16,8 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retrieval.passage_index import FILES, PassageIndex, made_by
+from cozyrag.retrieval.index_file import FILES, made_by
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.run import train
 from cozyrag.runtime.atomic_files import damage
 from cozyrag.runtime.signals import Interrupted

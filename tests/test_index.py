@@ -10,14 +10,8 @@ from datasets import Dataset
 
 from cozyrag.errors import InputError
 from cozyrag.retrieval.faiss_index import open_vectors
-from cozyrag.retrieval.passage_index import (
-    FILES,
-    NEEDED,
-    PassageIndex,
-    Passages,
-    made_by,
-    passage_text,
-)
+from cozyrag.retrieval.index_file import FILES, NEEDED, made_by
+from cozyrag.retrieval.passage_index import PassageIndex, Passages, passage_text
 
 EAST, NORTH, WEST = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
 
@@ -166,7 +160,7 @@ def test_an_index_of_another_retriever_is_refused_naming_both(tmp_path):
 def test_a_missing_file_is_named(tmp_path, name):
     make([EAST, NORTH], fingerprint="aaaa").save(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=rf"{name} is missing\. Run train\.py again, or copy the whole folder"):
+    with pytest.raises(InputError, match=rf"{name} is missing\. Copy the whole folder again, or run train\.py again"):
         PassageIndex.load(tmp_path, fingerprint="aaaa")
 
 

@@ -23,7 +23,8 @@ from cozyrag.retrieval.faiss_index import (
     search_shards,
     tune,
 )
-from cozyrag.retrieval.passage_index import LISTS, PassageIndex, Passages, write_index
+from cozyrag.retrieval.index_file import LISTS
+from cozyrag.retrieval.passage_index import PassageIndex, Passages, write_index
 
 LISTED = "IVF16,PQ8x4fs"
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 import cozyrag.training.rounds
 from cozyrag.models.generator import Generator, Written
 from cozyrag.models.retriever import Retriever
-from cozyrag.retrieval.passage_index import made_by
+from cozyrag.retrieval.index_file import made_by
 from cozyrag.run import train
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.rollback import Verdict, decide

@@ -34,13 +34,13 @@ def kept(folder, monkeypatch, *, rules):
     passages, _ = tiny.corpus(3)
     table = Dataset.from_list(passages).select_columns(["id", "title", "text"])
     sentences = SentenceVectors(np.ones((9, 4), np.float16), np.array([3, 6, 9]))
-    monkeypatch.setattr("cozyrag.retrieval.passage_index.RULES", rules)
+    monkeypatch.setattr("cozyrag.retrieval.index_file.RULES", rules)
     PassageIndex(table, np.eye(3, 4, dtype=np.float32), fingerprint="f", sentences=sentences).save(folder)
-    monkeypatch.setattr("cozyrag.retrieval.passage_index.RULES", RULES)
+    monkeypatch.setattr("cozyrag.retrieval.index_file.RULES", RULES)
     return PassageIndex.load(folder, fingerprint="f").sentences
 
 
 def test_vectors_of_other_rules_are_not_used_and_that_is_said(tmp_path, monkeypatch):
     assert kept(tmp_path / "same", monkeypatch, rules=RULES).ends.tolist() == [3, 6, 9]
-    with pytest.warns(UserWarning, match="told sentences apart differently.*Make the index again"):
+    with pytest.warns(UserWarning, match="split sentences differently.*Make the index again"):
         assert kept(tmp_path / "other", monkeypatch, rules=RULES + 1) is None

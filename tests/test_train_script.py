@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cozyrag.errors import InputError
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retrieval.passage_index import PassageIndex, made_by
+from cozyrag.retrieval.index_file import made_by
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.run import train
 
 ROOT = Path(__file__).parents[1]
@@ -305,7 +306,7 @@ BAD = {
     "missing file": (["--questions", "nowhere.tsv", "--passages", "p.jsonl"], "nowhere.tsv"),
     "empty file": (["--questions", "empty.tsv", "--passages", "p.jsonl"], "empty.tsv"),
     "row without a question": (["--questions", "noquestion.tsv", "--passages", "p.jsonl"], "line 2"),
-    "wrong column": (["--questions", "column.csv", "--passages", "p.jsonl"], "--question_column"),
+    "wrong column": (["--questions", "column.csv", "--passages", "p.jsonl"], "--columns question="),
     "duplicate id": (["--questions", "twice.jsonl", "--passages", "p.jsonl"], "line 2"),
     "bytes that are not UTF-8": (["--questions", "latin.tsv", "--passages", "p.jsonl"], "line 2"),
     "unknown setting on the command line": (["--learning_speed", "3"], "learning_speed"),

@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from cozyrag.hub.card_plot import draw_curves
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
-from cozyrag.retrieval.passage_index import made_by
+from cozyrag.retrieval.index_file import made_by
 from cozyrag.runtime.assets import shipped_folder
 from cozyrag.runtime.hardware import energy_sentence, machine_sentence
 from cozyrag.runtime.precision import MEASURED, display_name

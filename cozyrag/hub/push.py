@@ -21,7 +21,7 @@ from cozyrag.errors import InputError, PushError
 from cozyrag.hub.model_cards import CARD, card_for_hub
 from cozyrag.models.lora import read_adapter
 from cozyrag.pair_file import PAIR_FILE, read_pair
-from cozyrag.retrieval.passage_index import made_by
+from cozyrag.retrieval.index_file import made_by
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
 

@@ -1,14 +1,14 @@
-"""Questions to contexts: what the generator reads, and what the retriever is to learn from.
+"""Questions to contexts: the input of the generator, and the positives and hard negatives of the retriever.
 
-For each question the passages found, the sentences of the best ones that fit the token budget (scored by shared words,
-by vectors, or by both), and the positive and hard negatives. Left out: encoding and searching themselves (retriever.py, passage_index.py), tokens of the prompt (prompts.py).
+A context consists of sentences of the best passages, within a token budget. Their scores are sparse (shared words),
+dense (vectors) or hybrid. Left out: encoding (retriever.py), search (hybrid.py), and prompts (prompts.py).
 """
 
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -23,9 +23,11 @@ from cozyrag.retrieval.passage_index import PassageIndex, Passages
 FILTERS = ("sparse", "dense", "hybrid")
 SentenceSource = Callable[[Sequence[int]], list[np.ndarray]]  # rows of passages to (n_sentences, dim) each
 SEARCH_DEPTH = 60
-RANKS = 3  # from this rank on (from 0) passages do not differ any more: the search sorts the first ones best
-RANK_COST = 0.6  # the best passage is the right one four times of five: answers kept at 128 tokens rise by two points of a hundred
-NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer ones are too often right without being marked so
+RANKS = 3  # passages from this rank on (from 0) cost the same: the search is most reliable for the first ones
+# In standard deviations. The best passage is right four times out of five: with this cost, two percentage points more
+# answers are kept at 128 tokens.
+RANK_COST = 0.6
+NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer passages are too often unmarked positives
 Chosen = tuple[int, int, str]  # rank of the passage, number of the sentence in it, both from 0, and the sentence
 CONTEXT_FEATURES = Features(
     {
@@ -46,7 +48,7 @@ CONTEXT_FEATURES = Features(
 
 
 def sentence_source(index: PassageIndex, retriever: Retriever) -> SentenceSource:
-    """Vectors of the sentences of passages, by row: those kept with the index, or made on the fly where it keeps none."""
+    """Vectors of the sentences of passages, by row: kept with the index, or computed when needed."""
     if index.sentences is not None:
         return index.sentences.of
     passages = index.passages
@@ -64,7 +66,7 @@ def _share_of(name: str) -> float:
 
 
 def _cosines(sentences: np.ndarray, question: np.ndarray) -> np.ndarray:
-    """(n_sentences,) cosines; NaN for a sentence that lies beyond what the retriever reads of its passage."""
+    """(n_sentences,) cosines; NaN for a sentence beyond the retriever's maximum length."""
     return np.where(sentences.any(axis=1), sentences.astype(np.float32) @ question, np.nan)
 
 
@@ -80,7 +82,7 @@ def _standardized(values: np.ndarray) -> np.ndarray:
 class ContextBuilder:
     """Chooses from the passages found: sentences for the context, a positive and hard negatives for the retriever.
 
-    It never changes once it is made, so threads can share it; what it has read of passages is only ever added to.
+    Threads can share it: its settings never change, and its caches only grow.
 
     Args:
         passages: the columns of the passages table.
@@ -146,7 +148,7 @@ class ContextBuilder:
         Args:
             found: for each question the rows of the passages found, best first.
             vectors: (n_questions, dim) of the questions; not needed for "sparse".
-            top_k: passages whose sentences compete; None: as the builder was made.
+            top_k: passages whose sentences compete; None: the builder's own number.
         """
         competing = [rows[: self.top_k if top_k is None else top_k] for rows in found]
         rows = sorted({row for each in competing for row in each})
@@ -167,13 +169,16 @@ class ContextBuilder:
         Earlier passages win ties. Each passage brings its title along.
 
         Args:
-            cosines: of the sentences of each passage with the question; NaN where the retriever did not read so far.
+            cosines: of the sentences of each passage with the question; NaN beyond the retriever's maximum length.
         """
-        choices = []  # (passage rank, sentence number, text, tokens)
-        for rank, row in enumerate(rows):
-            choices.extend((rank, number, *each) for number, each in enumerate(zip(*self._sentences[row], strict=True)))
+        choices = [
+            (rank, number, sentence, tokens)
+            for rank, row in enumerate(rows)
+            for number, (sentence, tokens) in enumerate(zip(*self._sentences[row], strict=True))
+        ]
         scores = self._scores(question, rows, cosines)
-        kept, room, titled = [], self.budget, set()
+        kept: list[Chosen] = []
+        room, titled = self.budget, set()
         for _, (rank, number, sentence, length) in sorted(zip((-scores).tolist(), choices, strict=True)):
             cost = length + (0 if rank in titled else self._title_tokens(rows[rank]))
             if cost <= room or not kept:
@@ -183,8 +188,7 @@ class ContextBuilder:
         return sorted(kept)
 
     def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
-        """The score of each sentence in standard deviations, less `RANK_COST` for each of the first ranks of its
-        passage."""
+        """The score of each sentence in standard deviations, less `RANK_COST` per rank of its passage up to `RANKS`."""
         if not rows:
             return np.zeros(0)
         counts = [len(self._sentences[row][0]) for row in rows]
@@ -205,8 +209,7 @@ class ContextBuilder:
         return "\n".join(parts)
 
     def _read(self, rows: Sequence[int]) -> None:
-        """Split passages into sentences and count their tokens, all at once: a tokenizer takes longer to call than to
-        count."""
+        """Split passages into sentences and count their tokens, all at once: one call of a tokenizer is slow."""
         new = [row for row in rows if row not in self._sentences]
         split = [split_sentences(self.passages.texts[row]) for row in new]
         texts = [f" {sentence}" for sentences in split for sentence in sentences]
@@ -216,15 +219,15 @@ class ContextBuilder:
 
     def _title_tokens(self, row: int) -> int:
         title = self.passages.titles[row]
-        return len(title) // 3 + 2 if title else 0  # an estimate; prompts.py cuts what is over
+        return len(title) // 3 + 2 if title else 0  # an estimate; prompts.py truncates the excess
 
     def without_answer(self, rows: Sequence[int], gold_row: int, answers: Sequence[str]) -> list[int]:
-        """The first top-k of the rows that are neither the gold passage nor hold an answer."""
-        bare = (row for row in rows if row != gold_row and not self.holds_answer(row, answers))
-        return list(islice(bare, self.top_k))
+        """The first top-k of the rows that are not the gold passage and hold no answer."""
+        answerless = (row for row in rows if row != gold_row and not self.holds_answer(row, answers))
+        return list(islice(answerless, self.top_k))
 
     def positive(self, gold_row: int, rows: Sequence[int], answers: Sequence[str]) -> int:
-        """The gold passage if known, else the best-ranked one that contains an answer, else -1 (never a bare top hit)."""
+        """The gold passage if known, else the best-ranked one that holds an answer, else -1 (never a mere top hit)."""
         if gold_row >= 0:
             return gold_row
         return next((int(row) for row in rows if self.holds_answer(row, answers)), -1)
@@ -232,9 +235,7 @@ class ContextBuilder:
     def negatives(self, positive: int, rankings: Sequence[Sequence[int]], answers: Sequence[str]) -> list[int]:
         """The best-ranked passages of ranks 4 to 60 that hold no answer, taken from the rankings in turn."""
         found: dict[int, None] = {}
-        for row in (
-            row for rank in zip(*(ranking[NEGATIVE_RANKS] for ranking in rankings), strict=True) for row in rank
-        ):
+        for row in chain.from_iterable(zip(*(ranking[NEGATIVE_RANKS] for ranking in rankings), strict=True)):
             if len(found) == self.hard_negatives:
                 break
             if row != positive and not self.holds_answer(row, answers):
@@ -256,11 +257,11 @@ def attach_contexts(
     """The contexts table: questions with the passages found, their context, positive and hard negatives.
 
     Args:
-        search: questions to what is found for them, SEARCH_DEPTH deep or as deep as there are passages.
-        fingerprint: at most 64 characters that name this result; hashing the models instead would never hit a cache.
-        noise: share of the questions, drawn by id and `noise_seed`, whose context is made of the passages found that are
-            neither gold nor hold an answer, so that the generator learns not to trust blindly; their column `noised` is true.
-        progress: told after each batch how many questions it had.
+        search: questions to the SEARCH_DEPTH best passages, or to all if there are fewer.
+        fingerprint: at most 64 characters that identify this result; hashing the models would never hit a cache.
+        noise: share of the questions, drawn by id and `noise_seed`, whose context is made of passages found that are
+            not gold and hold no answer, so that the generator learns not to trust blindly; `noised` marks them.
+        progress: called after each batch with its number of questions.
     """
 
     def retrieve(batch: dict) -> dict:
@@ -271,8 +272,8 @@ def attach_contexts(
         golds = [builder.row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
         noised = [_share_of(f"{noise_seed}|{row_id}") < noise for row_id in batch["id"]]
         read = [
-            builder.without_answer(found, gold, answers) if spoiled else found
-            for found, gold, answers, spoiled in zip(rows, golds, batch["answers"], noised, strict=True)
+            builder.without_answer(found, gold, answers) if noisy else found
+            for found, gold, answers, noisy in zip(rows, golds, batch["answers"], noised, strict=True)
         ]
         contexts = builder.contexts(batch["question"], read, result.vectors)
         for i, (context, answers, found, gold) in enumerate(zip(contexts, batch["answers"], rows, golds, strict=True)):
@@ -290,7 +291,7 @@ def attach_contexts(
         progress(len(batch["question"]))
         return columns
 
-    if not len(questions):  # map would hand an empty table back without the new columns
+    if not len(questions):  # map would return an empty table without the new columns
         return Dataset.from_dict({name: [] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
     return questions.map(
         retrieve,

@@ -1,8 +1,8 @@
 """Dense, sparse (BM25) and hybrid search. Hybrid search adds up scores with fusion weights.
 
-A weighted sum keeps score differences, which ranks throw away. A passage counts as near to a question as its best sentence
-is, because the vector of a whole passage blurs its sentences. The weights are fitted on training questions. Left out: the two
-searches themselves (passage_index.py, bm25.py).
+A weighted sum keeps score differences, which ranks throw away. A passage is as near to a question as its best sentence,
+because the vector of a whole passage blurs its sentences. The weights are fitted on training questions. Left out: the
+two searches themselves (passage_index.py, bm25.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 
 from cozyrag.data.sentences import best_of, places_of
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.faiss_index import best
 from cozyrag.retrieval.passage_index import PassageIndex
 
 MODES = ("dense", "bm25", "hybrid")
@@ -24,23 +25,25 @@ TRUST = 10.0  # number of questions that the default weights count as in fitting
 
 @dataclass(frozen=True)
 class Weights:
-    """Fusion weights in BM25 points: `vectors` is the weight of a cosine of 1, `sentence_words` that of one point of rarity
-    that the best sentence shares with the question."""
+    """Fusion weights in BM25 points.
+
+    `vectors`: of a cosine of 1. `sentence_words`: of a point of rarity that the best sentence shares with the question.
+    """
 
     vectors: float
     sentence_words: float = 0.0
 
     @classmethod
     def default(cls, sentences: bool) -> "Weights":
-        """The weights used when no training question has a known passage: with sentences, or with whole passages only."""
+        """The weights without fitting; `sentences`: whether sentences are compared, or whole passages only."""
         return cls(45.0, 1.0) if sentences else cls(15.0)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result of a search over n questions.
+    """The result of a search for n questions.
 
-    scores: (n, k) float32, descending. rows: (n, k) int64. rankings: (n, k) each, the rankings that negatives are mined from.
+    scores: (n, k) float32, descending. rows: (n, k) int64. rankings: (n, k) each, from which negatives are mined.
     vectors: (n, dim) float32 of the questions, which the context filter needs in every mode.
     """
 
@@ -54,14 +57,14 @@ class Found:
 class Searcher:
     """Search in one of MODES. It never changes, so threads can share it.
 
-    In hybrid mode the score of a passage is its BM25 points plus two weighted terms of its best sentence: the cosine with the
-    question, and the rarity of the words it shares with the question. Without vectors and words of sentences, the score is
-    the BM25 points plus the weighted cosine of the passage.
+    In hybrid mode the score of a passage is its BM25 points plus two weighted terms of its best sentence: the cosine
+    with the question, and the rarity of the words it shares with the question. Without vectors and words of sentences,
+    the score is the BM25 points plus the weighted cosine of the passage.
 
     Args:
         lexical: needed in every mode but dense.
         encode: questions to (n, dim) float32.
-        words: words of the sentences; used where the index keeps vectors of sentences too.
+        words: words of the sentences; used if the index keeps sentence vectors too.
         weights: fusion weights; None: the default ones.
     """
 
@@ -98,22 +101,19 @@ class Searcher:
             return Found(scores, rows, (rows,), vectors)
         pool = self._pool(self.lexical, questions, vectors, max(k, CANDIDATES))
         weights = _as_array(self.fusion_weights)
-        best = [_best(rows, points @ weights, k) for rows, points in pool.candidates]
-        return Found(
-            np.stack([scores for scores, _ in best]).astype(np.float32),
-            np.stack([rows for _, rows in best]),
-            (pool.dense_rows[:, :k], pool.lexical_rows[:, :k]),
-            vectors,
-        )
+        ranked = [best(points @ weights, rows, k) for rows, points in pool.candidates]
+        scores, rows = np.stack([each[0] for each in ranked]).astype(np.float32), np.stack([each[1] for each in ranked])
+        return Found(scores, rows, (pool.dense_rows[:, :k], pool.lexical_rows[:, :k]), vectors)
 
     def fitted(self, questions: Sequence[str], relevant: Sequence[int]) -> tuple["Searcher", dict[str, float]]:
         """This search with weights that rank the relevant row of each question above its other candidates.
 
-        Softmax regression over the candidates of each question (ListNet's top-one loss, Cao et al. 2007) with weights of at
-        least 0, held near the default ones as if by TRUST questions. Questions whose relevant row is not a candidate do not count.
+        Softmax regression over the candidates of each question (ListNet's top-one loss, Cao et al. 2007) with
+        non-negative weights, kept near the default ones as if by TRUST questions. Questions whose relevant row is not a
+        candidate do not count.
 
         Returns:
-            the search, and its weights with recall@5 on the questions before and after.
+            the search, and its weights with recall@5 on the questions before and after fitting.
         """
         start = self.fusion_weights
         if not len(questions) or self.lexical is None:
@@ -135,7 +135,7 @@ class Searcher:
         return _Pool(candidates, dense_rows, lexical_rows)
 
     def _points(self, lexical: LexicalIndex, words: list[str], vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """(n_rows, 3): BM25, cosine, shared rarity; the last two of the best sentence where sentences are known."""
+        """(n_rows, 3): BM25, cosine, shared rarity; the last two of the best sentence if sentences are known."""
         cosines, shared = self.index.vectors[rows] @ vector, np.zeros(len(rows), dtype=np.float32)
         kept = self.index.sentences
         if kept is not None and self.words is not None:
@@ -157,8 +157,7 @@ class _Pool:
 
 
 def _fit(lists: Sequence[tuple[np.ndarray, np.ndarray]], start: np.ndarray) -> Weights:
-    """Weights that minimise the mean of -log softmax of the relevant rows; each list: (n,) which is relevant, (n, 3)
-    points."""
+    """Weights that minimise the mean -log softmax of the relevant rows; each list: (n,) is relevant, (n, 3) points."""
     if not lists:
         return Weights(*start[1:])
     unit = SHARPNESS * np.maximum(start, 1e-3)
@@ -176,9 +175,8 @@ def _fit(lists: Sequence[tuple[np.ndarray, np.ndarray]], start: np.ndarray) -> W
         gradient = (chance / total[list_of]) @ points - points[relevant].sum(axis=0) + TRUST * (theta - 1)
         return surprise, gradient
 
-    found = (
-        minimize(loss, np.ones(3), jac=True, bounds=[(1e-3, None), (0, None), (0, None)], method="L-BFGS-B").x * unit
-    )
+    bounds = [(1e-3, None), (0, None), (0, None)]
+    found = minimize(loss, np.ones(3), jac=True, bounds=bounds, method="L-BFGS-B").x * unit
     return Weights(*(round(float(value / found[0]), 4) for value in found[1:]))
 
 
@@ -187,10 +185,5 @@ def _recall(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: np.ndarray,
     hits = []
     for marks, points in lists:
         scores = points @ weights
-        hits.append(marks.any() and int((scores > scores[marks].max()).sum()) < k)
+        hits.append(bool(marks.any()) and int((scores > scores[marks].max()).sum()) < k)
     return float(np.mean(hits)) if hits else 0.0
-
-
-def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    order = np.lexsort((rows, -scores))[:k]
-    return scores[order], rows[order]

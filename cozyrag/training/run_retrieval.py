@@ -31,7 +31,8 @@ from cozyrag.retrieval.contexts import (
     sentence_source,
 )
 from cozyrag.retrieval.hybrid import Searcher, Weights
-from cozyrag.retrieval.passage_index import PassageIndex, Passages, made_by
+from cozyrag.retrieval.index_file import made_by
+from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.run_log import RunLog
 
