@@ -1,6 +1,5 @@
 """`cozyrag passages` end to end on small corpora: every format, every word accounted for, stable ids, resumable."""
 
-import argparse
 import bz2
 import gzip
 import json
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from tqdm import tqdm
 
+from cozyrag import cli
 from cozyrag.commands import passages as command
 from cozyrag.data import ingest
 from cozyrag.data.passages import read_passages
@@ -35,7 +35,7 @@ The leaves fall on the ground and the days become shorter and colder.
 
 
 def passages(arguments):
-    command.main(arguments, argparse.ArgumentParser("cozyrag passages"))
+    cli.run("passages", arguments)
 
 
 def made(folder, name="out.jsonl"):
@@ -98,7 +98,7 @@ def test_tables_of_articles(tmp_path, kind):
         path.write_text("".join(comma.join(row) + "\n" for row in [rows[0], *(row.values() for row in rows)]))
     else:
         path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
-    found = run(tmp_path, path, "--title_column", "name", "--text_column", "body")
+    found = run(tmp_path, path, "--columns", "title=name", "text=body")
     assert [(each["title"], each["text"]) for each in found] == [(row["name"], row["body"]) for row in rows]
 
 
@@ -279,7 +279,7 @@ def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
         (["nothing/here/now"], "out.jsonl", "found nothing at"),
         (["a.bin"], "out.jsonl", "expected files of a known format .* found 1 whose names"),
         (["empty"], "out.jsonl", "expected files of a known format .* found 0 whose names"),
-        (["a.jsonl"], "out.txt", "expected a name that ends in .parquet, .jsonl, .jsonl.gz"),
+        (["a.jsonl"], "out.txt", "expected a name that ends in .parquet or .jsonl or .jsonl.gz"),
         (["a.jsonl"], "a.jsonl", "is an input as well"),
         (["a.jsonl"], "none/out.jsonl", "there is no folder"),
         (["short.jsonl"], "out.jsonl", "texts of at least 30 characters"),

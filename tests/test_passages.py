@@ -84,7 +84,7 @@ def test_missing_text_column(tmp_path):
     source = jsonl(tmp_path / "p.jsonl", [{"body": "x", "id": 1}])
     with pytest.raises(InputError) as error:
         read_passages(source)
-    for word in (source, 'a column "text", found "body", "id"', "--text_column"):
+    for word in (source, 'a column "text", found "body", "id"', "--columns text=COLUMN"):
         assert word in str(error.value)
 
 

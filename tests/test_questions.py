@@ -161,9 +161,9 @@ def test_cells_of_headerless_tsv(tmp_path):
 
 def test_missing_columns(tmp_path):
     source = jsonl(tmp_path / "q.jsonl", [{"frage": "q", "antwort": "a"}])
-    with pytest.raises(InputError, match='q.jsonl: .*"question", found "frage", "antwort".*--question_column'):
+    with pytest.raises(InputError, match='q.jsonl: .*"question", found "frage", "antwort".*--columns question='):
         read_questions(source, skip_bad_rows=True)
-    with pytest.raises(InputError, match='q.jsonl: .*"answers", found "frage", "antwort".*--answer_column'):
+    with pytest.raises(InputError, match='q.jsonl: .*"answers", found "frage", "antwort".*--columns answer='):
         read_questions(source, columns=Columns(question="frage"))
     assert len(read_questions(source, columns=Columns(question="frage"), needs_answer=False).table) == 1
 

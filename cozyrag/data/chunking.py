@@ -62,11 +62,9 @@ def spaced(text: str) -> str:
 def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:
     """The passages of one section, in order: slices of it, stripped.
 
-    Args:
-        words: target words of a passage; it ends where another sentence would overshoot more than stopping undershoots.
-        overlap: sentences that a passage repeats from the end of the one before, at most half the target words.
-
-    Without overlap the concatenated passages are the whole text except for the space between them.
+    words: target of a passage, which ends where another sentence would overshoot more than stopping undershoots.
+    overlap: sentences that a passage repeats from the end of the one before, at most half the target. Without overlap
+        the concatenated passages are the whole text except for the space between them.
     """
     pieces = [part for piece in _sentences(text) for part in _split_long(text, piece, words * LONGEST)]
     passages = []

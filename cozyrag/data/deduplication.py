@@ -85,10 +85,7 @@ def near_repeats(signs: np.ndarray, least: float) -> np.ndarray:
     """(n,) bool: which texts share an estimated `least` of their runs (Jaccard) with an earlier one.
 
     In each band a text is compared with the first that agrees with it there and with the last before it. 64 bins
-    estimate the share to about 0.05. Works band by band, about 30 bytes a text beside `signs`, which may be a memmap.
-
-    Args:
-        signs: (n, BINS) uint8, from `signatures`.
+    estimate the share to about 0.05. Needs about 30 bytes a text beside `signs` (n, BINS) uint8, which may be a memmap.
     """
     near = np.zeros(len(signs), dtype=bool)
     for band in range(0, BINS, BAND):

@@ -39,17 +39,13 @@ class Source:
         return self.format in DOCUMENTS
 
 
-# ---- finding
-
-
 def find_sources(
     inputs: Sequence[str], *, format: str | None, ignore: Sequence[str] = ()
 ) -> tuple[list[Source], list[str]]:
     """The files behind the inputs, folders walked in the order of names, and the files in them of unknown format.
 
-    Args:
-        format: one of FORMATS for all inputs; None detects it for each file.
-        ignore: paths that are not inputs even if a folder holds them, such as the output.
+    format: one of FORMATS for all inputs; None detects it for each file. ignore: paths in a folder that are not inputs,
+    such as the output.
 
     Raises InputError for a missing input, a file of unknown format, or a folder without any file of a known one.
     """
@@ -100,9 +96,6 @@ def _format_of(path: str) -> str | None:
     except InputError:  # not text, or empty
         return known
     return WIKIEXTRACTOR if first.startswith("<doc ") else "jsonl" if first.startswith("{") and not known else known
-
-
-# ---- reading
 
 
 def read_document(source: Source) -> Article:
@@ -169,7 +162,7 @@ def read_container(
             yield _article(row.where, title, text)
         else:
             found = ", ".join(row.values)
-            bad.add(row.where, f'no column "{columns.text}" (found: {found}); name the right one with --text_column')
+            bad.add(row.where, f'no column "{columns.text}" (found: {found}); give it with --columns text=COLUMN')
 
 
 def _article(where: str, title: str, text: str) -> Article:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cozyrag.data.documents import HUB, Source, read_container
 from cozyrag.data.ingest_worker import Batch, Cutting, make_part
 from cozyrag.data.parsers import Article
-from cozyrag.data.rows import BadRows, Columns
+from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
 
 CHARACTERS = 2_000_000  # of text in one batch
@@ -27,21 +27,8 @@ FILES = 2_000  # in one batch at most
 VERSION = 1  # of the content of a part: parts of another version are not reused
 
 
-def gather(
-    sources: Sequence[Source],
-    folder: Path,
-    cutting: Cutting,
-    columns: Columns,
-    *,
-    split: str,
-    workers: int,
-    bad: BadRows,
-) -> list[Path]:
-    """Cut all sources into part files in `folder` and return them in the order of the sources; existing parts are kept.
-
-    Args:
-        columns, split: of containers, see `read_container`.
-    """
+def gather(sources: Sequence[Source], folder: Path, cutting: Cutting, *, workers: int, bad: BadRows) -> list[Path]:
+    """Cut all sources into part files in `folder`, returned in the order of the sources; existing parts are kept."""
     folder.mkdir(exist_ok=True)
     existing, parts = {path.name for path in folder.glob("*.parquet")}, list[Path]()
     size = None if any(source.format == HUB for source in sources) else sum(source.size for source in sources)
@@ -50,7 +37,7 @@ def gather(
             bar.write(f"Resuming: {len(existing)} parts exist already.", file=sys.stderr)
 
         def missing() -> Iterator[Batch]:
-            for batch in _batches(sources, cutting, columns, split, bad):
+            for batch in _batches(sources, cutting, bad):
                 parts.append(folder / f"{batch.path}.parquet")
                 if parts[-1].name in existing:
                     bar.update(batch.size)
@@ -92,16 +79,14 @@ def _collect(futures: set[Future], until: str, bar: tqdm) -> set[Future]:
     return rest
 
 
-def _batches(
-    sources: Sequence[Source], cutting: Cutting, columns: Columns, split: str, bad: BadRows
-) -> Iterator[Batch]:
+def _batches(sources: Sequence[Source], cutting: Cutting, bad: BadRows) -> Iterator[Batch]:
     """Batches of similar size; the path of each is a name made of everything its content depends on."""
     documents: list[Source] = []
     for source in sources:
         if source.is_document:
             documents.append(source)
         else:
-            yield from _of_container(source, cutting, columns, split, bad)
+            yield from _of_container(source, cutting, bad)
         if len(documents) == FILES or sum(each.size for each in documents) >= CHARACTERS:
             yield _of_files(documents, cutting)
             documents = []
@@ -113,13 +98,13 @@ def _of_files(files: list[Source], cutting: Cutting) -> Batch:
     return Batch(_name(cutting, files), cutting, files=tuple(files), size=sum(file.size for file in files))
 
 
-def _of_container(source: Source, cutting: Cutting, columns: Columns, split: str, bad: BadRows) -> Iterator[Batch]:
+def _of_container(source: Source, cutting: Cutting, bad: BadRows) -> Iterator[Batch]:
     read: list[int] = []  # bytes since the last batch; they count as done when its part is
-    articles = read_container(source, split=split, columns=columns, bad=bad, progress=read.append)
+    articles = read_container(source, split=cutting.split, columns=cutting.columns, bad=bad, progress=read.append)
     for number, held in enumerate(_grouped(articles)):
         size = sum(read)
         read.clear()
-        yield Batch(_name(cutting, [source, columns, split, number]), cutting, articles=held, size=size)
+        yield Batch(_name(cutting, [source, number]), cutting, articles=held, size=size)
 
 
 def _grouped(articles: Iterable[Article]) -> Iterator[list[Article]]:

@@ -72,11 +72,11 @@ class Summary:
         return "\n".join(lines)
 
 
-def check_output(output: str, inputs: Sequence[str]) -> None:
+def check_output(output: str, inputs: Sequence[str], endings: Sequence[str] = OUTPUTS) -> None:
     """Raise InputError for an output of unknown format, in a missing folder, or that is an input itself."""
     path = os.path.abspath(output)
-    if not output.lower().endswith(OUTPUTS):
-        raise InputError(f"--output {output}: expected a name that ends in {', '.join(OUTPUTS)}. Choose one of them.")
+    if not output.lower().endswith(tuple(endings)):
+        raise InputError(f"--output {output}: expected a name that ends in {' or '.join(endings)}. Choose one of them.")
     if not os.path.isdir(os.path.dirname(path)):
         raise InputError(f"--output {output}: there is no folder {os.path.dirname(path)}. Create it first.")
     if path in map(os.path.abspath, inputs):
@@ -92,8 +92,7 @@ def summary_path(output: str) -> Path:
 def assemble(parts: Sequence[Path], output: str, *, near: float | None, keep_repeats: bool, summary: Summary) -> None:
     """Write the passages of all parts, in order, without those that repeat earlier ones; completes `summary`.
 
-    Args:
-        near: share of common runs of characters from which a passage counts as a repeat of an earlier one; None: never.
+    near: share of common runs of characters from which a passage counts as a repeat of an earlier one; None: 1.
     """
     hashes = [pq.read_table(part, columns=["hash"])["hash"].to_numpy() for part in parts]
     same = repeats(np.concatenate(hashes or [np.zeros(0, np.uint64)]))

@@ -18,20 +18,24 @@ from cozyrag.data.chunking import cut, join_sections
 from cozyrag.data.deduplication import BINS, signatures, text_hash
 from cozyrag.data.documents import Source, read_document
 from cozyrag.data.parsers import Article
-from cozyrag.data.rows import BadRows
+from cozyrag.data.rows import COLUMNS, BadRows, Columns
 from cozyrag.errors import InputError
 
 TOGETHER = 2000  # passages held before they are written
+FIELDS = [("title", pa.string()), ("text", pa.string()), ("hash", pa.uint64())]
+SIGNATURE = ("signature", pa.binary(BINS))
 
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """How to cut, see `chunking.cut`; `signed` adds the signatures that find near duplicates."""
+    """How to read containers (see `read_container`) and cut articles (see `cut`)."""
 
     words: int = 100
     overlap: int = 0
-    min_characters: int = 30
-    signed: bool = False
+    min_characters: int = 30  # shorter passages are left out
+    signed: bool = False  # add signatures, which find near duplicates
+    split: str = "train"
+    columns: Columns = COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,8 @@ class Counts:
 
 def make_part(batch: Batch) -> int:
     """Cut a batch and write its part file, renamed when complete; returns the size of the batch."""
-    counts, bad, schema = Counts(), BadRows(), _schema(batch.cutting.signed)
+    counts, bad = Counts(), BadRows()
+    schema = pa.schema([*FIELDS, SIGNATURE] if batch.cutting.signed else FIELDS)
     beside = f"{batch.path}.{os.getpid()}"
     with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
         held: list[tuple[str, str]] = []
@@ -79,11 +84,6 @@ def make_part(batch: Batch) -> int:
 def read_counts(path: str | Path) -> Counts:
     """The counts of a part file."""
     return Counts(**json.loads(pq.read_metadata(path).metadata[b"counts"]))
-
-
-def _schema(signed: bool) -> pa.Schema:
-    columns = [("title", pa.string()), ("text", pa.string()), ("hash", pa.uint64())]
-    return pa.schema([*columns, ("signature", pa.binary(BINS))] if signed else columns)
 
 
 def _articles(batch: Batch, bad: BadRows) -> Iterator[Article]:

@@ -41,6 +41,12 @@ class _Outline:
     def line(self, text: str) -> None:
         self.sections[-1][1].append(text)
 
+    def paragraph(self, lines: list[str]) -> None:
+        """Add these lines of Markdown as one line of text, and clear the list."""
+        if text := _bare(unwrap(lines)):
+            self.line(text)
+        lines.clear()
+
     def article(self, where: str, title: str | None, name: str) -> Article:
         """The article; without a title, the first heading becomes the title if no text comes before it."""
         sections = [(path, "\n".join(lines).strip()) for path, lines in self.sections]
@@ -65,17 +71,12 @@ def unwrap(lines: Iterable[str], least: int = 0) -> str:
     return text
 
 
-# ---- plain text
-
-
 def plain_article(text: str, where: str) -> Article:
     """One section; blank lines separate paragraphs, lines that look wrapped are joined."""
     blocks = re.split(r"\n[^\S\n]*\n", text)
     paragraphs = [unwrap(block.split("\n"), WRAPPED) for block in blocks if block.strip()]
     return Article(where, name_as_title(where), [((), "\n".join(paragraphs))])
 
-
-# ---- Markdown
 
 _ATX = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$")
 _SETEXT = re.compile(r" {0,3}(=+|-+)\s*$")
@@ -103,29 +104,21 @@ def markdown_article(text: str, where: str) -> Article:
     outline, block, fenced = _Outline(), list[str](), False
     for line in text.split("\n"):
         fence, atx, setext = _FENCE.match(line), _ATX.match(line), _SETEXT.match(line)
-        if fence:
-            fenced = not fenced
-            block = _flush(outline, block)
-        elif fenced:
+        if fenced and not fence:
             outline.line(line.rstrip())
-        elif atx:
-            block = _flush(outline, block)
-            outline.heading(len(atx[1]), _bare(atx[2] or ""))
         elif setext and len(block) == 1 and not _OWN_LINE.match(block[0]):
-            outline.heading(1 if setext[1][0] == "=" else 2, _bare(block[0]))
-            block = []
-        elif not line.strip() or setext or _DEFINITION.match(line):
-            block = _flush(outline, block)
+            outline.heading(1 if setext[1][0] == "=" else 2, _bare(block.pop()))
+        elif fence or atx or setext or not line.strip() or _DEFINITION.match(line):
+            outline.paragraph(block)
+            fenced ^= bool(fence)
+            if atx:
+                outline.heading(len(atx[1]), _bare(atx[2] or ""))
         else:
-            block = [*(_flush(outline, block) if _OWN_LINE.match(line) else block), line]
-    _flush(outline, block)
+            if _OWN_LINE.match(line):
+                outline.paragraph(block)
+            block.append(line)
+    outline.paragraph(block)
     return outline.article(where, title, name_as_title(where))
-
-
-def _flush(outline: _Outline, block: list[str]) -> list[str]:
-    if block and (text := _bare(unwrap(block))):
-        outline.line(text)
-    return []
 
 
 def _bare(text: str) -> str:
@@ -145,8 +138,6 @@ def _front_matter(text: str) -> tuple[str, str | None]:
         return text, None
     return text[found.end() :], str(facts["title"]).strip() if facts.get("title") else None
 
-
-# ---- HTML
 
 _SKIPPED = {"script", "style", "template", "noscript", "svg", "nav", "footer", "aside", "form", "button", "select"}
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
@@ -209,9 +200,6 @@ def html_article(text: str, where: str) -> Article:
     tops = [path[0] for path, _ in page.outline.sections if len(path) == 1]
     title = tops[0] if len(tops) == 1 else page.title
     return page.outline.article(where, title or None, name_as_title(where))
-
-
-# ---- PDF
 
 
 def pdf_article(path: str, where: str) -> Article:

@@ -67,7 +67,7 @@ def stream_passages(
             yield row, *_parsed(row, columns)
         except BadValue as error:
             bad.add(row.where, str(error))
-    require_column(source, found, columns.text, "--text_column")
+    require_column(source, found, columns.text, "text")
 
 
 def _parsed(row: Row, columns: Columns) -> tuple[str, str, str]:

@@ -27,16 +27,11 @@ _OTHER_NUMBER = {"answers": "answer", "answer": "answers"}
 
 @dataclass(frozen=True)
 class Questions:
-    """The content of a source of questions.
+    """The content of a source of questions."""
 
-    table: one row per question (id: string, question: string, answers: list of strings, passage_id: string or null).
-    passages: the deduplicated contexts as a passages table (id, title, text), None if no row carries one.
-    report: text about skipped rows, None if there are none.
-    """
-
-    table: Dataset
-    passages: Dataset | None
-    report: str | None
+    table: Dataset  # one row per question, with FEATURES; passage_id is null if unknown
+    passages: Dataset | None  # the deduplicated contexts (id, title, text), None if no row carries one
+    report: str | None  # text about skipped rows, None if there are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +104,9 @@ def stream_questions(
             yield row, _parsed(row.values, columns, needs_answer)
         except BadValue as error:
             bad.add(row.where, str(error))
-    require_column(source, found, columns.question, "--question_column")
+    require_column(source, found, columns.question, "question")
     if needs_answer and other not in found:
-        require_column(source, found, columns.answer, "--answer_column")
+        require_column(source, found, columns.answer, "answer")
 
 
 def _generated_id(row: Question, repeats: Counter[str]) -> str:
@@ -159,9 +154,8 @@ def _flat(answers: object) -> list[object]:
 def hold_out(table: Dataset, *, share: float, limit: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split a questions table into (train, held out), both in the table's order; the same seed gives the same split.
 
-    Rows with the same gold passage, or without any but with the same question, stay together, so no gold passage is on
-    both sides. The held-out side gets min(limit, round(share * rows)) rows, at least 1; fewer if the groups do not add
-    up to that number, more only if every group is larger.
+    Rows with the same gold passage (or question, if it is unknown) stay together. The held-out side gets
+    min(limit, round(share * rows)) rows, at least 1; fewer if the groups do not add up, more only if all are larger.
 
     Raises InputError if share is not between 0 and 1, limit is below 1, or all rows form one group.
     """

@@ -46,18 +46,14 @@ def read_rows(
 
     source: path to a .tsv .csv .jsonl .ndjson .json or .parquet file, each also with .gz or .bz2; or "user/name" or
         "user/name:config" on the Hub. A .json file is a list of objects, the SQuAD layout, or JSON lines.
-    split: split of the Hub dataset; ignored for files.
-    known: column names a header may hold. CSV and TSV headers are compared lowercased and stripped, and a header cell
-        that matches gets the spelling given here.
+    known: column names that get this spelling in a CSV or TSV header, which may differ in case and outer spaces.
     headerless: names of the columns, by position, of a TSV file without header; empty if a header is required.
-    bad: receives the rows that cannot be parsed (wrong number of cells, not an object). Without it they raise
-        InputError at the end.
+    bad: receives the rows that cannot be parsed (wrong number of cells, not an object); None: they raise InputError.
     kind: one of EXTENSIONS, for a file whose name does not show it.
     streaming: rows of a Hub dataset as they arrive, nothing stored on this machine.
-    progress: called with the number of bytes of each read from disk.
 
-    Raises InputError, at the first step of the iteration or at the fault, for a source that is missing, a directory,
-    empty, of unknown extension, not UTF-8, holding NUL bytes, or broken (gzip, CSV, JSON, Parquet, Hub).
+    Raises InputError, during the iteration, for a source that is missing, a directory, empty, of unknown extension, not
+    UTF-8, holding NUL bytes, or broken (gzip, CSV, JSON, Parquet, Hub).
     """
     collected = BadRows() if bad is None else bad
     if is_hub_id(source):

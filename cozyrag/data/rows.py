@@ -4,7 +4,7 @@ Left out: files and their formats (readers.py), which columns a question or a pa
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from cozyrag.errors import InputError
@@ -23,12 +23,6 @@ class Columns:
     id: str = "id"
     passage_id: str = "passage_id"
     text: str = "text"
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Columns":
-        """From settings named `question_column`, `answer_column`, ...; a missing one keeps its default."""
-        names = {each.name: f"{each.name}_column" for each in fields(cls)}
-        return cls(**{name: settings[key] for name, key in names.items() if key in settings})
 
 
 COLUMNS = Columns()
@@ -105,12 +99,12 @@ def line_of(values: Mapping[str, Any], column: str) -> str:
     return " ".join(text_of(values.get(column), column).split())
 
 
-def require_column(source: str, found: Collection[str], column: str, flag: str) -> None:
-    """Raise InputError with the columns found and the flag to use if there were rows, but none with `column`."""
+def require_column(source: str, found: Collection[str], column: str, name: str) -> None:
+    """Raise InputError with the columns found if there were rows, but none with `column`, the column of `name`."""
     if found and column not in found:
         raise InputError(
             f'{source}: expected a column "{column}", found {quoted(found)}; nothing was done with this source. '
-            f"Name the right column with {flag}."
+            f"Give the right column with --columns {name}=COLUMN."
         )
 
 

@@ -51,10 +51,8 @@ def write_text(path: Path, text: str) -> None:
 def writing(path: Path, *, needed: int = 0) -> Iterator[None]:
     """Turn what writing libraries raise for a full disk or missing permission into an InputError.
 
-    Safetensors, torch and FAISS each have their own error for a full disk, so the free space is checked too.
-
-    Args:
-        needed: bytes about to be written.
+    Safetensors, torch and FAISS each have their own error for a full disk, so it is also checked whether the `needed`
+    bytes are free.
     """
     try:
         yield
@@ -90,9 +88,6 @@ def _no_room(path: Path, needed: int) -> str:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-# ---- whole folders
 
 
 @contextlib.contextmanager
@@ -158,9 +153,6 @@ def damage(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- a pair that is never half replaced
 
 
 def switch(folder: Path) -> None:

@@ -10,18 +10,8 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
@@ -120,7 +110,7 @@ def explain(error: BaseException, repo: str, *, writing: bool) -> tuple[str, str
 
 def _explain_settings(error: BaseException) -> tuple[str, str] | None:
     """Causes on this machine: no token, offline mode, a full disk."""
-    if isinstance(error, LocalTokenNotFoundError):
+    if isinstance(error, errors.LocalTokenNotFoundError):
         remedy = "log in with `hf auth login`, or set HF_TOKEN to a token with write permission"
         return "no token was found on this machine", remedy
     if isinstance(error, OfflineModeIsEnabled):
@@ -137,15 +127,15 @@ def _explain_answer(error: BaseException, repo: str, *, writing: bool) -> tuple[
     if not isinstance(error, HfHubHTTPError):
         return None
     status = error.response.status_code
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated", "ask for access on its page and log in with `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no such revision", "check the revision: a branch, a tag such as round-1, or a commit"
-    if status == 401 and (writing or not isinstance(error, RepositoryNotFoundError)):
+    if status == 401 and (writing or not isinstance(error, errors.RepositoryNotFoundError)):
         if os.environ.get("HF_TOKEN"):
             return "the Hub does not accept the token in HF_TOKEN", "set HF_TOKEN to a valid one or unset it"
         return "the Hub does not accept the token of the last login", "run `hf auth login --force`"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         cause = f"the Hub has no {repo}, or it is private and you are not logged in"
         return cause, "check the name, or run `hf auth login`"
     if status == 403:
@@ -164,7 +154,7 @@ def _explain_answer(error: BaseException, repo: str, *, writing: bool) -> tuple[
 def _explain_rest(error: BaseException, repo: str) -> tuple[str, str]:
     """No answer, an invalid name, and all other errors."""
     text = " ".join(str(error).split())[:200]
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is not a valid name of a repository ({text})", "give it as user/name"
     if is_passing(error):
         return f"{constants.ENDPOINT} cannot be reached ({text or type(error).__name__})", "check the network"

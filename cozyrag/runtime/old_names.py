@@ -1,6 +1,6 @@
 """Names in the files of earlier versions, and their current names.
 
-No other module knows an old name. Left out: reading the files (run_reader.py, checkpointing.py, pair_file.py, config.py).
+No other module knows an old name. Left out: reading the files (run_reader.py, checkpointing.py, config.py, ...).
 """
 
 from pathlib import Path

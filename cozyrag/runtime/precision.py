@@ -28,19 +28,14 @@ EMULATED = "bf16 is only emulated here: two to three times slower than float32, 
 
 @dataclass(frozen=True)
 class Precision:
-    """The precision of a run, and why.
+    """The precision of a run, and why; rates of matrix products are in GFLOP/s, None if not measured."""
 
-    name: "bf16", "no" (float32), "fp16" or "fp8". reason: text to follow the name. float32, bf16: rates of matrix
-    products in GFLOP/s, None if not measured. note: a sentence for the log if the precision is slow, else "". kept: an
-    interrupted run began with it.
-    """
-
-    name: str
-    reason: str
+    name: str  # "bf16", "no" (float32), "fp16" or "fp8"
+    reason: str  # text to follow the name
     float32: float | None = None
     bf16: float | None = None
-    note: str = ""
-    kept: bool = False
+    note: str = ""  # a sentence for the log if the precision is slow
+    kept: bool = False  # whether an interrupted run began with it
 
     @property
     def ratio(self) -> float | None:
@@ -75,9 +70,6 @@ def asked_at_launch(environment: Mapping[str, str]) -> str | None:
     return asked if asked in ("bf16", "fp16", "fp8") else None
 
 
-# ---- the machine
-
-
 def native_bf16(device: str) -> bool:
     """Whether the hardware itself computes in bf16. device: "cpu" or "cuda".
 
@@ -99,10 +91,7 @@ def _reports(owner: object, name: str) -> bool:
 
 
 def measure_products(device: str = "cpu") -> tuple[float, float]:
-    """Rates of matrix products in (float32, bf16), in GFLOP/s: the best of a few, in about a third of a second.
-
-    Matrices have 2048 rows and columns, fewer if that takes long, as it does with emulated bf16.
-    """
+    """Rates of matrix products in (float32, bf16), in GFLOP/s: the best of a few, in about a third of a second."""
     return _rate(torch.float32, device), _rate(torch.bfloat16, device)
 
 
@@ -127,30 +116,19 @@ def _rate(kind: torch.dtype, device: str) -> float:
 def _product_seconds(size: int, kind: torch.dtype, device: str) -> float:
     """Seconds of one product of two square matrices."""
     matrix = torch.ones(size, size, dtype=kind, device=device)
-    on_cpu = device == "cpu"
-    count = 1 if on_cpu else PRODUCTS
-    if not on_cpu:
-        torch.accelerator.synchronize()
+    count, synchronize = (1, lambda: None) if device == "cpu" else (PRODUCTS, torch.accelerator.synchronize)
+    synchronize()
     started = time.perf_counter()
     for _ in range(count):
         matrix @ matrix
-    if not on_cpu:
-        torch.accelerator.synchronize()
+    synchronize()
     return (time.perf_counter() - started) / count
 
 
-# ---- the choice
-
-
 def choose(device: str, asked: str | None = None, kept: Precision | None = None) -> Precision:
-    """The precision of a run on this process.
+    """The precision of a run on this process: that of an interrupted run, else the user's choice, else what fits.
 
-    Args:
-        device: "cpu", "cuda", ... asked: the user's choice; None: what fits the machine. kept: that of an interrupted
-            run, which takes precedence over what fits the machine.
-
-    Raises:
-        InputError: the precision is not available here, or only emulated on a CPU.
+    Raises InputError if it is not available here, or only emulated on a CPU.
     """
     if kept is not None:
         check_asked(kept.name, device, emulated=True)
