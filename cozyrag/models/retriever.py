@@ -125,7 +125,7 @@ class Retriever:
         return [len(ids) for ids in encoded["input_ids"]]
 
     def embed(self, texts: Sequence[str], *, kind: str, spans: Sequence[Sequence[Span]] | None = None) -> torch.Tensor:
-        """L2-normalised vectors (n_texts, dim) with gradients; `kind`, "query" or "document", selects the model's prompt.
+        """L2-normalised vectors (n_texts, dim) with gradients; `kind`, "query" or "document", selects the prompt.
 
         With `spans` of sentences, as for `encode_passages`, the result is (n_texts + n_sentences, dim): each text's
         vector followed by those of its sentences, zero for a sentence beyond the reading length.

@@ -1,6 +1,6 @@
 """Open question answering as a module for the `evaluate` library: EM, F1, ROUGE-L, BLEU and answer-in-context.
 
-The numbers are those of cozyrag/evaluation/metrics.py, which training and the benchmarks use too. Left out: how answers are made.
+The functions are those of cozyrag/evaluation/metrics.py, as in training and the benchmarks. Left out: answering.
 """
 
 import datasets
@@ -20,9 +20,9 @@ from cozyrag.evaluation.metrics import (
 )
 
 _DESCRIPTION = """\
-Scores of short answers to open questions against one or more reference answers, in percent: exact match and F1 as the official
-SQuAD v1.1 script counts them, ROUGE-L (package rouge-score, no stemming), corpus BLEU (package sacrebleu) and, in the configuration
-"contexts", the share of questions whose context, from which the answer was made, holds a reference answer as whole words.
+Scores of short answers to open questions against one or more reference answers, in percent: exact match and F1 as in
+the official SQuAD v1.1 script, ROUGE-L (package rouge-score, no stemming), corpus BLEU (package sacrebleu) and, in the
+configuration "contexts", the share of questions whose context contains a reference answer as whole words.
 """
 
 _CITATION = """\
@@ -48,18 +48,18 @@ _CITATION = """\
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (list of str): one answer for each question; "" for none.
-    references (list of list of str): the accepted answers of each question. An empty list says that the question has no answer:
-        EM, F1 and ROUGE-L are then 1 for an empty prediction and 0 for any other (SQuAD 2.0), and BLEU leaves it out.
-    contexts (list of str, configuration "contexts" only): what each answer was made from.
+    predictions (list of str): one answer per question; "" for none.
+    references (list of list of str): the accepted answers of each question. An empty list: the question has no answer;
+        EM, F1 and ROUGE-L are then 1 for an empty prediction, else 0 (SQuAD 2.0), and BLEU omits the question.
+    contexts (list of str, configuration "contexts" only): the context from which each answer was generated.
     intervals (bool): add a 95 % percentile bootstrap interval of each score, [low, high]. Default False.
 
 Returns:
-    dict: exact_match, f1, rouge_l, bleu and, in the configuration "contexts" answer_in_context: floats from 0 to 100; with intervals each also
-    as NAME_interval; questions: how many there were.
+    dict: exact_match, f1, rouge_l, bleu and, in the configuration "contexts", answer_in_context: floats from 0 to 100;
+    with intervals each also as NAME_interval; questions: their number.
 
 Raises:
-    ValueError: no question, or a prediction, reference or context that is no text.
+    ValueError: no question, or a prediction, reference or context that is not a string.
 
 Examples:
     >>> metric = evaluate.load("metric_modules/cozyrag_qa")
@@ -78,10 +78,7 @@ class CozyragQA(evaluate.Metric):
     """EM, F1, ROUGE-L, BLEU and answer-in-context."""
 
     def _info(self):
-        features = {
-            "predictions": datasets.Value("string"),
-            "references": datasets.Sequence(datasets.Value("string")),
-        }
+        features = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
         if self.config_name == "contexts":
             features["contexts"] = datasets.Value("string")
         elif self.config_name != "default":
@@ -120,13 +117,13 @@ class CozyragQA(evaluate.Metric):
 
 
 def _check(predictions, references, contexts):
-    """Refuse what would be scored as something it is not."""
+    """Raise ValueError for inputs that would be scored as something else."""
     if not len(predictions):
         raise ValueError("expected at least one question, found none")
     for row, (prediction, wanted) in enumerate(zip(predictions, references, strict=True)):
         if prediction is None or wanted is None or any(text is None for text in wanted):
             raise ValueError(
-                f"question {row}: expected texts, found None; write '' for an empty answer, [] for no answer"
+                f"question {row}: expected strings, found None; use '' for an empty answer, [] for no answer"
             )
         if contexts is not None and contexts[row] is None:
-            raise ValueError(f"question {row}: expected a context, found None; write '' for an empty one")
+            raise ValueError(f"question {row}: expected a context, found None; use '' for an empty one")

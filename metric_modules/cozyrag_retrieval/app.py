@@ -1,4 +1,4 @@
-"""The page of the Space: paste predictions and references as JSON, see the scores."""
+"""The app of the Space: computes the scores of predictions and references given as JSON."""
 
 import json
 
@@ -9,10 +9,10 @@ METRIC = evaluate.load("cozyrag_retrieval.py")
 
 
 def compute(predictions: str, references: str) -> dict:
-    """Scores of two JSON lists of equal length, or what is wrong with them."""
+    """Scores of two JSON lists of equal length. Raises gradio.Error if they are invalid."""
     try:
         return METRIC.compute(predictions=json.loads(predictions), references=json.loads(references))
-    except ValueError as error:  # JSON that is none, or inputs that the metric refuses
+    except ValueError as error:  # invalid JSON, or inputs that the metric refuses
         raise gradio.Error(str(error)) from error
 
 

@@ -1,6 +1,6 @@
 """Retrieval as a module for the `evaluate` library: recall@k, hit rate@k, MRR@k and nDCG@k.
 
-The numbers are those of cozyrag/evaluation/metrics.py, which training and the benchmarks use too. Left out: searching.
+The functions are those of cozyrag/evaluation/metrics.py, as in training and the benchmarks. Left out: search.
 """
 
 import datasets
@@ -10,8 +10,9 @@ import numpy as np
 from cozyrag.evaluation.metrics import bootstrap_interval, hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
 
 _DESCRIPTION = """\
-Scores of ranked lists of passages (or any other items) against the ones that are relevant, in percent: recall@k, the share of the
-relevant ones among the first k; hit rate@k, whether any is; MRR@k, the reciprocal rank of the first; nDCG@k with gains 0 and 1.
+Scores of ranked lists of passages (or any other items) against the relevant ones, in percent: recall@k, the share of
+the relevant ones among the first k; hit rate@k, whether any is; MRR@k, the reciprocal rank of the first; nDCG@k with
+gains 0 and 1.
 """
 
 _CITATION = """\
@@ -28,20 +29,20 @@ _CITATION = """\
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (list of list of str): for each question the ids of the items found, best first. The order of the list is the
-        ranking: items whose scores tie must have been put into an order before. May be empty, and shorter than k.
-    references (list of list of str): for each question the ids of the relevant items; repeats count once. A question without
-        any is left out of the means and counted in `unjudged`.
-    ks (list of int): depths of recall, hit rate and nDCG. Default [1, 5, 10, 20]. More than there are items is no mistake.
+    predictions (list of list of str): for each question the ids of the items found, best first. The order of the list
+        is the ranking: break ties before. May be empty, and shorter than k.
+    references (list of list of str): for each question the ids of the relevant items; repeats count once. A question
+        without any is omitted from the means and counted in `unjudged`.
+    ks (list of int): depths of recall, hit rate and nDCG; may exceed the number of items. Default [1, 5, 10, 20].
     mrr_at (int): depth of the mean reciprocal rank. Default 10.
     intervals (bool): add a 95 % percentile bootstrap interval of each score, [low, high]. Default False.
 
 Returns:
-    dict: recall@k, hit_rate@k, ndcg@k for each k, and mrr@k: floats from 0 to 100; with intervals each also as NAME_interval;
-    questions: how many were scored; unjudged: how many were left out.
+    dict: recall@k, hit_rate@k, ndcg@k for each k, and mrr@k: floats from 0 to 100; with intervals each also as
+    NAME_interval; questions: the number scored; unjudged: the number omitted.
 
 Raises:
-    ValueError: an id that stands twice in one ranking, an id that is no text, a depth below 1, or no question with a reference.
+    ValueError: a repeated id in a ranking, an id that is not a string, a depth below 1, no question with a reference.
 
 Examples:
     >>> metric = evaluate.load("metric_modules/cozyrag_retrieval")
@@ -90,12 +91,12 @@ class CozyragRetrieval(evaluate.Metric):
 
 
 def _check(predictions, references, depths):
-    """Refuse what would be scored as something it is not."""
+    """Raise ValueError for inputs that would be scored as something else."""
     if any(depth < 1 for depth in depths):
         raise ValueError(f"expected depths of at least 1, found {min(depths)}")
     for row, (found, wanted) in enumerate(zip(predictions, references, strict=True)):
         if any(key is None for key in (*found, *wanted)):
-            raise ValueError(f"question {row}: expected ids that are texts, found None")
+            raise ValueError(f"question {row}: expected ids that are strings, found None")
         if len(set(found)) < len(found):
             twice = next(key for place, key in enumerate(found) if key in found[:place])
             raise ValueError(
