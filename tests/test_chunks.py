@@ -1,4 +1,4 @@
-"""Cutting articles into passages: sizes, boundaries, overlap, other scripts, and nothing lost."""
+"""Cutting articles into passages: sizes, boundaries, overlap, other scripts, and no lost text."""
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ def squeezed(text):
     return "".join(text.split())
 
 
-def test_passages_are_about_as_long_as_wanted_and_end_with_sentences():
+def test_passages_have_about_the_target_length_and_end_with_sentences():
     text = " ".join(sentence(n % 23 + 5) for n in range(200))
     passages = cut(text, words=100)
     sizes = [len(passage.split()) for passage in passages]
@@ -46,8 +46,9 @@ def test_a_heading_goes_with_what_follows():
 
 def test_overlap_repeats_sentences_but_at_most_half_a_passage():
     text = " ".join(sentence(25, name) for name in "abcdefgh")
-    plain, lapped = cut(text, words=100), cut(text, words=100, overlap=1)
-    assert [each.split()[0] for each in plain] == ["A0", "E0"] and [each.split()[0] for each in lapped] == ["A0", "D0"]
+    plain, overlapping = cut(text, words=100), cut(text, words=100, overlap=1)
+    assert [each.split()[0] for each in plain] == ["A0", "E0"]
+    assert [each.split()[0] for each in overlapping] == ["A0", "D0"]
     long = " ".join(sentence(90, name) for name in "abc")
     assert cut(long, words=100, overlap=1) == cut(long, words=100)
 
@@ -69,14 +70,14 @@ def test_sentences_of_other_scripts_end_passages(text, stops):
     assert squeezed("".join(passages)) == squeezed(text * 30)
 
 
-def test_thai_is_cut_at_spaces_and_without_any_never_before_a_vowel_sign():
+def test_thai_is_cut_at_spaces_and_never_before_a_vowel_sign():
     passages = cut(THAI * 40, words=100)
     assert len(passages) > 3 and all(passage.split()[-1] in THAI.split() for passage in passages)
     unbroken = cut("ที่" * 2000, words=100)
     assert len(unbroken) > 5 and all(passage.startswith("ท") for passage in unbroken)
 
 
-def test_a_number_is_no_clause():
+def test_a_number_is_not_a_clause():
     text = "Long " + " ".join(f"1,000,{i:03}" for i in range(400))
     assert all(word in text.split() for passage in cut(text, words=100) for word in passage.split())
 
@@ -89,14 +90,14 @@ def test_words_are_counted_by_script(text, words):
     assert count_words(text) == pytest.approx(words)
 
 
-def test_spaced_parts_the_characters_of_scripts_without_spaces_only():
+def test_spaced_separates_only_characters_of_scripts_without_spaces():
     assert spaced("Wien 维也纳!").split() == ["Wien", "维", "也", "纳", "!"]
     assert spaced("plain text") == "plain text" and spaced("naïve") == "naïve"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet=st.sampled_from("aB .!?\n。，維ที่ا؟\u0301-'\")1"), max_size=400), st.integers(3, 40))
-def test_nothing_is_lost_or_twice(text, words):
+def test_no_text_is_lost_or_repeated(text, words):
     assert squeezed("".join(cut(text, words=words))) == squeezed(text)
 
 
@@ -109,12 +110,12 @@ def test_short_sections_join_and_their_headings_stay_with_them():
     assert joined == [((), "A\none two\nB\nthree"), (("C",), "word " * 30)]
 
 
-def test_what_headings_share_stays_the_path():
+def test_common_headings_stay_the_path():
     sections = [(("Care", "Water"), "Weekly."), (("Care", "Light"), "Much of it.")]
     assert join_sections(sections, least=10, most=20) == [(("Care",), "Water\nWeekly.\nLight\nMuch of it.")]
 
 
-def test_a_heading_above_headings_needs_no_text():
+def test_a_heading_above_other_headings_needs_no_text():
     sections = [(("Care",), ""), (("Care", "Water"), "word " * 30), (("Empty",), "")]
     assert join_sections(sections, least=10, most=50) == [((), f"Care\nWater\n{'word ' * 30}\nEmpty")]
     assert join_sections(sections[:2], least=10, most=50) == [(("Care", "Water"), "word " * 30)]

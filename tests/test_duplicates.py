@@ -1,4 +1,4 @@
-"""Finding repeats: exact ones by hash, near ones by signatures that are compared with the true overlap."""
+"""Finding duplicates: exact ones by hash, near ones by signatures, compared with the true overlap."""
 
 import random
 
@@ -30,7 +30,7 @@ def estimate(a, b):
     return float((signs[0] == signs[1]).mean())
 
 
-def test_hashes_tell_texts_apart_and_stay():
+def test_hashes_differ_between_texts_and_never_change():
     assert text_hash("a", "b") != text_hash("ab") != text_hash("b", "a")
     assert text_hash("Wien") == 0xC40602549EF471A5  # on every machine
 
@@ -63,7 +63,7 @@ def test_case_and_the_width_of_spaces_do_not_count():
     assert signatures([]).shape == (0, BINS)
 
 
-def test_near_repeats_are_found_and_others_left():
+def test_only_near_repeats_are_found():
     base = [words(100, seed) for seed in range(300)]
     near = [changed(text, 2, 1) for text in base[:100]]
     far = [changed(text, 40, 1) for text in base[100:200]]

@@ -1,4 +1,4 @@
-"""What a run does when the disk is full, a file is damaged, a loss is no number, or memory does not do."""
+"""Runs with a full disk, damaged files, non-finite losses, too little memory, or lost processes."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def limit_files(size):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_a_run_keeps_the_earlier_checkpoint_and_the_run_goes_on(
+def test_a_disk_that_fills_up_keeps_the_earlier_checkpoint_and_the_run_resumes(
     short_run,
     undisturbed,
     tmp_path,
@@ -49,9 +49,7 @@ def test_a_disk_that_fills_up_in_a_run_keeps_the_earlier_checkpoint_and_the_run_
     try:
         with monkeypatch.context() as patched:
             at_step(patched, 2, lambda: limit_files(100_000))
-            with pytest.raises(
-                InputError, match="disk is full.*retriever-000002 needs about \\d MB.*resumes there"
-            ):
+            with pytest.raises(InputError, match="disk is full.*retriever-000002 needs about \\d MB.*resumes there"):
                 train(arguments)
     finally:
         limit_files(resource.RLIM_INFINITY)
@@ -81,7 +79,7 @@ def test_an_output_that_cannot_be_written_is_refused(short_run):
 
 
 @pytest.mark.parametrize("role", ["generator", "retriever"])
-def test_weights_cut_short_are_one_clear_sentence(role, generator_path, retriever_path, tmp_path):
+def test_truncated_weights_are_one_clear_error(role, generator_path, retriever_path, tmp_path):
     source = {"generator": generator_path, "retriever": retriever_path}[role]
     for path in source.rglob("*"):
         if path.is_file():
@@ -94,7 +92,7 @@ def test_weights_cut_short_are_one_clear_sentence(role, generator_path, retrieve
 
 @pytest.fixture
 def finished(short_run, tmp_path):
-    """(settings, output folder) of a run that only examined."""
+    """(settings, output folder) of a run that only evaluated."""
     arguments = [*short_run, "--output_dir", str(tmp_path / "out"), "--rounds", "0"]
     train(arguments)
     return arguments, tmp_path / "out"
@@ -105,7 +103,7 @@ def cut(path):
 
 
 @pytest.mark.slow
-def test_a_damaged_index_is_refused_where_it_is_used_and_made_anew_where_a_run_goes_on(finished, capsys):
+def test_a_damaged_index_is_refused_by_readers_and_made_again_by_a_resumed_run(finished, capsys):
     arguments, out = finished
     fingerprint = made_by(out / "index")
     for name in FILES:
@@ -135,27 +133,27 @@ def test_a_pair_of_two_rounds_is_refused(finished):
         CozyRAG.from_pretrained(out)
 
 
-# ---- losses that are no numbers
+# ---- non-finite losses
 
 
 def spoil(monkeypatch, spoilt, function="generator_step"):
-    """The steps of these numbers, counted from 1, have NaN for a loss and for gradients."""
+    """Set the loss and gradients of these steps, counted from 1, to NaN."""
     real, calls = getattr(STEPS[function], function), []
 
     def step(accelerator, module, *rest, **options):
-        told = real(accelerator, module, *rest, **options)
+        losses = real(accelerator, module, *rest, **options)
         calls.append(1)
         if len(calls) in spoilt:
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("nan"))
-            told[0] = float("nan")
-        return told
+            losses[0] = float("nan")
+        return losses
 
     monkeypatch.setattr(STEPS[function], function, step)
 
 
-def test_a_bad_step_is_skipped_counted_and_logged(short_run, tmp_path, monkeypatch):
+def test_a_step_with_nan_is_skipped_counted_and_logged(short_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     spoil(monkeypatch, {2, 4})
     train([*short_run, "--output_dir", str(out), "--max_skipped_steps", "2", "--retriever_steps", "0"])
@@ -170,7 +168,7 @@ def test_a_bad_step_is_skipped_counted_and_logged(short_run, tmp_path, monkeypat
     assert not (out / "skipped-steps").exists()
 
 
-def test_bad_steps_in_a_row_stop_the_run_and_leave_the_batch(short_run, tmp_path, monkeypatch):
+def test_skipped_steps_in_a_row_stop_the_run_and_save_the_batch(short_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     spoil(monkeypatch, {2, 3})
     with pytest.raises(InputError, match="2 steps of the generator in a row.*--generator_learning_rate"):
@@ -182,23 +180,23 @@ def test_bad_steps_in_a_row_stop_the_run_and_leave_the_batch(short_run, tmp_path
 
 
 class Notes(PhaseCallback):
-    """Keeps what it is told."""
+    """Keeps its calls."""
 
     def __init__(self):
-        self.reports, self.bad, self.cut = [], [], []
+        self.reports, self.skipped, self.cut = [], [], []
 
     def after_step(self, report: StepReport) -> None:
         self.reports.append(report)
 
     def skipped_step(self, report, gradient_norm, rows):
-        self.bad.append((report.step, gradient_norm, rows()))
+        self.skipped.append((report.step, gradient_norm, rows()))
 
     def out_of_memory(self, cut):
         self.cut.append(cut.tokens or cut.micro_batches)
 
 
 def phase(take_step, *, accelerator=None, rows=4, steps=3, show=lambda number: [], **cutting):
-    """Run a phase over one weight; (the weight after each step, what the watcher was told)."""
+    """Run a phase over one weight; (the weight after each step, the calls of the callback)."""
     from cozyrag.config import TrainingSettings
 
     weight, notes, values = torch.nn.Parameter(torch.ones(2, 2)), Notes(), []
@@ -222,7 +220,7 @@ def phase(take_step, *, accelerator=None, rows=4, steps=3, show=lambda number: [
 
 
 @pytest.mark.parametrize("gradient", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_moves_nothing_though_the_loss_is_one(gradient):
+def test_a_non_finite_gradient_changes_no_weight_although_the_loss_is_finite(gradient):
     def take_step(weight, number, cut):
         weight.grad = torch.full_like(weight, gradient if number == 1 else 1.0)
         return {"loss": 1.0}
@@ -230,8 +228,8 @@ def test_a_gradient_that_is_no_number_moves_nothing_though_the_loss_is_one(gradi
     values, notes = phase(take_step, show=lambda number: [{"step": number}])
     assert torch.equal(values[0], values[1]) and not torch.equal(values[1], values[2])
     assert [report.bad for report in notes.reports] == [False, True, False]
-    assert [(step, rows) for step, _, rows in notes.bad] == [(2, [{"step": 1}])]
-    assert notes.reports[2].learning_rate < notes.reports[1].learning_rate  # the schedule goes on
+    assert [(step, rows) for step, _, rows in notes.skipped] == [(2, [{"step": 1}])]
+    assert notes.reports[2].learning_rate < notes.reports[1].learning_rate  # the schedule continues
 
 
 # ---- memory
@@ -255,7 +253,7 @@ def test_out_of_memory_cuts_the_step_and_keeps_its_rows(error):
     assert tried == [(0, 1), (1, 1), (1, 2), (1, 4), (2, 4)] and notes.cut == [2, 4]
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_not_treated_as_out_of_memory():
     def take_step(weight, number, cut):
         raise RuntimeError("something else")
 
@@ -263,7 +261,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         phase(take_step)
 
 
-def test_where_single_rows_do_not_fit_and_with_several_processes_the_error_says_what_to_do(monkeypatch):
+def test_the_error_names_the_remedy_for_single_rows_and_for_several_processes(monkeypatch):
     def take_step(weight, number, cut):
         raise RuntimeError(NO_MEMORY)
 
@@ -275,8 +273,8 @@ def test_where_single_rows_do_not_fit_and_with_several_processes_the_error_says_
         phase(take_step, accelerator=accelerator)
 
 
-def test_out_of_memory_halves_the_tokens_then_computes_anew_then_ends():
-    """Rows of 100 tokens; only micro-batches of one row whose activations are computed anew fit, and in step 2 nothing does."""
+def test_out_of_memory_halves_the_tokens_then_recomputes_then_ends():
+    """Rows of 100 tokens; only micro-batches of one row with recomputed activations fit, and in step 2 not even those."""
     tried = []
 
     def take_step(weight, number, cut):
@@ -323,9 +321,9 @@ def test_a_run_short_of_memory_ends_as_one_with_smaller_micro_batches_and_keeps_
         at_step(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM), "generator_step")
         with pytest.raises(Interrupted):
             train([*small, "--output_dir", str(tmp_path / "out")])
-    train([*small, "--output_dir", str(tmp_path / "out")])  # no lack of memory now: what there was is remembered
-    told = rows(tmp_path / "out", "out of memory")
-    assert [row["micro_batches"] for row in told] == [2, 4] if given else [row["tokens"] for row in told][0] < 300
+    train([*small, "--output_dir", str(tmp_path / "out")])  # enough memory now: the earlier cut is remembered
+    cuts = rows(tmp_path / "out", "out of memory")
+    assert [row["micro_batches"] for row in cuts] == [2, 4] if given else [row["tokens"] for row in cuts][0] < 300
     four, cut = (load_file(tmp_path / name / "generator" / "model.safetensors") for name in ("four", "out"))
     for name, weight in four.items():
         torch.testing.assert_close(cut[name], weight, atol=0 if given else 1e-5, rtol=0)
@@ -334,7 +332,7 @@ def test_a_run_short_of_memory_ends_as_one_with_smaller_micro_batches_and_keeps_
 # ---- other processes
 
 
-def test_a_lost_process_is_told_in_one_sentence():
+def test_a_lost_process_is_one_clear_error():
     with pytest.raises(
         InputError, match="Another process of this run has ended.*Connection closed by peer.*last checkpoint"
     ):

@@ -1,4 +1,4 @@
-"""Broken inputs are refused with a sentence, never with a traceback, and no row is lost without a word (see fuzz_run.py)."""
+"""Broken inputs raise an InputError, never another exception, and no row is lost silently (see fuzz_run.py)."""
 
 import time
 
@@ -22,7 +22,7 @@ def test_drawn_inputs_are_read_or_refused(name, tmp_path):
     fuzz_run.fuzz(name, 15 if name == "yaml" else 60, tmp_path)  # the parser of settings is slow
 
 
-# ---- what it found
+# ---- faults that it has found
 
 
 def test_answers_nested_too_deeply_are_a_bad_row(tmp_path):
@@ -35,7 +35,7 @@ def test_answers_nested_too_deeply_are_a_bad_row(tmp_path):
 @pytest.mark.parametrize(
     "column",
     [
-        pa.array([0, 2**62], pa.int64()).view(pa.timestamp("us")),  # no year that Python knows
+        pa.array([0, 2**62], pa.int64()).view(pa.timestamp("us")),  # a year beyond the range of Python
         pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"], pa.binary()).buffers()),
     ],
     ids=["time", "bytes"],
@@ -48,14 +48,14 @@ def test_a_parquet_cell_that_python_cannot_hold_is_a_bad_row(tmp_path, column):
     assert table["text"][:] == ["A."] and "p.parquet, row 2: cannot be read (" in report
 
 
-def test_a_parquet_column_that_stands_there_twice_is_refused(tmp_path):
+def test_a_repeated_parquet_column_is_refused(tmp_path):
     table = pa.Table.from_arrays([pa.array(["A."]), pa.array(["B."])], names=["text", "text"])
     pq.write_table(table, tmp_path / "p.parquet")
     with pytest.raises(InputError, match='found "text" more than once'):
         read_passages(str(tmp_path / "p.parquet"))
 
 
-def test_a_message_about_half_a_surrogate_pair_can_be_printed(tmp_path):
+def test_a_message_about_a_lone_surrogate_can_be_printed(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"\\ud800": "A."}')
     with pytest.raises(InputError, match=r'found "\\ud800"') as refused:
         read_passages(str(tmp_path / "p.jsonl"))
@@ -66,13 +66,13 @@ def test_a_message_about_half_a_surrogate_pair_can_be_printed(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["undefined", "unicode_escape"])
-def test_a_web_page_in_an_encoding_that_gives_no_text_is_refused(tmp_path, encoding):
+def test_a_web_page_in_an_encoding_without_text_is_refused(tmp_path, encoding):
     (tmp_path / "page.html").write_text(f'<meta charset="{encoding}"><p>\\ud800</p>')
     with pytest.raises(InputError, match=f"expected a page in {encoding}"):
         read_document(Source(str(tmp_path / "page.html"), "html"))
 
 
-def test_a_long_line_that_nearly_opens_an_article_takes_no_time(tmp_path):
+def test_a_long_line_that_nearly_opens_an_article_is_fast(tmp_path):
     (tmp_path / "wiki_00").write_text("<doc " + 'title="' * 40_000)
     started, bad = time.process_time(), BadRows()
     assert list(read_container(Source(str(tmp_path / "wiki_00"), "wikiextractor"), bad=bad)) == [] and bad.count == 1
@@ -88,7 +88,7 @@ def test_a_long_line_that_nearly_opens_an_article_takes_no_time(tmp_path):
     ],
     ids=["nested", "key", "infinite"],
 )
-def test_settings_that_cannot_be_are_refused(tmp_path, text, found):
+def test_impossible_settings_are_refused(tmp_path, text, found):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(InputError, match=found):
         parse_settings(["--config", str(tmp_path / "s.yaml")])

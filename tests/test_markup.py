@@ -18,16 +18,16 @@ def test_markdown_headings_make_sections_and_the_first_one_is_the_title():
     ]
 
 
-def test_front_matter_names_the_title_and_is_no_text():
+def test_front_matter_gives_the_title_and_is_not_text():
     article = markdown_article("---\ntitle: The Barrel\ntags: [garden]\n---\nText.\n# Later\nMore.", "a.md")
     assert (article.title, article.sections) == ("The Barrel", [((), "Text."), (("Later",), "More.")])
 
 
-def test_a_text_that_begins_with_a_rule_keeps_it_all():
+def test_a_text_that_begins_with_a_horizontal_rule_is_kept():
     assert markdown_article("---\nFirst: [\n---\nText.", "a.md").sections[-1][1].endswith("Text.")
 
 
-def test_without_heading_the_file_names_the_title():
+def test_without_a_heading_the_title_is_the_file_name():
     assert markdown_article("Just text.", "notes/my-old_barrel.md").title == "my old barrel"
     assert markdown_article("Text first.\n\n# Heading\nMore.", "a.md").title == "a"
 
@@ -54,11 +54,11 @@ def test_underlined_headings_and_rules():
         ("```\n# no heading\n  code\n```", "# no heading\n  code"),
     ],
 )
-def test_marks_are_taken_off(marked, bare):
+def test_marks_are_removed(marked, bare):
     assert markdown_article(marked, "a.md").sections == [((), bare)]
 
 
-def test_plain_text_is_unwrapped_where_lines_look_wrapped():
+def test_plain_text_is_unwrapped_if_lines_look_wrapped():
     prose = "This line is long enough to have been wrapped by an\neditor, and so it goes on.\n\nRoses are red\nViolets are blue"
     article = plain_article(prose, "poems/red_roses.txt")
     assert article.title == "red roses"
@@ -74,7 +74,7 @@ def test_chinese_lines_join_without_a_space():
     assert unwrap(["Wien", "ist"]) == "Wien ist"
 
 
-def test_html_leaves_out_what_belongs_to_the_page():
+def test_html_leaves_out_navigation_and_scripts():
     page = """<!doctype html><html><head><title>Barrel - My site</title><style>p {}</style></head><body>
     <nav><ul><li>Home</li></ul></nav><h1>Rain &amp; barrels</h1><p>They hold <b>200</b> litres.<br>Or more.</p>
     <script>if (a < b) { alert("x") }</script><h2>Care</h2><ul><li>Clean.<li>Empty.</ul>
@@ -84,13 +84,13 @@ def test_html_leaves_out_what_belongs_to_the_page():
     assert article.sections == [((), "They hold 200 litres.\nOr more."), (("Care",), "Clean.\nEmpty.\nPrice 40")]
 
 
-def test_html_without_one_first_heading_takes_its_title():
+def test_html_without_a_single_top_heading_takes_its_title():
     assert html_article("<title>The Site</title><h1>A</h1><p>x</p><h1>B</h1><p>y</p>", "a.html").title == "The Site"
     assert html_article("<p>Only this.", "my-page.html").title == "my page"
 
 
 def make_pdf(path, lines, title=None):
-    """A PDF by hand: one page, one font, text at the left."""
+    """A minimal PDF: one page, one font, text at the left."""
     text = "BT /F1 12 Tf 50 700 Td 14 TL " + " ".join(f"({line}) Tj T*" for line in lines) + " ET"
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",
@@ -110,7 +110,7 @@ def make_pdf(path, lines, title=None):
     return str(path)
 
 
-def test_pdf_lines_and_divided_words_are_put_together(tmp_path):
+def test_pdf_lines_and_hyphenated_words_are_joined(tmp_path):
     pytest.importorskip("pypdf")
     path = make_pdf(tmp_path / "old-barrel.pdf", ["A barrel for rain that stands behind the old gar-", "den house."])
     article = pdf_article(path, "old-barrel.pdf")

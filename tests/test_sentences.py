@@ -1,4 +1,4 @@
-"""What a sentence is does not change unnoticed: kept vectors pair up with sentences by number alone."""
+"""The sentence rules do not change unnoticed: stored vectors pair up with sentences by number alone."""
 
 import hashlib
 
@@ -23,14 +23,14 @@ TEXTS = (
 )
 
 
-def test_changed_rules_have_a_new_number():
-    """Change what a sentence is, and RULES must be counted up; then the digest here is the new one's."""
-    made = hashlib.sha256(repr([split_sentences(text) for text in TEXTS]).encode()).hexdigest()[:16]
-    assert (RULES, made) == (1, "af9c9d6070f81c09"), "count up cozyrag.data.sentences.RULES"
+def test_changed_rules_need_a_new_number():
+    """With every change of the rules, increase RULES and update the digest here."""
+    digest = hashlib.sha256(repr([split_sentences(text) for text in TEXTS]).encode()).hexdigest()[:16]
+    assert (RULES, digest) == (1, "af9c9d6070f81c09"), "increase cozyrag.data.sentences.RULES"
 
 
 def kept(folder, monkeypatch, *, rules):
-    """An index with vectors of sentences, written by a version with these rules, and read by this one."""
+    """The sentence vectors of an index that a version with these rules wrote, as this version reads them."""
     passages, _ = tiny.corpus(3)
     table = Dataset.from_list(passages).select_columns(["id", "title", "text"])
     sentences = SentenceVectors(np.ones((9, 4), np.float16), np.array([3, 6, 9]))
@@ -40,7 +40,7 @@ def kept(folder, monkeypatch, *, rules):
     return PassageIndex.load(folder, fingerprint="f").sentences
 
 
-def test_vectors_of_other_rules_are_not_used_and_that_is_said(tmp_path, monkeypatch):
+def test_vectors_of_other_rules_are_not_used_with_a_warning(tmp_path, monkeypatch):
     assert kept(tmp_path / "same", monkeypatch, rules=RULES).ends.tolist() == [3, 6, 9]
     with pytest.warns(UserWarning, match="split sentences differently.*Make the index again"):
         assert kept(tmp_path / "other", monkeypatch, rules=RULES + 1) is None
