@@ -66,8 +66,8 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(generator_path, retriever_p
     monkeypatch.setattr("cozyrag.runtime.atomic_files._free", lambda path: 1000)
     with pytest.raises(InputError, match=r"generator-000000 needs about \d+ MB, 0 MB are free"):
         checkpoints.save(Progress(1, "generator"), *models)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-000-2-examine-000000"]
-    assert checkpoints.newest()[0].name == "round-000-2-examine-000000"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["round-000-2-evaluation-000000"]
+    assert checkpoints.newest()[0].name == "round-000-2-evaluation-000000"
 
 
 def test_an_output_that_cannot_be_written_is_refused(short_run):
@@ -126,7 +126,7 @@ def test_a_pair_of_two_rounds_is_refused(finished):
     with torch.no_grad():
         next(model.model.parameters()).add_(1)
     model.save(out / "generator")
-    with pytest.raises(InputError, match="names the generator .* but the one beside it is"):
+    with pytest.raises(InputError, match="names generator .* but the one beside it is"):
         CozyRAG.from_pretrained(out)
     (out / "pair.next").mkdir()
     with pytest.raises(InputError, match="interrupted while it replaced the old pair"):
