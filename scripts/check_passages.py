@@ -58,6 +58,8 @@ def passages(output: str) -> list[dict]:
 
 def main() -> None:
     """Compare and print; fail if something is missing."""
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
     output, inputs = sys.argv[1], sys.argv[2:]
     summary = json.loads(Path(re.sub(r"\.(jsonl(\.gz)?|parquet)$", "", output) + ".summary.json").read_text())
     made, count, words = passages(output), 0, 0
