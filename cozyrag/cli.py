@@ -1,13 +1,14 @@
-"""The command line: one module of `commands/` for each command.
+"""The command line: a table of commands, each in its module of `commands/`.
 
-A mistake of the user ends with one sentence and exit code 2. Left out: what a command does.
+A mistake of the user ends with one sentence and exit code 2. Left out: what the commands do.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from cozyrag import __version__
 from cozyrag.errors import InputError, PushError
@@ -15,37 +16,64 @@ from cozyrag.runtime.signals import Interrupted
 
 COMMANDS = {
     "train": "train a pair, as train.py does",
-    "plan": "what a run with these settings would take: hours, memory, disk; trains nothing",
-    "passages": "cut texts (files, folders, a wiki, a Hub dataset) into passages to search",
-    "questions": "make a file of questions, or check one against the passages",
-    "index": "encode passages on all processes and make their index",
-    "ask": "ask a trained pair a question and see its sources",
-    "demo": "a page in the browser to try a trained pair on",
-    "space": "write that page as a folder for Hugging Face Spaces",
-    "report": "the numbers of a run as a page with plots",
-    "compare": "two runs side by side, and whether they differ by more than noise",
-    "audit": "what of the held-out questions is known from training, and the scores without it",
+    "plan": "estimate time, memory and disk space of a run",
+    "passages": "split texts (files, folders, a wiki, a Hub dataset) into passages",
+    "questions": "merge files of questions, and check them against the passages",
+    "index": "encode passages on all processes and build their index",
+    "ask": "ask a trained pair questions and see its sources",
+    "demo": "try a trained pair in the browser",
+    "space": "write the demo page as a folder for Hugging Face Spaces",
+    "report": "show the numbers of a run as a page with plots",
+    "compare": "compare two runs, and test whether they differ by more than noise",
+    "audit": "find validation questions that overlap with training, and the scores without them",
     "doctor": "check this machine, settings before training, or the output of a run",
-    "merge": "make one model of a generator that was trained with --lora_rank",
+    "merge": "merge a generator that was trained with --lora_rank into one model",
     "push": "upload a trained pair and its index to the Hugging Face Hub",
 }
 
 
-def entry_point(command: Callable[[], None]) -> None:
-    """Run a command. An InputError becomes its sentence on stderr, once over all processes, and exit code 2; 3 for an upload.
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of descriptions and shows defaults, except of switches and of options without one."""
 
-    A run that Ctrl-C or SIGTERM ended exits with 128 and the number of the signal, as shells do.
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        no_default = action.default is None or action.default is False or action.default == []
+        return action.help if no_default else super()._get_help_string(action)
+
+
+def entry_point(command: Callable[[], None]) -> None:
+    """Run a command and end the process with its exit code.
+
+    After an InputError its sentence is on stderr, once for all processes, and the code is 2, or 3 for a failed upload.
+    After Ctrl-C or SIGTERM the code is 128 plus the number of the signal, as in shells.
     """
     try:
         command()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(3 if isinstance(error, PushError) else 2)
+        _end(f"error: {error}", 3 if isinstance(error, PushError) else 2)
     except Interrupted as interrupted:
-        if os.environ.get("RANK", "0") == "0":
-            print(interrupted.message, file=sys.stderr, flush=True)
-        sys.exit(128 + interrupted.number)
+        _end(interrupted.message, 128 + interrupted.number)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run one of COMMANDS with its arguments; the docstring of its module is its help.
+
+    Raises InputError for mistakes of the user.
+    """
+    module = importlib.import_module(f"cozyrag.commands.{command}")  # only this one: most of them load torch
+    description = (module.__doc__ or "").partition("\nLeft out:")[0]
+    parser = argparse.ArgumentParser(
+        prog=f"cozyrag {command}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    module.main(arguments, parser)
 
 
 def main() -> None:
@@ -55,21 +83,18 @@ def main() -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(
-        prog="cozyrag", description="Fine-tune a retriever and a generator together, and ask them."
+        prog="cozyrag",
+        usage="cozyrag [-h] [--version] COMMAND ...",
+        description="Fine-tune a retriever and a generator together, and ask them.",
+        epilog="commands, each explained by `cozyrag COMMAND --help`:\n"
+        + "\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items()),
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cozyrag {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, line in COMMANDS.items():
-        commands.add_parser(name, help=line, add_help=False)
-    command = parser.parse_known_args()[0].command
-    module = importlib.import_module(f"cozyrag.commands.{command}")  # only this one: most of them load torch
-    own = argparse.ArgumentParser(
-        prog=f"cozyrag {command}",
-        description=COMMANDS[command],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.main(sys.argv[sys.argv.index(command) + 1 :], own)
+    # PARSER takes the command and everything after it, also options
+    parser.add_argument("words", nargs=argparse.PARSER, choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    command, *arguments = parser.parse_args().words
+    run(command, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`cozyrag questions`: what is odd is found, named by file and line, and left out only where asked."""
+"""`cozyrag questions`: problems are found, named by file and line, and left out only on request."""
 
 import gzip
 import json
@@ -6,7 +6,8 @@ import json
 import pytest
 import tiny
 
-from cozyrag.commands.questions import Wanted, questions
+from cozyrag import cli
+from cozyrag.commands.questions import AnswerSearch
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 
@@ -15,6 +16,10 @@ PASSAGES = [
     {"id": "p2", "title": "Graz", "text": "Graz lies on the Mur and has 300,000 people."},
     {"id": "p3", "title": "维也纳", "text": "维也纳是奥地利的首都。"},
 ]
+
+
+def questions(arguments):
+    cli.run("questions", arguments)
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def made(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-ODD = [
+ROWS = [
     ("Which river flows through Vienna?", "The Danube"),
     ("Which river is in Graz?", "Mur"),
     ("which river  is in graz?", "Mur"),
@@ -42,42 +47,42 @@ ODD = [
 ]
 
 
-def test_what_is_odd_is_counted_with_file_and_line(tmp_path, passages, capsys):
-    questions([write(tmp_path / "qa.tsv", ODD), "--check_only", "--passages", passages])
-    told = capsys.readouterr().out
-    assert "repeated: 1 of 7" in told and 'qa.tsv, line 3: "which river is in graz?" was asked at' in told
-    assert "disagreeing: 1 of 7" in told and "qa.tsv, line 4" in told
-    assert "no_passage: 2 of 7" in told and 'qa.tsv, line 6: no answer ("the Romans") in any passage' in told
-    assert "length" not in told and "7 questions read, 6 would be kept." in told
+def test_problems_are_counted_with_file_and_line(tmp_path, passages, capsys):
+    questions([write(tmp_path / "qa.tsv", ROWS), "--check_only", "--passages", passages])
+    out = capsys.readouterr().out
+    assert "repeated: 1 of 7" in out and 'qa.tsv, line 3: "which river is in graz?" was asked at' in out
+    assert "disagreeing: 1 of 7" in out and "qa.tsv, line 4" in out
+    assert "no_passage: 2 of 7" in out and 'qa.tsv, line 6: no answer ("the Romans") in any passage' in out
+    assert "length" not in out and "7 questions read, 6 would be kept." in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["passages.jsonl", "qa.tsv"]
 
 
-def test_what_is_odd_is_left_out_on_request(tmp_path, passages):
+def test_questions_with_problems_are_left_out_on_request(tmp_path, passages):
     output = tmp_path / "q.jsonl"
     questions(
-        [write(tmp_path / "qa.tsv", ODD), "--output", str(output), "--passages", passages, "--drop", "no_passage"]
+        [write(tmp_path / "qa.tsv", ROWS), "--output", str(output), "--passages", passages, "--drop", "no_passage"]
     )
-    assert [each["question"] for each in made(output)] == [ODD[i][0] for i in (0, 1, 4, 6)]
+    assert [each["question"] for each in made(output)] == [ROWS[i][0] for i in (0, 1, 4, 6)]
     facts = json.loads((tmp_path / "q.summary.json").read_text())
     assert (facts["read"], facts["kept"], facts["odd"]) == (7, 4, {"repeated": 1, "disagreeing": 1, "no_passage": 2})
     assert len(read_questions(str(output)).table) == 4
 
 
-def test_nothing_odd_is_said_too(tmp_path, passages, capsys):
-    source = write(tmp_path / "qa.tsv", ODD[:2])
+def test_no_problems_are_reported_too(tmp_path, passages, capsys):
+    source = write(tmp_path / "qa.tsv", ROWS[:2])
     questions([source, "--check_only"])
-    assert "Nothing odd (not whether passages hold the answers: no --passages)." in capsys.readouterr().out
+    assert "No problems; answers were not looked up (no --passages)." in capsys.readouterr().out
     questions([source, "--check_only", "--passages", passages])
-    assert "Nothing odd." in capsys.readouterr().out
+    assert "No problems.\n" in capsys.readouterr().out
 
 
-def test_lengths_far_from_the_others(tmp_path, capsys):
+def test_unusual_lengths(tmp_path, capsys):
     usual = [(f"What is the name of thing number {i}?", f"name {i}") for i in range(30)]
     odd = [("dd", "name"), ("What is it?", "word " * 60)]
     questions([write(tmp_path / "qa.tsv", [*usual, *odd]), "--check_only"])
-    told = capsys.readouterr().out
-    assert 'line 31: question of 1 words, most have about 8: "dd"' in told
-    assert "line 32: answer of 60 words, most have about 2" in told and "length: 2 of 32" in told
+    out = capsys.readouterr().out
+    assert 'line 31: question of 1 words, most have about 8: "dd"' in out
+    assert "line 32: answer of 60 words, most have about 2" in out and "length: 2 of 32" in out
 
 
 def squad(path, context, answer):
@@ -102,9 +107,9 @@ def test_gold_passages_by_id(tmp_path, passages, capsys):
     rows = [{"question": f"Q{i}?", "answer": "Mur", "passage_id": f"p{i}"} for i in (1, 2, 9)]
     source, output = tiny.write_jsonl(tmp_path / "q.jsonl", rows), tmp_path / "out.jsonl"
     questions([str(source), "--output", str(output), "--passages", passages])
-    told = capsys.readouterr().out
-    assert 'q.jsonl, line 1: no answer ("Mur") in its passage p1' in told and "not_in_gold: 1 of 3" in told
-    assert "q.jsonl, line 3: its passage p9 is not among the passages" in told
+    out = capsys.readouterr().out
+    assert 'q.jsonl, line 1: no answer ("Mur") in its passage p1' in out and "not_in_gold: 1 of 3" in out
+    assert "q.jsonl, line 3: its passage p9 is not among the passages" in out
     assert [each["passage_id"] for each in made(output)] == ["p1", "p2", "p9"]
 
 
@@ -129,28 +134,28 @@ def test_rows_without_answer(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["qa.tsv", "--output", "q.csv"], "ends in .jsonl or .jsonl.gz"),
         (["q.jsonl", "--output", "q.jsonl"], "is an input as well"),
-        (["none.tsv", "--check_only"], "there is none"),
+        (["none.tsv", "--check_only"], "none.tsv, found none"),
     ],
 )
-def test_what_cannot_be_used(tmp_path, monkeypatch, words, told):
+def test_unusable_inputs_and_outputs(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "qa.tsv", ODD)
+    write(tmp_path / "qa.tsv", ROWS)
     (tmp_path / "q.jsonl").write_text('{"question": "A?", "answer": "a"}\n')
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         questions(words)
 
 
-def test_an_output_or_a_check_is_wanted(capsys):
+def test_an_output_or_a_check_is_required(capsys):
     with pytest.raises(SystemExit):
         questions(["qa.tsv"])
     assert "give --output FILE, or --check_only" in capsys.readouterr().err
 
 
-# ---- looking for answers
+# ---- searching for answers
 
 
 @pytest.mark.parametrize(
@@ -166,11 +171,11 @@ def test_an_output_or_a_check_is_wanted(capsys):
     ],
 )
 def test_answers_are_found_as_whole_words(answer, text, found):
-    assert Wanted([[answer]]).found_in(text) is found
-    assert Wanted([["nowhere", answer]]).found_in(text) is found
+    assert AnswerSearch([[answer]]).found_in(text) is found
+    assert AnswerSearch([["nowhere", answer]]).found_in(text) is found
 
 
 def test_one_of_the_answers_is_enough_and_every_question_has_its_own():
-    wanted = Wanted([["Mur", "Enns"], ["Danube"]])
-    wanted.look_in("The Enns is green.")
-    assert wanted.seen(["Mur", "Enns"]) and not wanted.seen(["Danube"]) and not wanted.seen(["Mur"])
+    search = AnswerSearch([["Mur", "Enns"], ["Danube"]])
+    search.add_text("The Enns is green.")
+    assert search.has_found(["Mur", "Enns"]) and not search.has_found(["Danube"]) and not search.has_found(["Mur"])

@@ -1,4 +1,4 @@
-"""The command line as users call it: what it prints, where, and with which exit code it ends."""
+"""The command line as users call it: its output and exit codes."""
 
 import configparser
 import importlib
@@ -12,14 +12,13 @@ import evaluated
 import pytest
 
 import cozyrag
-from cozyrag import cli, pipeline
+from cozyrag import cli
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
-from cozyrag.hub import background_push
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
+from cozyrag.pair_file import describe_pair
 from cozyrag.pipeline import Answer, CozyRAG, Source
-from cozyrag.reporting import demo_app, hf_space, html_report
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 
 ROOT = Path(cozyrag.__file__).parents[1]
@@ -43,7 +42,7 @@ def call(monkeypatch, capsys):
 
 
 class FakePair:
-    """Answers with the question itself and two sources; `loaded` and `asked` note what it was called with."""
+    """Answers with the question itself and two sources; `loaded` and `asked` record the calls."""
 
     loaded, asked = [], []
 
@@ -66,7 +65,7 @@ class FakePair:
 
 @pytest.fixture
 def fake_pair(monkeypatch):
-    monkeypatch.setattr(pipeline, "CozyRAG", FakePair)
+    monkeypatch.setattr("cozyrag.commands.ask.CozyRAG", FakePair)
     FakePair.loaded, FakePair.asked = [], []
     return FakePair
 
@@ -78,57 +77,55 @@ SHOWN = f"{{}}   (certainty 0.88)\n  [1] 0.912 Title: Short text.\n  [2] -0.500 
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What the functions behind the commands are called with."""
+def called(monkeypatch):
+    """The calls of the functions behind the commands."""
     calls = []
 
-    def note(module, name, result=None):
-        def noted(*args, **kwargs):
+    def record(command, name, result=None):
+        def recorded(*args, **kwargs):
             calls.append((name, args, kwargs))
             return result
 
-        monkeypatch.setattr(module, name, noted)
+        monkeypatch.setattr(f"cozyrag.commands.{command}.{name}", recorded)
 
-    note(demo_app, "serve")
-    note(hf_space, "write_space")
-    note(html_report, "report", Path("my-run/report.html"))
+    record("demo", "serve")
+    record("space", "write_space")
+    record("report", "report", Path("my-run/report.html"))
     return calls
 
 
-def test_demo_shows_the_page(call, told):
+def test_demo_shows_the_page(call, called):
     assert call("demo", "my-run")[0] == 0 and call("demo", "user/name", "--port", 80, "--open")[0] == 0
-    assert told == [
+    assert called == [
         ("serve", ("my-run",), {"port": None, "open_browser": False}),
         ("serve", ("user/name",), {"port": 80, "open_browser": True}),
     ]
 
 
-def test_space_writes_a_folder_and_says_so(call, told):
+def test_space_writes_a_folder_and_names_it(call, called):
     assert call("space", "my-run", "my-space", "--title", "T")[:2] == (
         0,
-        "my-space/ is ready; its README.md says how to try and to upload it.\n",
+        "my-space/ is ready; its README.md explains how to try it and upload it.\n",
     )
-    assert told == [("write_space", ("my-run", "my-space"), {"title": "T"})]
+    assert called == [("write_space", ("my-run", "my-space"), {"title": "T"})]
 
 
-def test_report_says_where_it_is(call, told):
+def test_report_prints_its_path(call, called):
     assert call("report", "my-run", "--latency", 0)[:2] == (0, f"Written to {Path('my-run/report.html')}\n")
     assert call("report", "my-run")[0] == 0
-    assert [kwargs for _, _, kwargs in told] == [{"latency": 0}, {"latency": 20}]
+    assert [kwargs for _, _, kwargs in called] == [{"latency": 0}, {"latency": 20}]
 
 
-def test_report_refuses_less_than_no_questions(call, told):
-    assert call("report", "my-run", "--latency", -1)[::2] == (
-        2,
-        "error: --latency: expected 0 or more questions, found -1.\n",
-    )
+def test_report_refuses_a_negative_number(call, called):
+    code, _, err = call("report", "my-run", "--latency", -1)
+    assert code == 2 and "--latency: expected a whole number of at least 0, found '-1'" in err and called == []
 
 
 def test_compare_prints_and_writes_the_page(call, tmp_path):
     a = evaluated.write_run(tmp_path / "a", [[evaluated.row(1, em=1)]])
     b = evaluated.write_run(tmp_path / "b", [[evaluated.row(1, em=0)]], seed=2)
     code, out, _ = call("compare", a, b)
-    assert code == 0 and "right -> wrong: 1" in out and "Written" not in out
+    assert code == 0 and "correct -> wrong: 1" in out and "Written" not in out
     code, out, _ = call("compare", a, b, "--html", tmp_path / "page.html")
     assert code == 0 and out.endswith(f"Written to {tmp_path / 'page.html'}\n")
     assert "Question 1?" in (tmp_path / "page.html").read_text()
@@ -136,13 +133,14 @@ def test_compare_prints_and_writes_the_page(call, tmp_path):
 
 def test_compare_with_a_folder_that_is_no_run_is_refused(call, tmp_path):
     code, _, err = call("compare", tmp_path, tmp_path)
-    assert code == 2 and err.startswith("error: Expected examined questions in")
+    assert code == 2 and err.startswith("error: Expected evaluated questions in")
 
 
-@pytest.mark.parametrize("command", ["demo", "space", "report", "compare"])
-def test_help_of_each_page_command_says_what_it_does(call, command):
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_each_command_explains_it_with_an_example(call, command):
     code, out, _ = call(command, "--help")
-    assert code == 0 and len(out.split()) > 30
+    assert code == 0 and len(out.split()) > 50 and f"\n  cozyrag {command} " in out
+    assert "Left out" not in out and ".py)" not in out
 
 
 # ---- cozyrag ask
@@ -184,7 +182,7 @@ def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, 
     Generator.load(str(generator_path)).save(tmp_path / "generator")
     retriever.save(tmp_path / "retriever")
     PassageIndex(passages, vectors, fingerprint=retriever.fingerprint()).save(tmp_path / "index")
-    facts = pipeline.describe_pair(
+    facts = describe_pair(
         fingerprint=retriever.fingerprint(),
         retrieval={"mode": "dense", "stemmer": "none", "weights": {"vectors": 15.0, "sentence_words": 0.0}},
         top_k=3,
@@ -203,7 +201,7 @@ def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, 
 # ---- cozyrag train, cozyrag push
 
 
-def test_train_hands_its_arguments_on_untouched(call, monkeypatch):
+def test_train_passes_its_arguments_on_unchanged(call, monkeypatch):
     seen = []
     monkeypatch.setattr("cozyrag.commands.train.train", lambda arguments, *, description: seen.append(arguments))
     given = ["--rounds", "3", "--report_to", "mlflow", "wandb", "--use_cpu", "--top_k=2", "--resume"]
@@ -213,7 +211,7 @@ def test_train_hands_its_arguments_on_untouched(call, monkeypatch):
 
 def test_train_help_shows_the_settings(call):
     code, out, _ = call("train", "--help")
-    assert code == 0 and all(f"--{name}" in out for name in ("questions", "rounds", "hub_private", "config"))
+    assert code == 0 and all(f"--{name}" in out for name in ("questions", "rounds", "hub_model_id", "help-all"))
 
 
 @pytest.mark.parametrize(
@@ -224,22 +222,23 @@ def test_train_help_shows_the_settings(call):
         (["--tag", "v1"], {"private": False, "tag": "v1"}),
     ],
 )
-def test_push_uploads_and_says_where_to(call, monkeypatch, arguments, options):
+def test_push_uploads_and_prints_the_address(call, monkeypatch, arguments, options):
     seen = []
-    monkeypatch.setattr(
-        background_push,
-        "push_run",
-        lambda *given, **options: seen.append((given, options)) or "https://hub.example/me/rag",
-    )
+
+    def push_run(*given, **options):
+        seen.append((given, options))
+        return "https://hub.example/me/rag"
+
+    monkeypatch.setattr("cozyrag.commands.push.push_run", push_run)
     assert call("push", "my-run", "me/rag", *arguments) == (0, "Pushed to https://hub.example/me/rag\n", "")
     assert seen == [(("my-run", "me/rag"), options)]
 
 
-def test_a_failed_upload_ends_with_a_code_of_its_own(call, monkeypatch):
+def test_a_failed_upload_has_its_own_exit_code(call, monkeypatch):
     def fail(*_, **__):
         raise PushError("The pair is complete in my-run, but the upload failed.")
 
-    monkeypatch.setattr(background_push, "push_run", fail)
+    monkeypatch.setattr("cozyrag.commands.push.push_run", fail)
     assert call("push", "my-run", "me/rag") == (
         3,
         "",
@@ -254,9 +253,9 @@ def test_version(call):
     assert call("--version") == (0, f"cozyrag {cozyrag.__version__}\n", "")
 
 
-def test_help_names_the_four_commands(call):
+def test_help_lists_the_commands(call):
     code, out, _ = call("--help")
-    assert code == 0 and all(f"\n    {command} " in out for command in ("train", "ask", "doctor", "push"))
+    assert code == 0 and all(f"\n  {command} " in out for command in cli.COMMANDS)
 
 
 def test_the_command_line_opens_without_loading_torch():
@@ -284,14 +283,13 @@ def test_the_installed_commands_exist():
     ("arguments", "words"),
     [
         (["ask", "nowhere/at/all", "q?"], ["'nowhere/at/all'", "give it as user/name"]),
-        (["ask", "my-run", "q?", "--top_k", "0"], ["--top_k", "at least 1", "found 0"]),
         (["push", "nowhere", "me/rag"], ["cozyrag.json", "nowhere"]),
         (["train", "--rounds", "two"], ["--rounds", "'two'"]),
         (["train", "--genrator", "x"], ["'--genrator'", "did you mean 'generator'?"]),
         (["train", "stray"], ["'stray'"]),
         (
             ["train", "--questions", "none.tsv", "--output_dir", "OUT", "--use_cpu", "--threads", "1"],
-            ["none.tsv", "there is none"],
+            ["none.tsv", "found none"],
         ),
     ],
 )
@@ -319,6 +317,7 @@ def test_answers_given_before_a_mistake_are_kept(call, fake_pair):
         (["ask"], ["OUTPUT"]),
         (["ask", "my-run", "q?", "--topk", "3"], ["--topk"]),
         (["ask", "my-run", "q?", "--top_k", "many"], ["--top_k", "'many'"]),
+        (["ask", "my-run", "q?", "--top_k", "0"], ["--top_k", "at least 1", "'0'"]),
         (["push", "my-run"], ["USER/NAME"]),
         (["push", "my-run", "me/rag", "extra"], ["extra"]),
     ],
@@ -328,18 +327,18 @@ def test_a_command_that_does_not_exist_or_lacks_something_shows_the_usage(call, 
     assert (code, out) == (2, "") and "usage: cozyrag" in err and all(word in err for word in words), err
 
 
-@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False), (None, True)])
-def test_of_many_processes_only_the_first_tells_but_all_end(rank, told, monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False), (None, True)])
+def test_of_many_processes_only_the_first_prints_but_all_end(rank, printed, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
 
-    def act():
+    def fail():
         raise InputError("Not so.")
 
     with pytest.raises(SystemExit) as end:
-        cli.entry_point(act)
-    assert end.value.code == 2 and capsys.readouterr().err == ("error: Not so.\n" if told else "")
+        cli.entry_point(fail)
+    assert end.value.code == 2 and capsys.readouterr().err == ("error: Not so.\n" if printed else "")
 
 
 def test_a_fault_of_the_package_keeps_its_traceback():
@@ -347,7 +346,7 @@ def test_a_fault_of_the_package_keeps_its_traceback():
         cli.entry_point(lambda: 1 // 0)
 
 
-def test_what_an_act_does_right_passes_through_the_door(capsys):
+def test_a_successful_command_passes_through_the_entry_point(capsys):
     cli.entry_point(lambda: print("done"))
     assert capsys.readouterr() == ("done\n", "")
 
@@ -355,24 +354,37 @@ def test_what_an_act_does_right_passes_through_the_door(capsys):
 # ---- preparing data
 
 
-def test_data_commands_pass_their_words_on(call, tmp_path):
+def test_data_commands_pass_their_arguments_on(call, tmp_path):
     (tmp_path / "note.md").write_text("# Well\nThe well behind the house is eleven metres deep.")
     (tmp_path / "qa.tsv").write_text("How deep is the well?\televen metres\n")
     passages, asked = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
-    code, told, _ = call("passages", tmp_path / "note.md", "--output", passages, "--workers", 1)
-    assert code == 0 and "1 passages" in told and read_passages(str(passages))[0]["title"][:] == ["Well"]
-    code, told, _ = call("questions", tmp_path / "qa.tsv", "--passages", passages, "--output", asked)
-    assert code == 0 and "1 questions read, 1 written" in told and asked.exists()
+    code, out, _ = call("passages", tmp_path / "note.md", "--output", passages, "--workers", 1)
+    assert code == 0 and "1 passages" in out and read_passages(str(passages))[0]["title"][:] == ["Well"]
+    code, out, _ = call("questions", tmp_path / "qa.tsv", "--passages", passages, "--output", asked)
+    assert code == 0 and "1 questions read, 1 written" in out and asked.exists()
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
-    [("passages", "near_duplicates"), ("questions", "not_in_gold"), ("index", "index_memory")],
+    ("command", "texts"),
+    [
+        ("passages", ["near_duplicates", "(default: 100)"]),
+        ("questions", ["not_in_gold", "(default: 3)"]),
+        ("index", ["index_memory", "(default: embedded)"]),
+    ],
 )
-def test_data_commands_explain_themselves(call, command, told):
+def test_help_shows_options_and_defaults(call, command, texts):
     code, out, _ = call(command, "--help")
-    assert code == 0 and told in out and "examples:" in out and f"cozyrag {command}" in out
-    assert command in call("--help")[1]
+    assert code == 0 and all(text in out for text in texts) and "--columns" in out and "_column" not in out
+
+
+def test_columns_have_old_and_new_options(call, tmp_path):
+    """Both --columns title=t and the --text_column of earlier versions map a column."""
+    (tmp_path / "a.jsonl").write_text('{"t": "Well", "x": "The well behind the house is eleven metres deep."}\n')
+    output = tmp_path / "p.jsonl"
+    arguments = [tmp_path / "a.jsonl", "--output", output, "--workers", 1, "--columns", "title=t", "--text_column", "x"]
+    assert call("passages", *arguments)[0] == 0 and read_passages(str(output))[0]["title"][:] == ["Well"]
+    code, _, err = call("passages", *arguments[:5], "--columns", "titel=t")
+    assert code == 2 and "expected name=column" in err
 
 
 @pytest.mark.parametrize("command", ["passages", "questions", "index"])

@@ -1,4 +1,4 @@
-"""`cozyrag index`: one process and two give the same, nothing is encoded twice, and the folder is what the rest reads."""
+"""`cozyrag index`: one process and two give the same, nothing is encoded twice, and the folder can be read."""
 
 import json
 import os
@@ -13,10 +13,12 @@ import psutil
 import pytest
 import tiny
 
-from cozyrag.commands.index import index
+from cozyrag import cli
 from cozyrag.errors import InputError
 from cozyrag.models.retriever import Retriever
-from cozyrag.retrieval.passage_index import PassageIndex, made_by, open_vectors
+from cozyrag.retrieval.faiss_index import open_vectors
+from cozyrag.retrieval.index_file import made_by
+from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.run import train
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +47,7 @@ def encoded(monkeypatch):
 
 
 def run(passages, folder, retriever, *more):
-    index([str(passages), "--retriever", str(retriever), "--output", str(folder), "--threads", "1", *more])
+    cli.run("index", [str(passages), "--retriever", str(retriever), "--output", str(folder), "--threads", "1", *more])
 
 
 def loaded(folder, retriever):
@@ -53,7 +55,7 @@ def loaded(folder, retriever):
     return PassageIndex.load(folder, fingerprint=fingerprint)
 
 
-def test_the_folder_is_what_the_rest_of_the_package_reads(tmp_path, retriever_path, capsys):
+def test_the_folder_is_read_by_the_package(tmp_path, retriever_path, capsys):
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(50))
     run(passages, tmp_path / "index", retriever_path, "--shard_size", "8")
     made, model = loaded(tmp_path / "index", retriever_path), Retriever.load(str(retriever_path), max_tokens=160)
@@ -95,7 +97,7 @@ def test_sentences_have_vectors_as_in_a_run(tmp_path, retriever_path, capsys):
     assert "of sentence vectors)" in capsys.readouterr().out
 
 
-def test_sentences_can_be_left_out_and_made_later(tmp_path, retriever_path, encoded):
+def test_sentence_vectors_can_be_left_out_and_made_later(tmp_path, retriever_path, encoded):
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(20))
     run(passages, tmp_path / "index", retriever_path, "--no_sentence_vectors")
     assert not encoded and loaded(tmp_path / "index", retriever_path).sentences is None
@@ -117,7 +119,7 @@ def test_only_new_and_changed_passages_are_encoded(tmp_path, retriever_path, enc
     tiny.write_jsonl(passages, later)
     run(passages, tmp_path / "index", retriever_path)
     assert len(encoded) == 6
-    recompute = tmp_path / "anew"
+    recompute = tmp_path / "fresh"
     run(passages, recompute, retriever_path)
     updated, fresh = loaded(tmp_path / "index", retriever_path), loaded(recompute, retriever_path)
     assert updated.passages == fresh.passages
@@ -125,7 +127,7 @@ def test_only_new_and_changed_passages_are_encoded(tmp_path, retriever_path, enc
     same_sentences(updated, fresh)
 
 
-def test_another_retriever_takes_nothing_over(tmp_path, retriever_path, encoded, capsys):
+def test_another_retriever_reuses_nothing(tmp_path, retriever_path, encoded, capsys):
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(20))
     run(passages, tmp_path / "index", retriever_path)
     other = tiny.make_retriever(tmp_path / "other", seed=1)
@@ -133,7 +135,7 @@ def test_another_retriever_takes_nothing_over(tmp_path, retriever_path, encoded,
     run(passages, tmp_path / "index", other)
     assert len(encoded) == 20
     assert made_by(tmp_path / "index") == Retriever.load(str(other), max_tokens=160).fingerprint()
-    assert "that was there is replaced" in capsys.readouterr().out
+    assert "it replaces the index of another retriever" in capsys.readouterr().out
 
 
 def test_equal_texts_are_encoded_once(tmp_path, retriever_path, encoded):
@@ -143,7 +145,7 @@ def test_equal_texts_are_encoded_once(tmp_path, retriever_path, encoded):
     assert len(loaded(tmp_path / "index", retriever_path)) == 30
 
 
-def test_goes_on_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retriever_path, encoded, monkeypatch):
+def test_resumes_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retriever_path, encoded, monkeypatch):
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(10))
     run(passages, tmp_path / "index", retriever_path)
     tiny.write_jsonl(passages, rows(60))
@@ -163,7 +165,7 @@ def test_goes_on_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retr
     encoded.clear()
     run(passages, tmp_path / "index", retriever_path, "--shard_size", "16")
     assert len(encoded) == 50 - 3 * 8
-    recompute = tmp_path / "anew"
+    recompute = tmp_path / "fresh"
     run(passages, recompute, retriever_path)
     np.testing.assert_allclose(open_vectors(tmp_path / "index" / "vectors.safetensors"), open_vectors(recompute / "vectors.safetensors"), atol=1e-5)  # fmt: skip
 
@@ -172,7 +174,7 @@ def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, cap
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(200))
     run(passages, tmp_path / "index", retriever_path, "--index_memory", "20KB")  # flat: 200 * 32 * 4 = 25,600 bytes
     assert json.loads((tmp_path / "index" / "index.json").read_text())["factory"] == "SQ8"
-    assert "index SQ8" in (told := capsys.readouterr().out) and "of the 10 nearest" in told
+    assert "index SQ8" in (out := capsys.readouterr().out) and "of the 10 nearest" in out
     made = loaded(tmp_path / "index", retriever_path)
     assert isinstance(made.vectors, np.memmap)
     scores, found = made.search(np.array(made.vectors[[3, 77]]), 5)
@@ -185,7 +187,7 @@ def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, cap
     assert loaded(tmp_path / "index", retriever_path).factory == "SQ8"
 
 
-def test_a_run_takes_the_vectors_while_the_retriever_is_the_same(
+def test_a_run_reuses_the_vectors_of_the_same_retriever(
     tmp_path, retriever_path, generator_path, corpus_files, encoded
 ):
     run(corpus_files["passages"], tmp_path / "index", retriever_path)
@@ -204,11 +206,11 @@ def test_a_run_takes_the_vectors_while_the_retriever_is_the_same(
         "passages": tiny.write_jsonl(tmp_path / "other.jsonl", tiny.corpus(41)[0]),
         "output_dir": tmp_path / "other",
     }
-    with pytest.raises(InputError, match="of the 41 passages that are searched, found 40"):
+    with pytest.raises(InputError, match="hold the 41 passages that are searched, found 40"):
         train([word for name, value in words.items() for word in (f"--{name}", str(value))])
 
 
-# ---- what is refused
+# ---- errors
 
 
 def test_bad_rows_are_named_and_skipped_on_request(tmp_path, retriever_path, capsys):
@@ -227,7 +229,7 @@ def test_two_texts_under_one_id(tmp_path, retriever_path):
         run(passages, tmp_path / "index", retriever_path, "--skip_bad_rows")
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path, retriever_path):
+def test_a_folder_with_other_files_is_refused(tmp_path, retriever_path):
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(3))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
@@ -236,16 +238,16 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path, retriever_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("--shard_size", "0"), ("--passage_tokens", "3")])
-def test_numbers_too_small(tmp_path, retriever_path, name, value):
-    passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(3))
-    with pytest.raises(InputError, match=f"{name}: expected at least"):
-        run(passages, tmp_path / "index", retriever_path, name, value)
+def test_numbers_too_small(tmp_path, name, value, capsys):
+    with pytest.raises(SystemExit):
+        cli.run("index", ["p.jsonl", "--output", "x", name, value])
+    assert f"argument {name}: expected a whole number of at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["0", "400 apples", "-3GB", "GB"])
-def test_sizes_that_are_none(tmp_path, size, capsys):
+def test_invalid_sizes(size, capsys):
     with pytest.raises(SystemExit):
-        index(["p.jsonl", "--output", "x", f"--index_memory={size}"])
+        cli.run("index", ["p.jsonl", "--output", "x", f"--index_memory={size}"])
     assert "expected a size such as 400MB" in capsys.readouterr().err
 
 
@@ -263,7 +265,7 @@ def launch(passages, folder, retriever, *more):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives_and_go_on_where_they_were_killed(tmp_path, retriever_path):
+def test_two_processes_give_the_same_as_one_and_resume_after_a_kill(tmp_path, retriever_path):
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(3000))
     run(passages, tmp_path / "one", retriever_path)
     two = tmp_path / "two"
@@ -278,9 +280,9 @@ def test_two_processes_give_what_one_gives_and_go_on_where_they_were_killed(tmp_
     kept = len(list(two.glob("work/shards/*.safetensors")))
     assert 8 <= kept < 3000 // 16 and made_by(two) is None
     second = launch(passages, two, retriever_path, "--shard_size", "16")
-    told = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, told
-    assert f"3,000 passages, {3000 - kept * 16:,} to encode." in told
+    out = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, out
+    assert f"3,000 passages, {3000 - kept * 16:,} to encode." in out
     a, b = (loaded(folder, retriever_path) for folder in (tmp_path / "one", two))
     np.testing.assert_allclose(a.vectors, b.vectors, atol=1e-5)
     same_sentences(a, b)

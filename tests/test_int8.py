@@ -1,4 +1,4 @@
-"""Encoding with 8 bits: near the float32 vectors, only where it was asked for, and known to what reads the index."""
+"""Encoding with 8 bits: vectors near those of float32, only on request, recorded in the index."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-import cozyrag.commands.index
+from cozyrag import cli
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import check_int8, quantised
@@ -25,7 +25,7 @@ def vectors(retriever):
     return retriever.encode_passages(TEXTS, [sentence_spans(text) for text in TEXTS], batch_size=8)
 
 
-def test_vectors_are_near_and_the_model_is_itself_again(retriever_path):
+def test_vectors_are_near_and_the_model_is_restored(retriever_path):
     retriever = Retriever.load(str(retriever_path))
     before, whole = vectors(retriever)
     weights = retriever.fingerprint()
@@ -41,7 +41,7 @@ def test_vectors_are_near_and_the_model_is_itself_again(retriever_path):
         assert np.array_equal(vectors(retriever)[0], before)
 
 
-def test_a_retriever_with_two_sides_reads_passages_so(retriever_path):
+def test_a_retriever_with_two_sides_encodes_only_passages_in_int8(retriever_path):
     retriever = Retriever.load(str(retriever_path))
     retriever.freeze_documents()
     before, asked = vectors(retriever)[0], retriever.encode(TEXTS[:3], kind="query", batch_size=3)
@@ -50,7 +50,7 @@ def test_a_retriever_with_two_sides_reads_passages_so(retriever_path):
         assert np.array_equal(retriever.encode(TEXTS[:3], kind="query", batch_size=3), asked)
 
 
-def test_it_is_refused_where_it_cannot_be_had(monkeypatch, retriever_path):
+def test_it_is_refused_without_its_packages_or_on_a_gpu(monkeypatch, retriever_path):
     check_int8("int8", "cpu", "--index_precision")
     check_int8("float32", "cuda:0", "--index_precision")
     with pytest.raises(InputError, match="--index_precision int8: expected the encoder on the CPU, found it on cuda:0"):
@@ -67,7 +67,7 @@ def test_it_is_refused_where_it_cannot_be_had(monkeypatch, retriever_path):
         pass
 
 
-def test_the_index_command_and_a_run_say_so_and_do_not_mix(
+def test_the_index_records_the_precision_and_never_mixes_two(
     tmp_path, retriever_path, generator_path, corpus_files, monkeypatch, capsys
 ):
     index = tmp_path / "index"
@@ -80,24 +80,29 @@ def test_the_index_command_and_a_run_say_so_and_do_not_mix(
         "--threads",
         "1",
     ]
-    cozyrag.commands.index.index(command)
+    cli.run("index", command)
     fingerprint = Retriever.load(str(retriever_path), max_tokens=160).fingerprint()
     plain = PassageIndex.load(index, fingerprint=fingerprint)
     assert plain.precision == "float32" and "precision" not in json.loads((index / "index.json").read_text())
     capsys.readouterr()
-    cozyrag.commands.index.index([*command, "--index_precision", "int8"])
+    cli.run("index", [*command, "--index_precision", "int8"])
     assert f"{len(plain)} to encode" in capsys.readouterr().out
     made = PassageIndex.load(index, fingerprint=fingerprint)
     assert made.precision == "int8" and not np.array_equal(made.vectors, plain.vectors)
     assert (made.vectors * plain.vectors).sum(axis=1).min() > 0.97
-    cozyrag.commands.index.index([*command, "--index_precision", "int8"])
+    cli.run("index", [*command, "--index_precision", "int8"])
     assert ", 0 to encode" in capsys.readouterr().out
 
     out = tmp_path / "out"
     settings = {
-        "questions": corpus_files["questions"], "passages": corpus_files["passages"], "generator": generator_path, "retriever": retriever_path,
-        "output_dir": out, "rounds": 0, "threads": 1, "index_precision": "int8",
-    }  # fmt: skip
+        **corpus_files,
+        "generator": generator_path,
+        "retriever": retriever_path,
+        "output_dir": out,
+        "rounds": 0,
+        "threads": 1,
+        "index_precision": "int8",
+    }
     train([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     trained = PassageIndex.load(out / "index", fingerprint=fingerprint)
     assert trained.precision == "int8"

@@ -1,34 +1,33 @@
-"""A stranger's case: a folder of Markdown notes and a TSV of questions, from nothing to an answer in four commands."""
+"""A typical first use: a folder of Markdown notes and a TSV of questions, from files to an answer in four commands."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from cozyrag.commands.questions import questions
-from cozyrag.data.ingest import passages
+from cozyrag import cli
 from cozyrag.pipeline import CozyRAG
 from cozyrag.run import train
 
 NOTES, ASKED = Path(__file__).parent / "notes", Path(__file__).parent / "notes-questions.tsv"
 
 
-def test_the_notes_become_passages_that_hold_every_answer(tmp_path, capsys):
+def test_the_notes_become_passages_with_every_answer(tmp_path, capsys):
     output = tmp_path / "passages.jsonl"
-    passages([str(NOTES), "--output", str(output), "--workers", "1"])
+    cli.run("passages", [str(NOTES), "--output", str(output), "--workers", "1"])
     assert "12 articles of 12 sources" in capsys.readouterr().out
     titles = {json.loads(line)["title"] for line in output.read_text(encoding="utf-8").splitlines()}
     assert {"Rain barrels", "Beehives", "The cat", "Bicycles"} <= titles
-    questions([str(ASKED), "--check_only", "--passages", str(output)])
-    assert "Nothing odd.\n50 questions read" in capsys.readouterr().out
+    cli.run("questions", [str(ASKED), "--check_only", "--passages", str(output)])
+    assert "No problems.\n50 questions read" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_from_nothing_to_an_answer(tmp_path, generator_path, retriever_path):
-    """The models are tiny, so the answer says nothing; that it comes with the right kind of source is what is seen."""
+def test_from_notes_to_an_answer(tmp_path, generator_path, retriever_path):
+    """The models are tiny, so only the source of the answer is checked."""
     output, folder = tmp_path / "passages.jsonl", tmp_path / "my-rag"
-    passages([str(NOTES), "--output", str(output), "--words", "40", "--workers", "1"])
-    questions([str(ASKED), "--output", str(tmp_path / "questions.jsonl"), "--passages", str(output)])
+    cli.run("passages", [str(NOTES), "--output", str(output), "--words", "40", "--workers", "1"])
+    cli.run("questions", [str(ASKED), "--output", str(tmp_path / "questions.jsonl"), "--passages", str(output)])
     words = {
         "questions": tmp_path / "questions.jsonl",
         "passages": output,

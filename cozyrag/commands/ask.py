@@ -1,4 +1,9 @@
-"""`cozyrag ask`: a trained pair answers questions and shows its sources.
+"""Answer questions with a trained pair. Each answer is printed with its certainty (0 to 1, the geometric mean of the
+probabilities of its tokens) and the passages it comes from, with their search scores.
+
+examples:
+  cozyrag ask my-rag "Who is the vet of the cat?"
+  cozyrag ask user/my-rag --top_k 8 < questions.txt
 
 Left out: retrieval and answering (pipeline.py).
 """
@@ -9,7 +14,7 @@ from collections.abc import Sequence
 
 from transformers.utils import logging
 
-from cozyrag.errors import InputError
+from cozyrag.commands.options import at_least
 from cozyrag.pipeline import CozyRAG
 
 SHOWN = 160  # characters of a passage
@@ -17,22 +22,16 @@ SHOWN = 160  # characters of a passage
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
-    parser.add_argument(
-        "questions",
-        nargs="*",
-        metavar="QUESTION",
-        help="questions in quotes; without one, a line of standard input each",
-    )
-    parser.add_argument("--top_k", type=int, help="passages to read (default: as trained)")
+    add = parser.add_argument
+    add("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
+    add("questions", nargs="*", metavar="QUESTION", help="questions in quotes; without any, one per line of stdin")
+    add("--top_k", type=at_least(1), metavar="N", help="passages to read (default: as in training)")
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Print each answer with the passages it comes from."""
+    """Print each answer with its passages."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.top_k is not None and options.top_k < 1:
-        raise InputError(f"--top_k: expected at least 1, found {options.top_k}.")
     logging.disable_progress_bar()  # "Loading weights" adds nothing to the answer
     pair = CozyRAG.from_pretrained(options.model)
     for question in options.questions or (line.strip() for line in sys.stdin if line.strip()):

@@ -1,4 +1,10 @@
-"""`cozyrag demo`: a page in the browser to try a trained pair on.
+"""Serve a page on this machine: an answer, the passages it comes from with the sentences that the
+generator read marked, and the answers with fewer and more passages. It loads nothing from the
+network. Needs: pip install "cozyrag[demo]"
+
+examples:
+  cozyrag demo my-rag --open
+  cozyrag demo user/my-rag --port 8080
 
 Left out: the page itself (demo_app.py).
 """
@@ -10,22 +16,18 @@ from transformers.utils import logging
 
 from cozyrag.reporting.demo_app import serve
 
-DESCRIPTION = (
-    "Show a page on this machine: ask, see the answer, the passages it comes from with the sentences that were read "
-    'marked, and what more or fewer passages change. It loads nothing from the network. Needs: pip install "cozyrag[demo]".'
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.description = DESCRIPTION
     parser.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
-    parser.add_argument("--port", type=int, help="port on 127.0.0.1 (default: the first free one from 7860)")
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
+    )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Show the page until Ctrl-C."""
+    """Serve the page until Ctrl-C."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()

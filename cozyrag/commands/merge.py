@@ -1,6 +1,12 @@
-"""`cozyrag merge OUTPUT FOLDER`: a trained pair whose generator is a LoRA adapter becomes one with ordinary weights.
+"""Copy a pair whose generator is a LoRA adapter, with the adapter added to the weights of its base: the
+generator of the copy is an ordinary checkpoint that needs neither PEFT nor the base.
+Needs: pip install "cozyrag[lora]"
 
-Left out: the arithmetic, which is PEFT's (lora.py), and checkpoints: the copy is a pair to use, not a run to go on with.
+examples:
+  cozyrag merge my-rag my-rag-merged
+  cozyrag push my-rag-merged user/my-rag
+
+Left out: the arithmetic, which is PEFT's (lora.py), and checkpoints: the copy cannot be resumed.
 """
 
 import argparse
@@ -19,24 +25,17 @@ from cozyrag.runtime.atomic_files import replacing, write_json
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-LEFT_BEHIND = ("checkpoints", "trackers", ".lock", "*.partial")
-
-
-DESCRIPTION = (
-    "Copy a pair whose generator is a LoRA adapter, adding the adapter to the weights of its base: the copy's generator is an "
-    'ordinary checkpoint and needs neither PEFT nor the base. Needs: pip install "cozyrag[lora]".'
-)
+NOT_COPIED = ("checkpoints", "trackers", ".lock", "*.partial")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.description = DESCRIPTION
     parser.add_argument("model", metavar="OUTPUT", help="output folder of a run with --lora_rank")
     parser.add_argument("folder", metavar="FOLDER", help="new folder to write; checkpoints are not copied")
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Merge, and print where the copy is."""
+    """Merge, and print the folder of the copy."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
@@ -44,36 +43,34 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
 
 
 def merge(output: str, folder: str) -> Path:
-    """Write a copy of a run's output folder whose generator holds the adapter's weights; returns it.
+    """Write a copy of a run's output folder whose generator includes the adapter; returns the copy.
 
     Raises:
-        InputError: `output` is no finished pair or has no adapter, or `folder` exists.
+        InputError: `output` is not a finished pair or has no adapter, or `folder` exists.
     """
     source, target = Path(output), Path(folder)
     pair = read_pair(source)
     if target.exists():
-        raise InputError(f"cozyrag merge: expected a new FOLDER, {target.absolute()} exists. Give another name.")
-    adapter = read_adapter(str(source / "generator"))
+        raise InputError(f"cozyrag merge: expected a new FOLDER, but {target.absolute()} exists. Give another name.")
+    trained = str(source / "generator")
+    adapter = read_adapter(trained)
     if adapter is None:
         raise InputError(
-            f"cozyrag merge: expected a LoRA adapter in {source / 'generator'}, found a whole model. There is nothing to merge."
+            f"cozyrag merge: expected a LoRA adapter in {trained}, found a whole model. There is nothing to merge."
         )
-    tokenizer = Generator.load(str(source / "generator")).tokenizer
+    tokenizer = Generator.load(trained).tokenizer
     base = Generator.load(adapter.base, revision=adapter.revision, chat_template=False).model
-    generator = Generator(merged(str(source / "generator"), base), tokenizer)
+    generator = Generator(merged(trained, base), tokenizer)
     with replacing(target, needed=2 * generator.saved_bytes()) as coming:
-        shutil.copytree(source, coming, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)
+        shutil.copytree(source, coming, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
         for name in ADAPTER_FILES:
             (coming / "generator" / name).unlink(missing_ok=True)
         generator.save(coming / "generator")
         pair["generator"]["fingerprint"] = weights_fingerprint(generator.model)
         write_json(coming / PAIR_FILE, pair)
-        _update_card(coming / "generator" / CARD)
+        card = coming / "generator" / CARD
+        if card.exists():
+            text = card.read_text(encoding="utf-8").replace(ADAPTER_NOTE, "")
+            text = text.replace("base_model_relation: adapter", "base_model_relation: finetune")
+            card.write_text(text, encoding="utf-8")
     return target
-
-
-def _update_card(path: Path) -> None:
-    """The card, if there is one, no longer speaks of an adapter."""
-    if path.exists():
-        text = path.read_text(encoding="utf-8").replace(ADAPTER_NOTE, "")
-        path.write_text(text.replace("base_model_relation: adapter", "base_model_relation: finetune"), encoding="utf-8")

@@ -1,4 +1,8 @@
-"""`cozyrag plan`: what a run with these settings would take in hours, memory and disk. Nothing is trained or written.
+"""Estimate the time, memory and disk space of each part of a run in about half a minute: loads the
+tables and models of these settings and times the code of the run on a sample. Nothing is trained
+and nothing is written.
+
+  cozyrag plan --questions qa.tsv --passages wiki.jsonl --generator distilgpt2
 
 Left out: the estimate itself (preflight/plan.py).
 """
@@ -9,11 +13,7 @@ from collections.abc import Sequence
 from cozyrag.config import parse_settings
 from cozyrag.run import show_plan
 
-DESCRIPTION = (
-    "Probe for half a minute what a run with these settings would take. Takes the settings of `cozyrag train`."
-)
-
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Print the plan; the settings parse themselves (config.py)."""
-    show_plan(parse_settings(list(arguments), description=DESCRIPTION))
+    """Print the plan; config.py parses the settings."""
+    show_plan(parse_settings(list(arguments), description=parser.description))

@@ -1,4 +1,15 @@
-"""`cozyrag push`: upload a trained pair and its index to the Hugging Face Hub.
+"""Upload the pair of a run: the retriever to USER/NAME-retriever, passages and vectors to the dataset
+USER/NAME-index, and last the generator to USER/NAME, with a cozyrag.json that names the exact
+revisions of the other two. Until that last commit the previous pair loads. Log in once with
+`hf auth login`, or set HF_TOKEN.
+
+The same command completes an interrupted upload; uploaded files are not sent again. Rounds of a run
+with --hub_strategy every_round that still wait are uploaded first. If the upload fails, the exit
+code is 3 and nothing on disk has changed.
+
+examples:
+  cozyrag push my-rag user/my-rag
+  cozyrag push my-rag user/my-rag --private --tag v1
 
 Left out: the upload itself (hub/push.py).
 """
@@ -8,32 +19,18 @@ from collections.abc import Sequence
 
 from cozyrag.hub.background_push import push_run
 
-DESCRIPTION = """\
-Upload what a run left: the retriever to USER/NAME-retriever, passages and vectors to the dataset USER/NAME-index, and last
-the generator to USER/NAME, whose cozyrag.json names the exact revisions of the other two. Until that last commit what was
-there before stays what loads. Log in once with `hf auth login`, or set HF_TOKEN.
-
-An upload that broke off is finished by the same command: files that arrived are not sent again. Rounds of a run with
---hub_strategy every_round that still wait to be uploaded go first. Exit code 3 if it fails: nothing on disk is touched.
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.description = DESCRIPTION
-    parser.add_argument("model", metavar="OUTPUT", help="output folder of a run")
-    parser.add_argument(
-        "repo", metavar="USER/NAME", help="repository of the generator; -retriever and -index are added for the others"
-    )
-    parser.add_argument("--private", action="store_true", help="make the repositories private")
-    parser.add_argument(
-        "--tag",
-        help="a name for this state, such as v1: CozyRAG.from_pretrained(USER/NAME, revision=TAG) finds it again",
-    )
+    add = parser.add_argument
+    add("model", metavar="OUTPUT", help="output folder of a run")
+    add("repo", metavar="USER/NAME", help="repository of the generator; the others add -retriever and -index")
+    add("--private", action="store_true", help="create private repositories")
+    add("--tag", help="tag of this state, such as v1, for CozyRAG.from_pretrained(USER/NAME, revision=TAG)")
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Upload, and print where to."""
+    """Upload, and print the address."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
     print(f"Pushed to {push_run(options.model, options.repo, private=options.private, tag=options.tag)}")

@@ -1,6 +1,11 @@
-"""`cozyrag space`: the demo page as a folder for Hugging Face Spaces.
+"""Write a folder with app.py, requirements.txt and README.md that can be uploaded as a Space. A pair in
+a folder is copied; one on the Hub is loaded by its name. Needs: pip install "cozyrag[demo]"
 
-Left out: what stands in the folder (hf_space.py).
+examples:
+  cozyrag space my-rag my-space
+  cozyrag space user/my-rag my-space --title "Ask my notes"
+
+Left out: the content of the folder (hf_space.py).
 """
 
 import argparse
@@ -8,15 +13,9 @@ from collections.abc import Sequence
 
 from cozyrag.reporting.hf_space import write_space
 
-DESCRIPTION = (
-    "Write a folder with app.py, requirements.txt and README.md that can be uploaded as a Space as it is. A pair in a "
-    "folder is copied along; one on the Hub is loaded by its name."
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.description = DESCRIPTION
     parser.add_argument("model", metavar="OUTPUT", help="output folder of a run, or user/name on the Hub")
     parser.add_argument("folder", metavar="FOLDER", help="new folder to write")
     parser.add_argument("--title", help="title of the page (default: the pair's name)")
@@ -27,4 +26,4 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     write_space(options.model, options.folder, title=options.title)
-    print(f"{options.folder}/ is ready; its README.md explains how to try and to upload it.")
+    print(f"{options.folder}/ is ready; its README.md explains how to try it and upload it.")

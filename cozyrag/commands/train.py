@@ -1,4 +1,8 @@
-"""`cozyrag train`: train a pair, as train.py does.
+"""Fine-tune a retriever and a generator together on your own questions and passages. Without settings
+it trains on the bundled quickstart set.
+
+  cozyrag train --questions qa.tsv --passages wiki.jsonl --output_dir my-rag
+  cozyrag train --config examples/distilgpt2.yaml
 
 Left out: the run itself (run.py).
 """
@@ -8,9 +12,7 @@ from collections.abc import Sequence
 
 from cozyrag.run import train
 
-DESCRIPTION = "Fine-tune a retriever and a generator together on your own questions and passages."
-
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Train; the settings parse themselves (config.py)."""
-    train(list(arguments), description=DESCRIPTION)
+    """Train; config.py parses the settings."""
+    train(list(arguments), description=parser.description)

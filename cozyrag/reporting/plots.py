@@ -42,25 +42,12 @@ VERDICTS = {  # in the order of the bars; a verdict that is not here comes after
     "answered an unanswerable question": SERIES[3],
 }
 STYLE: "dict[RcKeyType, object]" = {
-    "font.size": 9.5,
-    "font.family": "sans-serif",
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GRID,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cozyrag",
-}
+    "font.size": 9.5, "font.family": "sans-serif", "text.parse_math": False, "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6,
+    "xtick.color": INK, "ytick.color": INK, "xtick.major.size": 0, "ytick.major.size": 0,
+    "svg.fonttype": "none", "svg.hashsalt": "cozyrag",
+}  # fmt: skip
 WIDTH = 5.2  # inches: text stays readable on a phone
 BINS = 8
 
@@ -85,19 +72,10 @@ def scores_by_round(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":
         means = 100 * np.array([column.mean() for column in values])
         ends = 100 * np.array([bootstrap_interval(column) for column in values]).T
         places = np.arange(len(rounds)) + 0.06 * (number - 1)
-        axes.errorbar(
-            places,
-            means,
-            np.abs(ends - means),
-            color=SERIES[number],
-            marker="os^"[number],
-            capsize=3,
-            linewidth=1.6,
-            label=name,
-        )
+        look = {"color": SERIES[number], "marker": "os^"[number], "capsize": 3, "linewidth": 1.6}
+        axes.errorbar(places, means, np.abs(ends - means), label=name, **look)
     axes.set_xticks(range(len(rounds)), [round_name(each) for each in rounds])
-    axes.set_ylim(-2, 102)
-    axes.set_ylabel("percent of questions")
+    axes.set(ylim=(-2, 102), ylabel="percent of questions")
     _legend(axes, len(METRICS))
     return figure
 
@@ -155,7 +133,9 @@ def time_bars(times: Sequence[dict]) -> "Figure":
     return _stacked_bars(rounds, spent, [SERIES[at % len(SERIES)] for at in range(len(spent))], "seconds")[0]
 
 
-def _stacked_bars(rounds: Sequence[int], parts: Mapping[str, np.ndarray], colours: Sequence[str], label: str) -> tuple["Figure", "Axes"]:
+def _stacked_bars(
+    rounds: Sequence[int], parts: Mapping[str, np.ndarray], colours: Sequence[str], label: str
+) -> tuple["Figure", "Axes"]:
     """One horizontal bar per round. `parts`: lengths (rounds,) by name."""
     figure, [axes] = _figure(height=1.1 + 0.42 * len(rounds) + 0.2 * ((len(parts) + 1) // 2))
     left = np.zeros(len(rounds))
@@ -179,10 +159,7 @@ def calibration(scores: np.ndarray, correct: np.ndarray) -> "Figure":
     ends = np.array([_wilson(correct[rows]) for _, _, rows in bins]).T
     label = f"groups of about {round(len(scores) / len(bins))} answers"
     axes.errorbar(means, shares, np.abs(ends - shares), color=SERIES[0], marker="o", capsize=3, label=label)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("certainty of the generator")
-    axes.set_ylabel("share of correct answers")
+    axes.set(xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="certainty of the generator", ylabel="share of correct answers")
     _legend(axes, 2)
     return figure
 
@@ -213,10 +190,7 @@ def latencies(seconds: np.ndarray) -> "Figure":
     for name, share, colour in (("median", 0.5, SERIES[2]), ("95th percentile", 0.95, SERIES[1])):
         value = float(np.quantile(seconds, share))
         axes.axvline(value, color=colour, linewidth=1.8, label=f"{name}: {value:.2f} s")
-    axes.set_yticks([])
-    axes.set_ylim(-0.6, 0.6)
-    axes.set_xlim(0, float(seconds.max()) * 1.1)
-    axes.set_xlabel("seconds for one question")
+    axes.set(yticks=[], ylim=(-0.6, 0.6), xlim=(0, float(seconds.max()) * 1.1), xlabel="seconds for one question")
     _legend(axes, 2)
     return figure
 
@@ -278,6 +252,5 @@ def _figure(*, height: float = 3.0, rows: int = 1) -> tuple["Figure", list["Axes
 
 def _legend(axes: "Axes", columns: int) -> None:
     """Above the panel, where it hides nothing."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, fontsize=8.5, borderaxespad=0.2, frameon=False
-    )
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
+    axes.legend(ncols=columns, fontsize=8.5, frameon=False, **place)
