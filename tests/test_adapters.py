@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what is saved, that it comes back as it was, and that merging changes no answer."""
+"""LoRA: what is trained and saved, loading, and that merging does not change answers."""
 
 import json
 
@@ -48,12 +48,13 @@ def with_adapter(path, *, moved=False, **options):
 def arguments(corpus_files, generator_path, retriever_path):
     files = [part for name, path in corpus_files.items() for part in (f"--{name}", str(path))]
     return [
-        *files, "--generator", str(generator_path), "--retriever", str(retriever_path), "--generator_batch_size", "16", "--retriever_steps", "1",
-        "--context_tokens", "40", "--answer_tokens", "4", "--threads", "1", "--use_cpu", "True", "--lora_rank", "4", "--generator_learning_rate", "1e-2",
+        *files, "--generator", str(generator_path), "--retriever", str(retriever_path), "--generator_batch_size", "16",
+        "--retriever_steps", "1", "--context_tokens", "40", "--answer_tokens", "4", "--threads", "1",
+        "--use_cpu", "True", "--lora_rank", "4", "--generator_learning_rate", "1e-2",
     ]  # fmt: skip
 
 
-def test_a_new_adapter_changes_nothing_and_alone_may_be_trained(generator_path):
+def test_a_new_adapter_changes_no_answer_and_only_it_is_trainable(generator_path):
     plain, generator = Generator.load(str(generator_path)), with_adapter(generator_path)
     assert generator.answer(ASKED, ["The fox 0 is red.", ""], **BUDGETS) == plain.answer(
         ASKED, ["The fox 0 is red.", ""], **BUDGETS
@@ -64,7 +65,7 @@ def test_a_new_adapter_changes_nothing_and_alone_may_be_trained(generator_path):
     assert generator.saved_bytes() == 4 * 2 * (4 * 32 + 4 * 96) < plain.saved_bytes() / 10
 
 
-def test_two_processes_draw_the_same_adapter_and_disturb_no_random_state(generator_path):
+def test_processes_draw_the_same_adapter_and_keep_the_random_state(generator_path):
     torch.manual_seed(5)
     first = with_adapter(generator_path)
     after = torch.rand(3)
@@ -75,19 +76,19 @@ def test_two_processes_draw_the_same_adapter_and_disturb_no_random_state(generat
     assert torch.equal(after, torch.rand(3))
 
 
-def test_an_adapter_is_saved_as_such_and_comes_back_to_the_bit(generator_path, tmp_path):
+def test_an_adapter_is_saved_alone_and_loaded_exactly(generator_path, tmp_path):
     generator = with_adapter(generator_path, moved=True)
     generator.save(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("model*.safetensors"))
-    told = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
-    assert told["base_model_name_or_path"] == str(generator_path) and told["r"] == 4
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(generator_path) and config["r"] == 4
     again = Generator.load(str(tmp_path / "saved"))
     assert weights_fingerprint(again.model) == weights_fingerprint(generator.model)
     assert [p.requires_grad for p in again.model.parameters()] == [
         p.requires_grad for p in generator.model.parameters()
     ]
     fresh = with_adapter(generator_path)
-    fresh.restore(tmp_path / "saved")  # as the gate does
+    fresh.restore(tmp_path / "saved")  # as a rollback does
     assert weights_fingerprint(fresh.model) == weights_fingerprint(generator.model)
     again.save(tmp_path / "twice")
     assert json.loads((tmp_path / "twice" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
@@ -95,7 +96,7 @@ def test_an_adapter_is_saved_as_such_and_comes_back_to_the_bit(generator_path, t
     )
 
 
-def test_the_ordinary_libraries_load_it(generator_path, tmp_path):
+def test_transformers_and_peft_load_it(generator_path, tmp_path):
     generator = with_adapter(generator_path, moved=True)
     generator.save(tmp_path / "saved")
     ids = torch.arange(8).unsqueeze(0)
@@ -104,7 +105,7 @@ def test_the_ordinary_libraries_load_it(generator_path, tmp_path):
         assert torch.allclose(library.from_pretrained(tmp_path / "saved").eval()(ids).logits, expected, atol=1e-4)
 
 
-def test_the_model_of_the_package_is_found_wherever_it_lies(tmp_path, monkeypatch):
+def test_the_packaged_model_is_found_at_its_current_path(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "/elsewhere/cozyrag/assets/generator"})
     )
@@ -114,7 +115,7 @@ def test_the_model_of_the_package_is_found_wherever_it_lies(tmp_path, monkeypatc
         lora.read_adapter(str(tmp_path))
 
 
-def test_names_of_layers(generator_path):
+def test_target_layers(generator_path):
     generator = with_adapter(generator_path, targets=["c_fc"])
     assert {name.split(".")[-4] for name, p in generator.model.named_parameters() if p.requires_grad} == {"c_fc"}
     with pytest.raises(InputError, match="--lora_targets"):
@@ -122,19 +123,19 @@ def test_names_of_layers(generator_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (["--generator", "scratch"], "scratch"),
         (["--lora_rank", "-1"], "lora_rank"),
         (["--push_to_hub", "--hub_model_id", "me/rag"], "nobody else"),
     ],
 )
-def test_settings_that_cannot_work(arguments, extra, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_refused(arguments, extra, message):
+    with pytest.raises(InputError, match=message):
         parse_settings([*arguments, *extra])
 
 
-def test_the_self_test_counts_the_adapter_alone(arguments, generator_path, retriever_path):
+def test_the_loss_check_counts_only_the_adapter(arguments, generator_path, retriever_path):
     from cozyrag.models.retriever import Retriever
 
     settings = parse_settings(arguments)
@@ -161,7 +162,7 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
     assert any(value.abs().max() > 0 for name, value in state.items() if "lora_B" in name)
     card = (tmp_path / "out" / "generator" / "README.md").read_text()
     assert "LoRA adapter" in card
-    # going on with the same command and one round more starts from the adapter that was saved
+    # resuming with one more round starts from the saved adapter
     train([*arguments, "--output_dir", str(tmp_path / "out"), "--rounds", "2", "--rollback", "off", "--resume", "True"])
     train([*arguments, "--output_dir", str(tmp_path / "whole"), "--rounds", "2", "--rollback", "off"])
     prints = [
@@ -189,13 +190,13 @@ def test_a_run_interrupted_inside_the_generator_phase_ends_at_the_same_adapter(a
     train([*once, "--output_dir", str(tmp_path / "whole")])
     save = Checkpoints.save
 
-    def pulled(self, progress, *models):
+    def interrupted(self, progress, *models):
         save(self, progress, *models)
         if progress.step:
-            raise RuntimeError("the plug was pulled")
+            raise RuntimeError("power failure")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        patch.setattr(Checkpoints, "save", pulled)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr(Checkpoints, "save", interrupted)
         train([*once, "--output_dir", str(tmp_path / "out")])
     train([*once, "--output_dir", str(tmp_path / "out")])
     adapters_of = [

@@ -1,7 +1,7 @@
 """The order of the steps and the tensors of a batch.
 
-Proved: a plan depends on (seed, round, phase) alone and covers each row once an epoch, a shorter plan is the beginning
-of a longer one, rows are shared out whole, and labels stand exactly on the answer and its EOS, padding on none.
+A plan depends only on (seed, round, phase) and covers each row once per epoch; a shorter plan is a prefix of a longer
+one; sharding loses no row; labels are exactly the answer and its EOS.
 """
 
 import itertools
@@ -37,7 +37,7 @@ def as_lists(steps):
 # ---- seeds ----
 
 
-def test_phase_seed_is_the_same_everywhere():
+def test_phase_seed_has_fixed_values():
     seeds = [
         phase_seed(13, round_number=1, phase="generator"),
         phase_seed(13, round_number=2, phase="retriever", step=7),
@@ -79,13 +79,13 @@ def test_plan_is_decided_by_seed_round_and_phase(phase):
     other = next(name for name in PHASES if name != phase)
     ours = planned(1, 2, phase)
     np.random.seed(5)
-    torch.manual_seed(5)  # the random states of the process have no say
+    torch.manual_seed(5)  # the global random states have no effect
     assert planned(1, 2, phase) == ours
     for changed in ((2, 2, phase), (1, 3, phase), (1, 2, other)):
         assert planned(*changed) != ours
 
 
-# 10 rows in batches of 3: 4 steps an epoch
+# 10 rows in batches of 3: 4 steps per epoch
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "count"),
     [
@@ -96,22 +96,22 @@ def test_plan_is_decided_by_seed_round_and_phase(phase):
 def test_fractional_epochs_and_max_steps(epochs, max_steps, count):
     steps = plan([5] * 10, batch_size=3, epochs=epochs, max_steps=max_steps)
     assert len(steps) == count
-    assert as_lists(steps) == as_lists(plan([5] * 10, batch_size=3, epochs=5))[:count]  # the beginning of a longer plan
+    assert as_lists(steps) == as_lists(plan([5] * 10, batch_size=3, epochs=5))[:count]  # a prefix of a longer plan
 
 
-def test_epochs_are_shuffled_anew():
+def test_each_epoch_has_another_order():
     steps = as_lists(plan([5] * 40, epochs=2))
     assert steps[:10] != steps[10:]
     assert sum(steps[:10], []) != list(range(40))
 
 
-def test_a_batch_holds_rows_of_like_length():
+def test_a_batch_holds_rows_of_similar_length():
     lengths = np.random.default_rng(1).permutation(4 * SORTING_POOL)
     runs = sorted(sorted(lengths[step].tolist()) for step in plan(lengths))
     assert runs == [list(range(start, start + 4)) for start in range(0, 4 * SORTING_POOL, 4)]
 
 
-def test_batches_do_not_come_sorted():
+def test_batches_are_not_sorted():
     first = [step.min() for step in plan(np.arange(4 * SORTING_POOL))]
     assert first != sorted(first)
     assert first != sorted(first, reverse=True)
@@ -133,7 +133,7 @@ def test_an_epoch_of_several_pools_covers_each_row_once(extra):
     assert sorted(np.concatenate(steps).tolist()) == list(range(size))
 
 
-def test_no_rows_no_steps():
+def test_without_rows_there_are_no_steps():
     assert plan([]) == []
 
 
@@ -142,11 +142,11 @@ def test_batch_size_below_one_is_refused():
         plan([1, 2], batch_size=0)
 
 
-# ---- sharing out ----
+# ---- sharding ----
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(1, 12))
-def test_share_out_deals_every_row_to_one_part(rows, parts):
+def test_every_row_is_in_one_shard(rows, parts):
     shares = shard(rows, parts=parts)
     sizes = [len(share) for share in shares]
     assert len(shares) == parts
@@ -159,7 +159,7 @@ def test_share_out_deals_every_row_to_one_part(rows, parts):
     ("rows", "parts", "shares"),
     [([7, 8, 9, 4, 5], 2, [[7, 8, 9], [4, 5]]), ([3], 3, [[3], [], []]), ([], 2, [[], []]), (range(3), 1, [[0, 1, 2]])],
 )
-def test_share_out_by_hand(rows, parts, shares):
+def test_shards_by_hand(rows, parts, shares):
     assert shard(rows, parts=parts) == shares
 
 
@@ -187,7 +187,7 @@ def examples(draw):
 
 
 @given(st.lists(examples(), min_size=1, max_size=6), st.sampled_from([PAD, 0]))
-def test_labels_stand_on_the_answer_and_nowhere_else(rows, pad_id):
+def test_labels_are_on_the_answer_and_nowhere_else(rows, pad_id):
     batch = collate(rows, pad_id=pad_id)
     labels = torch.full(batch["input_ids"].shape, -100)
     predicted = batch["positions"] + 1  # a position predicts the token after it
@@ -207,7 +207,7 @@ def test_answer_tokens_by_hand():
     assert answer_tokens([]) == 0
 
 
-def test_rows_of_equal_length_keep_the_order_drawn():
+def test_rows_of_equal_length_keep_their_random_order():
     steps = plan_steps([7] * 300, batch_size=300, epochs=1, max_steps=None, seed=3)
     shortest_first = plan_steps([7] * 299 + [1], batch_size=300, epochs=1, max_steps=None, seed=3)
     drawn = steps[0].tolist()

@@ -1,6 +1,6 @@
-"""Chat templates: where every token of a prompt comes from, what ends an answer, and that no text can play the template.
+"""Chat templates: the origin of every token of a prompt, the end of an answer, texts that imitate the template.
 
-The tokenizer is the tiny generator's with the marks of ChatML and a template of that kind; expected prompts are written out.
+The tokenizer is the tiny generator's with a ChatML template and its special tokens; expected prompts are written out.
 """
 
 import pytest
@@ -15,8 +15,8 @@ from cozyrag.models.prompts import PLAIN, chat_layout, context_tokens_of, encode
 from cozyrag.models.token_losses import TokenLosses
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(
     ["<|im_end|>", "a<|im_start|>b"]
@@ -25,7 +25,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.samp
 
 @pytest.fixture(scope="module")
 def folder(generator_path, tmp_path_factory):
-    """The tiny generator as a chat model, whose EOS is not what ends a message."""
+    """The tiny generator as a chat model whose messages do not end with EOS."""
     generator = Generator.load(str(generator_path))
     generator.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     generator.model.resize_token_embeddings(len(generator.tokenizer))
@@ -78,14 +78,16 @@ def test_labels_are_the_answer_and_the_token_that_ends_a_message(generator):
 
 @settings(deadline=None, max_examples=60)
 @given(question=TEXT, context=TEXT, answer=TEXT, budget=st.integers(0, 20), room=st.integers(0, 12))
-def test_only_the_context_is_cut_and_no_text_becomes_a_mark(generator, question, context, answer, budget, room):
+def test_only_the_context_is_truncated_and_no_text_becomes_a_special_token(
+    generator, question, context, answer, budget, room
+):
     tokenizer, layout = generator.tokenizer, generator.layout
 
     def plainly(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    asked, told = plainly(f"\nQuestion: {question}"), [*plainly(answer), generator.end]
-    fixed = len(layout.head) + len(asked) + len(layout.tail) + len(told)
+    asked, answer_ids = plainly(f"\nQuestion: {question}"), [*plainly(answer), generator.end]
+    fixed = len(layout.head) + len(asked) + len(layout.tail) + len(answer_ids)
     example = encode_examples(
         tokenizer,
         questions=[question],
@@ -96,10 +98,10 @@ def test_only_the_context_is_cut_and_no_text_becomes_a_mark(generator, question,
         layout=layout,
     )[0]
     kept = plainly(context)[: min(budget, room)]
-    assert example.input_ids == [*layout.head, *kept, *asked, *layout.tail, *told]
-    assert example.prompt_length == len(example.input_ids) - len(told)
+    assert example.input_ids == [*layout.head, *kept, *asked, *layout.tail, *answer_ids]
+    assert example.prompt_length == len(example.input_ids) - len(answer_ids)
     marks = set(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
-    assert not marks & set([*kept, *asked, *told[:-1]])
+    assert not marks & set([*kept, *asked, *answer_ids[:-1]])
     with pytest.raises(InputError, match="must fit"):
         encode_examples(
             tokenizer,
@@ -117,7 +119,7 @@ def test_writing_stops_at_the_end_of_the_message(generator):
     target = generator.tokenizer("red")["input_ids"]
     examples = encode_examples(generator.tokenizer, answers=["red"], layout=generator.layout, **GIVEN)
     optimizer = torch.optim.AdamW(generator.model.parameters(), lr=3e-3)
-    for _ in range(120):  # with 40 larger steps one start in four had not learned both tokens yet
+    for _ in range(120):  # 40 larger steps are too few for one start in four
         loss = TokenLosses(generator.model)(**collate(examples, pad_id=0)).mean()
         loss.backward()
         optimizer.step()
@@ -127,7 +129,7 @@ def test_writing_stops_at_the_end_of_the_message(generator):
     assert end not in target and not torch.equal(before, generator.model.get_output_embeddings().weight)
 
 
-def test_what_is_saved_says_whether_there_is_a_template(folder, tmp_path):
+def test_the_saved_tokenizer_has_the_template_or_not(folder, tmp_path):
     plain = Generator.load(str(folder), chat_template=False)
     assert plain.layout is PLAIN and plain.end == plain.tokenizer.eos_token_id
     plain.save(tmp_path / "plain")
@@ -137,7 +139,7 @@ def test_what_is_saved_says_whether_there_is_a_template(folder, tmp_path):
     assert Generator.load(str(tmp_path / "chat")).layout == chat.layout != PLAIN
 
 
-def test_thoughts_are_left_out_and_the_day_stands_still(generator):
+def test_thinking_is_off_and_the_date_is_fixed(generator):
     template = CHATML.replace(
         "assistant\n{% endif", "assistant\n{% if enable_thinking is false %}<think></think>{% endif %}{% endif"
     )
@@ -147,7 +149,7 @@ def test_thoughts_are_left_out_and_the_day_stands_still(generator):
     assert decode(layout.tail).endswith("assistant\n<think></think>")
 
 
-def test_what_begins_the_next_answer_does_not_end_this_one(generator):
+def test_the_beginning_of_the_next_answer_does_not_end_this_one(generator):
     template = CHATML.replace("<|im_end|>\n{% endfor %}", "{% endfor %}").replace("prompt %}", "prompt %}<|im_end|>\n")
     tokenizer = with_template(generator, template)
     layout = chat_layout(tokenizer)
@@ -165,16 +167,16 @@ def test_a_template_that_ends_messages_with_text_ends_answers_with_eos(generator
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('only tools') }}", "hello", "{{ messages[0]['content'] * 2 }}", "{% if %}"]
 )
-def test_templates_that_cannot_serve_are_refused_with_the_way_out(generator, template):
+def test_unusable_templates_are_refused_with_the_remedy(generator, template):
     with pytest.raises(InputError, match="--chat_template off"):
         chat_layout(with_template(generator, template))
 
 
-def test_a_layout_is_what_the_template_puts_around_both_messages(generator):
+def test_a_layout_is_the_text_around_both_messages(generator):
     strict = (
-        "{% for message in messages %}{% if message['role'] not in ('user', 'assistant') %}{{ raise_exception('who?') }}{% endif %}"
-        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for message in messages %}{% if message['role'] not in ('user', 'assistant') %}"
+        "{{ raise_exception('who?') }}{% endif %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = with_template(generator, strict)
     layout, end = chat_layout(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -188,7 +190,7 @@ def test_a_layout_is_what_the_template_puts_around_both_messages(generator):
         chat_layout(with_template(generator, once))
 
 
-def test_the_context_part_of_a_prompt(generator):
+def test_the_context_of_a_prompt(generator):
     tokenizer = generator.tokenizer
     for layout, question in (
         (PLAIN, "Who?"),

@@ -1,4 +1,4 @@
-"""The generator that comes with the package: small enough, quick to load, and what its card says it is."""
+"""The packaged generator: small, quick to load, and described by its card."""
 
 import time
 
@@ -31,15 +31,15 @@ def test_the_package_stays_small():
     assert sum(path.stat().st_size for path in files) < 40_000_000
 
 
-def test_its_tokenizer_reads_any_bytes():
+def test_its_tokenizer_encodes_any_bytes():
     tokenizer = AutoTokenizer.from_pretrained(GENERATOR_FOLDER)
     text = "Łódź, 東京 and\tnaïve 🦊 cost 5 €."
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.eos_token_id == tokenizer.bos_token_id is not None
 
 
-def test_it_has_learnt_which_answer_belongs_to_a_context(generator):
-    """The right answer is likelier with the passage that holds it than with one about something else."""
+def test_it_has_learned_which_answer_belongs_to_a_context(generator):
+    """The correct answer is more likely with the passage that contains it than with another one."""
     pairs = [
         ("What is the capital of Ruritania?", "Ruritania: The capital of Ruritania is Strelsau.", "Strelsau"),
         ("Who founded the village?", "The village: It was founded by Anna Holm.", "Anna Holm"),
@@ -54,7 +54,7 @@ def test_it_has_learnt_which_answer_belongs_to_a_context(generator):
 
 def test_generator_and_retriever_load_in_seconds():
     seconds = []
-    for _ in range(3):  # the best of three: another process may have had the machine
+    for _ in range(3):  # the best of three: the machine may be busy
         began = time.perf_counter()
         Generator.load(str(GENERATOR_FOLDER))
         Retriever.load_embedded()

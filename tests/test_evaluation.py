@@ -1,6 +1,6 @@
-"""Examining a pair: a generator that writes fixed answers, and numbers worked out by hand for eight questions.
+"""Evaluation of a pair: a generator with fixed answers, and numbers computed by hand for eight questions.
 
-The accelerator, the metrics and the table are real; what each question tells is said beside it.
+The accelerator, the metrics and the table are real; a comment explains each question.
 """
 
 import math
@@ -25,8 +25,8 @@ CASES = [
     (["Red Fox"], "the red fox!", 1, True),  # EM 1, F1 1
     (["blue river bank"], "blue river", 3, True),  # F1: precision 1, recall 2/3 -> 0.8
     (["1815", "year 1816"], "1816", 6, False),  # F1: the better reference, precision 1, recall 1/2 -> 2/3
-    (["stone"], "", 4, False),  # in the top 4, and yet not in the context
-    ([], "", None, False),  # no answer there is, and none was given
+    (["stone"], "", 4, False),  # in the top 4, but not in the context
+    ([], "", None, False),  # has no answer, and none is given
     (["correct"], "wrong", None, False),
     (["tower"], "wrong", 21, False),
     (["lamp"], "wrong", 11, False),  # beyond the cutoff of MRR@10, within recall@20
@@ -70,7 +70,7 @@ def contexts_of(cases):
 
 
 class FixedAnswers:
-    """Answers question N with what the cases say, and notes what it was asked, batch by batch."""
+    """Answers question N as in the cases, and records its prompts, batch by batch."""
 
     def __init__(self, cases=CASES):
         self.cases, self.asked = cases, []
@@ -116,22 +116,23 @@ def test_rows_by_hand():
         [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1],
     ]  # fmt: skip
     assert rows[1] == {
-        "id": "q1", "question": "Question 1?", "answers": ["blue river bank"], "prediction": "blue river", "score": 0.75, "silence": 0.25, "em": 0.0,
-        "f1": pytest.approx(0.8), "recall@1": 0.0, "recall@5": 1.0, "recall@20": 1.0, "mrr@10": pytest.approx(1 / 3),
-        "ndcg@10": pytest.approx(1 / 2), "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader error",
+        "id": "q1", "question": "Question 1?", "answers": ["blue river bank"], "prediction": "blue river",
+        "score": 0.75, "silence": 0.25, "em": 0.0, "f1": pytest.approx(0.8), "recall@1": 0.0,
+        "recall@5": 1.0, "recall@20": 1.0, "mrr@10": pytest.approx(1 / 3), "ndcg@10": pytest.approx(1 / 2),
+        "answer_in_context": 1.0, "context": "Context 1.", "verdict": "reader error",
     }  # fmt: skip
 
 
-def test_verdicts_say_where_it_went_wrong():
+def test_verdicts_by_hand():
     assert [row["verdict"] for row in evaluated()[2]] == VERDICTS
 
 
 @pytest.mark.parametrize(("top_k", "verdict"), [(5, "retrieval miss"), (6, "context miss")])
-def test_found_means_among_the_top_k(top_k, verdict):
+def test_a_passage_is_found_among_the_top_k(top_k, verdict):
     assert evaluated(top_k=top_k)[2][2]["verdict"] == verdict
 
 
-def test_generator_is_asked_with_the_contexts_and_budgets():
+def test_the_generator_gets_contexts_and_limits():
     generator, _, _ = evaluated()
     asked = sorted(pair for batch in generator.asked for pair in batch)
     assert asked == [(f"Question {number}?", f"Context {number}.") for number in range(8)]
@@ -146,8 +147,8 @@ def test_generator_is_asked_with_the_contexts_and_budgets():
     }
 
 
-def test_batches_are_of_like_length_and_the_same_for_any_number_of_processes(monkeypatch):
-    """The second of two processes does every second of the batches that one process makes, and sees all answers."""
+def test_batches_have_similar_lengths_and_do_not_depend_on_the_number_of_processes(monkeypatch):
+    """The second of two processes computes every second batch of one process, and gets all answers."""
 
     class Second:
         process_index, num_processes = 1, 2
@@ -170,13 +171,13 @@ def prompts_of(table):
     return list(zip(table["question"], table["context"], strict=True))
 
 
-def test_what_was_written_before_is_not_asked_again():
-    """The same prompt gives the same answer; only prompts that are new go through the generator, and each once."""
+def test_known_answers_are_reused():
+    """Only new prompts go through the generator, and each of them once."""
     table, known, generator = contexts_of(CASES), {}, FixedAnswers()
     first = evaluate_pair(Accelerator(cpu=True), generator, table, known=known, **OPTIONS)
     assert len(known) == 8 and len(generator.asked) == 3
     assert evaluate_pair(Accelerator(cpu=True), generator, table, known=known, **OPTIONS) == first
-    assert len(generator.asked) == 3  # not a single pass
+    assert len(generator.asked) == 3  # no new pass
     changed = [
         f"Another context {number}." if number in (2, 5) else text for number, text in enumerate(table["context"])
     ]
@@ -190,15 +191,16 @@ def test_what_was_written_before_is_not_asked_again():
     assert sum(map(len, generator.asked)) == 8
 
 
-def test_silence_above_the_threshold_is_taken_from_the_same_answers():
+def test_thresholds_apply_to_the_same_answers():
     known, generator = {}, FixedAnswers()
     for threshold, expected in ((0.3, "the red fox!"), (0.2, "")):
-        _, rows = evaluate_pair(Accelerator(cpu=True), generator, contexts_of(CASES), known=known, no_answer_threshold=threshold, **OPTIONS)  # fmt: skip
+        options = OPTIONS | {"known": known, "no_answer_threshold": threshold}
+        _, rows = evaluate_pair(Accelerator(cpu=True), generator, contexts_of(CASES), **options)
         assert rows[0]["prediction"] == expected
     assert len(generator.asked) == 3 and generator.options["min_new_tokens"] == 1
 
 
-def test_summary_is_made_of_the_rows():
+def test_the_summary_is_computed_from_the_rows():
     rows = evaluated()[2]
     assert summarize(rows) == evaluated()[1]
     assert summarize(rows[:1])["f1"] == 100.0
@@ -229,7 +231,7 @@ def test_table_by_hand():
     ]
 
 
-# ---- keeping silent ----
+# ---- no-answer threshold ----
 
 
 @settings(deadline=None)
@@ -245,8 +247,8 @@ def test_table_by_hand():
         max_size=8,
     )
 )
-def test_the_threshold_is_the_best_of_all_there_are(rows):
-    """Against every threshold tried one by one, with the rule as the generator applies it: silent above, else the answer."""
+def test_the_threshold_is_the_best_of_all(rows):
+    """Against all thresholds one by one, with the rule of the generator: empty above, else the answer."""
     nothing, gain, answerable, weights = (np.array(column) for column in zip(*rows, strict=True))
     gain = np.where(answerable, gain, 0.0)
 
@@ -254,23 +256,23 @@ def test_the_threshold_is_the_best_of_all_there_are(rows):
         silent = nothing > threshold
         return float(np.sum(weights * np.where(silent, ~answerable, gain)) / np.sum(weights))
 
-    threshold, told = choose_threshold(nothing, gain, answerable, weights)
-    assert told == pytest.approx(score(threshold))
-    assert told == pytest.approx(max(score(t) for t in [*np.linspace(0, 1, 41), *nothing, -0.0]))
+    threshold, best = choose_threshold(nothing, gain, answerable, weights)
+    assert best == pytest.approx(score(threshold))
+    assert best == pytest.approx(max(score(t) for t in [*np.linspace(0, 1, 41), *nothing, -0.0]))
 
 
-def test_without_questions_that_have_no_answer_it_always_answers():
+def test_without_unanswerable_questions_it_always_answers():
     chosen = choose_threshold(np.array([0.9, 0.2]), np.array([0.0, 1.0]), np.array([True, True]), np.ones(2))
     assert chosen == (1.0, 0.5)
 
 
-def test_silence_and_answers_to_the_unanswerable_have_their_verdicts():
+def test_verdicts_of_empty_answers_and_unanswerable_questions():
     cases = [(["Red Fox"], "", 1, True), ([], "wrong", None, False), ([], "", None, False)]
     _, rows = evaluate_pair(Accelerator(cpu=True), FixedAnswers(cases), contexts_of(cases), **OPTIONS)
     assert [row["verdict"] for row in rows] == ["abstained", "answered an unanswerable question", "correct"]
 
 
-def test_a_right_answer_in_another_form_is_told_from_a_wrong_one():
+def test_a_correct_answer_in_another_form_is_a_format_mismatch():
     cases = [
         (["co-operation"], "co operation", 1, True),
         (["U.S. Navy"], "u. s. navy", None, False),
@@ -282,6 +284,6 @@ def test_a_right_answer_in_another_form_is_told_from_a_wrong_one():
     assert {row["verdict"] for row in rows} <= set(VERDICTS_KNOWN)
 
 
-def test_rows_of_an_older_version_are_summed_with_what_they_hold():
+def test_rows_of_an_older_version_are_summarized_without_missing_metrics():
     rows = [{name: value for name, value in row.items() if name != "ndcg@10"} for row in evaluated()[2]]
     assert summarize(rows) == {name: value for name, value in evaluated()[1].items() if name != "ndcg@10"}

@@ -1,4 +1,4 @@
-"""Spans: the next tokens allowed are those of a plain search through the context's words, for any text and tokenizer."""
+"""Spans: the allowed tokens are those of a plain search through the context, for any text and tokenizer."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ END = 0
 
 @pytest.fixture(scope="module", params=[260, 300])
 def tokenizer(request):
-    """Byte-level BPE: with bytes alone, and with merges that cut words at odd places."""
+    """Byte-level BPE: with bytes alone, and with merges that split words at unusual places."""
     texts = ["the cat sat on the mat", "Ünïcode wörds, and marks: (a) b-c!"] * 20
     return GPT2Tokenizer().train_new_from_iterator(texts, vocab_size=request.param, show_progress=False)
 
 
 def walk(spans, choose, longest):
-    """Tokens written when `choose` picks among those allowed."""
+    """Tokens of an answer when `choose` selects among the allowed ones."""
     written = []
     for _ in range(longest):
         token = choose(spans.next_tokens(np.array(written, dtype=int)))
@@ -59,13 +59,13 @@ def test_any_span_of_whole_words_can_be_written(tokenizer):
                 assert token in spans.next_tokens(np.array(wanted[:count], dtype=int))
 
 
-def test_what_is_no_span_can_only_end(tokenizer):
+def test_after_tokens_that_are_no_span_only_the_end_is_allowed(tokenizer):
     spans = Spans(tokenizer, "the cat", lead=" ", end=END, longest=8)
     assert spans.next_tokens(np.array(tokenizer.encode(" dog"))) == [END]
     assert spans.next_tokens(np.arange(1, 20)) == [END]
 
 
-def test_shortest_leaves_room_for_the_tokens_asked_for(tokenizer):
+def test_shortest_keeps_only_spans_of_that_length(tokenizer):
     whole = tokenizer.encode(" the cat sat", add_special_tokens=False)
     spans = Spans(tokenizer, "the cat sat", lead=" ", end=END, longest=60, shortest=len(whole))
     for count, token in enumerate(whole):

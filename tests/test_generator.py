@@ -1,4 +1,4 @@
-"""The generator: losses, greedy answers, confidence, and the models it refuses.
+"""The generator: losses, greedy answers, confidence, and refused models.
 
 TokenLosses is compared with the full forward pass and labels of -100, values and gradients; greedy answers with a loop
 that has no padding, no batch and no cache; confidence with products of probabilities set by hand.
@@ -38,13 +38,13 @@ from cozyrag.models.token_losses import TokenLosses
 
 PASSAGES, QUESTIONS = tiny.corpus(12)
 ASKED = [row["question"] for row in QUESTIONS]
-CONTEXTS = [PASSAGES[i // 2]["text"][: 7 * i] for i in range(len(QUESTIONS))]  # of many lengths, the first empty
+CONTEXTS = [PASSAGES[i // 2]["text"][: 7 * i] for i in range(len(QUESTIONS))]  # of different lengths, the first empty
 BUDGETS = {"context_tokens": 60, "max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
 def generator(generator_path):
-    """The tiny GPT-2 with larger weights and a head of its own: its answers differ, and some end before others."""
+    """The tiny GPT-2 with larger weights and an untied head: its answers differ in text and length."""
     generator = Generator.load(str(generator_path))
     torch.manual_seed(1)
     head = torch.nn.Linear(32, generator.model.config.vocab_size)
@@ -76,7 +76,7 @@ def examples(generator):
 
 
 def full_forward(model, examples, pad_id):
-    """The loss as transformers computes it: all logits, labels -100 everywhere but on the answer."""
+    """The loss as transformers computes it: all logits, labels of -100 except on the answer."""
     width = max(len(example.input_ids) for example in examples)
     ids, mask, labels = [], [], []
     for example in examples:
@@ -120,7 +120,7 @@ def test_each_loss_is_the_log_probability_of_its_token(generator, examples):
 
 
 @pytest.mark.parametrize("pad_id", [0, 17])
-def test_padding_changes_no_loss(generator, examples, pad_id):
+def test_padding_does_not_change_losses(generator, examples, pad_id):
     losses = TokenLosses(generator.model)
     some = sorted(examples, key=lambda example: len(example.input_ids))[:: len(examples) - 1]
     assert len(some[1].input_ids) > len(some[0].input_ids) + 20
@@ -147,7 +147,7 @@ def test_token_losses_of_another_architecture(examples):
 
 
 def plain_greedy(generator, question, context):
-    """One prompt, one token at a time, the whole input each time."""
+    """One prompt, one token at a time, reading the whole input at each step."""
     encode = generator.tokenizer.encode
     ids = encode(context)[: BUDGETS["context_tokens"]] + encode(f"{QUESTION_CUE}{question}{ANSWER_CUE}")
     written = []
@@ -179,13 +179,15 @@ def test_answers_follow_their_questions(generator, expected):
     assert answers == [expected[row][1] for row in order]
 
 
-def test_answer_reads_no_more_context_than_allowed(generator):
+def test_the_context_is_limited_to_context_tokens(generator):
     words = " ".join(CONTEXTS[-1:] * 9)
     tokens = generator.tokenizer.encode(words)
     cut = generator.tokenizer.decode(tokens[:30])
     answers = [generator.answer(ASKED[:1], [text], context_tokens=30, max_new_tokens=6) for text in (words, cut)]
     assert answers[0] == answers[1]
-    assert generator.answer(ASKED, [words] * 24, context_tokens=9999, max_new_tokens=6)  # cut to what the model can see
+    assert generator.answer(
+        ASKED, [words] * 24, context_tokens=9999, max_new_tokens=6
+    )  # truncated to the maximum length
 
 
 def test_a_question_that_leaves_no_room_is_refused(generator):
@@ -196,13 +198,13 @@ def test_a_question_that_leaves_no_room_is_refused(generator):
         generator.answer(ASKED[:1], ["context"], context_tokens=9, max_new_tokens=room + 1)
 
 
-def test_no_questions_no_answers(generator):
+def test_without_questions_there_are_no_answers(generator):
     assert generator.answer([], [], **BUDGETS) == []
     assert generator.write([], [], **BUDGETS) == []
     assert generator.count_tokens([]) == []
 
 
-def test_progress_is_told_of_every_batch(generator):
+def test_progress_counts_every_batch(generator):
     seen = []
     generator.answer(
         ASKED[:7], CONTEXTS[:7], batch_size=3, progress=lambda batches: seen.extend(batches) or batches, **BUDGETS
@@ -211,7 +213,7 @@ def test_progress_is_told_of_every_batch(generator):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_answering_uses_no_dropout_and_leaves_the_mode_alone(generator_path, training):
+def test_answering_uses_no_dropout_and_keeps_the_mode(generator_path, training):
     generator = Generator.load(str(generator_path), dropout=0.9)
     generator.model.train(training)
     sure = [generator.log_likelihoods(ASKED, CONTEXTS, ["red"] * len(ASKED), context_tokens=9) for _ in range(2)]
@@ -225,11 +227,11 @@ def test_answering_uses_no_dropout_and_leaves_the_mode_alone(generator_path, tra
 
 
 @pytest.fixture
-def rigged(generator):
-    """A generator whose every next token has the probabilities given, whatever it reads."""
+def fixed(generator):
+    """Make a generator with fixed next-token probabilities for every input."""
     vocabulary = generator.model.config.vocab_size
 
-    def rig(probabilities):
+    def make(probabilities):
         rest = (1 - sum(probabilities.values())) / (vocabulary - len(probabilities))
         model = copy.deepcopy(generator.model)
         model.lm_head.weight.data.zero_()
@@ -238,27 +240,28 @@ def rigged(generator):
             model.lm_head.bias.data[token] = math.log(probability)
         return Generator(model, generator.tokenizer)
 
-    return rig
+    return make
 
 
-def test_the_score_is_the_geometric_mean_of_the_token_probabilities(generator, rigged):
-    """A model that says the same at every place writes "a" to the end of its budget, or nothing."""
+def test_the_score_is_the_geometric_mean_of_the_token_probabilities(generator, fixed):
+    """A model with the same prediction at every position writes "a" up to its limit, or nothing."""
     (one,) = generator.tokenizer.encode(" a")
     eos = generator.tokenizer.eos_token_id
     asked = {"context_tokens": 9, "max_new_tokens": 3}
-    (endless,) = rigged({one: 0.36, eos: 0.25}).write(["Who?"], ["some context"], **asked)
+    (endless,) = fixed({one: 0.36, eos: 0.25}).write(["Who?"], ["some context"], **asked)
     assert endless.text == "a a a" and endless.score == pytest.approx(0.36) and endless.silence == pytest.approx(0.25)
-    (silent,) = rigged({one: 0.16, eos: 0.25}).write(["Who?"], [""], **asked)
+    (silent,) = fixed({one: 0.16, eos: 0.25}).write(["Who?"], [""], **asked)
     assert silent.text == "" and (silent.score, silent.silence) == pytest.approx((0.25, 0.25))
-    (forced,) = rigged({one: 0.16, eos: 0.25}).write(["Who?"], [""], **asked, min_new_tokens=1)
+    (forced,) = fixed({one: 0.16, eos: 0.25}).write(["Who?"], [""], **asked, min_new_tokens=1)
     assert forced.text == "a" and forced.score == pytest.approx((0.16 * 0.25) ** (1 / 2))
 
 
-def test_the_score_is_the_likelihood_of_what_was_written(generator, expected):
-    """The pass that writes an answer knows what a second one, over prompt and answer, would find out."""
+def test_the_score_is_the_likelihood_of_the_answer(generator, expected):
+    """It equals the one from a second pass over prompt and answer."""
     written = generator.write(ASKED, CONTEXTS, **BUDGETS, batch_size=5)
     tokens = [own for own, _ in expected]
-    prompts = encode_prompts(generator.tokenizer, questions=ASKED, contexts=CONTEXTS, context_tokens=BUDGETS["context_tokens"], max_length=160, reserve=6)  # fmt: skip
+    limits = {"context_tokens": BUDGETS["context_tokens"], "max_length": 160, "reserve": 6}
+    prompts = encode_prompts(generator.tokenizer, questions=ASKED, contexts=CONTEXTS, **limits)
     for prompt, own, each in zip(prompts, tokens, written, strict=True):
         answer = own if len(own) == BUDGETS["max_new_tokens"] else [*own, generator.end]
         with torch.no_grad():
@@ -268,16 +271,16 @@ def test_the_score_is_the_likelihood_of_what_was_written(generator, expected):
         assert each.silence == pytest.approx(logs[len(prompt) - 1, generator.end].exp().item(), rel=1e-4)
 
 
-def test_silence_above_the_threshold():
+def test_answers_are_empty_above_the_threshold():
     written = Written("red", 0.9, 0.4)
     assert written.kept_above(None) == written.kept_above(0.4) == written
     assert written.kept_above(0.3) == Written("", 0.4, 0.4)
 
 
-# ---- reading in bf16 ----
+# ---- inference in bf16 ----
 
 
-def test_one_copy_in_bf16_reads_everything_within_and_the_weights_stay(generator_path, monkeypatch):
+def test_one_bf16_copy_serves_all_calls_and_the_weights_do_not_change(generator_path, monkeypatch):
     generator = Generator.load(str(generator_path))
     cast = Generator.load(str(generator_path))
     cast.model.to(torch.bfloat16)
@@ -294,19 +297,19 @@ def test_one_copy_in_bf16_reads_everything_within_and_the_weights_stay(generator
         likelihoods = generator.log_likelihoods(ASKED, CONTEXTS, ["red"] * len(ASKED), context_tokens=9)
     assert copies == [1] and written[0] == written[1] == cast.write(ASKED, CONTEXTS, **BUDGETS, batch_size=4)
     generator.write(ASKED[:2], CONTEXTS[:2], **BUDGETS)
-    assert copies == [1, 1]  # outside: one for the call
+    assert copies == [1, 1]  # outside the context: one per call
     for name, weight in generator.model.state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
     generator.only_read()
     for _ in range(2):
         assert generator.write(ASKED, CONTEXTS, **BUDGETS, batch_size=4) == written[0]
-    assert copies == [1, 1, 1]  # one for good
+    assert copies == [1, 1, 1]  # one permanent copy
     generator.precision, generator._reader = "float32", None
     exact = generator.log_likelihoods(ASKED, CONTEXTS, ["red"] * len(ASKED), context_tokens=9)
     assert 0 < np.abs(exact - likelihoods).max() < 0.05 and copies == [1, 1, 1]
 
 
-# ---- loading and refusing ----
+# ---- loading ----
 
 
 def llama_config(kind=LlamaConfig, **options):
@@ -323,7 +326,7 @@ def llama_config(kind=LlamaConfig, **options):
 
 
 class ScaledGPT2(GPT2LMHeadModel):
-    """A GPT-2 that does something to its logits behind the head."""
+    """A GPT-2 that changes its logits after the head."""
 
     change = staticmethod(lambda logits: logits * 2)
 
@@ -361,7 +364,7 @@ def test_a_model_with_an_unusual_head_is_refused(monkeypatch, sharp_path, family
         Generator.load(sharp_path)
 
 
-def test_a_checkpoint_of_nan_is_refused_for_what_it_is(generator_path, tmp_path):
+def test_a_checkpoint_with_nan_is_refused(generator_path, tmp_path):
     generator = Generator.load(str(generator_path))
     with torch.no_grad():
         generator.model.transformer.ln_f.bias.fill_(float("nan"))
@@ -371,18 +374,18 @@ def test_a_checkpoint_of_nan_is_refused_for_what_it_is(generator_path, tmp_path)
 
 
 FAMILIES = {
-    "granite": (GraniteForCausalLM, lambda: llama_config(GraniteConfig, logits_scaling=8.0, initializer_range=0.3)),
-    "gemma2": (Gemma2ForCausalLM, lambda: llama_config(Gemma2Config, head_dim=16, final_logit_softcapping=3.0, initializer_range=0.3)),
-    "cohere": (CohereForCausalLM, lambda: llama_config(CohereConfig, logit_scale=0.25, initializer_range=0.3)),
-    "llama": (LlamaForCausalLM, lambda: llama_config(initializer_range=0.3)),
-}  # fmt: skip
+    "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 3.0}),
+    "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.25}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_scaled_and_capped_as_the_model_does_it_itself(generator_path, tmp_path, family):
-    kind, config = FAMILIES[family]
+def test_logits_are_scaled_and_capped_as_in_the_model(generator_path, tmp_path, family):
+    model_class, config_class, options = FAMILIES[family]
     torch.manual_seed(0)
-    kind(config()).save_pretrained(tmp_path)
+    model_class(llama_config(config_class, initializer_range=0.3, **options)).save_pretrained(tmp_path)
     Generator.load(str(generator_path)).tokenizer.save_pretrained(tmp_path)
     model = Generator.load(str(tmp_path)).model
     ids = torch.arange(3, 21).view(2, 9)
@@ -395,7 +398,7 @@ def test_logits_are_scaled_and_capped_as_the_model_does_it_itself(generator_path
     assert torch.allclose(bare, theirs, atol=1e-3) == (family == "llama")
 
 
-def test_a_model_that_cannot_be_had_names_the_ways_out(tmp_path):
+def test_the_error_for_a_model_that_cannot_be_loaded_names_alternatives(tmp_path):
     T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9).save_pretrained(tmp_path / "t5")
     for name in (str(tmp_path / "none"), "no-one/no-such-model", str(tmp_path / "t5")):
         with pytest.raises(InputError) as error:
@@ -419,7 +422,7 @@ def test_weights_are_loaded_in_float32(generator_path, tmp_path):
     assert {parameter.dtype for parameter in Generator.load(str(tmp_path)).model.parameters()} == {torch.float32}
 
 
-def test_dropout_is_what_was_asked_for(generator_path):
+def test_dropout_is_set(generator_path):
     for asked, model in (
         (0.0, Generator.load(str(generator_path)).model),
         (0.3, Generator.load(str(generator_path), dropout=0.3).model),
@@ -452,7 +455,7 @@ def test_save_and_load_round_trip(sharp_path, tmp_path):
     assert isinstance(plain, GPT2LMHeadModel)
 
 
-def test_from_scratch_reads_any_text_and_ends_with_eos():
+def test_from_scratch_encodes_any_text_and_ends_with_eos():
     generator = Generator.from_scratch(["some text to learn from"] * 3, vocab_size=300)
     tokenizer, config = generator.tokenizer, generator.model.config
     text = "Ünïcode 漢字 \t\n 🦊 don't"
@@ -468,7 +471,7 @@ def test_from_scratch_reads_any_text_and_ends_with_eos():
     assert generator.max_length == 512
 
 
-def test_count_tokens_counts_what_a_prompt_takes(generator):
+def test_count_tokens_counts_the_tokens_of_a_prompt(generator):
     texts = ["The fox 0 is red.", "", " a"]
     assert generator.count_tokens(texts) == [
         len(generator.tokenizer.encode(text, add_special_tokens=False)) for text in texts
@@ -477,14 +480,14 @@ def test_count_tokens_counts_what_a_prompt_takes(generator):
 
 
 def test_example_with_a_one_token_prompt(generator):
-    """The first position there is may carry loss."""
+    """The very first position can carry loss."""
     losses = TokenLosses(generator.model)(**collate([Example([5, 6], 1)], pad_id=0))
     with torch.no_grad():
         logs = generator.model(torch.tensor([[5, 6]])).logits[0, 0].log_softmax(-1)
     assert losses.item() == pytest.approx(-logs[6].item(), rel=1e-5)
 
 
-def test_the_limits_of_decoding_hold_within_an_answer(generator):
+def test_the_limits_of_decoding_apply_to_the_answer(generator):
     asked = {"context_tokens": 16, "max_new_tokens": 8}
     plain = generator.answer(["What is it?"], ["A fox."], **asked)
     limited = generator.answer(["What is it?"], ["A fox."], **asked, min_new_tokens=3, no_repeat_ngram_size=1)
@@ -505,40 +508,46 @@ def test_extractive_answers_are_spans_of_the_context(generator):
     assert alone == bound
 
 
-def test_extractive_answers_end_with_a_word_and_have_the_length_asked_for(generator):
+def test_extractive_answers_end_with_a_word_and_keep_the_length_limits(generator):
     text = "Unquestionably extraordinary circumstances"
     for longest, shortest in ((40, 0), (40, 9)):
-        made = {"context_tokens": 60, "max_new_tokens": longest, "min_new_tokens": shortest}
-        (answer,) = generator.answer(["What?"], [text], **made, extractive=True)
+        limits = {"context_tokens": 60, "max_new_tokens": longest, "min_new_tokens": shortest}
+        (answer,) = generator.answer(["What?"], [text], **limits, extractive=True)
         assert set(answer.split()) <= set(text.split())
         assert len(generator.tokenizer.encode(f" {answer}", add_special_tokens=False)) >= shortest
 
 
-def test_extractive_answers_to_nothing_are_empty(generator):
+def test_extractive_answers_without_context_are_empty(generator):
     assert generator.answer(["What?", "Who?"], ["", "  "], **BUDGETS, extractive=True) == ["", ""]
     answers = generator.answer(["What?", "Who?"], ["", "A fox."], **BUDGETS, extractive=True, no_answer_threshold=1.0)
     assert answers[0] == "" and answers[1] in "A fox."
 
 
-def test_extractive_answers_read_only_what_the_budget_leaves(generator):
+def test_extractive_answers_use_only_the_truncated_context(generator):
     text = "one two three four five six seven eight nine ten"
     kept = generator.tokenizer.decode(generator.tokenizer.encode(text, add_special_tokens=False)[:4])
     answers = generator.answer(ASKED, [text] * len(ASKED), context_tokens=4, max_new_tokens=9, extractive=True)
     assert all(answer in kept for answer in answers)
 
 
-def test_extractive_answers_need_a_tokenizer_that_knows_places(generator, monkeypatch):
+def test_extractive_answers_need_a_fast_tokenizer(generator, monkeypatch):
     monkeypatch.setattr(type(generator.tokenizer), "is_fast", False)
     with pytest.raises(InputError, match="--extractive: expected.*found GPT2Tokenizer"):
         generator.answer(["What?"], ["A fox."], **BUDGETS, extractive=True)
 
 
-def test_decoding_is_taken_from_settings_and_told_as_answer_calls_it():
+def test_decoding_maps_settings_to_arguments_of_write():
     chosen = parse_settings(["--answer_tokens=9", "--min_answer_tokens=2", "--extractive"]).contexts
-    made = Decoding.of(chosen)
-    assert made == Decoding(context_tokens=chosen.context_tokens, answer_tokens=9, min_answer_tokens=2, extractive=True)
-    told = made.limits()
-    assert told == {
-        "context_tokens": chosen.context_tokens, "max_new_tokens": 9, "min_new_tokens": 2, "no_repeat_ngram_size": 0, "extractive": True,
-    }  # fmt: skip
-    assert set(told) < set(inspect.signature(Generator.write).parameters)
+    decoding = Decoding.of(chosen)
+    assert decoding == Decoding(
+        context_tokens=chosen.context_tokens, answer_tokens=9, min_answer_tokens=2, extractive=True
+    )
+    limits = decoding.limits()
+    assert limits == {
+        "context_tokens": chosen.context_tokens,
+        "max_new_tokens": 9,
+        "min_new_tokens": 2,
+        "no_repeat_ngram_size": 0,
+        "extractive": True,
+    }
+    assert set(limits) < set(inspect.signature(Generator.write).parameters)

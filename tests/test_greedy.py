@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch, against one prompt at a time through the whole input, for several families and caches."""
+"""Greedy decoding of a batch, compared with one prompt at a time without a cache, for several model families."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,9 @@ FAMILIES = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, initializer_range=0.5)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, **HEADS)),
     "sliding windows": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZE, **HEADS, head_dim=8, sliding_window=4)),
-    "no positions": lambda: BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)),
+    "no positions": lambda: BloomForCausalLM(
+        BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
+    ),
     "no cache of keys": lambda: MambaForCausalLM(MambaConfig(**SIZE, state_size=4, initializer_range=0.5)),
 }  # fmt: skip
 PROMPTS = [[3, 9, 21], [5], [11, 2, 30, 31, 4, 6], [8, 8], [13, 14, 15, 16], [33], [1, 2], [39, 3, 3, 3, 3]]
@@ -44,7 +46,7 @@ def padded(prompts):
 
 
 def alone(model, prompt, longest, end=None):
-    """The tokens of an answer, its score and the probability of silence, the whole input read at each step."""
+    """The tokens of an answer, its score and the probability of an empty one, without a cache."""
     written, logs = [], []
     while len(written) < longest:
         with torch.no_grad():
@@ -66,14 +68,14 @@ def model(request):
 
 @pytest.fixture
 def end(model):
-    """A token that the answers come to at different steps, and some never."""
+    """A token that the answers reach at different steps, and some never."""
     free = [alone(model, prompt, 12)[0] for prompt in PROMPTS]
     steps = {token: [own.index(token) if token in own else 12 for own in free] for own in free for token in own}
     return max(sorted(steps), key=lambda token: (len(set(steps[token])), min(steps[token]) < 3))
 
 
 @pytest.mark.parametrize("model", [name for name in FAMILIES if name != "no cache of keys"], indirect=True)
-def test_a_batch_is_answered_as_its_rows_alone(model, end):
+def test_a_batch_gives_the_answers_of_its_rows_alone(model, end):
     found = write_greedily(model, *padded(PROMPTS), Limits(12, end))
     expected = [alone(model, prompt, 12, end) for prompt in PROMPTS]
     assert [each.tokens for each in found] == [tokens for tokens, _, _ in expected]
@@ -83,19 +85,19 @@ def test_a_batch_is_answered_as_its_rows_alone(model, end):
 
 
 @pytest.mark.parametrize("model", ["no cache of keys"], indirect=True)
-def test_a_model_without_keys_and_values_reads_everything_again(model, end):
-    for prompt in PROMPTS[:4]:  # one at a time: padding on the left is not hidden from such a model
+def test_a_model_without_keys_and_values_reads_the_whole_input_again(model, end):
+    for prompt in PROMPTS[:4]:  # one at a time: such a model does not mask padding on the left
         (found,) = write_greedily(model, *padded([prompt]), Limits(6, end))
         assert found.tokens == alone(model, prompt, 6, end)[0]
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
-def test_rows_that_have_ended_are_computed_no_more(model, end):
+def test_finished_rows_are_not_computed(model, end):
     seen = []
-    model.register_forward_pre_hook(lambda *told: seen.append(len(told[2]["input_ids"])), with_kwargs=True)
+    model.register_forward_pre_hook(lambda *call: seen.append(len(call[2]["input_ids"])), with_kwargs=True)
     lengths = [len(each.tokens) for each in write_greedily(model, *padded(PROMPTS), Limits(12, end))]
-    going = [sum(length >= step for length in lengths) for step in range(12)]
-    assert seen == [count for count in going if count]
+    unfinished = [sum(length >= step for length in lengths) for step in range(12)]
+    assert seen == [count for count in unfinished if count]
     assert seen[-1] < len(PROMPTS)
 
 
@@ -109,8 +111,8 @@ def test_limits(model, end):
         assert len(pairs) == len(set(pairs)) == 11
 
 
-def test_what_the_context_says_may_be_said_once_more():
-    """Of n-grams only the answer's own are forbidden, whatever the prompt holds."""
+def test_n_grams_of_the_context_may_be_repeated():
+    """Only n-grams of the answer are forbidden."""
     for answer, forbidden in (([], []), ([1], []), ([1, 2], []), ([1, 2, 1], [2]), ([1, 2, 1, 3, 1], [2, 3])):
         written = torch.tensor([answer], dtype=torch.long)
         found = _allowed(torch.zeros(1, 10), written, Limits(9, 0, no_repeat=2), None)

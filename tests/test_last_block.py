@@ -1,4 +1,4 @@
-"""The last block at few positions gives the losses and gradients of the whole one, and lets what it does not know alone."""
+"""GPT-2's last block at few positions gives the losses and gradients of the whole block; other models are unchanged."""
 
 import copy
 
@@ -18,7 +18,7 @@ def model(**changes):
     torch.manual_seed(0)
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     made = GPT2LMHeadModel(GPT2Config(**SIZES, **quiet | changes))
-    for parameter in made.parameters():  # away from zero, so that every term counts
+    for parameter in made.parameters():  # away from zero, so that every term matters
         parameter.data += 0.1 * torch.randn_like(parameter)
     return made
 
@@ -29,8 +29,8 @@ def batch(*, answers=(2, 1, 3)):
     length = max(LENGTHS)
     ids = torch.randint(1, 50, (len(LENGTHS), length))
     mask = (torch.arange(length) < torch.tensor(LENGTHS)[:, None]).long()
-    positions = [row * length + place for row, (end, count) in enumerate(zip(LENGTHS, answers, strict=True)) for place in range(end - count - 1, end - 1)]  # fmt: skip
-    positions = torch.tensor(positions)
+    spans = [range(end - count - 1, end - 1) for end, count in zip(LENGTHS, answers, strict=True)]
+    positions = torch.tensor([row * length + place for row, span in enumerate(spans) for place in span])
     return {
         "input_ids": ids * mask,
         "attention_mask": mask,
@@ -41,14 +41,14 @@ def batch(*, answers=(2, 1, 3)):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Shapes that the MLP of a last block works on."""
+    """Shapes of the inputs of the last block's MLP, and a function that records them."""
     seen = []
 
-    def watch(made):
+    def record(made):
         made.base_model.h[-1].mlp.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
         return made
 
-    return seen, watch
+    return seen, record
 
 
 def losses_and_gradients(made, given):
@@ -61,7 +61,7 @@ def losses_and_gradients(made, given):
 
 
 def whole(monkeypatch):
-    """The block as transformers has it."""
+    """Use the block of transformers."""
     monkeypatch.setattr("cozyrag.models.gpt2_last_block.FEW", -1.0)
 
 
@@ -70,8 +70,8 @@ def whole(monkeypatch):
     "changes", [{}, {"attn_implementation": "eager"}, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 24}]
 )
 def test_losses_and_gradients_are_those_of_the_whole_block(monkeypatch, calls, changes, padded):
-    seen, watch = calls
-    made, given = watch(model(**changes)), batch()
+    seen, record = calls
+    made, given = record(model(**changes)), batch()
     if not padded:
         given["attention_mask"] = None
     found, gradients = losses_and_gradients(made, given)
@@ -95,8 +95,8 @@ def test_rows_without_an_answer_and_any_order_of_lengths(monkeypatch):
     )
 
 
-def test_masks_of_packed_rows_are_kept(monkeypatch):
-    """A mask of four dimensions, as packed texts have it: the second half of a row does not see the first."""
+def test_masks_of_packed_rows_are_applied(monkeypatch):
+    """A mask with four dimensions: the second half of a row does not see the first."""
     made, given = model(), batch()
     seen = torch.ones(3, 1, 12, 12).tril().bool()
     seen[:, :, 3:, :2] = False
@@ -110,8 +110,8 @@ def test_masks_of_packed_rows_are_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activations_computed_anew_change_nothing(dropout):
-    """The last block, which is itself again on the way back, is left out of it; afterwards all is as before."""
+def test_recomputed_activations_change_nothing(dropout):
+    """The last block is not recomputed, because it is the original one in the backward pass; then all is as before."""
     made, given = model(resid_pdrop=dropout, attn_pdrop=dropout).train(), batch()
     torch.manual_seed(3)
     expected, gradients = losses_and_gradients(made, given)
@@ -129,7 +129,7 @@ def test_activations_computed_anew_change_nothing(dropout):
     assert runs[3:] == ["first", "last"]
 
 
-def test_activations_of_a_llama_computed_anew_change_nothing():
+def test_recomputed_activations_of_a_llama_change_nothing():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     made = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=50)).train()
@@ -143,9 +143,9 @@ def test_activations_of_a_llama_computed_anew_change_nothing():
         torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_dropout_is_dropout(calls):
-    seen, watch = calls
-    made, given = watch(model(resid_pdrop=0.5, attn_pdrop=0.5)).train(), batch()
+def test_dropout_is_random(calls):
+    seen, record = calls
+    made, given = record(model(resid_pdrop=0.5, attn_pdrop=0.5)).train(), batch()
     assert not torch.equal(TokenLosses(made)(**given), TokenLosses(made)(**given))
     made.eval()
     assert torch.equal(TokenLosses(made)(**given), TokenLosses(made)(**given))
@@ -160,7 +160,7 @@ def test_bfloat16_and_autocast():
     torch.testing.assert_close(TokenLosses(made.bfloat16())(**given), expected, rtol=0.1, atol=0.1)
 
 
-def test_the_block_is_itself_again_afterwards_also_after_an_error():
+def test_the_block_is_restored_also_after_an_error():
     made, given = model(), batch()
     before = made(given["input_ids"]).logits
     TokenLosses(made)(**given)
@@ -170,37 +170,36 @@ def test_the_block_is_itself_again_afterwards_also_after_an_error():
     assert "forward" not in vars(made.base_model.h[-1])
 
 
-def test_it_is_left_alone_where_it_is_another_or_nothing_is_saved(calls):
-    seen, watch = calls
+def test_another_block_or_too_many_positions_leave_it_unchanged(calls):
+    seen, record = calls
 
     class Other(GPT2Block):
         def forward(self, *given, **named):
             return super().forward(*given, **named)
 
-    made = watch(model())
+    made = record(model())
     made.base_model.h[-1].__class__ = Other
     TokenLosses(made)(**batch())
     many = batch()
     many["positions"] = torch.arange(20)
     many["targets"] = torch.zeros(20, dtype=torch.long)
-    plain = watch(model())
+    plain = record(model())
     TokenLosses(plain)(**many)
     assert set(seen) == {(3, 12, 16)}
-    llama = LlamaForCausalLM(
-        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=50)
-    )  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50))
     assert TokenLosses(llama)(**batch()).shape == (6,)
 
 
-def test_it_is_left_alone_under_torch_compile(calls):
-    seen, watch = calls
-    made = watch(model())
+def test_it_is_unchanged_under_torch_compile(calls):
+    seen, record = calls
+    made = record(model())
     found = torch.compile(TokenLosses(made), backend="eager")(**batch())
     torch.testing.assert_close(found, TokenLosses(made)(**batch()), rtol=1e-5, atol=1e-6)
     assert seen == [(3, 12, 16), (6, 16)]
 
 
-def test_adapters_inside_the_block_count(monkeypatch):
+def test_adapters_inside_the_block_are_applied(monkeypatch):
     peft = pytest.importorskip("peft")
     made = model()
     made.add_adapter(peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM"))

@@ -1,4 +1,4 @@
-"""The modules for the `evaluate` library, loaded as users load them: their numbers, what they refuse, several processes, Spaces."""
+"""The modules for the `evaluate` library, loaded as by users: scores, refused inputs, several processes, Spaces."""
 
 import doctest
 import importlib
@@ -38,7 +38,7 @@ def retrieval():
     return evaluate.load(metric_module("cozyrag_retrieval"))
 
 
-def test_qa_gives_the_means_of_the_functions_that_training_uses(qa):
+def test_qa_returns_the_means_of_the_metrics_of_training(qa):
     scores = qa.compute(predictions=PREDICTIONS, references=REFERENCES, intervals=True)
     pairs = list(zip(PREDICTIONS, REFERENCES, strict=True))
     for name, function in (("exact_match", exact_match), ("f1", f1), ("rouge_l", rouge_l)):
@@ -85,7 +85,7 @@ def test_retrieval_by_hand(retrieval):
         ("cozyrag_qa", {"predictions": ["a", "b"], "references": [["b"]]}, "Mismatch"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(name, inputs, message):
+def test_invalid_inputs_are_refused(name, inputs, message):
     with pytest.raises(ValueError, match=message):
         evaluate.load(metric_module(name)).compute(**inputs)
 
@@ -109,7 +109,7 @@ def test_examples_of_the_docstring_hold(name, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_give_what_one_gives(name, tmp_path):
+def test_two_processes_give_the_scores_of_one(name, tmp_path):
     rows = {
         "cozyrag_qa": list(zip(PREDICTIONS, REFERENCES, strict=True)),
         "cozyrag_retrieval": [[["a", "b"], ["b"]], [["c"], ["c"]], [[], ["d"]], [["e", "f", "g"], ["g", "h"]]],
@@ -127,7 +127,7 @@ def test_two_processes_give_what_one_gives(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_space_stands_without_this_package(name, tmp_path, monkeypatch):
+def test_a_space_works_without_this_package(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     space = tmp_path / name
     importlib.import_module("metric_space").assemble(name, space)
@@ -139,15 +139,13 @@ def test_a_space_stands_without_this_package(name, tmp_path, monkeypatch):
         "README.md", "app.py", "requirements.txt", f"{name}.py", "cozyrag_metrics.py",
     }  # fmt: skip
     facts = metadata_load(space / "README.md")
-    assert (facts["sdk"], facts["app_file"], facts["title"]) == ("gradio", "app.py", name) and "metric" in facts[
-        "tags"
-    ]
+    assert (facts["sdk"], facts["app_file"], facts["title"]) == ("gradio", "app.py", name) and "metric" in facts["tags"]
     inputs = (
         {"predictions": [["a"]], "references": [["a"]]}
         if "retrieval" in name
         else {"predictions": ["a b"], "references": [["b"]]}
     )
-    monkeypatch.setitem(sys.modules, "cozyrag.evaluation.metrics", None)  # whoever imports it now gets an ImportError
+    monkeypatch.setitem(sys.modules, "cozyrag.evaluation.metrics", None)  # importing it now raises ImportError
     theirs = evaluate.load(str(space)).compute(**inputs)
     monkeypatch.undo()
     assert theirs == evaluate.load(metric_module(name)).compute(**inputs)

@@ -1,4 +1,4 @@
-"""The numbers against hand-worked cases and an independent transcription of the official script."""
+"""The metrics against cases computed by hand and an independent transcription of the official script."""
 
 import math
 import random
@@ -25,7 +25,6 @@ from cozyrag.evaluation.metrics import (
     ndcg_at,
     normalize_answer,
     paired_bootstrap,
-    rank_of,
     ranks_of,
     recall_at,
     reciprocal_rank,
@@ -35,7 +34,7 @@ from cozyrag.evaluation.metrics import (
 
 
 def official_normalize(s):
-    """evaluate-v1.1.py, the four steps in its order."""
+    """evaluate-v1.1.py: the four steps in its order."""
     lowered = s.lower()
     exclude = set(string.punctuation)
     bare = "".join(ch for ch in lowered if ch not in exclude)
@@ -58,7 +57,7 @@ WORDS = st.lists(st.sampled_from(["the", "A", "an", "cat", "Cat's", "dog", "u.s.
 TEXT = st.one_of(st.text(max_size=12), WORDS.map(" ".join))
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # the machine may be busy
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=3))
 def test_scores_agree_with_the_official_script(prediction, references):
     assert normalize_answer(prediction) == official_normalize(prediction)
@@ -82,7 +81,7 @@ def test_normalize(text, normal):
     assert normalize_answer(text) == normal
 
 
-def test_hand_worked_scores():
+def test_scores_by_hand():
     assert exact_match("The October 1973.", ["1972", "october 1973"]) == 1.0
     assert exact_match("October", ["October 1973"]) == 0.0
     # 1 of 1 predicted words right, 1 of 2 wanted words found: 2 * 1 * 0.5 / 1.5
@@ -122,7 +121,7 @@ def test_contains_answer(text, answers, found):
         ("six \u2013 seven", ["six-seven"], True),
         ("\uff11\uff19", ["19"], True),  # full-width digits
         ("in 1815", ["1815"], False),
-        ("", ["the"], False),  # nothing is left of either: no answer at all
+        ("", ["the"], False),  # nothing remains of either
         ("", [], False),
     ],
 )
@@ -132,36 +131,37 @@ def test_same_letters(prediction, references, same):
 
 def test_ranks():
     assert ranks_of(["x", "y", "z"], {"z", "y", "w"}) == [2, 3]
-    assert rank_of(["x", "y", "z"], {"z", "y"}) == 2
-    assert rank_of(["x"], {"y"}) is None
+    assert ranks_of(["x"], {"y"}) == []
     assert ranks_of([], {"y"}) == []
-    assert ranks_of(["y", "y", "x"], ["y", "x", "x"]) == [1, 3]  # a repeat takes up a place and counts for nothing
+    assert ranks_of(["y", "y", "x"], ["y", "x", "x"]) == [1, 3]  # a repeat occupies its rank and does not count
 
 
 def test_rank_metrics_by_hand():
-    assert (recall_at([2], 5), ndcg_at([1], 5)) == (1.0, 1.0)  # one relevant item unless told otherwise
+    assert (recall_at([2], 5), ndcg_at([1], 5)) == (1.0, 1.0)  # one relevant item by default
     assert (reciprocal_rank([10]), reciprocal_rank([11])) == (0.1, 0.0)
-    ranks = ranks_of(list("abcdef"), {"b", "e", "z"})  # 2 and 5, one of three relevant never found
+    ranks = ranks_of(list("abcdef"), {"b", "e", "z"})  # 2 and 5; one of three relevant items is not found
     assert [recall_at(ranks, k, 3) for k in (1, 2, 5, 100)] == [0, 1 / 3, 2 / 3, 2 / 3]
     assert [hit_at(ranks, k) for k in (1, 2, 100)] == [0.0, 1.0, 1.0]
     assert [reciprocal_rank(ranks, cutoff) for cutoff in (1, 2, 10)] == [0.0, 0.5, 0.5]
     ideal = 1 + 1 / math.log2(3) + 1 / 2
     assert ndcg_at(ranks, 10, 3) == pytest.approx((1 / math.log2(3) + 1 / math.log2(6)) / ideal)
-    assert ndcg_at(ranks, 2, 3) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))  # the ideal is cut too
-    assert ndcg_at([1, 2, 3], 100, 3) == 1.0  # k beyond all there is
+    assert ndcg_at(ranks, 2, 3) == pytest.approx(
+        (1 / math.log2(3)) / (1 + 1 / math.log2(3))
+    )  # the ideal is truncated, too
+    assert ndcg_at([1, 2, 3], 100, 3) == 1.0  # k exceeds the number of items
     assert [measure([], 5) for measure in (recall_at, hit_at, reciprocal_rank, ndcg_at)] == [0.0] * 4
 
 
 @pytest.mark.slow
 def test_rank_metrics_agree_with_trec_eval():
-    """pytrec_eval is the C code of trec_eval; it ranks by score, so ours are made distinct."""
-    chance = random.Random(7)
+    """pytrec_eval is the C code of trec_eval; it ranks by score, so the scores are distinct."""
+    rng = random.Random(7)
     runs, judged = {}, {}
     for number in range(1000):
-        ids = [f"d{i}" for i in range(chance.randint(1, 40))]
-        chance.shuffle(ids)
-        runs[f"q{number}"] = ids[: chance.randint(1, len(ids))]
-        judged[f"q{number}"] = {key: 1 for key in chance.sample(ids, chance.randint(1, len(ids)))}
+        ids = [f"d{i}" for i in range(rng.randint(1, 40))]
+        rng.shuffle(ids)
+        runs[f"q{number}"] = ids[: rng.randint(1, len(ids))]
+        judged[f"q{number}"] = {key: 1 for key in rng.sample(ids, rng.randint(1, len(ids)))}
     measures = {"recall.1,5,10,20", "success.1,5,10", "ndcg_cut.1,5,10,100", "recip_rank"}
     scored = {query: {key: 1000.0 - place for place, key in enumerate(ids)} for query, ids in runs.items()}
     theirs = pytrec_eval.RelevanceEvaluator(judged, measures).evaluate(scored)
@@ -176,7 +176,7 @@ def test_rank_metrics_agree_with_trec_eval():
 
 @pytest.mark.slow
 def test_em_and_f1_agree_with_the_official_script_on_10000_random_cases():
-    chance = random.Random(3)
+    rng = random.Random(3)
     words = [
         "the",
         "a",
@@ -195,16 +195,16 @@ def test_em_and_f1_agree_with_the_official_script_on_10000_random_cases():
     ]
 
     def text():
-        return " ".join(chance.choices(words, k=chance.randint(0, 7)))
+        return " ".join(rng.choices(words, k=rng.randint(0, 7)))
 
     for _ in range(10_000):
-        prediction, references = text(), [text() for _ in range(chance.randint(1, 2))]
+        prediction, references = text(), [text() for _ in range(rng.randint(1, 2))]
         matched = any(official_normalize(prediction) == official_normalize(reference) for reference in references)
         assert exact_match(prediction, references) == float(matched)
         assert f1(prediction, references) == max(official_f1(prediction, reference) for reference in references)
 
 
-def test_rouge_l_is_the_best_reference_and_silence_is_right_without_any():
+def test_rouge_l_takes_the_best_reference_and_empty_is_correct_without_any():
     assert rouge_l("the red fox", ["a blue river", "red fox"]) == pytest.approx(0.8)  # 2 of 3 words, 2 of 2
     assert rouge_l("", ["fox"]) == 0.0
     assert (rouge_l("", []), rouge_l("fox", [])) == (1.0, 0.0)
@@ -228,7 +228,7 @@ def test_bleu_from_statistics_is_sacrebleus_corpus_bleu():
     assert bleu_interval(statistics[:1]) == (pytest.approx(bleu(statistics[0])),) * 2
 
 
-def test_the_interval_of_bleu_is_that_of_resampled_corpora():
+def test_the_interval_of_bleu_resamples_corpora():
     rows = [
         ("the red fox lives here", ["the red fox lives there"]),
         ("a blue river", ["the blue river"]),
@@ -240,7 +240,7 @@ def test_the_interval_of_bleu_is_that_of_resampled_corpora():
     assert bleu_interval(statistics) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
 
 
-def test_interval_of_a_coin_is_the_binomial_one():
+def test_interval_of_coin_tosses_is_binomial():
     values = np.repeat([0.0, 1.0], 200)
     low, high = bootstrap_interval(values, resamples=20_000)
     # 400 fair tosses: the 2.5% and 97.5% points of Binomial(400, 1/2) are 180 and 220.
@@ -253,16 +253,16 @@ def test_interval_of_a_coin_is_the_binomial_one():
     assert bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
 
 
-def test_interval_covers_as_often_as_it_says():
-    chance = np.random.default_rng(5)
+def test_coverage_of_the_interval():
+    rng = np.random.default_rng(5)
     hits = 0
     for seed in range(300):
-        low, high = bootstrap_interval(chance.normal(size=80), resamples=400, seed=seed)
+        low, high = bootstrap_interval(rng.normal(size=80), resamples=400, seed=seed)
         hits += low <= 0 <= high
     assert 0.90 <= hits / 300 <= 0.98  # 0.95 within about three standard errors of 300 draws
 
 
-def test_interval_does_not_depend_on_the_blocks(monkeypatch):
+def test_interval_does_not_depend_on_the_block_size(monkeypatch):
     values = np.arange(101.0)
     whole = bootstrap_interval(values, resamples=90)
     monkeypatch.setattr(
@@ -285,7 +285,7 @@ def test_paired_bootstrap():
     assert paired_bootstrap(before, before) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_resamples_are_as_many_as_asked_for_and_always_the_same():
+def test_the_number_of_resamples_and_their_reproducibility():
     values = np.arange(50.0)
     ours = np.array([bootstrap_interval(values, resamples=count)[0] for count in (1, 2, 1000)])
     draws = np.random.default_rng(0).integers(50, size=(1000, 50), dtype=np.int32)

