@@ -75,9 +75,8 @@ def _filled(least: np.ndarray) -> np.ndarray:
 
 def repeats(keys: np.ndarray) -> np.ndarray:
     """(n,) bool: which of these keys occur earlier in the array."""
-    order = np.argsort(keys, kind="stable")
-    again = np.zeros(len(keys), dtype=bool)
-    again[order[1:]] = keys[order[1:]] == keys[order[:-1]]
+    again = np.ones(len(keys), dtype=bool)
+    again[np.unique(keys, return_index=True)[1]] = False
     return again
 
 

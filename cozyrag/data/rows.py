@@ -54,10 +54,8 @@ class BadRows:
         """Record that the row at `where` cannot be used because of `why`."""
         self.count += 1
         if len(self.first) < SHOWN:
-            text = f"{where}: {why}"
-            self.first.append(
-                text.encode("utf-8", "backslashreplace").decode("utf-8")
-            )  # lone surrogates cannot be printed
+            # Lone surrogates cannot be printed.
+            self.first.append(f"{where}: {why}".encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def finish(self, what: str, skip: bool) -> str | None:
         """Report the bad rows of `what`; None if there are none.
