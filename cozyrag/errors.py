@@ -1,8 +1,8 @@
 """The two exceptions for faults that a user can correct: bad input, and an upload that failed.
 
-Entry points (command line, Python) tell them from bugs of the package: they print the message of an `InputError` and exit
-with code 2, that of a `PushError` with 3. Anything else keeps its traceback. Left out: further codes and subclasses,
-because nothing reacts differently to them.
+Entry points (command line, Python) tell them from bugs of the package: they print the message of an `InputError` and
+exit with code 2, that of a `PushError` with 3. Anything else keeps its traceback. Left out: further codes and
+subclasses, because nothing reacts differently to them.
 """
 
 
