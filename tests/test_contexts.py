@@ -1,7 +1,6 @@
-"""From questions to contexts: sentences, the filter, positives and hard negatives, and the table through real FAISS.
+"""From questions to contexts: sentences, the filter, positives and hard negatives, and the table, with real FAISS.
 
-Only token counts (words) and question vectors (angles on a circle) are made up; scores, searching and choosing are
-real.
+Only token counts (words) and question vectors (angles on a circle) are stand-ins.
 """
 
 import math
@@ -62,7 +61,7 @@ def test_sentences_end_where_a_new_one_starts(text, sentences):
     assert split_sentences(text) == sentences
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine must not fail the test
 @given(st.text(st.sampled_from("aB1.!? \n\"')”(“é。"), max_size=40))
 def test_splitting_loses_nothing_but_space(text):
     assert "".join("".join(split_sentences(text)).split()) == "".join(text.split())
@@ -78,16 +77,16 @@ def test_filter_keeps_the_answer_sentence_within_the_budget():
     assert context_of(builder, "Where did the zebra move?", [1, 0, 2, 3]) == "The zebra moved to Oslo."
 
 
-# four passages: a word of all four weighs log(1 + 4/4) = 0.69, a word of one log(1 + 4/1) = 1.61
+# four passages: the rarity of a word in all of them is log(1 + 4/4) = 0.69, of a word in one log(1 + 4/1) = 1.61
 @pytest.mark.parametrize(
     ("question", "kept"),
     [
         ("old men: zebra?", "A zebra ran."),  # 2 * 0.69 < 1.61: the rare word wins
         ("very old men: zebra?", "Very old men."),  # 3 * 0.69 > 1.61
-        ("old men: ZEBRA zebra unheard?", "A zebra ran."),  # case and repeats do not count, unknown words weigh nothing
+        ("old men: ZEBRA zebra unheard?", "A zebra ran."),  # case and repeats do not count, unknown words have rarity 0
     ],
 )
-def test_words_weigh_by_their_rarity(question, kept):
+def test_words_are_weighted_by_their_rarity(question, kept):
     others = ["Very old men."] * 3
     assert context_of(builder_of("Very old men. A zebra ran.", *others, budget=3), question, [0]) == kept
 
@@ -99,7 +98,7 @@ def test_titles_count_as_words_of_their_passage():
     assert words.rarity_of("unheard") == 0
 
 
-def test_sentences_stand_in_their_original_order():
+def test_sentences_keep_their_original_order():
     first, second = "Alpha came. Beta went. Gamma stayed.", "Delta slept. Epsilon woke."
     builder = builder_of(first, second, budget=6)
     assert context_of(builder, "gamma epsilon alpha", [0, 1]) == "Alpha came. Gamma stayed.\nEpsilon woke."
@@ -123,20 +122,20 @@ def test_ties_go_to_the_better_passage_and_its_beginning():
     [
         (9, "Long zebra tale of many a word.\nBeta ran."),  # 7 + 2 words
         (8, "Long zebra tale of many a word."),
-        (5, "Long zebra tale of many a word."),  # the best sentence is kept whatever its length; prompts.py cuts it
+        (5, "Long zebra tale of many a word."),  # the best sentence is always kept; prompts.py truncates it
     ],
 )
-def test_what_does_not_fit_is_left_out(budget, context):
+def test_sentences_over_the_budget_are_left_out(budget, context):
     builder = builder_of("Long zebra tale of many a word.", "Beta ran.", budget=budget)
     assert context_of(builder, "zebra", [0, 1]) == context
 
 
-def test_a_shorter_sentence_may_take_the_room_a_longer_one_left():
+def test_a_shorter_sentence_can_fill_the_rest_of_the_budget():
     builder = builder_of("Zebra oslo ran. Zebra slept all day long. Beta ran.", "Gamma ate.", budget=5)
     assert context_of(builder, "zebra oslo", [0, 1]) == "Zebra oslo ran. Beta ran."
 
 
-# a title of 6 letters is taken for 6 // 3 + 2 = 4 tokens, once for its passage; each sentence has 3
+# a title of 6 letters is estimated at 6 // 3 + 2 = 4 tokens, once per passage; each sentence has 3
 @pytest.mark.parametrize(
     ("budget", "context"),
     [
@@ -147,12 +146,12 @@ def test_a_shorter_sentence_may_take_the_room_a_longer_one_left():
         (13, "AB CDE: Alpha came home. Beta went home.\nGamma ate home."),
     ],
 )
-def test_titles_come_along_once_and_cost_tokens(budget, context):
+def test_titles_are_added_once_and_cost_tokens(budget, context):
     builder = builder_of("Alpha came home. Beta went home.", "Gamma ate home.", titles=["AB_CDE", ""], budget=budget)
     assert context_of(builder, "unrelated", [0, 1]) == context
 
 
-def test_nothing_found_makes_an_empty_context():
+def test_without_passages_the_context_is_empty():
     assert context_of(builder_of("Alpha."), "alpha", []) == ""
     assert context_of(builder_of("", "Alpha."), "alpha", [0]) == ""
 
@@ -166,7 +165,7 @@ def test_nothing_found_makes_an_empty_context():
     st.randoms(use_true_random=False),
 )
 def test_context_is_the_best_subset_in_order(passages, budget, chance):
-    """Every sentence is unique; what was kept fits, keeps its order, and leaves no room for what was dropped."""
+    """Sentences are unique. The kept ones fit, keep their order, and leave no room for a dropped one."""
     numbers = iter(range(1000))
     sentences = [[" ".join([f"S{next(numbers)}", *words]) + "." for words in passage] for passage in passages]
     rows = list(range(len(passages)))
@@ -197,7 +196,7 @@ def test_context_is_the_best_subset_in_order(passages, budget, chance):
 
 
 def test_earlier_passages_are_preferred_up_to_the_fourth():
-    """The same words weigh less in a passage that was found later; a sentence with more of them still wins."""
+    """The same words score lower in a passage of a later rank; a sentence with more of them still wins."""
     texts = ["None here.", "A fox.", "A fox.", "A fox, a grey fox."] + ["A fox."] * 3
     builder = builder_of(*texts, budget=2)
     assert context_of(builder, "fox", [2, 1]) == context_of(builder, "fox", [1, 2]) == "A fox."
@@ -220,15 +219,15 @@ def cosine_builder(score_by, vectors, *texts, **more):
 EAST, NORTH, UNREAD = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)
 
 
-def test_vectors_choose_the_sentence_that_points_where_the_question_points():
+def test_the_dense_filter_keeps_the_sentence_nearest_to_the_question():
     texts = ["The zebra ran. Its home is Oslo."], [[NORTH, EAST]]
     for score_by, kept in (("sparse", "The zebra ran."), ("dense", "Its home is Oslo.")):
         builder = cosine_builder(score_by, texts[1], *texts[0], budget=4)
         assert builder.contexts(["zebra"], [[0]], np.array([EAST])) == [kept]
 
 
-def test_both_adds_z_scores():
-    """Four sentences with overlaps and cosines by hand: each alone prefers another sentence than the sum does."""
+def test_the_hybrid_filter_adds_z_scores():
+    """Overlaps and cosines of four sentences by hand: each alone prefers another sentence than the sum does."""
     texts = ["Zebra oslo. Zebra ran. Nothing else. Void here."]
     cosines = np.array([0.1, 0.8, 0.9, 0.0])
     vectors = [[(c, math.sqrt(1 - c * c)) for c in cosines]]
@@ -240,17 +239,17 @@ def test_both_adds_z_scores():
     assert builder.contexts(["zebra oslo"], [[0]], np.array([EAST])) == ["Zebra ran."]
 
 
-def test_a_sentence_that_was_not_read_counts_as_average():
+def test_a_sentence_without_a_vector_gets_the_mean_score():
     builder = cosine_builder("dense", [[NORTH, UNREAD, EAST]], "Alpha ran. Beta ran. Gamma ran.", budget=4)
     assert builder.contexts(["x"], [[0]], np.array([EAST])) == ["Beta ran. Gamma ran."]
 
 
-def test_equal_vectors_leave_the_choice_to_the_words():
+def test_with_equal_vectors_words_decide():
     builder = cosine_builder("hybrid", [[EAST, EAST]], "Alpha ran. Zebra ran.", budget=2)
     assert builder.contexts(["zebra"], [[0]], np.array([EAST])) == ["Zebra ran."]
 
 
-def test_passages_are_asked_for_once_in_a_batch_and_only_the_top_k():
+def test_sentence_vectors_are_requested_once_per_batch_for_the_top_k_only():
     asked = []
     builder = cosine_builder("hybrid", [[EAST]] * 3, "Alpha ran.", "Beta ran.", "Gamma ran.", top_k=2)
     of = builder.sentence_vectors
@@ -260,11 +259,11 @@ def test_passages_are_asked_for_once_in_a_batch_and_only_the_top_k():
     assert contexts == ["Beta ran.\nAlpha ran.", "Alpha ran.\nBeta ran."]
 
 
-def test_nothing_found_asks_for_no_vectors():
+def test_without_passages_no_vectors_are_requested():
     assert cosine_builder("hybrid", [], "Alpha.").contexts(["x"], [[]], np.array([EAST])) == [""]
 
 
-def test_sentences_on_the_fly_are_those_kept_with_the_index(retriever_path, tmp_path):
+def test_sentence_vectors_computed_when_needed_equal_those_of_the_index(retriever_path, tmp_path):
     retriever = Retriever.load(str(retriever_path))
     passages = [{"id": f"p{i}", "title": f"T {i}", "text": f"The fox {i} is red. It ran home."} for i in range(3)]
     table = Dataset.from_list(passages)
@@ -300,7 +299,7 @@ def test_budget_is_counted_in_the_tokens_of_the_generator(generator_path):
 # ---- positives and hard negatives ----
 
 
-def test_answers_are_found_as_whole_normalised_words():
+def test_answers_match_as_whole_normalised_words():
     builder = builder_of("It was The Red-Fox, in 1815!", "A redfox.")
     assert builder.holds_answer(0, ["redfox"])  # the SQuAD normaliser drops hyphens
     assert builder.holds_answer(0, ["nothing", "a 1815."])
@@ -318,7 +317,7 @@ def test_answers_are_found_as_whole_normalised_words():
         (-1, [3, 2, 0, 1], ["red"], 2),  # the best-ranked that holds an answer, not the first row
         (-1, [3, 0, 2, 1], ["red"], 0),
         (-1, [3, 1, 0], ["purple", "blue"], 1),  # any of the answers
-        (-1, [3, 1], ["red"], -1),  # never a bare top hit
+        (-1, [3, 1], ["red"], -1),  # never a mere top hit
         (-1, [0, 1], [], -1),
         (-1, [], ["red"], -1),
     ],
@@ -447,7 +446,7 @@ def test_scores_are_cosines_best_first():
     [(99, "The garden is green.\nA castle is big.\nThe engine is blue. It runs.", True),
      (4, "The engine is blue.", True), (3, "The engine is blue.", True)],
 )  # fmt: skip
-def test_answer_in_context_is_judged_by_the_context(budget, context, held):
+def test_answer_in_context_depends_on_the_context_only(budget, context, held):
     table = attached(top_k=3, budget=budget)
     assert table[1]["context"] == context
     assert table[1]["answer_in_context"] is held
@@ -463,7 +462,7 @@ def test_an_answer_the_filter_dropped_is_not_in_the_context():
     assert table[0]["answer_in_context"] is False
 
 
-def test_sixty_passages_are_kept_of_a_larger_corpus():
+def test_the_table_holds_sixty_passages_of_a_larger_corpus():
     rows = attached(index=index_of(100))[:]["rows"]
     assert [len(found) for found in rows] == [60] * 4
     assert rows[0] == list(range(60))
@@ -482,8 +481,8 @@ def test_questions_are_encoded_once_in_batches(batch_size, batches):
     assert seen == batches
 
 
-def test_progress_is_told_of_each_batch():
-    told, index = [], index_of()
+def test_progress_is_called_after_each_batch():
+    sizes, index = [], index_of()
     attach_contexts(
         questions(),
         search=lambda texts: Searcher(
@@ -492,12 +491,12 @@ def test_progress_is_told_of_each_batch():
         builder=ContextBuilder(index.passages, count_words, top_k=2, budget=6),
         fingerprint="name",
         batch_size=3,
-        progress=told.append,
+        progress=sizes.append,
     )
-    assert told == [3, 1]
+    assert sizes == [3, 1]
 
 
-def test_fingerprint_names_the_result_and_reuses_nothing(tmp_path):
+def test_the_fingerprint_is_set_and_no_cached_result_is_used(tmp_path):
     first, second = attached(fingerprint="one"), attached(fingerprint="one", top_k=3, budget=99)
     assert first._fingerprint == second._fingerprint == "one"
     assert first[:]["context"] != second[:]["context"]
@@ -505,8 +504,8 @@ def test_fingerprint_names_the_result_and_reuses_nothing(tmp_path):
     assert Dataset.load_from_disk(str(tmp_path / "table"))[:] == first[:]
 
 
-def test_no_questions_still_make_the_columns():
-    """A process whose share is empty must be able to join its columns with those of the others."""
+def test_an_empty_table_has_all_columns():
+    """A process with an empty share joins its columns with those of the others."""
     table = attached(questions().select([]))
     assert table.features == CONTEXT_FEATURES
     assert table[:] == {name: [] for name in CONTEXT_FEATURES}
@@ -515,7 +514,7 @@ def test_no_questions_still_make_the_columns():
 # ---- noise ----
 
 
-def test_noise_takes_every_passage_with_the_answer_out_of_the_context_and_out_of_nothing_else():
+def test_noise_removes_passages_with_an_answer_from_the_context_only():
     plain, noised = attached(top_k=3, budget=99), attached(top_k=3, budget=99, noise=1.0)
     assert noised["noised"] == [True] * 4 and plain["noised"] == [False] * 4
     others = [name for name in plain.column_names if name not in ("noised", "context", "answer_in_context")]
@@ -534,7 +533,7 @@ def test_noise_takes_every_passage_with_the_answer_out_of_the_context_and_out_of
         assert [p for p, kept in zip(plain["rows"][row], held, strict=True) if kept] == expected
 
 
-def test_noise_is_drawn_by_question_and_seed_and_not_by_batch():
+def test_noise_depends_on_question_and_seed_but_not_on_the_batch():
     many = Dataset.from_dict(
         {
             "id": [f"q{i}" for i in range(400)],

@@ -1,4 +1,4 @@
-"""The index: real FAISS on vectors written by hand or drawn, compared with plain NumPy; files there and back."""
+"""PassageIndex: FAISS compared with NumPy on hand-written and random vectors, passages, and files."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def drawn(count, dimensions=8, seed=0):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-# ---- searching ----
+# ---- search ----
 
 
 def test_search_by_hand():
@@ -58,7 +58,7 @@ def test_search_is_exact(queries):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("queries", [1, 64])
-def test_equal_scores_stand_in_the_order_of_the_rows(k, queries):
+def test_equal_scores_keep_the_order_of_the_rows(k, queries):
     vectors = [NORTH, EAST, EAST, NORTH, EAST]
     scores, rows = make(vectors).search(np.array([EAST] * queries), k)
     assert rows.tolist() == [[1, 2, 4, 0, 3][:k]] * queries
@@ -66,15 +66,15 @@ def test_equal_scores_stand_in_the_order_of_the_rows(k, queries):
 
 
 @pytest.mark.parametrize("queries", [1, 64])
-def test_of_equal_scores_the_first_rows_are_in(queries):
-    """The last place is tied; left alone, FAISS keeps a later row whenever a better one comes after."""
+def test_a_tie_for_the_last_place_goes_to_the_first_rows(queries):
+    """FAISS alone keeps a later row whenever a better one comes after it."""
     vectors = [WEST] + [NORTH] * 9 + [EAST] * 3
     for k in range(1, 14):
         rows = make(vectors).search(np.array([EAST] * queries), k)[1]
         assert rows.tolist() == [[10, 11, 12, *range(1, 10), 0][:k]] * queries
 
 
-def test_k_larger_than_the_corpus_gives_all_of_it():
+def test_k_larger_than_the_corpus_returns_all_passages():
     scores, rows = make([NORTH, EAST]).search(np.array([EAST]), 60)
     assert rows.tolist() == [[1, 0]]
     assert scores.shape == (1, 2)
@@ -86,7 +86,7 @@ def test_queries_of_any_layout():
     np.testing.assert_array_equal(index.search(queries, 5)[1], index.search(queries.astype(np.float32).copy(), 5)[1])
 
 
-def test_no_queries_no_rows():
+def test_no_queries_give_no_rows():
     assert [result.shape for result in make([NORTH, EAST]).search(np.zeros((0, 2), dtype=np.float32), 2)] == [
         (0, 2),
         (0, 2),
@@ -99,8 +99,8 @@ def test_a_wrong_number_of_vectors_is_refused(count):
         PassageIndex(table(3), np.zeros((count, 2), dtype=np.float32), fingerprint="f")
 
 
-def test_indexes_of_one_table_do_not_meet(tmp_path):
-    """datasets keeps an index under a name inside the Dataset: the caller's must stay free of it."""
+def test_indexes_of_one_table_are_independent(tmp_path):
+    """datasets stores an index by name inside the Dataset, so the caller's Dataset must not get one."""
     passages = table(2)
     before = PassageIndex(passages, np.array([EAST, NORTH], dtype=np.float32), fingerprint="before")
     after = PassageIndex(passages, np.array([NORTH, EAST], dtype=np.float32), fingerprint="after")
@@ -135,16 +135,20 @@ def test_save_and_load_round_trip(tmp_path):
     assert len(after) == 40
 
 
-def test_what_is_written_can_be_read_by_others(tmp_path):
+def test_other_libraries_can_read_the_files(tmp_path):
     index = make(drawn(40), fingerprint="0123456789abcdef")
     index.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     scores, rows = faiss.read_index(str(tmp_path / "index.faiss")).search(drawn(5, seed=1), 9)
     np.testing.assert_array_equal(rows, index.search(drawn(5, seed=1), 9)[1])
     assert json.loads((tmp_path / "index.json").read_text()) == {
-        "retriever_fingerprint": "0123456789abcdef", "passages": 40, "dimensions": 8,
-        "metric": "inner product", "factory": "Flat", "bytes": {name: (tmp_path / name).stat().st_size for name in FILES[:-1]},
-    }  # fmt: skip
+        "retriever_fingerprint": "0123456789abcdef",
+        "passages": 40,
+        "dimensions": 8,
+        "metric": "inner product",
+        "factory": "Flat",
+        "bytes": {name: (tmp_path / name).stat().st_size for name in FILES[:-1]},
+    }
     assert Dataset.from_parquet(str(tmp_path / "passages.parquet"), keep_in_memory=True)[3] == table(40)[3]
 
 
@@ -176,7 +180,7 @@ def test_made_by_reads_the_fingerprint_of_a_folder(tmp_path):
     assert made_by(tmp_path) == made_by(str(tmp_path)) == "aaaa"
 
 
-def test_saving_over_an_index_leaves_the_new_one(tmp_path):
+def test_saving_over_an_index_replaces_it(tmp_path):
     make([EAST, NORTH, WEST], fingerprint="aaaa").save(tmp_path)
     make([NORTH, EAST], fingerprint="bbbb").save(tmp_path)
     index = PassageIndex.load(tmp_path, fingerprint="bbbb")
@@ -184,7 +188,7 @@ def test_saving_over_an_index_leaves_the_new_one(tmp_path):
     assert index.search(np.array([EAST]), 9)[1].tolist() == [[1, 0]]
 
 
-# ---- files that are not as they should be, or large ----
+# ---- unknown kinds, memory-mapped files ----
 
 
 def test_an_index_of_unknown_kind_is_refused(tmp_path):

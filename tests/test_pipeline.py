@@ -1,4 +1,4 @@
-"""A saved pair at work: its answers, their score and sources, its pieces by themselves, and what is refused."""
+"""Inference with a saved pair: answers, scores and sources, its pieces by themselves, loading errors, the Hub."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ def index_of(retriever, corpus_files):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
-    """What a run leaves, written by the very function that writes it; the retriever reads less than its base does."""
+    """The output of a run, written by the same function; the retriever has a smaller maximum length than its base."""
     root = tmp_path_factory.mktemp("pair") / "run"
     root.mkdir()
     retriever = Retriever.load(str(retriever_path), max_tokens=32)
@@ -80,14 +80,14 @@ def pair(folder):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """A copy of the folder to spoil."""
+    """A copy of the folder that a test can damage."""
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
 # ---- answers
 
 
-def test_the_folder_carries_how_the_pieces_are_used_together(folder, pair):
+def test_the_folder_records_how_the_pieces_work_together(folder, pair):
     assert sorted(path.name for path in folder.iterdir()) == ["cozyrag.json", "generator", "index", "retriever"]
     assert (pair.top_k, pair.decoding.context_tokens, pair.decoding.answer_tokens) == (3, 60, 7)
     assert (pair.searcher.mode, pair.searcher.weights) == ("dense", Weights(12.5, 0.5))
@@ -125,7 +125,7 @@ def test_the_context_is_made_of_sentences_of_the_sources(pair):
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 10])
-def test_the_sources_say_which_of_their_sentences_make_the_context(pair, top_k):
+def test_the_sources_mark_the_sentences_of_the_context(pair, top_k):
     for answer in pair.answers(ASKED, top_k=top_k):
         read = [(source, [source.text[start:end] for start, end in source.used]) for source in answer.passages]
         assert answer.context == "\n".join(f"{source.title}: {' '.join(parts)}" for source, parts in read if parts)
@@ -153,7 +153,7 @@ def test_text_and_score_are_the_greedy_answer_and_the_geometric_mean_of_its_prob
     answer = pair.answer(asked)
     prompt = tokenizer.encode(answer.context)[:60] + tokenizer.encode(f"\nQuestion: {asked}\nAnswer:")
     assert answer.text == written(model, tokenizer, prompt, 7)
-    tail = []  # as it was written: the text may be cut into other tokens
+    tail = []  # the generated tokens: the text may be tokenized differently
     while len(tail) < 7 and tail[-1:] != [tokenizer.eos_token_id]:
         tail.append(int(model(torch.tensor([prompt + tail])).logits[0, -1].argmax()))
     log_probabilities = model(torch.tensor([prompt + tail])).logits[0].log_softmax(-1)
@@ -161,7 +161,7 @@ def test_text_and_score_are_the_greedy_answer_and_the_geometric_mean_of_its_prob
     assert answer.score == pytest.approx(math.exp(sum(likely) / len(likely)), rel=1e-4)
 
 
-def test_many_questions_at_once_get_the_answers_they_get_alone_in_their_order(pair):
+def test_a_batch_of_questions_gets_the_same_answers_in_order(pair):
     together = pair.answers(ASKED)
     for asked, answer in zip(ASKED, together, strict=True):
         alone = pair.answer(asked)
@@ -170,11 +170,11 @@ def test_many_questions_at_once_get_the_answers_they_get_alone_in_their_order(pa
         assert [source.id for source in answer.passages] == [source.id for source in alone.passages]
 
 
-def test_no_questions_no_answers(pair):
+def test_no_questions_give_no_answers(pair):
     assert pair.answers([]) == []
 
 
-def test_white_space_around_and_inside_a_question_means_nothing(pair):
+def test_extra_white_space_in_a_question_is_ignored(pair):
     assert pair.answer(f"  {ASKED[0].replace(' ', chr(10), 1)}\t") == pair.answer(ASKED[0])
 
 
@@ -184,7 +184,7 @@ def test_top_k_of_one_question_decides_how_many_passages_are_read(pair, top_k, f
     assert len(sources) == found and [source.score for source in sources] == sorted(
         (source.score for source in sources), reverse=True
     )
-    assert len(pair.answer(ASKED[0]).passages) == 3  # the next one is as trained again
+    assert len(pair.answer(ASKED[0]).passages) == 3  # the next call uses the default again
 
 
 def test_context_is_made_from_the_top_k_passages_only(pair):
@@ -196,7 +196,7 @@ def test_context_is_made_from_the_top_k_passages_only(pair):
 
 
 def test_with_a_larger_top_k_sentences_of_far_passages_reach_the_context(pair):
-    """The question's own words pick its sentence out of all 40 passages, wherever the untrained retriever ranked it."""
+    """The words of the question select its sentence among all 40 passages, whatever its rank."""
     for number, asked in enumerate(ASKED):
         gold = PASSAGES[number // 2]["text"].split(". ")
         assert any(sentence in pair.answer(asked, top_k=40).context for sentence in gold)
@@ -218,7 +218,7 @@ def test_an_empty_question_is_refused(pair, asked):
         pair.answers([ASKED[0], asked])
 
 
-def test_a_question_too_long_for_the_generator_is_refused_not_cut(pair):
+def test_a_question_too_long_for_the_generator_is_refused_and_not_truncated(pair):
     with pytest.raises(InputError, match="160 tokens"):
         pair.answer("What colour is the fox? " * 40)
 
@@ -244,12 +244,12 @@ def test_sentence_transformers_loads_the_retriever_by_itself(folder, pair):
     assert np.allclose(model.encode_query(ASKED, normalize_embeddings=True), ours, atol=1e-6)
 
 
-def test_weights_lie_in_safetensors_only(folder):
+def test_weights_are_stored_in_safetensors_only(folder):
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     assert len(list(folder.rglob("model.safetensors"))) == 2
 
 
-# ---- what is refused
+# ---- errors of loading
 
 
 def test_the_index_of_another_retriever_is_refused(copy, corpus_files, tmp_path):
@@ -268,15 +268,15 @@ def test_another_retriever_beside_the_index_is_refused(copy, retriever_path):
 
 
 def test_a_cozyrag_json_of_another_pair_is_refused_naming_both(copy, pair):
-    told = json.loads((copy / "cozyrag.json").read_text())
-    told["retriever"]["fingerprint"] = "0123456789abcdef"
-    (copy / "cozyrag.json").write_text(json.dumps(told))
+    facts = json.loads((copy / "cozyrag.json").read_text())
+    facts["retriever"]["fingerprint"] = "0123456789abcdef"
+    (copy / "cozyrag.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match=f"names retriever 0123456789abcdef.*found is {pair.retriever.fingerprint()}"):
         CozyRAG.from_pretrained(copy)
 
 
 @pytest.mark.parametrize("name", ["index.json", "vectors.safetensors", "passages.parquet"])
-def test_half_an_index_is_refused(copy, name):
+def test_an_incomplete_index_is_refused(copy, name):
     (copy / "index" / name).unlink()
     with pytest.raises(InputError, match=name):
         CozyRAG.from_pretrained(copy)
@@ -300,7 +300,7 @@ def test_a_missing_piece_is_refused(copy, piece):
         ('{"format_version": 3}', "expected format_version 2, found 3"),
     ],
 )
-def test_a_cozyrag_json_that_says_nothing_usable_is_refused(copy, content, words):
+def test_an_unusable_cozyrag_json_is_refused(copy, content, words):
     path = copy / "cozyrag.json"
     path.unlink()
     if content is not None:
@@ -317,7 +317,7 @@ def test_a_name_that_is_neither_a_folder_nor_can_be_a_repository_is_refused(name
     assert f"found no folder {name!r}" in str(caught.value) and "give it as user/name" in str(caught.value)
 
 
-def test_what_was_never_fetched_is_not_to_be_had_offline():
+def test_a_repository_that_is_not_cached_cannot_be_loaded_offline():
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set.*unset HF_HUB_OFFLINE"):
         CozyRAG.from_pretrained("nobody/nothing")
 
@@ -327,7 +327,7 @@ def test_what_was_never_fetched_is_not_to_be_had_offline():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub where the client is user "me" and has fetched nothing yet."""
+    """A Hub whose client is user "me" and has an empty cache."""
     with LocalHub(tmp_path / "large", tokens={"hf_right": "me", "hf_other": "you"}) as local:
         local.waited = point_client_at(local, monkeypatch, cache=tmp_path / "cache")
         yield local
@@ -340,7 +340,7 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_was_pushed_loads_as_the_same_pair_and_works_offline_afterwards(folder, pair, hub, monkeypatch):
+def test_a_pushed_pair_loads_unchanged_and_then_works_offline(folder, pair, hub, monkeypatch):
     push_pair(folder, "me/rag")
     pulled = CozyRAG.from_pretrained("me/rag")
     assert pulled.answers(ASKED[:3]) == pair.answers(ASKED[:3])
@@ -350,27 +350,25 @@ def test_what_was_pushed_loads_as_the_same_pair_and_works_offline_afterwards(fol
     assert len(hub.requests) == asked
 
 
-def test_weights_and_vectors_come_back_byte_by_byte(folder, hub):
+def test_weights_and_vectors_are_downloaded_byte_by_byte(folder, hub):
     push_pair(folder, "me/rag")
-    told = json.loads(hub.read("me/rag", "cozyrag.json"))
+    facts = json.loads(hub.read("me/rag", "cozyrag.json"))
     places = {"generator": ("me/rag", "model", None)}
-    places |= {piece: (told[piece]["repo"], kind, told[piece]["revision"]) for piece, kind in KINDS.items()}
+    places |= {piece: (facts[piece]["repo"], kind, facts[piece]["revision"]) for piece, kind in KINDS.items()}
     for piece, (name, kind, revision) in places.items():
         pulled = files_of(pipeline._download(name, revision=revision, token=None, repo_type=kind))
         for path, content in files_of(folder / piece).items():
             assert path in ("README.md", "index.faiss") or pulled[path] == content
 
 
-def test_an_earlier_revision_brings_the_retriever_and_the_index_of_its_time(
-    folder, pair, copy, hub, corpus_files, tmp_path
-):
+def test_an_earlier_revision_loads_its_own_retriever_and_index(folder, pair, copy, hub, corpus_files, tmp_path):
     push_pair(folder, "me/rag", tag="round-1")
     other = Retriever.load(str(tiny.make_retriever(tmp_path / "other", seed=1)), max_tokens=32)
     other.save(copy / "retriever")
     index_of(other, corpus_files).save(copy / "index")
-    told = json.loads((copy / "cozyrag.json").read_text())
-    told["retriever"]["fingerprint"] = other.fingerprint()
-    (copy / "cozyrag.json").write_text(json.dumps(told))
+    facts = json.loads((copy / "cozyrag.json").read_text())
+    facts["retriever"]["fingerprint"] = other.fingerprint()
+    (copy / "cozyrag.json").write_text(json.dumps(facts))
     push_pair(copy, "me/rag", tag="round-2")
     assert CozyRAG.from_pretrained("me/rag").retriever.fingerprint() == other.fingerprint()
     for revision in ("round-1", hub.repo("me/rag").tags["round-1"]):
@@ -379,15 +377,15 @@ def test_an_earlier_revision_brings_the_retriever_and_the_index_of_its_time(
 
 
 def committed(name, path, content, kind="model"):
-    """Somebody changes a repository by hand; gives the new revision."""
+    """Change a repository by hand; returns the new revision."""
     return HfApi().upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=name, repo_type=kind).oid
 
 
 def named(hub, piece, revision):
-    """cozyrag.json with another revision of a piece, as a hand or a broken tool might leave it."""
-    told = json.loads(hub.read("me/rag", "cozyrag.json"))
-    told[piece]["revision"] = revision
-    committed("me/rag", "cozyrag.json", json.dumps(told).encode())
+    """Set another revision of a piece in cozyrag.json, as a user or a broken tool might."""
+    facts = json.loads(hub.read("me/rag", "cozyrag.json"))
+    facts[piece]["revision"] = revision
+    committed("me/rag", "cozyrag.json", json.dumps(facts).encode())
 
 
 def test_an_index_of_another_retriever_is_refused_naming_both(folder, hub, pair):
@@ -411,7 +409,7 @@ def test_another_retriever_than_the_one_named_is_refused_naming_both(folder, hub
         CozyRAG.from_pretrained("me/rag")
 
 
-def test_neither_pickles_nor_code_are_fetched_nor_the_index_that_is_made_anew(folder, hub, tmp_path):
+def test_pickles_code_and_the_faiss_file_are_not_downloaded(folder, hub, tmp_path):
     push_pair(folder, "me/rag")
     for name in ("pytorch_model.bin", "modeling_own.py", "optimizer.pt", "data.pkl"):
         committed("me/rag", name, b"evil")
@@ -425,7 +423,7 @@ def test_neither_pickles_nor_code_are_fetched_nor_the_index_that_is_made_anew(fo
 @pytest.mark.parametrize(
     "step", ["/api/models/me/rag/revision", "/tree/", "resolve/.*/model.safetensors", "resolve/.*/config.json"]
 )
-def test_a_fault_that_passes_costs_time_only(folder, pair, hub, step, fault):
+def test_transient_faults_cost_only_time(folder, pair, hub, step, fault):
     push_pair(folder, "me/rag")
     hub.fail(step, fault, method="GET")
     assert CozyRAG.from_pretrained("me/rag").answer(ASKED[0]) == pair.answer(ASKED[0])
@@ -440,12 +438,12 @@ def not_loaded(name="me/rag", **options):
     return message
 
 
-def test_a_repository_that_is_not_there(hub):
+def test_a_missing_repository(hub):
     message = not_loaded()
     assert "the Hub has no me/rag, or it is private" in message and "check the name, or run `hf auth login`" in message
 
 
-def test_a_private_repository_without_the_right(folder, hub, monkeypatch):
+def test_a_private_repository_without_access(folder, hub, monkeypatch):
     push_pair(folder, "me/rag", private=True)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     assert "it is private" in not_loaded()
@@ -459,7 +457,7 @@ def test_a_wrong_token(folder, hub, monkeypatch):
     assert "does not accept the token in HF_TOKEN" in message and "unset it" in message
 
 
-def test_a_revision_that_is_not_there(folder, hub):
+def test_a_missing_revision(folder, hub):
     push_pair(folder, "me/rag")
     message = not_loaded(revision="round-7")
     assert "at revision 'round-7'" in message and "no such revision" in message
@@ -479,7 +477,7 @@ def test_a_hub_that_is_down(folder, hub):
     assert "the Hub reports an internal error (status 500)" in not_loaded()
 
 
-def test_a_full_disk_while_fetching_and_what_was_fetched_is_kept(folder, pair, hub, monkeypatch):
+def test_a_full_disk_during_a_download_keeps_finished_files(folder, pair, hub, monkeypatch):
     push_pair(folder, "me/rag")
     fetch = file_download.http_get
 
@@ -497,13 +495,13 @@ def test_a_full_disk_while_fetching_and_what_was_fetched_is_kept(folder, pair, h
     assert len(hub.asked("me/rag/resolve/.*/tokenizer.json", method="GET")) == asked
 
 
-def test_a_folder_is_taken_before_a_repository_of_that_name(folder, monkeypatch):
+def test_a_folder_takes_precedence_over_a_repository_of_that_name(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr(pipeline, "snapshot_download", lambda *a, **k: pytest.fail("the Hub was asked"))
     assert CozyRAG.from_pretrained("run").answer(ASKED[0]).passages
 
 
-def test_read_pair_gives_what_the_file_says(folder):
+def test_read_pair_returns_the_contents_of_the_file(folder):
     assert read_pair(folder) == json.loads((folder / "cozyrag.json").read_text())
     assert read_pair(folder)["prompt"] == {"question_cue": "\nQuestion: ", "answer_cue": "\nAnswer:"}
 
@@ -511,14 +509,14 @@ def test_read_pair_gives_what_the_file_says(folder):
 # ---- the package itself
 
 
-def test_the_package_offers_the_pair_by_name():
+def test_the_package_exports_its_public_names():
     assert (cozyrag.CozyRAG, cozyrag.Answer, cozyrag.Source) == (CozyRAG, Answer, Source)
     assert all(getattr(cozyrag, name) for name in cozyrag.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         cozyrag.nothing  # noqa: B018
 
 
-def test_asking_for_the_version_does_not_load_torch():
+def test_reading_the_version_does_not_import_torch():
     code = (
         "import cozyrag, sys; assert cozyrag.__version__ and not {'torch', 'transformers', 'faiss'} & set(sys.modules)"
     )
@@ -539,7 +537,7 @@ def test_a_pair_that_names_a_place_outside_its_folder_is_refused(copy, piece, pl
 
 
 def test_threads_with_different_top_k_share_one_pair(folder):
-    """Eight threads ask at once, each with its own top_k, and get the answers that one thread gets alone."""
+    """Eight threads with their own top_k get the answers that one thread gets alone."""
     pair, alone = CozyRAG.from_pretrained(folder), CozyRAG.from_pretrained(folder)
     asked = [(f"What colour is the fox {number}?", number % 4 + 1) for number in range(40)]
     expected = [alone.answer(question, top_k=k) for question, k in asked]

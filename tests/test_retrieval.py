@@ -1,4 +1,4 @@
-"""Which training questions weigh the two searches of a run: none that the retriever learns from."""
+"""The training questions kept for fitting the fusion weights: none that the retriever is trained on."""
 
 import pytest
 from datasets import Dataset
@@ -26,11 +26,11 @@ def asked(count, *arguments):
         (["--retrieval", "bm25"], {MANY: 0}),
     ],
 )
-def test_a_tenth_is_kept_for_weighing_where_the_retriever_learns(arguments, counts):
+def test_a_tenth_is_kept_for_fitting_if_the_retriever_is_trained(arguments, counts):
     for count, kept in counts.items():
         assert fusion_limit(count, parse_settings([*OWN, *arguments])) == len(asked(count, *arguments)) == kept
 
 
-def test_they_are_the_same_questions_every_time():
+def test_the_kept_questions_depend_on_the_seed_only():
     assert asked(200) == asked(200) and len(set(asked(200))) == 20
     assert asked(200) != asked(200, "--seed", "7")

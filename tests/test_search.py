@@ -1,4 +1,4 @@
-"""BM25 equals its formula; the three ways to search; words of sentences; the weighted sum and how its weights are fitted."""
+"""BM25 against its formula; sparse, dense and hybrid search; words of sentences; fitting of the fusion weights."""
 
 import math
 import re
@@ -46,7 +46,7 @@ def test_bm25_is_the_formula_and_agrees_with_itself_at_chosen_rows(question):
     assert rows[0].tolist() == sorted(range(5), key=lambda row: (-round(float(expected[row]), 6), row))
 
 
-def test_more_passages_asked_for_than_there_are_gives_all():
+def test_k_larger_than_the_corpus_returns_all_passages():
     scores, rows = LexicalIndex(TEXTS).search(["fox", "sea"], 50)
     assert scores.shape == rows.shape == (2, 5)
     assert sorted(rows[1].tolist()) == [0, 1, 2, 3, 4]
@@ -57,7 +57,7 @@ VECTORS = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1).astype(np.float32)
 
 
 def searcher(mode, *, weights=None, aimed_at=0.0):
-    """A search whose question vectors all point at an angle."""
+    """A search whose question vectors all point in one direction (degrees)."""
     table = Dataset.from_dict({"id": list("abcde"), "title": [""] * 5, "text": TEXTS})
     aim = np.array([np.cos(np.deg2rad(aimed_at)), np.sin(np.deg2rad(aimed_at))], dtype=np.float32)
     index = PassageIndex(table, VECTORS, fingerprint="f")
@@ -68,21 +68,21 @@ def searcher(mode, *, weights=None, aimed_at=0.0):
 
 def test_each_mode_ranks_by_its_own_scores():
     question, cosines = "red fox", VECTORS @ np.array([1, 0], dtype=np.float32)
-    words = bm25(question, TEXTS)
-    for mode, expected in (("dense", cosines), ("bm25", words), ("hybrid", 3 * cosines + words)):
+    points = bm25(question, TEXTS)
+    for mode, expected in (("dense", cosines), ("bm25", points), ("hybrid", 3 * cosines + points)):
         found = searcher(mode, weights=Weights(3.0)).search([question, question], 5)
         assert found.rows[1].tolist() == np.lexsort((np.arange(5), -expected)).tolist()
         np.testing.assert_allclose(found.scores[1], np.sort(expected)[::-1], atol=1e-5)
         assert found.scores.dtype == np.float32
 
 
-def test_hybrid_gives_both_rankings_to_mine_from():
+def test_hybrid_search_returns_both_rankings_for_mining():
     found = searcher("hybrid").search(["Vitamin C"], 3)
     assert [ranking.tolist()[0] for ranking in found.rankings] == [[0, 1, 2], [2, 0, 1]]
 
 
 def sentence_searcher(words=True, weights=None):
-    """Five passages whose sentences point in directions of their own; questions point to 30 degrees."""
+    """Five passages whose sentences have vectors of their own; all questions point to 30 degrees."""
     sentences = [split_sentences(text) for text in TEXTS]
     count = sum(map(len, sentences))
     angles = np.deg2rad(np.linspace(0, 170, count))
@@ -91,36 +91,37 @@ def sentence_searcher(words=True, weights=None):
     table = Dataset.from_dict({"id": list("abcde"), "title": [""] * 5, "text": TEXTS})
     aim = np.array([np.cos(np.deg2rad(30)), np.sin(np.deg2rad(30))], dtype=np.float32)
     return Searcher(
-        PassageIndex(table, VECTORS, fingerprint="f", sentences=kept), LexicalIndex(TEXTS), mode="hybrid", weights=weights,
-        encode=lambda texts: np.tile(aim, (len(texts), 1)), words=SentenceWords([""] * 5, sentences) if words else None,
-    )  # fmt: skip
+        PassageIndex(table, VECTORS, fingerprint="f", sentences=kept),
+        LexicalIndex(TEXTS),
+        encode=lambda texts: np.tile(aim, (len(texts), 1)),
+        mode="hybrid",
+        words=SentenceWords([""] * 5, sentences) if words else None,
+        weights=weights,
+    )
 
 
-def test_with_sentences_a_passage_counts_as_its_best_sentence():
+def test_with_sentences_a_passage_is_scored_by_its_best_sentence():
     search, question = sentence_searcher(weights=Weights(3.0, 0.5)), "Which red fox eats?"
     aim = np.array([np.cos(np.deg2rad(30)), np.sin(np.deg2rad(30))])
     of = search.index.sentences.of(range(5))
     cosines = np.array([(own.astype(np.float64) @ aim).max() for own in of])
     holders = {"red": 2, "fox": 2, "eats": 1}  # passages with that word
     worth = {word: math.log(1 + 5 / count) for word, count in holders.items()}
-    shared = [
-        max(sum(worth.get(word, 0) for word in set(re.findall(r"\w+", sentence.lower()))) for sentence in split_sentences(text))
-        for text in TEXTS
-    ]  # fmt: skip
+    words = [[set(re.findall(r"\w+", sentence.lower())) for sentence in split_sentences(text)] for text in TEXTS]
+    shared = [max(sum(worth.get(word, 0) for word in own) for own in sentences) for sentences in words]
     expected = bm25(question, TEXTS) + 3.0 * cosines + 0.5 * np.array(shared)
     found = search.search([question], 5)
     assert found.rows[0].tolist() == np.argsort(-expected).tolist()
-    np.testing.assert_allclose(
-        found.scores[0], np.sort(expected)[::-1], atol=2e-3
-    )  # vectors of sentences have half precision
+    # sentence vectors have half precision
+    np.testing.assert_allclose(found.scores[0], np.sort(expected)[::-1], atol=2e-3)
 
 
-def test_without_words_of_sentences_or_vectors_of_them_passages_count_as_wholes():
+def test_without_words_or_vectors_of_sentences_whole_passages_are_scored():
     assert sentence_searcher(words=False).fusion_weights == searcher("hybrid").fusion_weights == Weights.default(False)
     assert sentence_searcher().fusion_weights == Weights.default(True)
 
 
-def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
+def test_fitted_weights_minimise_the_softmax_loss_near_the_default_ones():
     search = sentence_searcher(weights=Weights(2.0, 1.0))
     questions, relevant = ["red fox", "blue sea", "oranges", "the red hen"], [3, 1, 2, 0]
     start = np.array([1.0, 2.0, 1.0])
@@ -144,32 +145,28 @@ def test_fitted_weights_minimise_the_softmax_loss_near_the_usual_ones():
     assert loss(scale * np.array([1, *fitted])) <= loss(best) + 1e-3
 
 
-def test_fitting_follows_what_finds_the_passages_and_nothing_to_learn_from_changes_nothing():
-    by_vectors = searcher("hybrid", aimed_at=0)  # vectors say row 0, words say row 2
-    by_vectors = by_vectors.fitted(["Vitamin C"] * 200, [0] * 200)[0]
-    by_words = searcher("hybrid", aimed_at=0)
-    by_words = by_words.fitted(["Vitamin C"] * 200, [2] * 200)[0]
-    assert by_vectors.weights.vectors > Weights.default(False).vectors > by_words.weights.vectors >= 0
-    assert by_vectors.search(["Vitamin C"], 1).rows.tolist() == [[0]]
-    assert by_words.search(["Vitamin C"], 1).rows.tolist() == [[2]]
-    nothing = searcher("hybrid")
-    nothing = nothing.fitted([], [])[0]
-    assert nothing.fusion_weights == Weights.default(False)
+def test_fitting_favours_the_better_search_and_without_questions_changes_nothing():
+    search = searcher("hybrid", aimed_at=0)  # dense search ranks row 0 first, sparse search row 2
+    dense = search.fitted(["Vitamin C"] * 200, [0] * 200)[0]
+    sparse = search.fitted(["Vitamin C"] * 200, [2] * 200)[0]
+    assert dense.weights.vectors > Weights.default(False).vectors > sparse.weights.vectors >= 0
+    assert dense.search(["Vitamin C"], 1).rows.tolist() == [[0]]
+    assert sparse.search(["Vitamin C"], 1).rows.tolist() == [[2]]
+    assert search.fitted([], [])[0].fusion_weights == Weights.default(False)
 
 
-def test_words_of_sentences_do_not_depend_on_the_order_of_a_set_and_empty_passages_are_no_trouble():
+def test_words_of_sentences_are_deterministic_and_allow_empty_passages():
     words = SentenceWords(["", "Foxes", ""], [["Red fox.", "Fox red."], [], ["Running foxes run."]], stemmer="english")
     first, none, last = words.overlaps("a red running fox", [0, 1, 2])
     assert first[0] == first[1] == np.float32(words.rarity_of("red")) + np.float32(words.rarity_of("fox"))
     assert none.shape == (0,)
-    assert last.tolist() == pytest.approx(
-        [words.rarity_of("fox") + words.rarity_of("run")]
-    )  # "running" and "run" are one word
+    # "running" and "run" have one stem
+    assert last.tolist() == pytest.approx([words.rarity_of("fox") + words.rarity_of("run")])
     assert words.rarity_of("fox") == pytest.approx(math.log(1 + 3 / 3))
     assert sum(own.size for own in words.overlaps("x", [])) == 0
 
 
-def test_the_sum_over_candidates_equals_the_sum_over_everything_when_all_are_candidates():
+def test_if_all_passages_are_candidates_hybrid_search_is_exact():
     random = np.random.default_rng(0)
     words = [f"w{i}" for i in range(40)]
     texts = [" ".join(random.choice(words, size=12)) for _ in range(CANDIDATES)]
@@ -198,7 +195,7 @@ def test_an_unknown_mode_or_a_missing_index_is_refused(mode, lexical):
         )
 
 
-def test_a_stemmer_lets_forms_of_a_word_find_each_other_in_both_ways_of_scoring():
+def test_a_stemmer_matches_forms_of_a_word_in_search_and_scores_at():
     texts = ["The abbey was founded by monks.", "A lake in the hills.", "Birds of the coast."]
     plain, stemmed = LexicalIndex(texts), LexicalIndex(texts, stemmer="english")
     question = "Who is founding abbeys?"

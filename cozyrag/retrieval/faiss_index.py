@@ -64,12 +64,12 @@ def choose_index(count: int, dimensions: int, memory: int | None, *, beside: int
     Flat, which is exact, if it fits, else SQ8 up to `MANY` vectors, else lists, else Mapped. `beside`: bytes of the
     sentence vectors, which are in memory beside Flat and on the disk beside the others. Raises InputError if none fits.
     """
+    if memory is None:
+        return "Flat"
     parts = next(parts for parts in range(max(1, dimensions // 4), 0, -1) if dimensions % parts == 0)
     lists = f"IVF{2 ** round(np.log2(max(count, 1)) / 2)},PQ{parts}x4fs"
     kinds = ["Flat", *(["SQ8"] if count < MANY else []), *([lists] if count >= FEWEST else []), "Mapped"]
     sizes = {kind: memory_of(kind, count, dimensions) + (beside if kind == "Flat" else 0) for kind in kinds}
-    if memory is None:
-        return "Flat"
     for kind, size in sizes.items():
         if size <= memory:
             return kind
@@ -193,7 +193,7 @@ def open_vectors(path: str | Path, name: str = COLUMN, *, mode: Literal["r", "r+
         length = int.from_bytes(file.read(8), "little")
         facts = json.loads(file.read(length))[name]
     kind, start = TYPES[facts["dtype"]], 8 + length + facts["data_offsets"][0]
-    if not np.prod(facts["shape"]):  # an empty file part cannot be mapped
+    if not np.prod(facts["shape"]):  # an empty tensor cannot be mapped
         return np.zeros(facts["shape"], kind)
     return np.memmap(path, kind, mode, offset=start, shape=tuple(facts["shape"]))
 

@@ -175,7 +175,7 @@ class PassageIndex:
         return scores, rows
 
     def _candidates(self, queries: np.ndarray, k: int, tuned: Tuned) -> tuple[np.ndarray, np.ndarray]:
-        """More than k: FAISS keeps any of those that tie for the last place, so the cut comes after sorting."""
+        """Scores and rows of what FAISS finds, more than k for the sake of ties."""
         params = tuned.parameters(self._index)
         return self._table.search_batch(COLUMN, queries, tuned.candidates(k, len(self)), params=params)
 
