@@ -1,12 +1,12 @@
-"""Give every reader, the prompts and the settings file thousands of broken inputs, and see that none is taken badly.
+"""Test every reader, the prompts and the settings file with thousands of broken inputs.
 
     python tests/fuzz_run.py --inputs 10000
     python tests/fuzz_run.py --inputs 2000 --only parquet yaml
 
-An input is either read or refused with an InputError: any other exception, more than LONGEST seconds, or a row that is
-neither kept nor reported is a failure. Rows in are counted here, from what was written, not by the code under test.
-Inputs are drawn by Hypothesis: arbitrary bytes, damaged files, and rows of the right shape with the wrong contents.
-test_fuzz.py draws a few in every test run. Left out: the Hub, and what is done with the rows later.
+Every input must be read or refused with an InputError: any other exception, more than LONGEST seconds, or a row that is
+neither kept nor reported is a failure. Rows are counted here from what was written, not by the code under test.
+Hypothesis draws the inputs: arbitrary bytes, damaged files, and rows of the right shape with the wrong contents.
+test_fuzz.py draws a few in every test run. Left out: the Hub, and the later use of the rows.
 """
 
 import argparse
@@ -50,24 +50,24 @@ from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.models.prompts import encode_examples, with_keywords  # noqa: E402
 
 LONGEST = 20  # seconds of the processor for one input of a few kilobytes
-WAITED = 6 * LONGEST  # seconds on the clock: a machine may be busy with other things
+WAITED = 6 * LONGEST  # seconds on the clock: the machine may be busy
 COLUMNS = ("question", "answers", "context", "title", "id", "passage_id", "text")
 HEADERLESS = ("question", "answers")
 
 
-# ---- what every reader must do
+# ---- checks of every reader
 
 
 class TooLong(Exception):
-    """An input that is not done with in time."""
+    """An input that takes too long."""
 
 
 def _too_long(number, frame) -> None:
     raise TooLong(f"more than {LONGEST} s of the processor, or {WAITED} s in all")
 
 
-def in_time(act: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The act with an alarm clock beside it."""
+def in_time(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The check with a time limit."""
 
     def timed(drawn) -> None:
         signal.signal(signal.SIGALRM, _too_long)
@@ -75,7 +75,7 @@ def in_time(act: Callable[[Any], None]) -> Callable[[Any], None]:
         signal.alarm(WAITED)
         signal.setitimer(signal.ITIMER_PROF, LONGEST)
         try:
-            act(drawn)
+            check(drawn)
         finally:
             signal.alarm(0)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -84,7 +84,7 @@ def in_time(act: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def taken(read: Callable[[], Any]) -> Any:
-    """What was read, or None where it was refused as it should be: in words that can be printed and are not endless."""
+    """The result, or None if it was refused with a printable message of limited length."""
     try:
         return read()
     except InputError as error:
@@ -92,14 +92,14 @@ def taken(read: Callable[[], Any]) -> Any:
         return None
 
 
-def printable(words: str) -> None:
-    """A message must survive a terminal that takes UTF-8 and nothing else, and still be a message."""
-    words.encode("utf-8")
-    assert len(words) < 20_000, f"a message of {len(words)} characters"
+def printable(message: str) -> None:
+    """A message must be valid UTF-8 and not too long."""
+    message.encode("utf-8")
+    assert len(message) < 20_000, f"a message of {len(message)} characters"
 
 
 def reported(report: str | None) -> int:
-    """The rows that a report says were skipped."""
+    """The number of skipped rows in a report."""
     if report is None:
         return 0
     printable(report)
@@ -107,7 +107,7 @@ def reported(report: str | None) -> int:
 
 
 def check_tables(path: Path, rows: set[int] | None) -> None:
-    """Read a file in every way there is; `rows`: what may be in it, None where nobody can tell."""
+    """Read a file with all readers; `rows`: the possible numbers of rows in it, None if unknown."""
     bad = BadRows()
     read = taken(lambda: list(read_rows(str(path), known=COLUMNS, headerless=HEADERLESS, bad=bad)))
     if read is not None:
@@ -116,13 +116,13 @@ def check_tables(path: Path, rows: set[int] | None) -> None:
         total = len(read) + bad.count
         assert rows is None or total in rows, f"{rows} rows in the file, {len(read)} read and {bad.count} reported"
         rows = {total}
-    # The first line of a TSV is a header or a row, and which it is depends on the columns that are looked for.
+    # Whether the first line of a TSV is a header depends on the known columns.
     unnamed = int(".tsv" in path.name)
-    asked = taken(lambda: read_questions(str(path), needs_answer=False, skip_bad_rows=True))
-    if asked is not None:
-        kept = len(asked.table) + reported(asked.report)
+    questions = taken(lambda: read_questions(str(path), needs_answer=False, skip_bad_rows=True))
+    if questions is not None:
+        kept = len(questions.table) + reported(questions.report)
         assert rows is None or {kept, kept - unnamed} & rows, (
-            f"{rows} rows in the file, {len(asked.table)} questions and {asked.report}"
+            f"{rows} rows in the file, {len(questions.table)} questions and {questions.report}"
         )
     found = taken(lambda: read_passages(str(path), skip_bad_rows=True))
     if found is not None:
@@ -143,7 +143,7 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 # ---- inputs
 
 
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)  # half surrogate pairs too
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)  # lone surrogates too
 PLAIN = st.text(max_size=12)
 NESTED = st.integers(1, 3000).map(lambda depth: "[" * depth + "]" * depth)
 SCALARS = st.one_of(
@@ -169,7 +169,7 @@ BYTES = st.one_of(
 
 @dataclass(frozen=True)
 class Case:
-    """A file's name and bytes, and how many rows it may hold (None: nobody knows)."""
+    """A file's name and bytes, and the possible numbers of its rows (None: unknown)."""
 
     name: str
     content: bytes
@@ -233,7 +233,7 @@ def as_json(rows: list[Any]) -> Case:
 
 
 def as_squad(articles: list[Any]) -> Case:
-    """Every question counts, whatever it looks like; where the layout is broken the whole file must be refused."""
+    """Every question counts; a file with a broken layout must be refused as a whole."""
     rows = sum(
         len(paragraph["qas"])
         for article in articles
@@ -254,7 +254,7 @@ TYPES = st.sampled_from([pa.string(), pa.large_string(), pa.string_view(), pa.in
 
 @st.composite
 def parquet_files(draw) -> Case:
-    """Columns of any type: the buffers of integers serve for times too, so that some are of no year that Python knows."""
+    """Columns of any type; times come from arbitrary integers, so that some are outside the range of Python."""
     count = draw(st.integers(0, 4))
     names = draw(st.lists(st.one_of(st.sampled_from(COLUMNS), PLAIN), min_size=1, max_size=3))
     columns = [_column(draw, draw(TYPES), count) for _ in names]
@@ -270,7 +270,7 @@ def _column(draw, kind: pa.DataType, count: int) -> pa.Array:
         return pa.array([draw(wide) // days * days for _ in range(count)], pa.int64()).view(kind)
     if pa.types.is_string(kind) and draw(st.booleans()):
         raw = pa.array([draw(st.binary(max_size=6)) for _ in range(count)], pa.binary())
-        return pa.Array.from_buffers(pa.string(), count, raw.buffers())  # text that may be no UTF-8
+        return pa.Array.from_buffers(pa.string(), count, raw.buffers())  # text that may not be UTF-8
     fitting = {pa.int64(): st.integers(-(2**63), 2**63 - 1), pa.float64(): st.floats(), pa.bool_(): st.booleans(), pa.binary(): st.binary(max_size=6), pa.list_(pa.string()): st.lists(PLAIN, max_size=2), pa.map_(pa.string(), pa.string()): st.lists(st.tuples(PLAIN, PLAIN), max_size=2), pa.struct([("text", pa.list_(pa.string()))]): st.fixed_dictionaries({"text": st.lists(PLAIN, max_size=2)}), pa.decimal128(20, 3): st.decimals(-1000, 1000, places=3), pa.null(): st.none()}  # fmt: skip
     return pa.array([draw(st.none() | fitting.get(kind, PLAIN)) for _ in range(count)], kind)
 
@@ -287,14 +287,14 @@ WIKI = st.one_of(
 )
 
 
-# ---- the checks that are no table
+# ---- checks of other inputs
 
 
 OPENING = re.compile(r'<doc .*title=".*">')
 
 
 def check_wiki(folder: Path, case: Case) -> None:
-    """Every line that opens an article is an article read or reported, and no other line is lost."""
+    """Every line that opens an article is read or reported as one, and no other line is lost."""
     path = written(folder, case.name, case.content)
     bad = BadRows()
     read = taken(lambda: list(read_container(Source(str(path), "wikiextractor"), bad=bad)))
@@ -316,14 +316,14 @@ def check_wiki(folder: Path, case: Case) -> None:
 
 
 def html_free(text: str) -> str:
-    """Letters and digits alone: entities and spaces are changed on purpose."""
+    """Letters and digits only: entities and spaces are changed on purpose."""
     import html
 
     return re.sub(r"\W", "", html.unescape(text))
 
 
 def unclosed(lines: list[str]) -> int:
-    """Lines of articles that never end: they are reported by their first line. A broken opening line is text of the article."""
+    """Lines of articles that never end, which are reported by their first line; a broken opening line counts as text."""
     count, inside = 0, None
     for line in lines:
         if OPENING.fullmatch(line):
@@ -352,7 +352,7 @@ PROMPTS = st.builds(Asked, TEXT, TEXT, TEXT, st.integers(-3, 300), st.integers(0
 
 
 def prompt_checker(folder: Path) -> Callable[[Asked], None]:
-    """Checks of prompts with a tokenizer of bytes, which leaves no character out."""
+    """A check of prompts with a byte tokenizer, which keeps every character."""
     tokenizer = Generator.load(str(tiny.make_generator(folder / "generator"))).tokenizer
 
     def ids(text: str) -> list[int]:
@@ -365,7 +365,7 @@ def prompt_checker(folder: Path) -> Callable[[Asked], None]:
         question, context = ids(f"\nQuestion: {asked.question}\nAnswer:"), ids(asked.context)
         answer = (ids(f" {asked.answer}") if asked.answer else []) + [tokenizer.eos_token_id]
         room = asked.max_length - len(question) - len(answer)
-        assert (examples is None) == (room < 0), "refused although it fits, or taken although it does not"
+        assert (examples is None) == (room < 0), "refused although it fits, or accepted although it does not"
         if examples is None:
             return
         example = with_keywords(tokenizer, examples, [asked.question])[0]
@@ -390,7 +390,7 @@ YAML = st.one_of(
 
 
 def check_yaml(folder: Path, content: bytes) -> None:
-    """Settings that come out are numbers that can be worked with, and of the kind that the setting has."""
+    """Parsed settings must have finite numbers."""
     path = written(folder, "settings.yaml", content)
     settings_read = taken(lambda: parse_settings(["--config", str(path)]))
     if settings_read is not None:
@@ -402,7 +402,7 @@ def check_yaml(folder: Path, content: bytes) -> None:
 
 
 def target(name: str, folder: Path) -> tuple[SearchStrategy, Callable[[Any], None]]:
-    """What is drawn for a target, and how it is checked; files go to `folder`."""
+    """The strategy and the check of a target; files go to `folder`."""
     if name == "prompts":
         return PROMPTS, prompt_checker(folder)
     if name == "yaml":
@@ -431,9 +431,9 @@ READERS = (*TABLES, "wikiextractor", "prompts", "yaml")
 
 
 def fuzz(name: str, inputs: int, folder: Path, *, shrink: bool = False) -> int:
-    """Draw and check that many inputs of one target; gives back how many were. Raises at the first that fails.
+    """Draw and check inputs of one target; returns their number. Raises at the first that fails.
 
-    shrink: look for the smallest input that fails, for minutes if need be.
+    shrink: look for the smallest input that fails, which may take minutes.
     """
     strategy, check = target(name, folder)
     drawn = 0
@@ -460,7 +460,7 @@ def main() -> None:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             drawn = fuzz(name, arguments.inputs, Path(folder), shrink=arguments.shrink)
-        print(f"{name}: {drawn} inputs, none taken badly ({time.perf_counter() - started:.0f} s)", flush=True)
+        print(f"{name}: {drawn} inputs without a failure ({time.perf_counter() - started:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":
