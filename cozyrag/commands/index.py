@@ -37,7 +37,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from cozyrag.commands.options import add_columns, at_least, columns_of
-from cozyrag.config import GROUPS, ContextSettings, Settings
+from cozyrag.config import ContextSettings, DataSettings, ModelSettings, OutputSettings, Settings, TrainingSettings
 from cozyrag.config_checks import EMBEDDED
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.rows import SHOWN, BadRows, Row, no_rows
@@ -59,7 +59,6 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     contexts, precisions, add = ContextSettings(), (AUTO, FLOAT32, INT8), parser.add_argument
-    positive = {"type": at_least(1), "metavar": "N"}
     add("passages", metavar="PASSAGES", help="output of `cozyrag passages`, or any --passages of train.py")
     add("--output", required=True, metavar="DIR", help="folder for the index; an existing index in it is updated")
     add("--retriever", default=EMBEDDED, metavar="NAME", help="folder or Hub id of a SentenceTransformer")
@@ -67,9 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--index_memory", type=bytes_of, metavar="SIZE", help="memory limit of the index (default: no limit, exact)")
     help = "tokens of a passage that are encoded, as for train.py"
     add("--passage_tokens", type=at_least(8), default=contexts.passage_tokens, metavar="N", help=help)
-    add("--encode_batch_size", **positive, default=contexts.encode_batch_size, help="passages per batch")
+    help = "passages per batch"
+    add("--encode_batch_size", type=at_least(1), default=contexts.encode_batch_size, metavar="N", help=help)
     add("--index_precision", choices=precisions, default=contexts.index_precision, help="of the encoder, see above")
-    add("--shard_size", **positive, default=4096, help="passages after which progress is saved")
+    add("--shard_size", type=at_least(1), default=4096, metavar="N", help="passages after which progress is saved")
     add("--no_sentence_vectors", action="store_true", help="leave out the vectors of sentences, see above")
     add("--passages_split", default="train", help="split, if PASSAGES is a Hub dataset")
     add_columns(parser, "title", "text", "id")
@@ -153,8 +153,8 @@ def bytes_of(text: str) -> int:
 
 
 def _accelerator(options: argparse.Namespace) -> Accelerator:
-    settings = Settings(*(group() for group in GROUPS))
-    settings.training.use_cpu, settings.training.threads = options.use_cpu, options.threads
+    training = TrainingSettings(use_cpu=options.use_cpu, threads=options.threads)
+    settings = Settings(DataSettings(), ModelSettings(), ContextSettings(), training, OutputSettings())
     accelerator = make_accelerator(settings)
     check_int8(options.index_precision, str(accelerator.device), "--index_precision")
     return accelerator
@@ -177,13 +177,13 @@ def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
     size = os.path.getsize(options.passages) if os.path.exists(options.passages) else None
     with tqdm(total=size, desc="reading passages", unit="B", unit_scale=True) as bar:
         rows = read(bad=bad, progress=bar.update if size else None)
-        ids, contents = store_passages((passage for _, *passage in rows), path)
+        ids, contents = store_passages(((key, title, text) for _, key, title, text in rows), path)
     again = _repeated(options, ids, contents, bad)
     if report := bad.finish(options.passages, options.skip_bad_rows):
         print(report)
     if again.any():
-        kept = (passage for repeat, (_, *passage) in zip(again, read(bad=BadRows()), strict=True) if not repeat)
-        contents = store_passages(kept, path)[1]
+        rows = (row for repeat, row in zip(again, read(bad=BadRows()), strict=True) if not repeat)
+        contents = store_passages(((key, title, text) for _, key, title, text in rows), path)[1]
     if not len(contents):
         raise no_rows(options.passages, "text")
     return contents

@@ -177,7 +177,8 @@ class _Repository:
             return self.api.create_repo(self.name, repo_type=self.kind, private=private or None, exist_ok=True).repo_id
 
         name = patiently(create, tries=tries, info=self.info)
-        found = patiently(lambda: self.api.repo_info(name, repo_type=self.kind), tries=tries, info=self.info)
+        look = self.api.dataset_info if self.kind == "dataset" else self.api.model_info
+        found = patiently(lambda: look(name), tries=tries, info=self.info)
         held = [each.rfilename for each in found.siblings or () if PurePosixPath(each.rfilename).suffix in READ]
         if held and TAG not in (found.tags or ()):
             raise InputError(

@@ -72,8 +72,8 @@ def scores_by_round(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":
         means = 100 * np.array([column.mean() for column in values])
         ends = 100 * np.array([bootstrap_interval(column) for column in values]).T
         places = np.arange(len(rounds)) + 0.06 * (number - 1)
-        look = {"color": SERIES[number], "marker": "os^"[number], "capsize": 3, "linewidth": 1.6}
-        axes.errorbar(places, means, np.abs(ends - means), label=name, **look)
+        errors, mark = np.abs(ends - means), "os^"[number]
+        axes.errorbar(places, means, errors, color=SERIES[number], marker=mark, capsize=3, linewidth=1.6, label=name)
     axes.set_xticks(range(len(rounds)), [round_name(each) for each in rounds])
     axes.set(ylim=(-2, 102), ylabel="percent of questions")
     _legend(axes, len(METRICS))
@@ -252,5 +252,6 @@ def _figure(*, height: float = 3.0, rows: int = 1) -> tuple["Figure", list["Axes
 
 def _legend(axes: "Axes", columns: int) -> None:
     """Above the panel, where it hides nothing."""
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2}
-    axes.legend(ncols=columns, fontsize=8.5, frameon=False, **place)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, fontsize=8.5, borderaxespad=0.2, frameon=False
+    )
