@@ -96,7 +96,8 @@ def test_squad_layout_keeps_its_contexts(tmp_path, capsys):
     questions([source, "--output", str(output)])
     rows = [json.loads(line) for line in gzip.decompress(output.read_bytes()).splitlines()]
     assert rows == [
-        {"id": "a", "question": "Where?", "answers": ["the Danube"], "title": "Vienna", "context": "Vienna lies on the Danube."}
+        {"id": "a", "question": "Where?", "answers": ["the Danube"], "title": "Vienna",
+         "context": "Vienna lies on the Danube."}
     ]  # fmt: skip
     assert read_questions(str(output)).passages["text"][:] == ["Vienna lies on the Danube."]
     questions([squad(tmp_path / "t.json", "Vienna lies on a river.", "the Danube"), "--check_only"])
@@ -115,7 +116,8 @@ def test_gold_passages_by_id(tmp_path, passages, capsys):
 
 def test_several_sources_and_one_id_twice(tmp_path):
     first = tiny.write_jsonl(tmp_path / "a.jsonl", [{"id": "x", "question": "A?", "answers": ["a", "b"]}])
-    second = tiny.write_jsonl(tmp_path / "b.jsonl", [{"id": "x", "question": "B?", "answer": "b"}, {"question": "C?", "answer": "c"}])  # fmt: skip
+    rows = [{"id": "x", "question": "B?", "answer": "b"}, {"question": "C?", "answer": "c"}]
+    second = tiny.write_jsonl(tmp_path / "b.jsonl", rows)
     output = tmp_path / "q.jsonl"
     with pytest.raises(InputError, match='b.jsonl, line 1: the id "x" was given at .*a.jsonl, line 1 already'):
         questions([str(first), str(second), "--output", str(output)])

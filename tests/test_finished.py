@@ -4,7 +4,8 @@ import evaluated
 import pytest
 
 from cozyrag.errors import InputError
-from cozyrag.reporting.run_reader import FinishedRun, evaluation_files, read_lines, spread
+from cozyrag.reporting.run_reader import FinishedRun, read_lines, spread
+from cozyrag.runtime.old_names import evaluation_files
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):

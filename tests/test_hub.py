@@ -1,4 +1,4 @@
-"""A push through the real client to a Hub on loopback: what is uploaded in which order, and that faults cost only time."""
+"""A push through the real client to a Hub on loopback: the order of the uploads, and that faults cost only time."""
 
 import json
 import shlex
@@ -234,7 +234,7 @@ def test_waits_double_and_are_logged(hub, folder):
 
 
 def test_a_commit_in_between_is_noticed_and_built_upon(hub, folder, monkeypatch):
-    """Somebody commits between the comparison and our commit: ours is refused and retried, and holds exactly the piece."""
+    """Somebody commits between the comparison and our commit: ours is refused, retried, and holds exactly the piece."""
     push_pair(folder, REPO)
     (folder / "retriever" / "model.safetensors").write_bytes(b"\1heavier")
     differences, done = push._Repository.differences, []

@@ -26,11 +26,11 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 
 
 def rows(count, start=0):
-    things = tiny.THINGS
+    names = [f"{tiny.THINGS[i % 12]} {i}" for i in range(start + count)]
     return [
-        {"id": f"p{i}", "title": f"{things[i % 12]} {i}", "text": f"The {things[i % 12]} {i} was made in {1500 + i} of stone."}
+        {"id": f"p{i}", "title": names[i], "text": f"The {names[i]} was made in {1500 + i} of stone."}
         for i in range(start, start + count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -167,7 +167,8 @@ def test_resumes_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retr
     assert len(encoded) == 50 - 3 * 8
     recompute = tmp_path / "fresh"
     run(passages, recompute, retriever_path)
-    np.testing.assert_allclose(open_vectors(tmp_path / "index" / "vectors.safetensors"), open_vectors(recompute / "vectors.safetensors"), atol=1e-5)  # fmt: skip
+    resumed, fresh = (open_vectors(path / "vectors.safetensors") for path in (tmp_path / "index", recompute))
+    np.testing.assert_allclose(resumed, fresh, atol=1e-5)
 
 
 def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, capsys):
@@ -198,7 +199,8 @@ def test_a_run_reuses_the_vectors_of_the_same_retriever(
         "index": tmp_path / "index",
         "output_dir": tmp_path / "out",
     }
-    words |= {"questions": corpus_files["questions"], "passages": corpus_files["passages"], "rounds": 0, "threads": 1}  # fmt: skip
+    words |= {"questions": corpus_files["questions"], "passages": corpus_files["passages"], "rounds": 0}
+    words["threads"] = 1
     train([word for name, value in words.items() for word in (f"--{name}", str(value))])
     assert not encoded  # neither passages nor, for the context filter, their sentences
     same_sentences(*(loaded(folder, retriever_path) for folder in (tmp_path / "index", tmp_path / "out" / "index")))

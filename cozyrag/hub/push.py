@@ -124,8 +124,16 @@ def _check_base(folder: Path) -> None:
 
 
 def _pieces(folder: Path, pair: dict) -> dict[str, dict[str, Path]]:
-    """The files of each piece by their path in its repository. Raises InputError if the pieces do not match."""
-    pieces = {role: _files(folder / role) for role in REPOSITORIES}
+    """The files of each piece by their path in its repository. Raises InputError for missing or mixed pieces."""
+    pieces = {}
+    for role in REPOSITORIES:
+        found = sorted(path for path in (folder / role).rglob("*") if path.is_file())
+        pieces[role] = {path.relative_to(folder / role).as_posix(): path for path in found}
+        if not found:
+            raise InputError(
+                f"Expected files to upload in {(folder / role).absolute()}, found none, so the pair is incomplete. "
+                "Copy the folder again or run train.py again."
+            )
     named, made = pair["retriever"]["fingerprint"], made_by(folder / "index")
     if named != made:
         raise InputError(
@@ -134,17 +142,6 @@ def _pieces(folder: Path, pair: dict) -> dict[str, dict[str, Path]]:
             "the folder again."
         )
     return pieces
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Every file of a piece. Raises InputError if there is none."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    if not files:
-        raise InputError(
-            f"Expected files to upload in {folder.absolute()}, found none, so the pair is incomplete. Copy the folder "
-            "again or run train.py again."
-        )
-    return files
 
 
 def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> dict:

@@ -165,25 +165,7 @@ def _warnings(pairs: Sequence[Pair], count_a: int, count_b: int) -> list[str]:
 
 def as_text(comparison: Comparison) -> str:
     """The comparison for the screen."""
-    lines = [f"{name}: {run} ({at})" for name, run, at in zip("AB", comparison.names, comparison.rounds, strict=True)]
-    lines += [*(f"Warning: {each}" for each in comparison.warnings), ""]
-    if comparison.settings:
-        width = max(len(name) for name, _, _ in comparison.settings)
-        lines.append("Settings that differ:")
-        lines += [f"  {name:<{width}}  {_value(a)}  ->  {_value(b)}" for name, a, b in comparison.settings]
-    else:
-        lines.append("The settings are the same.")
-    lines += ["", "|  | A | B | difference | 95 % interval |", "|---|---:|---:|---:|---:|"]
-    lines += [
-        f"| {each.metric} | {each.a:.1f} | {each.b:.1f} | {each.points:+.1f} | {each.low:+.1f} to {each.high:+.1f} |"
-        for each in comparison.differences
-    ]
-    lines += ["", f"Percent of {len(comparison.pairs)} questions."]
-    for title, flips in (("correct -> wrong", comparison.lost), ("wrong -> correct", comparison.won)):
-        lines += ["", f"{title}: {len(flips)}", *map(_flip, spread(flips, FLIPS_SHOWN))]
-        if len(flips) > FLIPS_SHOWN:
-            lines.append(f"  ... and {len(flips) - FLIPS_SHOWN} more; --html FILE shows them all")
-    return "\n".join([*lines, "", comparison.sentence])
+    return render("comparison.txt", comparison=comparison, spread=spread, shown=FLIPS_SHOWN)
 
 
 def write_page(comparison: Comparison, path: str | Path) -> None:
@@ -200,13 +182,3 @@ def write_page(comparison: Comparison, path: str | Path) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--html: {path} cannot be written ({error}). Name a file in a folder that exists.") from error
-
-
-def _value(value: object) -> str:
-    return "not set" if value is None else str(value)
-
-
-def _flip(pair: Pair) -> str:
-    a, b = (f"{row['prediction'] or '(no answer)'} [{row['verdict']}]" for row in pair)
-    reference = pair[0]["answers"][0] if pair[0]["answers"] else "(none)"
-    return f"  {pair[0]['question']}\n    A: {a}   B: {b}   reference: {reference}"

@@ -166,20 +166,8 @@ def answer_html(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str]:
         return render("refusal.html", message=str(error)), ""
     seconds = time.perf_counter() - started
     best = max((source.score for source in answer.passages), default=0.0)
-    sources = [
-        {
-            "title": source.title or source.id,
-            "score": source.score,
-            "share": 100 * max(source.score, 0.0) / best if best > 0 else 0.0,
-            "read": bool(source.used),
-            "pieces": list(pieces(source, answer.text)),
-        }
-        for source in answer.passages
-    ]
-    return (
-        render("answer.html", answer=answer, used=[len(source.used) for source in answer.passages], seconds=seconds),
-        render("sources.html", sources=sources, meaning=MEANING[pair.searcher.mode]),
-    )
+    sources = render("sources.html", answer=answer, best=best, pieces=pieces, meaning=MEANING[pair.searcher.mode])
+    return render("answer.html", answer=answer, seconds=seconds), sources
 
 
 def pieces(source: Source, answer: str) -> Iterator[tuple[str, str]]:

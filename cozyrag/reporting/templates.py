@@ -1,4 +1,4 @@
-"""HTML from the templates of `assets/pages`. Jinja2 escapes every value.
+"""Pages and texts from the templates of `assets/pages`. In HTML, Jinja2 escapes every value.
 
 No other module writes a tag, because questions, passages and answers are untrusted text. Left out: the content of the
 pages (demo_app.py, html_report.py, compare.py).
@@ -6,14 +6,14 @@ pages (demo_app.py, html_report.py, compare.py).
 
 from functools import cache
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from cozyrag.runtime.assets import PAGES_FOLDER
 
 
 def render(template: str, **values: object) -> str:
-    """Fill in the template of that file name. Values are escaped unless they are `Markup`."""
+    """Fill in the template of that file name. In .html files, values are escaped unless they are `Markup`."""
     return _environment().get_template(template).render(**values)
 
 
@@ -24,5 +24,7 @@ def stylesheet(name: str) -> Markup:
 
 @cache
 def _environment() -> Environment:
-    loader = FileSystemLoader(PAGES_FOLDER)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader, escape = FileSystemLoader(PAGES_FOLDER), select_autoescape(["html"])
+    return Environment(
+        loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
