@@ -1,9 +1,9 @@
 """Extractive answers: the tokens that may come next so that the answer stays a span of the context.
 
-A small generator often knows where the answer stands and loses it half-way, because every step chooses from the whole
-vocabulary. Here each step chooses among the tokens that continue a word sequence of the context, or ends the answer
-after a whole word (constrained decoding, as in extractive question answering; Rajpurkar et al. 2016). Works with any
-fast tokenizer: every suffix of the context that begins a word is tokenized as an answer would be.
+A small generator often finds the answer and then drifts from it, because every step chooses from the whole vocabulary.
+Here each step chooses among the tokens that continue a word sequence of the context, or ends the answer after a whole
+word (constrained decoding, as in extractive question answering; Rajpurkar et al. 2016). Works with any fast tokenizer:
+every suffix of the context that begins a word is tokenized as an answer would be.
 Left out: the search (greedy_decoding.py).
 """
 
@@ -12,7 +12,7 @@ import re
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-BEGIN = re.compile(r"\b\w|(?<!\S)\S")  # a word, or a mark that stands apart, such as "£" or "("
+BEGIN = re.compile(r"\b\w|(?<!\S)\S")  # a word, or a mark after a space, such as "£" or "("
 LETTERS = 12  # of the context per token of an answer: more than any tokenizer needs
 
 

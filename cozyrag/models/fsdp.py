@@ -150,7 +150,7 @@ def _split(optimizer: torch.optim.Optimizer, held: dict) -> dict:
     def part(value: torch.Tensor, weight: DTensor) -> torch.Tensor:
         if value.shape != weight.shape:
             return value  # the step counter
-        # Every process has read the whole state, so each takes its part without asking the first one.
+        # Every process has read the whole state, so none needs data from the first one.
         return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
     state = {

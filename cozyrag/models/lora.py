@@ -21,9 +21,9 @@ from cozyrag.errors import InputError
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 
 CONFIG = "adapter_config.json"
-SHIPPED = GENERATOR_FOLDER.parts[-3:]  # the end of the path of the packaged model, wherever the package is installed
+SHIPPED = GENERATOR_FOLDER.parts[-3:]  # the end of the packaged model's path, which depends on the installation
 NAME = "default"
-# cached_file then returns None; a repository that cannot be reached is reported by whoever loads it
+# cached_file then returns None; loading the model reports a repository that cannot be reached
 QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 
 
