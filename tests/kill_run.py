@@ -1,13 +1,13 @@
-"""Kill a tiny two-round run with SIGKILL at random moments, let it go on, and compare it with one that was left in peace.
+"""Kill a tiny two-round run with SIGKILL at random moments, resume it, and compare it with an undisturbed one.
 
     python tests/kill_run.py --kills 60
     python tests/kill_run.py --kills 6 --processes 2
 
-Each kill has a run of its own: it is started, killed at a moment drawn uniformly from the time that the undisturbed run
-took (indexing, examining, saving and pushing included), started again with the same command, and then losses, all other
-rows of metrics.jsonl but the seconds, examined answers, weights and vectors are compared byte for byte. Of several
-processes all are killed, or one, whose mates must then end by themselves within a minute. Runs are forked from one
-process that has the libraries loaded, so that a kill costs seconds. Left out: faults other than a kill (test_faults.py).
+Each kill has its own run: it is started, killed at a moment drawn uniformly from the duration of the undisturbed run
+(with indexing, evaluation, saving and pushing), and started again with the same command. Then metrics.jsonl without
+times, evaluated answers, weights and vectors are compared byte for byte. Of several processes, either all are killed, or
+one, and the others must then end within a minute. Runs are forked from a process with loaded libraries, so that a kill
+costs seconds. Left out: faults other than a kill (test_faults.py).
 """
 
 import argparse
@@ -29,13 +29,13 @@ for folder in (Path(__file__).parents[1], Path(__file__).parent):
 
 from tqdm.std import TqdmDefaultWriteLock  # noqa: E402
 
-TqdmDefaultWriteLock.mp_lock = None  # forks would share it, and a killed one may hold it
+TqdmDefaultWriteLock.mp_lock = None  # shared by forks, and a killed one may hold it
 
 import tiny  # noqa: E402
 
 import cozyrag.run  # noqa: E402
 
-SEVERAL = 60.0  # seconds in which the mates of a killed process must end
+LIMIT = 60.0  # seconds within which the other processes must end after a kill
 SMALL = (
     "--generator_batch_size 8 --retriever_batch_size 16 --top_k 3 --context_tokens 64 --answer_tokens 6 --rounds 2 "
     "--generator_learning_rate 3e-3 --retriever_learning_rate 1e-3 --generator_epochs 2 --feedback_weight 0.5 --context_noise 0.2 "
@@ -45,7 +45,7 @@ TIMES = ("seconds", "rate")
 
 
 def materials(root: Path, precision: str = "no") -> list[str]:
-    """Make tiny models and a tiny corpus; the settings of a run with them."""
+    """Create tiny models and a tiny corpus; returns the settings of a run with them."""
     passages, questions = tiny.corpus()
     files = {
         "questions": tiny.write_jsonl(root / "train.jsonl", questions[:48]),
@@ -62,13 +62,13 @@ def materials(root: Path, precision: str = "no") -> list[str]:
 
 
 def push(folder: Path, *arguments, **options) -> str:
-    """Stands for the upload: takes a while."""
+    """Replaces the upload; takes a while."""
     time.sleep(0.3)
     return "nowhere"
 
 
 def start(arguments: list[str], processes: int, log: Path) -> list[int]:
-    """Fork the processes of a run; their ids."""
+    """Fork the processes of a run; returns their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,7 +92,7 @@ def start(arguments: list[str], processes: int, log: Path) -> list[int]:
             cozyrag.hub.background_push.push_pair = push
             cozyrag.run.train(arguments)
             code = 0
-        except BaseException:  # a child must never come back into the loop of its parent
+        except BaseException:  # a child must never return into the loop of its parent
             import traceback
 
             traceback.print_exc()
@@ -102,7 +102,7 @@ def start(arguments: list[str], processes: int, log: Path) -> list[int]:
 
 
 def ended(children: list[int], seconds: float) -> list[int] | None:
-    """Exit codes of the processes, in order; None if they do not all end in that time."""
+    """Exit codes of the processes, in order; None if one has not ended after that time."""
     until, codes = time.monotonic() + seconds, {}
     while len(codes) < len(children):
         for child in children:
@@ -117,7 +117,7 @@ def ended(children: list[int], seconds: float) -> list[int] | None:
 
 
 def whole(arguments: list[str], processes: int, log: Path) -> float:
-    """Run to the end; the seconds it took."""
+    """Run to the end; returns the seconds."""
     clock = time.monotonic()
     codes = ended(start(arguments, processes, log), 600)
     if codes is None or any(codes):
@@ -125,31 +125,31 @@ def whole(arguments: list[str], processes: int, log: Path) -> float:
     return time.monotonic() - clock
 
 
-def at_work(child: int) -> bool:
-    """Whether a process has not ended yet; it can still be waited for."""
+def is_running(child: int) -> bool:
+    """Whether a process has not ended; leaves its exit status to `ended`."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def kill(children: list[int], after: float, one: int | None) -> bool:
-    """SIGKILL all processes, or that one, after so many seconds; whether it was still at work.
+    """SIGKILL all processes, or that one, after so many seconds; returns whether it was still running.
 
-    The main process makes the report alone, so another may have ended well before it is killed; afterwards none may.
+    The main process writes the report alone, so another may have ended before the kill, but none afterwards.
     """
     time.sleep(after)
-    mates = [child for rank, child in enumerate(children) if one is not None and rank != one and at_work(child)]
+    others = [child for rank, child in enumerate(children) if one is not None and rank != one and is_running(child)]
     victims = children if one is None else [children[one]]
-    if not at_work(victims[0]):
-        ended(children, SEVERAL)
+    if not is_running(victims[0]):
+        ended(children, LIMIT)
         return False
     for child in victims:
         os.kill(child, signal.SIGKILL)
     clock = time.monotonic()
-    codes = ended(children, SEVERAL)
+    codes = ended(children, LIMIT)
     if codes is None:
         for child in children:
             os.kill(child, signal.SIGKILL)
-        raise RuntimeError(f"the other processes were still there {SEVERAL:.0f} s after one was killed")
-    if any(code == 0 and child in mates for child, code in zip(children, codes, strict=True)):
+        raise RuntimeError(f"the other processes were still there {LIMIT:.0f} s after one was killed")
+    if any(code == 0 and child in others for child, code in zip(children, codes, strict=True)):
         raise RuntimeError(
             f"a process ended with 0 although another was killed: {codes}, {time.monotonic() - clock:.1f} s"
         )
@@ -157,7 +157,7 @@ def kill(children: list[int], after: float, one: int | None) -> bool:
 
 
 def where(folder: Path) -> str:
-    """What a killed run was at, as far as its folder shows."""
+    """The phase of a killed run, as far as its folder shows."""
     partial = [path.name.split("-")[0] for path in folder.rglob("*.partial")]
     if partial:
         return f"saving {'checkpoint' if partial[0] == 'round' else partial[0].removesuffix('.partial')}"
@@ -170,7 +170,7 @@ def where(folder: Path) -> str:
 
 
 def left(folder: Path, rounds: int = 2) -> dict[str, object]:
-    """All that must be equal: rows of metrics.jsonl without times, and bytes of what a run leaves."""
+    """All that must be equal: rows of metrics.jsonl without times, and the bytes of the output files."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{name: value for name, value in row.items() if name not in TIMES} for row in rows if row["kind"] != "time"]
     for row in rows:
@@ -183,19 +183,19 @@ def left(folder: Path, rounds: int = 2) -> dict[str, object]:
 
 
 def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
-    """Names of what differs."""
+    """The names of differing parts."""
     return [name for name, value in expected.items() if found[name] != value]
 
 
 def trial(settings: list[str], root: Path, number: int, processes: int, seconds: float, chance: random.Random) -> str:
-    """One run that is killed once; where that was. Leaves the finished run in root/out-NUMBER."""
+    """One run that is killed once; returns its phase at the kill. Leaves the finished run in root/out-NUMBER."""
     folder, log = root / f"out-{number}", root / f"log-{number}"
     more = ["--output_dir", str(folder), "--save_steps", str(chance.choice([0, 1, 2, 5]))]
     one = chance.choice([None, *range(processes)]) if processes > 1 else None
     while True:
         if kill(start(settings + more, processes, log), chance.uniform(0, seconds), one):
             break
-        for path in sorted(folder.rglob("*"), reverse=True):  # it was faster this time: once more
+        for path in sorted(folder.rglob("*"), reverse=True):  # it ended before the kill: once more
             path.rmdir() if path.is_dir() else path.unlink()
     at = where(folder)
     resume = ["--resume"] if (folder / "settings.json").exists() and chance.random() < 0.5 else []
@@ -204,10 +204,10 @@ def trial(settings: list[str], root: Path, number: int, processes: int, seconds:
 
 
 def kill_and_compare(kills: int, processes: int, seed: int, root: Path, precision: str = "no", info=print) -> list[str]:
-    """The whole harness; a line for each run that did not end as the undisturbed one."""
+    """All trials; returns a line for each run that did not end like the undisturbed one."""
     chance, settings = random.Random(seed), materials(root, precision)
-    seconds = whole([*settings, "--output_dir", str(root / "peace")], processes, root / "log")
-    expected, failures, places = left(root / "peace"), [], Counter()
+    seconds = whole([*settings, "--output_dir", str(root / "undisturbed")], processes, root / "log")
+    expected, failures, places = left(root / "undisturbed"), [], Counter()
     for number in range(kills):
         try:
             at = trial(settings, root, number, processes, seconds, chance)
@@ -218,26 +218,26 @@ def kill_and_compare(kills: int, processes: int, seed: int, root: Path, precisio
         if wrong:
             failures.append(f"kill {number} ({at}): {', '.join(wrong)}")
         info(f"kill {number + 1} of {kills}: {at}: {'bit-equal' if not wrong else failures[-1]}")
-    told = ", ".join(f"{place} {count}" for place, count in places.most_common())
+    phases = ", ".join(f"{place} {count}" for place, count in places.most_common())
     info(
         f"{kills - len(failures)} of {kills} kills resumed bit-equal, {processes} process{'es' if processes > 1 else ''}, undisturbed run {seconds:.1f} s; "
-        f"killed at: {told}"
+        f"killed at: {phases}"
     )
     return failures
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=3, help="how many runs are killed (default: 3)")
+    parser.add_argument("--kills", type=int, default=3, help="runs that are killed (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="processes of a run (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument(
         "--precision",
         choices=["no", "bf16"],
         default="no",
         help="bf16 is emulated where the processor lacks it (default: no)",
     )
-    parser.add_argument("--folder", type=Path, help="where runs and their logs are left (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="for runs and logs (default: a temporary folder)")
     chosen = parser.parse_args()
     if chosen.precision == "bf16":
         os.environ["COZYRAG_ALLOW_EMULATED_BF16"] = "1"

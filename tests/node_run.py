@@ -1,4 +1,4 @@
-"""train.py as one of several machines runs it, which also writes to NODE_PRINTS what weights it ended with; for test_nodes.py."""
+"""train.py on one of several machines, which also writes the fingerprints of its weights to NODE_PRINTS; for test_nodes.py."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Generator phases of two processes, whole and in parts, one after the other; writes what became of them to FOLDER/RANK.json, for test_sharding.py.
+"""Generator phases of two processes, with and without sharding; writes the results to FOLDER/RANK.json, for test_sharding.py.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 tests/sharded_run.py FOLDER GENERATOR RETRIEVER
 """
@@ -26,7 +26,7 @@ from cozyrag.training.generator_phase import train_generator
 from cozyrag.training.trainer import PhaseCallback
 
 SAVED_AT = 3
-LESSON = {
+PHASE = {
     "generator_batch_size": 8, "generator_steps": 6, "generator_learning_rate": 1e-2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5,
     "repeat_penalty": 0.3, "keyword_penalty": 0.2, "short_penalty": 0.2, "warmup_ratio": 0.0,
 }  # fmt: skip
@@ -34,23 +34,14 @@ ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": [], "revision": N
 
 
 def contexts() -> Dataset:
-    """The columns of a contexts table that a generator phase reads, gold passages as contexts."""
+    """The columns of a contexts table that a generator phase reads, with gold passages as contexts."""
     passages, questions = corpus(24)
-    return Dataset.from_list(
-        [
-            {
-                "question": each["question"],
-                "answers": each["answers"],
-                "context": passages[number // 2]["text"],
-                "noised": False,
-            }
-            for number, each in enumerate(questions)
-        ]
-    )
+    rows = [{"context": passages[number // 2]["text"], "noised": False} for number in range(len(questions))]
+    return Dataset.from_list([question | row for question, row in zip(questions, rows, strict=True)])
 
 
-class Notes(PhaseCallback):
-    """Keeps losses and the bytes that this process holds; saves after one step, or goes on from there."""
+class Measures(PhaseCallback):
+    """Records losses and the bytes that this process holds; saves after one step, or resumes from there."""
 
     def __init__(self, accelerator, generator, *, save=lambda: None, restore=None):
         self.accelerator, self.generator, self.save, self.load = accelerator, generator, save, restore
@@ -90,19 +81,19 @@ class Notes(PhaseCallback):
         self.accelerator.clip_grad_norm_, self.accelerator.backward = self.clip, self.back
 
 
-def gradients(accelerator, generator, *, settings=None, **watching) -> dict:
-    """A phase, and what is left of it."""
-    notes = Notes(accelerator, generator, **watching)
-    settings = TrainingSettings(**LESSON | (settings or {}))
+def phase(accelerator, generator, *, settings=None, **hooks) -> dict:
+    """A generator phase and its results."""
+    measures = Measures(accelerator, generator, **hooks)
+    settings = TrainingSettings(**PHASE | (settings or {}))
     train_generator(
-        accelerator, generator, contexts(), settings=settings, context_tokens=64, round_number=1, callback=notes
+        accelerator, generator, contexts(), settings=settings, context_tokens=64, round_number=1, callback=measures
     )
-    notes.close()
+    measures.close()
     model = generator.model
     return {
-        "losses": notes.losses,
-        "norms": notes.norms,
-        "bytes": notes.bytes,
+        "losses": measures.losses,
+        "norms": measures.norms,
+        "bytes": measures.bytes,
         "print": weights_fingerprint(model),
         "weights": {name: weight.flatten().tolist() for name, weight in model.named_parameters()},
         "kinds": sorted({type(weight).__name__ for weight in model.parameters()} | {type(model).__name__}),
@@ -112,7 +103,7 @@ def gradients(accelerator, generator, *, settings=None, **watching) -> dict:
 
 
 def halved(accelerator, generator) -> dict:
-    """Losses in bf16 with split float32 weights, and in float32 with whole ones."""
+    """Losses in bf16 with sharded float32 weights, and in float32 with whole ones."""
     batch = {"input_ids": torch.arange(1, 25).view(2, 12), "positions": torch.tensor([3, 4, 20])}
     batch |= {"targets": torch.tensor([5, 6, 7]), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     whole = TokenLosses(generator.model)
@@ -125,7 +116,7 @@ def halved(accelerator, generator) -> dict:
 
 
 def main(folder: Path, generator_path: str, retriever_path: str) -> None:
-    """All phases; each begins from the same generator."""
+    """All phases, each with the same generator."""
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     retriever = Retriever.load(retriever_path)
     checkpoints = Checkpoints(accelerator, folder, limit=9, facts={})
@@ -138,10 +129,10 @@ def main(folder: Path, generator_path: str, retriever_path: str) -> None:
             checkpoints.folder = folder / sharding
             checkpoints.save(Progress(1, "generator", SAVED_AT), generator, retriever)
 
-        found[sharding] = gradients(accelerator, generator, settings={"generator_sharding": sharding}, save=save)
+        found[sharding] = phase(accelerator, generator, settings={"generator_sharding": sharding}, save=save)
     for before, after in (("full_shard", "full_shard"), ("full_shard", "none"), ("none", "shard_grad_op")):
         saved = folder / before / "checkpoints" / Progress(1, "generator", SAVED_AT).name
-        found[f"{before}, then {after}"] = gradients(
+        found[f"{before}, then {after}"] = phase(
             accelerator,
             Generator.load(str(saved / "generator")),
             settings={"generator_sharding": after},
@@ -151,7 +142,7 @@ def main(folder: Path, generator_path: str, retriever_path: str) -> None:
         for sharding in ("none", "full_shard"):
             generator = Generator.load(generator_path)
             generator.add_adapter(generator_path, **ADAPTER)
-            found[f"adapter, {sharding}"] = gradients(accelerator, generator, settings={"generator_sharding": sharding})
+            found[f"adapter, {sharding}"] = phase(accelerator, generator, settings={"generator_sharding": sharding})
     found["halved"] = halved(accelerator, Generator.load(generator_path))
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps(found))
 

@@ -1,21 +1,21 @@
-"""Hands on a short run: something that happens at one of its steps, and what it has left. Its settings are a fixture."""
+"""Tools for short runs, whose settings are a fixture: act at one of the steps, read the output."""
 
 import json
 import os
 
 from cozyrag.training import generator_phase, retriever_phase
 
-STEPS = {"generator_step": generator_phase, "retriever_step": retriever_phase}  # where each is looked up
+STEPS = {"generator_step": generator_phase, "retriever_step": retriever_phase}  # the modules that call them
 
 
-def at_step(monkeypatch, number, act, function="retriever_step"):
-    """Do something within the step of that number, counted from 1 in this process."""
+def at_step(monkeypatch, number, event, function="retriever_step"):
+    """Call `event` in the step of this number, counted from 1 in this process."""
     real, calls = getattr(STEPS[function], function), []
 
     def step(*arguments, **options):
         calls.append(1)
         if len(calls) == number:
-            act()
+            event()
         return real(*arguments, **options)
 
     monkeypatch.setattr(STEPS[function], function, step)

@@ -32,10 +32,11 @@ from cozyrag.preflight.loss_check import Term, check_terms, findings_table, one_
 from cozyrag.preflight.pair_check import check_pair
 from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.runtime.distributed import refuse
-from cozyrag.training import retriever_phase
+from cozyrag.training import training_pairs
 from cozyrag.training.generator_phase import generator_step
 from cozyrag.training.micro_batches import Cut
-from cozyrag.training.retriever_phase import retriever_step, retriever_terms
+from cozyrag.training.retriever_phase import retriever_step
+from cozyrag.training.training_pairs import TrainingPair, retriever_batch
 
 PENALTIES = ["--repeat_penalty", "0.1", "--keyword_penalty", "0.1", "--short_penalty", "0.1"]
 POOLER = "0.model.pooler.dense.weight"
@@ -74,8 +75,8 @@ def weight(model, name):
 
 def sabotage_contrastive(monkeypatch, spoil):
     """Let `spoil` change the contrastive loss."""
-    real = retriever_phase.contrastive_loss
-    monkeypatch.setattr(retriever_phase, "contrastive_loss", lambda *given, **options: spoil(real(*given, **options)))
+    real = training_pairs.contrastive_loss
+    monkeypatch.setattr(training_pairs, "contrastive_loss", lambda *given, **options: spoil(real(*given, **options)))
 
 
 # ---- a healthy pair
@@ -131,8 +132,12 @@ def test_value_and_gradient_are_those_of_a_training_step(generator, retriever):
     )
     assert found["cross-entropy"].value == pytest.approx(loss, rel=1e-5)
     assert found["cross-entropy"].norm == pytest.approx(gradient_norm(generator.model), rel=1e-4)
-    terms = retriever_terms(settings().training, positives=batch.positives)
-    told = retriever_step(accelerator, retriever, batch.questions, batch.passages.to_read(), terms, cut=Cut())
+    pairs = [
+        TrainingPair(question, [], positive, range(len(batch.passages.ids)))
+        for question, positive in zip(batch.questions, batch.positives, strict=True)
+    ]
+    step = retriever_batch(pairs, batch.passages, settings().training)
+    told = retriever_step(accelerator, retriever, step, cut=Cut())
     assert found["contrastive loss"].value == pytest.approx(told["loss"], rel=1e-5)
     assert found["contrastive loss"].norm == pytest.approx(gradient_norm(retriever.model), rel=1e-4)
 
@@ -315,8 +320,8 @@ def test_a_number_whose_gradient_is_none_is_caught(generator, retriever, monkeyp
 
 
 def test_a_feedback_that_is_detached_or_reaches_the_generator_is_caught(generator, retriever, monkeypatch):
-    real, spoil = retriever_phase.feedback_loss, []
-    monkeypatch.setattr(retriever_phase, "feedback_loss", lambda *given, **options: spoil[-1](real(*given, **options)))
+    real, spoil = training_pairs.feedback_loss, []
+    monkeypatch.setattr(training_pairs, "feedback_loss", lambda *given, **options: spoil[-1](real(*given, **options)))
     spoil.append(lambda loss: loss.detach())
     finding = check(generator, retriever, "--feedback_weight", "1")["generator feedback"]
     assert finding.moved == 0 and finding.fault.endswith("or --feedback_weight 0.")
@@ -326,9 +331,9 @@ def test_a_feedback_that_is_detached_or_reaches_the_generator_is_caught(generato
 
 
 def test_the_feedback_is_the_generators_on_each_question_and_two_passages(generator, retriever, monkeypatch):
-    real, seen = retriever_phase.feedback_loss, []
+    real, seen = training_pairs.feedback_loss, []
     monkeypatch.setattr(
-        retriever_phase, "feedback_loss", lambda *given, **options: seen.append(options) or real(*given, **options)
+        training_pairs, "feedback_loss", lambda *given, **options: seen.append(options) or real(*given, **options)
     )
     check(generator, retriever, "--feedback_weight", "1")
     batch, options = small_batch(tables()), seen[0]
@@ -395,7 +400,7 @@ def noisy(real):
 def test_nothing_is_changed(generator, retriever, monkeypatch, ends):
     monkeypatch.setattr(TokenLosses, "forward", noisy(TokenLosses.forward))
     if ends == "badly":  # at the step, when weights are already moved
-        real, calls = retriever_phase.contrastive_loss, []
+        real, calls = training_pairs.contrastive_loss, []
 
         def once(*given, **options):
             calls.append(1)
@@ -403,7 +408,7 @@ def test_nothing_is_changed(generator, retriever, monkeypatch, ends):
                 raise InputError("enough")
             return real(*given, **options)
 
-        monkeypatch.setattr(retriever_phase, "contrastive_loss", once)
+        monkeypatch.setattr(training_pairs, "contrastive_loss", once)
     generator.model.train()
     generator.model.transformer.h[0].eval()
     mark = torch.full((32,), 7.0)

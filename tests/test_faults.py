@@ -25,7 +25,7 @@ from cozyrag.training import generator_phase
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.micro_batches import Cut, load_of
 from cozyrag.training.setup import peers_lost
-from cozyrag.training.trainer import PhaseCallback, StepReport, run_phase
+from cozyrag.training.trainer import Phase, PhaseCallback, StepReport, run_phase
 
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
 
@@ -195,7 +195,7 @@ class Notes(PhaseCallback):
         self.cut.append(cut.tokens or cut.micro_batches)
 
 
-def phase(take_step, *, accelerator=None, rows=4, steps=3, show=lambda number: [], **cutting):
+def phase(take_step, *, accelerator=None, rows=4, steps=3, cut=Cut(), **others):  # noqa: B008
     """Run a phase over one weight; (the weight after each step, the calls of the callback)."""
     from cozyrag.config import TrainingSettings
 
@@ -204,17 +204,19 @@ def phase(take_step, *, accelerator=None, rows=4, steps=3, show=lambda number: [
     notes.after_step = lambda report: (values.append(weight.detach().clone()), real(report))[1]
     run_phase(
         accelerator or Accelerator(cpu=True, step_scheduler_with_optimizer=False),
-        "generator",
-        [weight],
-        [range(rows)] * steps,
-        lambda number, cut: take_step(weight, number, cut),
+        Phase(
+            "generator",
+            [weight],
+            [range(rows * number, rows * (number + 1)) for number in range(steps)],
+            0.1,
+            lambda rows, cut: take_step(weight, rows[0] // len(rows), cut),
+            **others,
+        ),
+        cut,
         settings=TrainingSettings(warmup_ratio=0.0),
-        learning_rate=0.1,
         round_number=1,
         callback=notes,
-        show=show,
         quiet=True,
-        **cutting,
     )
     return values, notes
 
@@ -225,10 +227,10 @@ def test_a_non_finite_gradient_changes_no_weight_although_the_loss_is_finite(gra
         weight.grad = torch.full_like(weight, gradient if number == 1 else 1.0)
         return {"loss": 1.0}
 
-    values, notes = phase(take_step, show=lambda number: [{"step": number}])
+    values, notes = phase(take_step, show=lambda rows: [{"first": rows[0]}])
     assert torch.equal(values[0], values[1]) and not torch.equal(values[1], values[2])
-    assert [report.bad for report in notes.reports] == [False, True, False]
-    assert [(step, rows) for step, _, rows in notes.skipped] == [(2, [{"step": 1}])]
+    assert [report.skipped for report in notes.reports] == [False, True, False]
+    assert [(step, rows) for step, _, rows in notes.skipped] == [(2, [{"first": 4}])]
     assert notes.reports[2].learning_rate < notes.reports[1].learning_rate  # the schedule continues
 
 
@@ -269,7 +271,7 @@ def test_the_error_names_the_remedy_for_single_rows_and_for_several_processes(mo
         phase(take_step)
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     monkeypatch.setattr(type(accelerator), "num_processes", 2)
-    with pytest.raises(RuntimeError, match="--gradient_accumulation_steps 2 and --resume_anyway"):
+    with pytest.raises(RuntimeError, match="--gradient_accumulation_steps 2 and --allow_changed_settings"):
         phase(take_step, accelerator=accelerator)
 
 
@@ -297,7 +299,7 @@ def test_with_several_processes_the_error_names_twice_the_micro_batches_that_a_s
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     monkeypatch.setattr(type(accelerator), "num_processes", 2)
     load = lambda number, cut: load_of([100] * 12, cut, processes=2)  # noqa: E731
-    with pytest.raises(RuntimeError, match="--gradient_accumulation_steps 6 and --resume_anyway"):
+    with pytest.raises(RuntimeError, match="--gradient_accumulation_steps 6 and --allow_changed_settings"):
         phase(take_step, accelerator=accelerator, cut=Cut(tokens=250, room=5000), load=load)
 
 

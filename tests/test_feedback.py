@@ -1,4 +1,4 @@
-"""Generator feedback: whose likelihoods they are, in which order, and when they are read from disk instead."""
+"""LM-supervised retrieval: the likelihoods, their order, and when they are read from disk."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def table():
     return Dataset.from_list(rows, features=CONTEXT_FEATURES), Passages.of(Dataset.from_list(passages))
 
 
-def decide(generator, table, folder, *, passages=2):
+def likelihoods_of(generator, table, folder, *, passages=2):
     contexts, columns = table
     builder = ContextBuilder(columns, generator.count_tokens, top_k=3, budget=64)
     return answer_likelihoods(
@@ -55,8 +55,8 @@ def decide(generator, table, folder, *, passages=2):
     )
 
 
-def test_each_number_is_that_of_its_question_and_its_passage(generator, table, tmp_path):
-    likelihoods = decide(generator, table, tmp_path)
+def test_each_likelihood_is_that_of_its_question_and_passage(generator, table, tmp_path):
+    likelihoods = likelihoods_of(generator, table, tmp_path)
     contexts, columns = table
     assert likelihoods.shape == (7, 2) and likelihoods.dtype == np.float32
     assert np.isnan(likelihoods[0]).all()  # a question without an answer
@@ -70,13 +70,13 @@ def test_each_number_is_that_of_its_question_and_its_passage(generator, table, t
             assert likelihoods[row, place] == pytest.approx(alone, rel=1e-4)
 
 
-def test_likelihoods_are_read_again_until_a_weight_or_the_table_changes(generator, table, tmp_path, monkeypatch):
-    first = decide(generator, table, tmp_path)
+def test_likelihoods_are_kept_until_a_weight_or_the_table_changes(generator, table, tmp_path, monkeypatch):
+    first = likelihoods_of(generator, table, tmp_path)
     compute = Generator.log_likelihoods
     monkeypatch.setattr(Generator, "log_likelihoods", None)  # a call would fail
-    np.testing.assert_array_equal(decide(generator, table, tmp_path), first)
+    np.testing.assert_array_equal(likelihoods_of(generator, table, tmp_path), first)
     monkeypatch.setattr(Generator, "log_likelihoods", compute)
     generator.model.get_input_embeddings().weight.data *= 1.5
-    assert not np.array_equal(decide(generator, table, tmp_path), first, equal_nan=True)
-    assert decide(generator, table, tmp_path, passages=3).shape == (7, 3)
+    assert not np.array_equal(likelihoods_of(generator, table, tmp_path), first, equal_nan=True)
+    assert likelihoods_of(generator, table, tmp_path, passages=3).shape == (7, 3)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3

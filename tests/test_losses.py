@@ -1,4 +1,4 @@
-"""The retriever's losses on vectors written by hand: their values, their gradients, and the direction they pull."""
+"""The retriever's losses on hand-written vectors: values, gradients and directions."""
 
 import math
 
@@ -26,7 +26,7 @@ def loss_of(queries, passages, positives, temperature=1.0):
         ([[1, 0]], [[1, 0], [0, 1]], [1], 1.0, math.log(1 + math.exp(1))),
         # opposite passage: cosine -1
         ([[1, 0]], [[1, 0], [-1, 0]], [0], 1.0, math.log(1 + math.exp(-2))),
-        # a passage alone in the batch cannot be missed
+        # a single passage cannot be missed
         ([[1, 0], [0, 1]], [[0.6, 0.8]], [0, 0], 0.05, 0.0),
         # two queries, and a passage of neither: cosines (1, .6, 0) and (0, .8, 1); the mean over the queries
         (
@@ -36,7 +36,7 @@ def loss_of(queries, passages, positives, temperature=1.0):
             1.0,
             (math.log(1 + math.exp(-0.4) + math.exp(-1)) + math.log(1 + math.exp(-0.2) + math.exp(-1))) / 2,
         ),
-        # two queries share a passage, which stands there once
+        # two queries share a passage, which occurs once
         (
             [[1, 0], [0.6, 0.8]],
             [[1, 0], [0, 1]],
@@ -84,7 +84,7 @@ def test_gradient_by_hand():
     assert passages.grad.flatten().tolist() == pytest.approx([-wrong / 0.5, 0, wrong / 0.5, 0])
 
 
-def test_a_step_down_brings_the_pair_together_and_the_rest_apart():
+def test_a_gradient_step_pulls_the_pair_together_and_the_rest_apart():
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     passages = torch.tensor([[0.6, 0.8], SOUTHWEST, [0.8, -0.6]], requires_grad=True)  # the last is a hard negative
     contrastive_loss(queries, passages, positives=torch.tensor([0, 1]), temperature=0.5).backward()
@@ -108,11 +108,11 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(loss, (queries, passages))
 
 
-def test_a_passage_that_every_query_shares_is_pulled_by_all():
+def test_a_shared_passage_is_pulled_by_every_query():
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     passages = torch.tensor([SOUTHWEST, [0.8, -0.6]], requires_grad=True)
     contrastive_loss(queries, passages, positives=torch.tensor([0, 0]), temperature=1.0).backward()
-    assert (passages.grad[0] < 0).all()  # downhill is towards both queries
+    assert (passages.grad[0] < 0).all()  # towards both queries
 
 
 def test_a_query_without_a_positive_adds_nothing():
@@ -132,7 +132,7 @@ def marks(*rows):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 def test_sentence_loss_is_the_mass_on_sentences_with_the_answer(temperature):
-    """Transcribed with sums of Python floats; the last sentence was not read, the last query has no sentence with its answer."""
+    """Transcribed with sums of Python floats; the last sentence is truncated, and the last query has no other with its answer."""
     random = torch.Generator().manual_seed(1)
     queries, sentences = (
         torch.nn.functional.normalize(torch.randn(n, 5, generator=random, dtype=torch.float64)) for n in (4, 6)
@@ -149,7 +149,7 @@ def test_sentence_loss_is_the_mass_on_sentences_with_the_answer(temperature):
     assert found == pytest.approx(sum(expected) / 3)
 
 
-def test_sentence_loss_pulls_within_the_own_passage_and_lets_others_be():
+def test_sentence_loss_ignores_the_sentences_of_other_passages():
     queries = torch.tensor([[0.6, 0.8]], dtype=torch.float64, requires_grad=True)
     sentences = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     loss = sentence_loss(queries, sentences, own=marks("xx."), right=marks("x.."), temperature=1.0)
@@ -161,7 +161,7 @@ def test_sentence_loss_pulls_within_the_own_passage_and_lets_others_be():
     assert down @ sentences.detach()[0] > 0 > down @ sentences.detach()[1]
 
 
-def test_sentence_loss_is_nothing_where_every_sentence_holds_the_answer_or_none_does():
+def test_sentence_loss_is_zero_if_all_sentences_or_none_hold_the_answer():
     sentences = torch.eye(2, requires_grad=True)
     for right in ("xx", ".."):
         loss = sentence_loss(torch.eye(2)[:1], sentences, own=marks("xx"), right=marks(right), temperature=0.1)
@@ -171,7 +171,7 @@ def test_sentence_loss_is_nothing_where_every_sentence_holds_the_answer_or_none_
     assert sentence_loss(torch.eye(2)[:1], sentences[:0], own=nothing, right=nothing, temperature=0.1).item() == 0
 
 
-def test_gradient_of_the_sentence_loss_is_that_of_finite_differences():
+def test_gradients_of_the_sentence_loss_agree_with_finite_differences():
     random = torch.Generator().manual_seed(0)
     queries, sentences = (torch.randn(n, 3, generator=random, dtype=torch.float64, requires_grad=True) for n in (3, 5))
     own, right = marks("xxx..", "xxx..", "...xx"), marks("x.x..", "...x.", "....x")
@@ -203,8 +203,8 @@ PASSAGES = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
-def test_feedback_is_the_divergence_of_two_preferences(temperature):
-    """Cosines of (1, 0) are 1, 0, -1; the candidates are given in another order than the passages stand."""
+def test_feedback_is_the_divergence_of_two_distributions(temperature):
+    """Cosines of (1, 0) are 1, 0, -1; the candidates are not in the order of the passages."""
     found = feedback_of([[1.0, 0.0]], PASSAGES, [[2, 0, 1]], [[-0.3, -2.0, -1.0]], temperature)
     wanted = softmax([x / temperature for x in (-0.3, -2.0, -1.0)])
     given = softmax([x / temperature for x in (-1.0, 1.0, 0.0)])
@@ -218,18 +218,18 @@ def test_feedback_compares_the_same_passages():
     assert feedback_of([[1.0, 0.0]], PASSAGES, [[1, 2, 0]], [[-0.3, -2.0, -1.0]]) != pytest.approx(straight, abs=0.1)
 
 
-def test_agreement_costs_nothing_and_a_constant_in_the_likelihoods_neither():
+def test_agreement_has_no_loss_whatever_is_added_to_the_likelihoods():
     assert feedback_of([[1.0, 0.0]], PASSAGES, [[0, 1, 2]], [[-4.0, -5.0, -6.0]]) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_feedback_is_a_mean_over_the_questions_that_have_an_answer():
+def test_feedback_is_a_mean_over_the_questions_with_an_answer():
     one = feedback_of([[1.0, 0.0]], PASSAGES, [[0, 1]], [[-3.0, -1.0]])
     both = feedback_of([[1.0, 0.0], [0.0, 1.0]], PASSAGES, [[0, 1], [0, 1]], [[-3.0, -1.0], [math.nan, math.nan]])
     assert both == pytest.approx(one)
     assert feedback_of([[1.0, 0.0]], PASSAGES, [[0, 1]], [[math.nan, math.nan]]) == 0.0
 
 
-def test_feedback_pulls_towards_the_passage_that_makes_the_answer_likelier():
+def test_feedback_pulls_towards_the_passage_with_the_likelier_answer():
     query = torch.tensor([[0.6, 0.8]], dtype=torch.float64, requires_grad=True)
     passages = torch.tensor(PASSAGES, dtype=torch.float64, requires_grad=True)
     likelihoods = torch.tensor([[-0.1, -5.0]], dtype=torch.float64, requires_grad=True)
@@ -237,10 +237,10 @@ def test_feedback_pulls_towards_the_passage_that_makes_the_answer_likelier():
     feedback_loss(query, passages, candidates=candidates, likelihoods=likelihoods, temperature=0.1).backward()
     assert query.grad @ passages[0].detach() < 0 < query.grad @ passages[1].detach()
     assert (passages.grad[2] == 0).all() and (passages.grad[:2] != 0).any()
-    assert likelihoods.grad is None  # the generator is a judge, not a pupil
+    assert likelihoods.grad is None  # the generator is not trained
 
 
-def test_gradient_of_the_feedback_is_that_of_finite_differences():
+def test_gradients_of_the_feedback_agree_with_finite_differences():
     random = torch.Generator().manual_seed(0)
     queries = torch.randn(3, 4, generator=random, dtype=torch.float64, requires_grad=True)
     passages = torch.randn(5, 4, generator=random, dtype=torch.float64, requires_grad=True)

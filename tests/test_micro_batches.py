@@ -1,4 +1,4 @@
-"""How steps are cut into micro-batches, and how many tokens of activations fit: arithmetic, and what real models keep."""
+"""How steps are cut into micro-batches, and how many tokens fit: the arithmetic, and the activations of real models."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from cozyrag.training.micro_batches import (
     Cut,
     Load,
     caching_load,
+    describe_cut,
     generator_budget,
     load_of,
     micro_batches,
@@ -18,23 +19,22 @@ from cozyrag.training.micro_batches import (
     retriever_budget,
     token_budget,
     token_bytes,
-    told,
 )
 
 
-def test_a_step_that_fits_is_shared_out_as_ever():
+def test_a_step_that_fits_is_sharded_over_the_processes():
     for processes in (1, 2, 3):
         assert micro_batches([30] * 8, Cut(tokens=1200), processes=processes) == shard(range(8), parts=processes)
     assert micro_batches([30] * 8, Cut(micro_batches=3), processes=2) == shard(range(8), parts=6)
 
 
-def test_by_tokens_rows_of_like_length_are_of_equal_number():
+def test_by_tokens_rows_of_similar_length_are_cut_evenly():
     assert [len(group) for group in micro_batches([150] * 32, Cut(tokens=1200))] == [8] * 4
     assert [len(group) for group in micro_batches([160] * 32, Cut(tokens=1200))] == [7, 7, 6, 6, 6]
     assert [len(group) for group in micro_batches([150] * 32, Cut(tokens=1200), processes=3)] == [6, 6, 5, 5, 5, 5]
 
 
-def test_a_long_row_goes_alone_and_does_not_cut_the_others_smaller():
+def test_a_long_row_is_alone_and_does_not_make_the_others_smaller():
     assert micro_batches([10, 10, 10, 10, 100], Cut(tokens=40)) == [[0, 1, 2, 3], [4]]
     assert micro_batches([10] * 5 + [100] * 2, Cut(tokens=50), processes=2) == [[0, 1, 2, 3, 4], [5], [6], []]
 
@@ -48,26 +48,21 @@ def test_every_row_is_in_one_micro_batch_and_none_is_too_large(lengths, tokens, 
     assert all(len(group) <= 1 or padded(lengths, group) <= tokens for group in groups)
 
 
-def test_a_smaller_cut_is_smaller_until_there_is_none():
-    assert (
-        Cut(micro_batches=3).smaller(Load(3, 0, 5)) == Cut(micro_batches=5)
-        and Cut(micro_batches=5).smaller(Load(5, 0, 5)) is None
-    )
+def test_cuts_get_smaller_until_there_is_none():
+    assert Cut(3).smaller(Load(3, 0, 5)) == Cut(5) and Cut(5).smaller(Load(5, 0, 5)) is None
     cut, tried = Cut(tokens=1200, room=9000), []
     while cut:
         load = load_of([20] * 6 + [70], cut)
         tried.append((load.tokens, cut.recomputes(70)))
         cut = cut.smaller(load)
     assert tried == [(490, False), (210, False), (100, False), (70, True), (70, True)]
-    assert Cut(tokens=9).smaller(Load(3, 30, 3)) is None  # a retriever: it does not compute anew
+    assert Cut(tokens=9).smaller(Load(3, 30, 3)) is None  # the retriever does not recompute
 
 
-def test_the_pieces_of_a_retriever_step_are_as_few_as_can_be():
+def test_a_retriever_step_has_as_few_micro_batches_as_possible():
     sides = [[10] * 4, [100] * 8]  # 40 tokens of questions, 800 of passages
-    for tokens, expected in ((840, (1, 840)), (839, (2, 420)), (300, (3, 320)), (250, (4, 210)), (1, (8, 110))):
-        load = caching_load(sides, Cut(tokens=tokens), together=16)
-        assert (load.micro_batches, load.most) == (4 if tokens == 300 else expected[0], 8)
-        assert load.tokens == (210 if tokens == 300 else expected[1])
+    for tokens, expected in ((840, (1, 840)), (839, (2, 420)), (300, (4, 210)), (250, (4, 210)), (1, (8, 110))):
+        assert caching_load(sides, Cut(tokens=tokens), together=16) == Load(*expected, 8)
     assert caching_load(sides, Cut(micro_batches=2), together=16) == Load(2, 420, 8)
     assert caching_load([[5, 1, 5, 1], []], Cut(tokens=12), together=2) == Load(1, 12, 4)  # 2 x 1 and 2 x 5
 
@@ -76,13 +71,13 @@ def test_the_pieces_of_a_retriever_step_are_as_few_as_can_be():
 
 
 def kept_bytes(model, run, tokens):
-    """Bytes that autograd keeps of a forward pass for each token, weights left out."""
+    """Bytes that autograd keeps of a forward pass per token, without the weights."""
     weights, kept = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # a reference, so that the storage is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -90,16 +85,11 @@ def kept_bytes(model, run, tokens):
     return sum(size for size, _ in kept.values()) / tokens
 
 
-SMOL = {
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 500,
-}
+HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
+SMOL = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 500} | HEADS
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0}
 PLAIN = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-MODELS = {  # of two layers; each takes the shape of a known one
+MODELS = {  # two layers with the shape of a known model
     "distilgpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, vocab_size=500, **PLAIN, **SPECIAL)),
     "distilgpt2 with dropout": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, vocab_size=500, **SPECIAL)),
     "distilgpt2, eager": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, vocab_size=500, attn_implementation="eager", **PLAIN, **SPECIAL)),
@@ -110,7 +100,7 @@ MODELS = {  # of two layers; each takes the shape of a known one
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_estimate_is_near_what_a_model_keeps(name, precision):
+def test_the_estimate_is_close_to_the_activations_of_a_model(name, precision):
     model = MODELS[name]().train(name != "MiniLM")
     ids = torch.arange(4 * 120).view(4, 120)
     core = model if name == "MiniLM" else model.base_model
@@ -121,7 +111,7 @@ def test_the_estimate_is_near_what_a_model_keeps(name, precision):
     assert 0.85 < expected / found < 1.4
 
 
-def test_a_model_that_does_not_tell_its_sizes_has_no_estimate():
+def test_a_model_of_unknown_sizes_has_no_estimate():
     class Other:
         hidden_size = 8
 
@@ -134,7 +124,7 @@ def test_the_tokens_that_fit():
     assert token_budget(1000, 1e6, share=0.5, states=2e6) == 1
 
 
-def test_the_generator_takes_what_brings_speed_on_a_cpu_and_what_fits_on_a_gpu():
+def test_the_generator_takes_what_is_fast_on_a_cpu_and_what_fits_on_a_gpu():
     given = {"each": 1_000_000, "states": 2e9}
     assert generator_budget(free=22e9, device="cpu", **given) == Cut(tokens=1200, room=10_000)
     assert generator_budget(free=3e9, device="cpu", **given) == Cut(tokens=500, room=500)
@@ -149,7 +139,7 @@ def test_the_retriever_takes_a_bounded_share():
     assert retriever_budget(free=81e9, device="cuda", **given) == Cut(tokens=200_000)
 
 
-def test_what_was_chosen_is_told_in_a_line():
+def test_the_log_line_about_a_cut():
     line = "generator: micro-batches of up to 1,200 tokens (about 0.6 GB of activations)"
-    assert told("generator", Cut(tokens=1200), 525_000) == line
-    assert told("retriever", Cut(), None) == "retriever: 1 micro-batch a step in each process"
+    assert describe_cut("generator", Cut(tokens=1200), 525_000) == line
+    assert describe_cut("retriever", Cut(), None) == "retriever: 1 micro-batch per step and process"

@@ -1,7 +1,7 @@
-"""Several machines, played by one: two launchers that find each other over loopback, as examples/slurm.sh starts them.
+"""Several machines, simulated by one: two launchers that connect over loopback, started by examples/slurm.sh.
 
-The cluster's commands are stand-ins: `srun` runs its command once for each machine at the same time, `scontrol` names the first
-machine. What they start is real: two `accelerate launch`, gloo, and a whole round.
+The commands of the cluster are replaced: `srun` runs its command once per machine, in parallel, `scontrol` prints the first
+machine. The rest is real: two `accelerate launch`, gloo, and a whole round.
 """
 
 import json
@@ -29,7 +29,7 @@ exit "${failed:-0}"
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Environment of a job on two machines: stand-ins first on the path, and the weights of each machine noted."""
+    """Environment of a job on two machines: replaced commands on the path, and a folder for the fingerprints."""
     commands = {
         "srun": SRUN,
         "scontrol": "#!/bin/bash\necho 127.0.0.1\nsleep 0.2\necho 127.0.0.1\n",
@@ -73,9 +73,9 @@ def test_two_machines_take_the_steps_of_one(cluster, settings, tmp_path):
         ("0", "1", "2"),
         ("1", "1", "2"),
     ]
-    assert notes[0]["prints"] == notes[1]["prints"]  # the same weights on both machines, to the bit
+    assert notes[0]["prints"] == notes[1]["prints"]  # bit-equal weights on both machines
     assert CozyRAG.from_pretrained(tmp_path / "two").answer("What colour is the fox 0?").passages
-    assert "2 processes on cpu" in logs[0] and "2 processes on cpu" not in logs[1]  # one machine speaks for both
+    assert "2 processes on cpu" in logs[0] and "2 processes on cpu" not in logs[1]  # only the first machine logs
     launch([*settings, "--output_dir", tmp_path / "one"])
     for name in ("generator", "retriever"):
         two, one = (load_file(tmp_path / folder / name / "model.safetensors") for folder in ("two", "one"))

@@ -1,4 +1,4 @@
-"""What trackers are told (settings and numbers, no environment) and where it lies: the real packages, no network."""
+"""Trackers get settings and numbers but no environment, and write below their folder: the real packages, no network."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ SECRETS = {
 SETTINGS = parse_settings(["--questions", "my.tsv", "--rounds", "3", "--retriever_learning_rate", "7e-6"]).to_dict()
 KEPT = {
     name: str(value) if value is None or isinstance(value, list) else value for name, value in SETTINGS.items()
-}  # as trackers get them
+}  # as trackers receive them
 OURS = ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT")
 RUN = """
 import json, sys
@@ -46,7 +46,7 @@ accelerator.end_training()
 
 @pytest.fixture
 def environment():
-    """The environment as it was, once the test is over; the trackers' own variables are unset for it."""
+    """os.environ without the trackers' own variables, restored after the test."""
     before = dict(os.environ)
     for name in OURS:
         os.environ.pop(name, None)
@@ -56,7 +56,7 @@ def environment():
 
 
 class Recorder:
-    """Stands for an Accelerator: notes what the trackers would get."""
+    """Replaces an Accelerator and records the calls of the trackers."""
 
     def __init__(self, is_main_process=True):
         self.is_main_process = is_main_process
@@ -74,93 +74,73 @@ class Recorder:
         self.logged.append((numbers, step))
 
 
-def start(recorder, names, folder, settings=()):
-    start_trackers(recorder, names, project="p", run_name="r", folder=folder, settings=dict(settings))
+def start(recorder, names, folder, settings=(), **more):
+    start_trackers(recorder, names, project="p", run_name="r", folder=folder, settings=dict(settings), **more)
 
 
-# ---- which trackers
+# ---- the choice of trackers
 
 
 @pytest.mark.parametrize(
-    ("asked", "names"),
-    [
-        (["none"], []),
-        ([], []),
-        (["mlflow"], ["mlflow"]),
-        (["none", "wandb"], ["wandb"]),
-        (list(TRACKERS), list(TRACKERS)),
-    ],
+    ("given", "names"),
+    [(["none"], []), ([], []), (["none", "wandb"], ["wandb"]), (list(TRACKERS), list(TRACKERS))],
 )
-def test_none_stands_for_no_tracker(asked, names):
-    assert wanted_trackers(asked) == names
+def test_none_is_no_tracker(given, names):
+    assert wanted_trackers(given) == names
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_missing_package_is_named_with_the_way_to_get_it(name, monkeypatch):
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else there(asked))
+def test_a_missing_package_is_named_with_its_remedy(name, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda given: None if given == name else real(given))
     with pytest.raises(InputError) as caught:
         wanted_trackers(list(TRACKERS))
     assert f"--report_to {name}" in str(caught.value) and f"pip install {name}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("names", "main"), [([], True), (["mlflow", "wandb"], False)])
-def test_without_trackers_or_off_the_main_process_nothing_is_touched(names, main, tmp_path, environment):
+def test_without_trackers_or_beside_the_main_process_nothing_is_changed(names, main, tmp_path, environment):
     recorder, before = Recorder(main), dict(environment)
     start(recorder, names, tmp_path / "trackers")
     assert recorder.started == [] and dict(environment) == before and not (tmp_path / "trackers").exists()
 
 
-# ---- what they are handed
+# ---- what they receive
 
 
-def test_settings_are_handed_over_as_plain_values(tmp_path, environment):
+def test_settings_are_plain_values(tmp_path, environment):
     recorder = Recorder()
     settings = parse_settings(["--questions", "my.tsv", "--report_to", "mlflow", "wandb"]).to_dict()
     start(recorder, ["mlflow", "wandb"], tmp_path, settings)
     [(project, config, options)] = recorder.started
-    assert (
-        project == "p"
-        and set(config) == set(settings)
-        and {type(value) for value in config.values()} <= {int, float, str, bool}
-    )
-    assert (config["rounds"], config["use_cpu"], config["threads"], config["report_to"]) == (
-        2,
-        False,
-        "None",
-        "['mlflow', 'wandb']",
-    )
+    assert project == "p" and set(config) == set(settings)
+    assert {type(value) for value in config.values()} <= {int, float, str, bool}
+    values = [config[name] for name in ("rounds", "use_cpu", "threads", "report_to")]
+    assert values == [2, False, "None", "['mlflow', 'wandb']"]
     assert options == {
         "mlflow": {"run_name": "r", "logging_dir": str(tmp_path / "mlflow-artifacts")},
         "wandb": {"name": "r", "dir": str(tmp_path), "settings": {"x_disable_meta": True, "console": "off"}},
     }
 
 
-def test_a_resumed_run_goes_on_in_the_runs_it_had(tmp_path, environment):
+def test_a_resumed_run_continues_its_tracker_runs(tmp_path, environment):
     for resumed_at in (None, 7):
         recorder = Recorder()
-        start_trackers(
-            recorder, list(TRACKERS), project="p", run_name="r", folder=tmp_path, settings={}, resumed_at=resumed_at
-        )
+        start(recorder, list(TRACKERS), tmp_path, resumed_at=resumed_at)
     [(_, _, options)] = recorder.started
     assert options["mlflow"]["run_id"] == "id of mlflow" and options["tensorboard"] == {"purge_step": 8}
-    assert options["wandb"] == {
-        "name": "r",
-        "dir": str(tmp_path),
-        "settings": {"x_disable_meta": True, "console": "off"},
-        "id": "id of wandb",
-        "resume": "allow",
-    }
+    expected = {"name": "r", "dir": str(tmp_path), "settings": {"x_disable_meta": True, "console": "off"}}
+    assert options["wandb"] == expected | {"id": "id of wandb", "resume": "allow"}
 
 
-def test_only_the_trackers_asked_for_get_options_and_variables(tmp_path, environment):
+def test_other_trackers_get_no_options_and_variables(tmp_path, environment):
     recorder = Recorder()
     start(recorder, ["tensorboard"], tmp_path)
     assert recorder.started == [("p", {}, {})] and recorder.project_configuration.logging_dir == str(tmp_path)
     assert not {"MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_SILENT"} & set(environment)
 
 
-def test_without_word_from_the_user_they_need_no_network(tmp_path, environment):
+def test_by_default_they_need_no_network(tmp_path, environment):
     start(Recorder(), ["mlflow", "wandb"], tmp_path)
     assert environment["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert environment["WANDB_MODE"] == "offline" and environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
@@ -169,13 +149,13 @@ def test_without_word_from_the_user_they_need_no_network(tmp_path, environment):
 @pytest.mark.parametrize(
     "given", [{"MLFLOW_TRACKING_URI": "http://mine"}, {"WANDB_MODE": "online"}, {"WANDB_MODE": "disabled"}]
 )
-def test_what_the_user_set_is_respected(given, tmp_path, environment):
+def test_variables_of_the_user_are_respected(given, tmp_path, environment):
     environment.update(given)
     start(Recorder(), ["mlflow", "wandb"], tmp_path)
     assert {name: environment[name] for name in given} == given
 
 
-def test_with_an_api_key_wandb_is_left_online(tmp_path, environment):
+def test_with_an_api_key_wandb_stays_online(tmp_path, environment):
     environment["WANDB_API_KEY"] = "key"
     start(Recorder(), ["wandb"], tmp_path)
     assert "WANDB_MODE" not in environment
@@ -183,45 +163,28 @@ def test_with_an_api_key_wandb_is_left_online(tmp_path, environment):
 
 def test_numbers_are_plain_floats_under_a_prefix():
     recorder = Recorder()
-    log_numbers(
-        recorder,
-        {"loss": np.float64(0.5), "recall@1": 3, "em_interval": [0.1, 0.2], "kind": "evaluation"},
-        step=7,
-        prefix="evaluation",
-    )
+    numbers = {"loss": np.float64(0.5), "recall@1": 3, "em_interval": [0.1, 0.2], "kind": "evaluation"}
+    log_numbers(recorder, numbers, step=7, prefix="evaluation")
     [(numbers, step)] = recorder.logged
     assert numbers == {"evaluation/loss": 0.5, "evaluation/recall_at_1": 3.0} and step == 7
     assert {type(value) for value in numbers.values()} == {float}
 
 
-# ---- the real packages, each in a process of its own, whose home, temporary and working folders all lie in tmp_path
+# ---- the real packages, each in a process whose home, temporary and working folders are in tmp_path
 
 
 @pytest.fixture
 def tracked(tmp_path):
-    """Runs RUN with a tracker and secrets in the environment; returns its output folder."""
+    """tracked(name): run RUN with this tracker and secrets in the environment; returns its output folder."""
 
     def run(name):
         for folder in ("home", "tmp", "work"):
             (tmp_path / folder).mkdir()
-        plain = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        plain = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
+        plain |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
-        command = [sys.executable, "-c", RUN, name]
-        environment = plain | folders | SECRETS
-        done = subprocess.run(
-            command,
-            cwd=tmp_path / "work",
-            input=json.dumps(SETTINGS),
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        given = {"cwd": tmp_path / "work", "input": json.dumps(SETTINGS), "env": plain | folders | SECRETS}
+        done = subprocess.run([sys.executable, "-c", RUN, name], capture_output=True, text=True, timeout=300, **given)
         assert done.returncode == 0, done.stderr
         return tmp_path / "work" / "out"
 
@@ -259,16 +222,16 @@ def test_wandb_offline_keeps_settings_and_numbers_below_trackers(tracked, tmp_pa
     check_place_and_secrets(tmp_path, out)
     [record] = (out / "trackers" / "wandb").glob("offline-run-*/run-*.wandb")
     raw = record.read_bytes()
-    for words in (
-        b"my-project",
-        b"my-run",
-        b'"my.tsv"',
-        b"retriever_learning_rate",
-        b"generator/loss",
-        b"generator/recall_at_5",
-        b"62.5",
-    ):
-        assert words in raw, words
+    expected = (
+        "my-project",
+        "my-run",
+        '"my.tsv"',
+        "retriever_learning_rate",
+        "generator/loss",
+        "generator/recall_at_5",
+    )
+    for words in (*expected, "62.5"):
+        assert words.encode() in raw, words
     log = (record.parent / "logs" / "debug.log").read_text()
     assert "config_cb" in log and str(KEPT) in log
 

@@ -30,6 +30,7 @@ from cozyrag.training.losses import contrastive_loss
 from cozyrag.training.micro_batches import Cut
 from cozyrag.training.retriever_phase import retriever_cut, retriever_step
 from cozyrag.training.trainer import trainable
+from cozyrag.training.training_pairs import LossTerm, RetrieverBatch
 
 SHAPE = LlamaConfig(
     hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
@@ -61,8 +62,8 @@ def retriever_work(accelerator: Accelerator, wanted: str) -> tuple[torch.nn.Modu
     passages = [" ".join(draw.choices(WORDS, k=158)) for _ in range(128)]
     own = torch.arange(64)
     term = lambda asked, found, _: contrastive_loss(asked, found, positives=own, temperature=0.05)  # noqa: E731
-    terms = {"contrastive": (1.0, term)}
-    return retriever.model, partial(retriever_step, accelerator, retriever, questions, passages, terms, cut=cut)
+    batch = RetrieverBatch(questions, passages, [LossTerm("contrastive", 1.0, term)])
+    return retriever.model, partial(retriever_step, accelerator, retriever, batch, cut=cut)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ class Retriever:
         return first.auto_model.config if isinstance(first, Transformer) else None
 
     @property
-    def _dimensions(self) -> int:
+    def dimensions(self) -> int:
         return int(self.model.get_embedding_dimension() or 0)
 
     def count_tokens(self, texts: Sequence[str], *, kind: str) -> list[int]:
@@ -159,7 +159,7 @@ class Retriever:
         """Vectors (n_texts, dim) float32 without gradients, in the order of the texts."""
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
         if not len(texts):
-            return np.zeros((0, self._dimensions), dtype=np.float32)
+            return np.zeros((0, self.dimensions), dtype=np.float32)
         with self.casting():
             vectors = encode(list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=progress)
         _check_finite(vectors)
@@ -206,8 +206,8 @@ class Retriever:
         Returns:
             vectors (n_texts, dim) float32, as `encode` returns them, and the vectors of the sentences.
         """
-        vectors = np.zeros((len(texts), self._dimensions), dtype=np.float32)
-        sentences: list[np.ndarray] = [np.zeros((0, self._dimensions))] * len(texts)
+        vectors = np.zeros((len(texts), self.dimensions), dtype=np.float32)
+        sentences: list[np.ndarray] = [np.zeros((0, self.dimensions))] * len(texts)
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -216,7 +216,7 @@ class Retriever:
             for row, block in zip(rows, torch.cat(batch).cpu().split([len(block) for block in batch]), strict=True):
                 vectors[row], sentences[row] = block[0].numpy(), block[1:].numpy()
         _check_finite(vectors)
-        return vectors, SentenceVectors.join(sentences, self._dimensions)
+        return vectors, SentenceVectors.join(sentences, self.dimensions)
 
     def _offsets(self, texts: list[str]) -> list[np.ndarray]:
         """For each text the character at which each of its tokens begins; -1 for special tokens."""

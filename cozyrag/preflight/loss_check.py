@@ -24,7 +24,7 @@ from cozyrag.models.prompts import encode_examples, with_keywords
 from cozyrag.models.retriever import UNUSED, Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import generator_losses, generator_penalties, generator_terms
-from cozyrag.training.retriever_phase import TermOfVectors, retriever_terms, step_sentences
+from cozyrag.training.training_pairs import LossTerm, TrainingPair, retriever_batch
 
 CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
 QUESTIONS = 4  # enough for a gradient, ...
@@ -111,7 +111,7 @@ def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, set
     if training.generator_steps != 0 and training.generator_epochs > 0:
         terms += _generator_terms(generator, batch, training, context_tokens)
     if training.retriever_steps != 0 and training.retriever_epochs > 0:
-        judged = _likelihoods(generator, batch, context_tokens) if training.feedback_weight else {}
+        judged = _likelihoods(generator, batch, context_tokens) if training.feedback_weight else []
         terms += _retriever_terms(retriever, batch, training, judged)
     return terms
 
@@ -147,7 +147,7 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
     return found
 
 
-def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dict:
+def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> list[tuple[list[int], list[float]]]:
     """The generator's feedback on JUDGED passages of each question, as the retriever phase takes it; NaN where there is no answer."""
     read = batch.passages.to_read()
     judged = min(JUDGED, len(read))
@@ -159,27 +159,30 @@ def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> dic
         context_tokens=context_tokens,
     ).reshape(-1, judged)
     likelihoods[[not answer for answer in batch.answers]] = np.nan
-    return {"candidates": candidates, "likelihoods": likelihoods.astype(np.float32)}
+    return list(zip(candidates, likelihoods.astype(np.float32).tolist(), strict=True))
 
 
-def _retriever_terms(retriever: Retriever, batch: Batch, training: TrainingSettings, feedback: dict) -> list[Term]:
-    """The contrastive loss, the sentence loss and the feedback, as far as they are on."""
-    sentences = None
-    if training.sentence_weight:
-        answers = [[answer] if answer else [] for answer in batch.answers]
-        sentences = step_sentences(batch.passages, range(len(batch.passages.ids)), batch.positives, answers)
-    spans = sentences.spans if sentences else None
+def _retriever_terms(
+    retriever: Retriever, batch: Batch, training: TrainingSettings, feedback: list[tuple[list[int], list[float]]]
+) -> list[Term]:
+    """The active terms of the retriever; `feedback`: candidates and likelihoods per question, or empty."""
+    everything = range(len(batch.passages.ids))  # as negatives, so that all passages take part
+    scored = feedback or [([], [])] * len(batch.questions)
+    pairs = [
+        TrainingPair(question, [answer] if answer else [], positive, everything, *own)
+        for question, answer, positive, own in zip(batch.questions, batch.answers, batch.positives, scored, strict=True)
+    ]
+    step = retriever_batch(pairs, batch.passages, training)
 
-    def value(term: TermOfVectors) -> Callable[[], torch.Tensor]:
+    def value(term: LossTerm) -> Callable[[], torch.Tensor]:
         def recompute() -> torch.Tensor:
-            queries = retriever.embed(batch.questions, kind="query")
-            vectors = retriever.embed(batch.passages.to_read(), kind="document", spans=spans)
-            return term(queries, *texts_and_sentences(vectors, spans))
+            queries = retriever.embed(step.questions, kind="query")
+            vectors = retriever.embed(step.passages, kind="document", spans=step.spans)
+            return term.function(queries, *texts_and_sentences(vectors, step.spans))
 
         return recompute
 
-    terms = retriever_terms(training, positives=batch.positives, sentences=sentences, **feedback)
-    return [Term(*NAMES[name], "retriever", value(term)) for name, (_, term) in terms.items()]
+    return [Term(*NAMES[term.name], "retriever", value(term)) for term in step.terms]
 
 
 # ---- what is found out about a term

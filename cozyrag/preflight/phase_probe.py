@@ -31,15 +31,11 @@ from cozyrag.training.generator_phase import (
     tear_down,
 )
 from cozyrag.training.micro_batches import Cut, micro_batches, padded
-from cozyrag.training.retriever_phase import (
-    retriever_cut,
-    retriever_gradients,
-    retriever_steps,
-    retriever_usable,
-    step_passages,
-)
+from cozyrag.training.retriever_phase import retriever_cut, retriever_step, retriever_steps, retriever_usable
 from cozyrag.training.run_retrieval import fusion_questions
+from cozyrag.training.trainer import Phase as TrainingPhase
 from cozyrag.training.trainer import PhaseCallback, first_cut, run_phase, trainable
+from cozyrag.training.training_pairs import RetrieverBatch, retriever_batch, training_pairs
 
 BUDGET = 18.0  # seconds of all parts together; beginnings and what is begun when they end come on top
 SHARES = {"index": 4, "retrieve": 4, "generator": 6, "feedback": 2, "retriever": 5, "answer": 3}
@@ -150,17 +146,17 @@ def retriever_cost(subject: Subject, asked: dict[str, list], places: list[int]) 
     if not steps:
         return Phase(0, 0, 0, Line(0, 0), len(usable), 0)
 
+    def batch(rows: Sequence[int]) -> RetrieverBatch:
+        return retriever_batch(training_pairs(asked, rows, likelihoods), subject.passages, training)
+
     def units(rows: Sequence[int]) -> float:
-        found = step_passages(asked, rows, 0 if likelihoods is None else likelihoods.shape[1])
-        read = [asked["question"][row] for row in rows] + subject.passages.select(found)
-        return sum(map(subject.tokens, read))
+        step = batch(rows)
+        return sum(map(subject.tokens, [*step.questions, *step.passages]))
 
     cut = first_cut(training, PhaseCallback(), partial(retriever_cut, subject.accelerator, subject.retriever))
 
     def take_rows(rows: Sequence[int], cut: Cut) -> dict[str, float]:
-        return retriever_gradients(
-            subject.accelerator, subject.retriever, asked, subject.passages, rows, training, likelihoods, cut
-        )
+        return retriever_step(subject.accelerator, subject.retriever, batch(rows), cut=cut)
 
     def held(rows: Sequence[int]) -> float:
         """Tokens at the peak: those of its largest micro-batch, by the same estimate."""
@@ -205,10 +201,8 @@ def _phase(
 
     def take(tried: list[list[int]]) -> tuple[list[tuple[float, float]], float]:
         watch = Stopwatch([(len(rows), units(rows)) for rows in tried], ends)
-        run_phase(
-            subject.accelerator, name, parameters, [np.array(rows) for rows in tried], lambda number, cut: take_rows(tried[number], cut),
-            settings=subject.settings.training, learning_rate=rate, round_number=1, callback=watch, quiet=True, cut=cut,
-        )  # fmt: skip
+        phase, training = TrainingPhase(name, parameters, tried, rate, take_rows), subject.settings.training
+        run_phase(subject.accelerator, phase, cut, settings=training, round_number=1, callback=watch, quiet=True)
         return watch.measured, timed(subject.accelerator.free_memory)[0]
 
     whole, few = max(map(len, looked)), min(len(looked[0]), max(4, subject.accelerator.num_processes))

@@ -1,8 +1,8 @@
-"""What a run keeps in OUTPUT/checkpoints, and how it goes on from there.
+"""The checkpoints of a run in OUTPUT/checkpoints, and reading them to resume.
 
-A checkpoint folder is complete: progress, both models as ordinary checkpoints, and inside a phase the optimizer's
-state. A manifest tells whether it is still what was written. Left out: what the models are (generator.py, retriever.py),
-when to save (callbacks.py, rounds.py), and the output folder as a whole (output_dir.py).
+A checkpoint folder is complete: progress, both models as ordinary checkpoints, within a phase the optimizer's state, and a
+manifest that reveals damage. Left out: the models (generator.py, retriever.py), when to save (callbacks.py, rounds.py),
+the output folder as a whole (output_dir.py).
 """
 
 import contextlib
@@ -26,18 +26,18 @@ PHASES = ("generator", "retriever", "evaluation")
 
 @dataclass
 class Progress:
-    """What is to be done next: `phase` of `round`, of which `step` optimizer steps are taken. Round 0 only examines.
+    """The position in a run: `phase` of `round` is next or in progress, with `step` of its optimizer steps taken.
 
     Args:
+        round: 0 only evaluates the untuned baseline.
         metrics: rows of metrics.jsonl so far.
         steps_so_far: optimizer steps of the whole run.
-        pending: [loss, terms, seconds a row] of the steps since the last log line.
-        spent: seconds already spent on the part that is under way, by its name.
-        bad_steps: steps in a row whose loss was no number.
-        pieces: in how many micro-batches a phase's steps are worked through, by phase, where memory did not do for fewer and the
-            number is not chosen automatically.
-        cuts: tokens of the micro-batches of a phase, and how many have room (`Cut`), by phase, as chosen when the run began: what is
-            free when it goes on must not change its rounding.
+        pending: [loss, terms, seconds per row] of the steps since the last log line.
+        spent: seconds spent on the parts in progress, by name.
+        skipped_steps: consecutive steps with a non-finite loss or gradient.
+        micro_batches: micro-batches per step, by phase, where fewer did not fit and the settings give a number.
+        cuts: the fields of the `Cut` chosen when the run began, by phase: the free memory at resumption must not change
+            the rounding.
     """
 
     round: int = 0
@@ -53,11 +53,11 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """Folder name; names sort in the order of the run."""
+        """The folder name; names sort in the order of the run."""
         return f"round-{self.round:03d}-{PHASES.index(self.phase)}-{self.phase}-{self.step:06d}"
 
     def following(self, round_number: int, phase: str) -> "Progress":
-        """The beginning of the phase that comes after this one."""
+        """The start of a later phase."""
         return Progress(
             round_number, phase, steps_so_far=self.steps_so_far, micro_batches=self.micro_batches, cuts=self.cuts
         )
@@ -67,7 +67,8 @@ class Checkpoints:
     """Checkpoints of one run under OUTPUT/checkpoints, newest last, at most `limit` of them.
 
     Args:
-        facts: what else must be as it was when a run goes on: "data", a fingerprint of the tables, and "processes".
+        facts: what must be unchanged on resumption, besides the settings: "data", a fingerprint of the tables, and
+            "processes".
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, *, limit: int, facts: dict):
@@ -75,52 +76,53 @@ class Checkpoints:
         self.folder = folder
         self.limit = limit
         self.facts = facts
-        # Models travel as ordinary checkpoints; Accelerate keeps optimizer, schedule, scaler and random states.
+        # Models are saved as ordinary checkpoints; Accelerate saves optimizer, schedule, scaler and random states.
         accelerator.register_save_state_pre_hook(lambda models, weights, _folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, _folder: models.clear())
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, or None, and a sentence for each damaged one that was passed over.
+        """The newest undamaged checkpoint, or None without checkpoints, and a warning for each damaged one.
 
         Raises:
-            InputError: there are checkpoints, but all are damaged.
+            InputError: all checkpoints are damaged.
         """
         return main_decides(self.accelerator, self._newest)
 
     def _newest(self) -> tuple[Path | None, list[str]]:
-        told = []
+        warnings: list[str] = []
         for checkpoint in reversed(complete_checkpoints(self.folder)):
             fault = damage(checkpoint)
             if fault is None:
-                return checkpoint, told
-            told.append(f"Checkpoint {checkpoint.name} is damaged ({fault}); the one before it is used.")
-            aside = checkpoint.with_name("damaged")  # out of the way of new ones, for a look at it
+                return checkpoint, warnings
+            warnings.append(f"Checkpoint {checkpoint.name} is damaged ({fault}); the one before it is used.")
+            aside = checkpoint.with_name("damaged")  # kept for inspection, out of the way of new ones
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
-        if told:
+        if warnings:
+            fault = warnings[-1].partition(";")[0]
             raise InputError(
-                f"{told[-1].split(';')[0]}, and there is no other in {self.folder.absolute()}. Start anew with --overwrite_output_dir."
+                f"{fault}, and there is no other in {self.folder.absolute()}. Start again with --overwrite_output_dir."
             )
-        return None, told
+        return None, warnings
 
     def read(self, checkpoint: Path, *, allow_changes: bool) -> Progress:
-        """Progress of a checkpoint. Raises InputError if the data or the number of processes are others than then."""
+        """The progress in a checkpoint. Raises InputError if the data or the number of processes has changed."""
         saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         check_changes(saved.pop("facts"), self.facts, allow_changes)
         return Progress(**current_progress(saved))
 
     def save(self, progress: Progress, generator: Generator, retriever: Retriever) -> None:
-        """Write a checkpoint on every process's behalf and drop the oldest beyond the limit.
+        """Write a checkpoint and delete the oldest beyond the limit. All processes must call it.
 
         Raises:
-            InputError: the disk is full or may not be written; the earlier checkpoints are as they were.
+            InputError: the disk is full or not writable; the earlier checkpoints are unchanged.
         """
         final = self.folder / "checkpoints" / progress.name
         partial = final.with_name(final.name + PARTIAL)
         needed = SPARE + checkpoint_bytes(generator, retriever, inside=progress.step > 0)
         generator.gather()
 
-        def models() -> None:
+        def save_models() -> None:
             with writing(final, needed=needed):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -129,7 +131,7 @@ class Checkpoints:
                 retriever.save(partial / "retriever")
                 write_json(partial / "progress.json", asdict(progress) | {"facts": self.facts})
 
-        def state() -> None:
+        def save_state() -> None:
             with writing(final, needed=needed), contextlib.redirect_stdout(None):
                 self.accelerator.save_state(str(partial / "state"))
 
@@ -141,21 +143,21 @@ class Checkpoints:
                     shutil.rmtree(old)
 
         try:
-            main_decides(self.accelerator, models)
+            main_decides(self.accelerator, save_models)
             if progress.step:
-                run_on_all(self.accelerator, state)
+                run_on_all(self.accelerator, save_state)
             main_decides(self.accelerator, close)
         except InputError:
-            shutil.rmtree(partial, ignore_errors=True)  # what does not fit must not fill the disk
+            shutil.rmtree(partial, ignore_errors=True)  # frees the disk for other files
             raise
 
     def restore_optimizer(self, checkpoint: Path) -> None:
-        """Load optimizer, schedule and scaler of an interrupted phase into what is prepared now."""
+        """Load optimizer, schedule and scaler of an interrupted phase into the prepared ones."""
         self.accelerator.load_state(str(checkpoint / "state"), map_location="cpu")
 
 
 def checkpoint_bytes(generator: Generator, retriever: Retriever, *, inside: bool) -> int:
-    """About how many bytes a checkpoint takes; inside a phase AdamW's two moments of the larger model are counted."""
-    held = retriever.model.state_dict().values()
-    sizes = [generator.saved_bytes(), sum(tensor.numel() * tensor.element_size() for tensor in held)]
+    """Estimated bytes of a checkpoint; inside a phase, with AdamW's two moments of the larger model."""
+    weights = retriever.model.state_dict().values()
+    sizes = [generator.saved_bytes(), sum(tensor.numel() * tensor.element_size() for tensor in weights)]
     return sum(sizes) + (2 * max(sizes) if inside else 0)

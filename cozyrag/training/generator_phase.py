@@ -1,11 +1,11 @@
-"""The generator phase: what it learns from the contexts of its questions, in which steps, and the gradients of a step.
+"""The generator phase: its examples, its steps, and the gradients of a step.
 
-The loss of a step is the mean over all its answer tokens, on however many processes and in however many micro-batches, so the
-result depends on neither. Left out: the loop over the steps (trainer.py), how they are cut (micro_batches.py), where contexts
-come from (contexts.py), the penalties themselves (penalties.py).
+The loss of a step is the mean over all its answer tokens, so it does not depend on the number of processes and of
+micro-batches. Left out: the loop over the steps (trainer.py), the size of micro-batches (micro_batches.py), where
+contexts come from (contexts.py), the penalties themselves (penalties.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -23,7 +23,7 @@ from cozyrag.models.prompts import Example, encode_examples, with_keywords
 from cozyrag.models.token_losses import PenalizedLosses, TokenLosses, recomputing
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
-from cozyrag.training.trainer import PhaseCallback, chosen_together, first_cut, run_phase, trainable
+from cozyrag.training.trainer import Phase, PhaseCallback, Rows, chosen_together, first_cut, run_phase, trainable
 
 
 def train_generator(
@@ -36,9 +36,9 @@ def train_generator(
     round_number: int,
     callback: PhaseCallback,
 ) -> int:
-    """Teach the generator to answer from the contexts; returns the number of steps. Loss on answer and EOS tokens only.
+    """Train the generator to answer from the contexts; returns the number of steps.
 
-    Rows without an answer are left out, unless it is to learn to write nothing (EOS alone) where there is none.
+    Rows without an answer are left out, unless the settings train the generator to abstain: then they have an empty one.
     """
     examples = generator_examples(generator, contexts[:], settings=settings, context_tokens=context_tokens)
     lengths = [len(example.input_ids) for example in examples]
@@ -46,41 +46,35 @@ def train_generator(
     cut = first_cut(settings, callback, lambda: generator_cut(accelerator, generator, settings, context_tokens))
     if steps and cut.recomputes(max(lengths)):
         callback.recomputes(max(lengths), cut)
-    module, take = generator_gradients(accelerator, generator, examples, settings)
+    module, take_step = generator_gradients(accelerator, generator, examples, settings)
 
-    def take_step(number: int, cut: Cut) -> dict[str, float]:
-        return take(steps[number], cut)
+    def load(rows: Rows, cut: Cut) -> Load:
+        return load_of([lengths[row] for row in rows], cut, processes=accelerator.num_processes)
 
-    def load(number: int, cut: Cut) -> Load:
-        return load_of([lengths[row] for row in steps[number]], cut, processes=accelerator.num_processes)
+    def show(rows: Rows) -> list[dict]:
+        return [{"text": generator.tokenizer.decode(examples[row].input_ids)} for row in rows]
 
-    def show(number: int) -> list[dict]:
-        return [{"text": generator.tokenizer.decode(examples[row].input_ids)} for row in steps[number]]
-
-    run_phase(
-        accelerator, "generator", trainable(module), steps, take_step,
-        settings=settings, learning_rate=settings.generator_learning_rate, round_number=round_number, callback=callback, show=show, cut=cut,
-        load=load,
-    )  # fmt: skip
+    phase = Phase("generator", trainable(module), steps, settings.generator_learning_rate, take_step, load, show)
+    run_phase(accelerator, phase, cut, settings=settings, round_number=round_number, callback=callback)
     tear_down(accelerator, generator, module)
     generator.model.eval()
     return len(steps)
 
 
 def generator_examples(
-    generator: Generator, columns: dict[str, list], *, settings: TrainingSettings, context_tokens: int
+    generator: Generator, columns: Mapping[str, list], *, settings: TrainingSettings, context_tokens: int
 ) -> list[Example]:
-    """The examples that the rows of a contexts table make, without those that have nothing to teach."""
-    wanted = [answers[0] if answers else "" for answers in columns["answers"]]
+    """The training examples of a contexts table; rows without a target are left out."""
+    targets = [answers[0] if answers else "" for answers in columns["answers"]]
     if settings.no_answer:
-        wanted = ["" if noised else answer for answer, noised in zip(wanted, columns["noised"], strict=True)]
-    usable = [row for row, answer in enumerate(wanted) if answer or settings.no_answer]
+        targets = ["" if noised else answer for answer, noised in zip(targets, columns["noised"], strict=True)]
+    usable = [row for row, answer in enumerate(targets) if answer or settings.no_answer]
     questions = [columns["question"][row] for row in usable]
     examples = encode_examples(
         generator.tokenizer,
         questions=questions,
         contexts=[columns["context"][row] for row in usable],
-        answers=[wanted[row] for row in usable],
+        answers=[targets[row] for row in usable],
         context_tokens=context_tokens,
         max_length=generator.max_length,
         layout=generator.layout,
@@ -100,7 +94,7 @@ def generator_steps(lengths: Sequence[int], settings: TrainingSettings, round_nu
 
 
 def generator_step_count(examples: int, settings: TrainingSettings) -> int:
-    """How many steps a generator phase over so many examples takes."""
+    """The number of steps of a generator phase over this many examples."""
     return len(generator_steps([1] * examples, settings, 1))
 
 
@@ -112,10 +106,10 @@ def generator_cut(
     *,
     free: float | None = None,
 ) -> Cut:
-    """How the steps of a generator phase are cut automatically, the same on every process.
+    """The micro-batches of a generator phase, chosen from the free memory; the same on every process.
 
     Args:
-        free: bytes that this process may take for training; None: it looks.
+        free: bytes available to this process for training; None: measured.
     """
     each = generator_token_bytes(accelerator, generator, context_tokens)
     if each is None:
@@ -129,7 +123,7 @@ def generator_cut(
 
 
 def generator_token_bytes(accelerator: Accelerator, generator: Generator, context_tokens: int) -> int | None:
-    """About how many bytes of activations a token of a generator step takes."""
+    """Estimated bytes of activations per token of a generator step; None if the model's sizes are unknown."""
     config = generator.model.config.get_text_config()
     dropout = any(getattr(config, name, None) for name in DROPOUT_FIELDS)
     return token_bytes(config, precision=accelerator.mixed_precision, dropout=dropout, length=context_tokens)
@@ -137,46 +131,37 @@ def generator_token_bytes(accelerator: Accelerator, generator: Generator, contex
 
 def generator_gradients(
     accelerator: Accelerator, generator: Generator, examples: Sequence[Example], settings: TrainingSettings
-) -> tuple[torch.nn.Module, Callable[..., dict[str, float]]]:
-    """The module that a generator phase trains, and what leaves in it the gradients of a step on some of the examples.
+) -> tuple[torch.nn.Module, Callable[[Rows, Cut], dict[str, float]]]:
+    """Prepare the generator for training; `tear_down` undoes it.
 
-    That takes their rows and how to cut them into micro-batches. `end_lesson` must follow.
+    Returns:
+        the module that the phase trains, and a function that leaves the gradients of a step on some rows of `examples`
+        in it, in these micro-batches, and returns the loss and the penalties by name.
     """
     penalties = generator_penalties(settings)
     generator.model.train()
-    module = _prepared(accelerator, generator, generator_losses(generator, penalties), settings.generator_sharding)
+    module: torch.nn.Module = generator_losses(generator, penalties)
+    sharding, precision = settings.generator_sharding, accelerator.mixed_precision
+    if sharding is None or not is_split(sharding):
+        module = accelerator.prepare(module)
+    else:
+        blocks = generator.model._no_split_modules or ()  # transformers' name for its layers
+        device = accelerator.device
+        generator.parts = Sharded(module, blocks, device=device, sharding=sharding, precision=precision)
+        module = generator.parts.module
 
-    def take(rows: Sequence[int], cut: Cut) -> dict[str, float]:
-        lengths = [len(examples[row].input_ids) for row in rows]
-        with recomputing(generator.model, cut.recomputes(max(lengths))):
-            told = generator_step(
-                accelerator,
-                module,
-                [examples[row] for row in rows],
-                pad_id=generator.tokenizer.pad_token_id,
-                cut=cut,
-                weights=penalties.weights,
-            )
-        return dict(zip(["loss", *penalties.names], told, strict=True))
+    def take_step(rows: Rows, cut: Cut) -> dict[str, float]:
+        batch = [examples[row] for row in rows]
+        pad_id, weights = generator.tokenizer.pad_token_id, penalties.weights
+        with recomputing(generator.model, cut.recomputes(max(len(example.input_ids) for example in batch))):
+            values = generator_step(accelerator, module, batch, pad_id=pad_id, cut=cut, weights=weights)
+        return dict(zip(["loss", *penalties.names], values, strict=True))
 
-    return module, take
-
-
-def _prepared(
-    accelerator: Accelerator, generator: Generator, losses: TokenLosses, sharding: str | None
-) -> torch.nn.Module:
-    """The losses as all processes train them together: whole under DDP, or in parts."""
-    if not is_split(sharding):
-        return accelerator.prepare(losses)
-    blocks = generator.model._no_split_modules or ()  # transformers' name for its layers
-    generator.parts = Sharded(
-        losses, blocks, device=accelerator.device, sharding=sharding, precision=accelerator.mixed_precision
-    )
-    return generator.parts.module
+    return module, take_step
 
 
 def tear_down(accelerator: Accelerator, generator: Generator, module: torch.nn.Module) -> None:
-    """Give the generator back whole and plain after `generator_lesson`, and let go of what trained it."""
+    """Unwrap the generator after `generator_gradients`, with whole weights, and free the optimizer."""
     if generator.parts is None:
         accelerator.unwrap_model(module, keep_fp32_wrapper=False)
     else:
@@ -187,7 +172,7 @@ def tear_down(accelerator: Accelerator, generator: Generator, module: torch.nn.M
 
 
 def generator_penalties(settings: TrainingSettings) -> Penalties:
-    """The penalties on answers as the settings weigh them."""
+    """The penalties on answers, with the weights of the settings."""
     return Penalties(
         repeats=settings.repeat_penalty,
         keywords=settings.keyword_penalty,
@@ -198,14 +183,14 @@ def generator_penalties(settings: TrainingSettings) -> Penalties:
 
 
 def generator_losses(generator: Generator, penalties: Penalties) -> TokenLosses:
-    """The module that gives the terms of the generator: the cross-entropy, and the penalties that are on."""
+    """The module that computes the terms of the generator's loss: the cross-entropy and the active penalties."""
     if penalties.names:
         return PenalizedLosses(generator.model, penalties=penalties, eos=generator.end)
     return TokenLosses(generator.model)
 
 
 def generator_terms(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(1 + n_penalties,) sums over one micro-batch: cross-entropy over its answer tokens, penalties over its answers."""
+    """(1 + n_penalties,) sums over a micro-batch: cross-entropy over its answer tokens, penalties over its answers."""
     result = module(**batch)
     losses, penalties = result if isinstance(result, tuple) else (result, result.new_zeros(0))
     return torch.cat([losses.sum().unsqueeze(0), penalties])
@@ -220,30 +205,30 @@ def generator_step(
     cut: Cut,
     weights: Sequence[float] = (),
 ) -> list[float]:
-    """Gradients of the mean loss over all answer tokens of the step and of the weighted penalties.
+    """Compute the gradients of the mean loss over all answer tokens of the step, plus the weighted penalties.
 
-    Every process works through as many micro-batches. Each weighs as much as it has answer tokens (for the
-    penalties: answers), so uneven lengths and shares change nothing.
+    Every process takes the same number of micro-batches. Each is weighted by its answer tokens (for the penalties: its
+    answers), so uneven lengths and shares change nothing.
 
     Args:
-        module: TokenLosses, or with `weights` of the penalties that are on PenalizedLosses.
+        module: from `generator_losses`. weights: of the active penalties.
 
     Returns:
-        the loss, then the penalties before their weights, each a mean over the step.
+        the loss, then the penalties before weighting, each a mean over the step.
     """
     world = accelerator.num_processes
     groups = micro_batches([len(example.input_ids) for example in examples], cut, processes=world)
     mine = groups[accelerator.process_index :: world]
-    # DDP takes the mean over processes, we want the sum
+    # DDP averages over the processes; `world` turns the mean into the sum
     shares = torch.tensor([world / answer_tokens(examples)] + [world / len(examples)] * len(weights))
     shares, factors = shares.to(accelerator.device), torch.tensor([1.0, *weights], device=accelerator.device)
-    told = torch.zeros_like(factors)
+    values = torch.zeros_like(factors)
     for number, rows in enumerate(mine):
-        # An empty one still goes forward and backward, with weight 0: DDP waits for every process.
+        # An empty micro-batch still takes both passes, with weight 0: DDP waits for every process.
         batch = collate([examples[row] for row in rows] or examples[:1], pad_id=pad_id)
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with accelerator.no_sync(module) if number + 1 < len(mine) else nullcontext():
             parts = generator_terms(module, batch) * shares * bool(rows)
             accelerator.backward((parts * factors).sum())
-        told += parts.detach()
-    return accelerator.reduce(told, reduction="mean").tolist()
+        values += parts.detach()
+    return accelerator.reduce(values, reduction="mean").tolist()

@@ -1,7 +1,7 @@
-"""When the index is made anew while the retriever trains: a policy that can be tested alone.
+"""When the index is rebuilt while the retriever trains.
 
-An index that is never refreshed gives negatives that are no longer hard; one that is refreshed all the time costs more
-than the training. Left out: making the index and mining from it (rounds.py).
+Without a refresh, hard negatives stop being hard; a refresh at every step costs more than the training. Left out:
+building the index and mining negatives (run_retrieval.py, round_cache.py).
 """
 
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 POLICIES = ("phase", "steps", "drift")
-TOP = 10  # how many of the best passages of a probe question are compared
+TOP = 10  # best passages of a probe question that are compared
 
 
 @dataclass(frozen=True)
 class RefreshPolicy:
-    """Once a phase, every `steps` steps of it, or when the probe questions' best passages have changed too much.
+    """Refresh once a phase, every `steps` steps, or when the best passages of the probe questions have drifted.
 
     Args:
         kind: one of POLICIES.
-        steps: steps between refreshes ("steps") or between looks at the probe questions ("drift").
-        overlap: "drift" refreshes when the mean share of the same passages among the best TOP falls under this, 0 to 1.
+        steps: steps between refreshes ("steps") or between checks of the probe questions ("drift").
+        overlap: "drift" refreshes if the mean share of unchanged passages among the best TOP falls below it, 0 to 1.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class RefreshPolicy:
     def due(self, *, done: int, total: int, overlap: Callable[[], float]) -> bool:
         """Whether to refresh after `done` of `total` steps of the phase; the end of a phase refreshes anyway.
 
-        `overlap` is asked only when the answer depends on it: it costs a pass over the probe questions.
+        overlap: called only if the result depends on it, since it encodes the probe questions.
         """
         if self.kind == "phase" or done == 0 or done >= total or done % self.steps:
             return False
@@ -42,5 +42,5 @@ class RefreshPolicy:
 
 
 def mean_overlap(before: np.ndarray, now: np.ndarray) -> float:
-    """Mean share, 0 to 1, of the entries of each row of `before` (n, k) that stand in the same row of `now` (n, k)."""
+    """Mean share, 0 to 1, of the entries in each row of `before` (n, k) that are in the same row of `now` (n, k)."""
     return float(np.mean([len(np.intersect1d(a, b)) / max(1, len(a)) for a, b in zip(before, now, strict=True)]))

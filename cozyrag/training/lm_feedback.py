@@ -1,7 +1,7 @@
-"""Generator feedback: how likely the frozen generator finds each answer, given each of the passages found.
+"""LM-supervised retrieval: the likelihood of each answer under the frozen generator, given each retrieved passage.
 
-Computed once for a phase and kept on disk under a name that says by which weights and from which table; a run that is
-resumed, or a round whose generator did not change, reads it again. Left out: the loss that learns from it (losses.py).
+Computed once per phase and kept on disk under a hash of weights and inputs, so a resumed run, or a round with an
+unchanged generator, reads it. Left out: the loss that uses it (losses.py).
 """
 
 import hashlib
@@ -37,18 +37,18 @@ def answer_likelihoods(
     progress: Callable[[int], object] = lambda questions: None,
     info: Callable[[str], object] = lambda warning: None,
 ) -> np.ndarray:
-    """(n_questions, k) float32: mean log-likelihood of an answer token given each of the k best passages alone.
+    """(n_questions, k) float32: mean log-likelihood of an answer token given each of the k best passages alone, in nats.
 
-    Every process does a share of the questions and all get the whole. Rows without an answer are NaN.
+    Each process computes a share of the questions; all return the whole. Rows without an answer are NaN.
 
     Args:
-        contexts: the contexts table; the first reference answer of a row counts.
-        context_filter: how the builder chooses sentences; part of the name of what is kept.
-        make_builder: gives the context builder; called only where nothing is kept yet.
+        contexts: the contexts table; the first reference answer of a row is scored.
+        context_filter: how the builder selects sentences; part of the hash.
+        make_builder: called for the context builder unless a kept result is read.
         encode: vectors of questions, for the context filter.
-        passages: k; fewer where fewer were found.
-        folder: where results are kept.
-        say: told when what was kept is damaged; it is computed anew.
+        passages: k; fewer if fewer were retrieved.
+        folder: of the kept results.
+        info: called with a warning if a kept result is damaged; it is computed again.
     """
     columns = contexts.select_columns(["id", "question", "answers", "rows"])[:]
     candidates = [rows[:passages] for rows in columns["rows"]]
@@ -66,18 +66,17 @@ def answer_likelihoods(
     if kept is not None:
         return kept
     if fault:
-        info(f"The kept feedback {path.name} is damaged ({fault}); it is computed anew.")
+        info(f"The LM feedback in {path.name} is damaged ({fault}); it is computed again.")
     mine = range(len(contexts))[accelerator.process_index :: accelerator.num_processes]
     answered = [row for row in mine if columns["answers"][row]]
     pairs = [(row, passage) for row in answered for passage in candidates[row]]
-    asked = [columns["question"][row] for row, _ in pairs]
-    vectors = np.repeat(
-        encode([columns["question"][row] for row in answered]), [len(candidates[r]) for r in answered], axis=0
-    )
+    questions = [columns["question"][row] for row, _ in pairs]
+    vectors = encode([columns["question"][row] for row in answered])
+    vectors = np.repeat(vectors, [len(candidates[row]) for row in answered], axis=0)
     likelihoods = np.full((len(contexts), min(map(len, candidates), default=0)), np.nan, dtype=np.float32)
     likelihoods[answered] = generator.log_likelihoods(
-        asked,
-        make_builder().contexts(asked, [[passage] for _, passage in pairs], vectors),
+        questions,
+        make_builder().contexts(questions, [[passage] for _, passage in pairs], vectors),
         [columns["answers"][row][0] for row, _ in pairs],
         context_tokens=context_tokens,
         batch_size=batch_size,
@@ -101,7 +100,7 @@ def _keep(path: Path, likelihoods: np.ndarray) -> None:
 
 
 def _read(path: Path) -> tuple[np.ndarray | None, str]:
-    """What is kept under that name, or None and what is wrong with it ("" if there is nothing)."""
+    """The kept result; or None and its fault, which is empty if there is no file."""
     if not path.exists():
         return None, ""
     try:
@@ -109,9 +108,7 @@ def _read(path: Path) -> tuple[np.ndarray | None, str]:
             likelihoods, expected = file.get_tensor("likelihoods"), (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
         return None, f"{type(error).__name__}: {error}"
-    if _digest(likelihoods) != expected:
-        return None, "its numbers are not those that were written"
-    return likelihoods, ""
+    return (likelihoods, "") if _digest(likelihoods) == expected else (None, "the numbers have changed")
 
 
 def _digest(likelihoods: np.ndarray) -> str:

@@ -1,9 +1,8 @@
-"""How a step is cut into micro-batches: by a number of them, or by the tokens that the activations of one may take.
+"""How a step is cut into micro-batches: by their number, or by the tokens of one.
 
-The allocator keeps what large micro-batches leave, so small ones need a fraction of the memory; on a CPU they take the same
-time. The result of a step does not depend on its micro-batches, but for the rounding of sums. All here is arithmetic on lengths,
-sizes and bytes that are passed in. Left out: looking at free memory (hardware.py), the steps themselves (generator_phase.py,
-retriever_phase.py), what is kept for a resumed run (checkpointing.py).
+A step takes the same time on a CPU in small micro-batches, with a fraction of the memory, and its result does not depend
+on them except for rounding. Everything here is arithmetic on lengths, sizes and bytes. Left out: measuring free memory
+(hardware.py), the steps themselves (generator_phase.py, retriever_phase.py).
 """
 
 from collections.abc import Sequence
@@ -13,23 +12,24 @@ from transformers import PretrainedConfig
 
 from cozyrag.models.batching import shard
 
-ENOUGH = 1200  # tokens of a micro-batch of the generator beyond which a CPU gets no faster
+ENOUGH = 1200  # tokens of a generator's micro-batch above which a CPU gets no faster
 GENERATOR_SHARE = 1 / 2  # of the memory that weights, gradients and AdamW's moments leave
-RETRIEVER_SHARE = 1 / 4  # of the same: each micro-batch more than one costs forward passes, each fewer costs memory
-RETRIEVER_BYTES = 2e9  # and at most so much on a CPU
-# Floats that a layer keeps for each token, measured on GPT-2, Llama and BERT (torch.autograd.graph.saved_tensors_hooks)
+RETRIEVER_SHARE = 1 / 4  # of the same; more micro-batches cost forward passes, fewer cost memory
+RETRIEVER_BYTES = 2e9  # upper limit on a CPU
+# Floats that a layer keeps per token, measured on GPT-2, Llama and BERT (torch.autograd.graph.saved_tensors_hooks)
 OF_WIDTH = 11
 OF_DROPOUT = 9
-OF_INNER = {"gelu": 2, "relu": 2, "silu": 4}  # by activation; those of silu are gated
-OF_OTHER_INNER = 5  # gelu_new and its like, written out in Python
+OF_INNER = {"gelu": 2, "relu": 2, "silu": 4}  # by activation; silu is gated
+OF_OTHER_INNER = 5  # gelu_new and others that are written in Python
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How each process works through its share of a step.
+    """How each process cuts its share of a step into micro-batches.
 
-    tokens: most tokens, with padding, of a micro-batch; a longer row goes alone. None: `pieces` micro-batches instead.
-    room: most tokens whose activations fit. A step with a longer row computes activations again on the way back. None: none does.
+    tokens: most tokens of a micro-batch, with padding; a longer row is alone. None: `micro_batches` is their number.
+    room: most tokens whose activations fit into memory. A step with a longer row recomputes them in the backward pass
+    (activation checkpointing). None: no step does.
     """
 
     micro_batches: int = 1
@@ -37,17 +37,14 @@ class Cut:
     room: int | None = None
 
     def recomputes(self, longest: int) -> bool:
-        """Whether a step whose longest row has so many tokens computes activations again (activation checkpointing)."""
+        """Whether a step with a longest row of so many tokens recomputes activations."""
         return self.room is not None and longest > self.room
 
     def smaller(self, load: "Load") -> "Cut | None":
-        """The next cut to try where memory did not do for this load: twice the pieces, or half the tokens; None: there is none."""
+        """The next cut to try if this load does not fit: twice the micro-batches, or half the tokens; None: no smaller."""
         if self.tokens is None:
-            return (
-                None
-                if load.micro_batches >= load.most
-                else replace(self, micro_batches=min(2 * load.micro_batches, load.most))
-            )
+            doubled = min(2 * load.micro_batches, load.most)
+            return replace(self, micro_batches=doubled) if load.micro_batches < load.most else None
         if load.micro_batches >= load.most and (self.room is None or self.recomputes(load.tokens)):
             return None
         tokens = max(1, load.tokens // 2)
@@ -56,7 +53,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Load:
-    """What a cut makes of a step: micro-batches of each process, tokens of the largest one, and the most that would be of use."""
+    """The size of a step that is cut: micro-batches per process, tokens of the largest, most micro-batches of use."""
 
     micro_batches: int
     tokens: int
@@ -64,10 +61,10 @@ class Load:
 
 
 def micro_batches(lengths: Sequence[int], cut: Cut, *, processes: int = 1) -> list[list[int]]:
-    """The rows of a step as micro-batches, as many for each process: those of process i are [i::processes].
+    """The rows of a step as micro-batches, the same number for each process: those of process i are [i::processes].
 
-    By tokens there are as few as there can be of neighbours, of equal numbers of rows where these fit. Rows should come
-    sorted by length. Some micro-batches are empty when rows are few.
+    By tokens, they are as few as possible and have equal numbers of rows if these fit. Rows should be sorted by length.
+    Some micro-batches are empty if rows are few.
 
     Args:
         lengths: (n_rows,) tokens of each row.
@@ -84,8 +81,9 @@ def micro_batches(lengths: Sequence[int], cut: Cut, *, processes: int = 1) -> li
 
 
 def _fewest(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Rows in order, cut wherever one more would bring a group above the tokens."""
-    groups, longest = [], 0
+    """Rows in order, with a new group wherever one more row would exceed the tokens."""
+    groups: list[list[int]] = []
+    longest = 0
     for row, length in enumerate(lengths):
         longest = max(longest, length)
         if groups and (len(groups[-1]) + 1) * longest <= tokens:
@@ -102,41 +100,36 @@ def padded(lengths: Sequence[int], rows: Sequence[int]) -> int:
 
 
 def load_of(lengths: Sequence[int], cut: Cut, *, processes: int = 1) -> Load:
-    """What `micro_batches` makes of a step of rows with these lengths, in tokens."""
+    """The load of a step of rows with these lengths, in tokens."""
     groups = micro_batches(lengths, cut, processes=processes)
-    largest = max((padded(lengths, group) for group in groups), default=0)
-    return Load(len(groups) // processes, largest, max(1, len(lengths)))
+    return Load(len(groups) // processes, max(padded(lengths, group) for group in groups), max(1, len(lengths)))
 
 
 def caching_load(sides: Sequence[Sequence[int]], cut: Cut, *, together: int) -> Load:
-    """What a cut makes of a process's share of a retriever step, each side of which goes through in as many equal pieces.
+    """The load of a process's share of a retriever step, whose sides have the same number of micro-batches.
 
-    By tokens these are as few as can be, since all but the last go through the encoder twice. The last pieces of all sides are
-    held at the same time, so the tokens are those of the largest ones together.
+    By tokens, these are as few as possible, since all but the last are embedded twice. The last ones of all sides are in
+    memory together, so the tokens are those of the largest ones together.
 
     Args:
         sides: for questions and for passages the tokens of each text of this process, in order.
-        together: texts that the encoder pads together, shortest first.
+        together: number of texts that the encoder pads together, shortest first.
     """
-    most = max(1, *(len(side) for side in sides))
+    most = max(1, *map(len, sides))
 
-    def tokens(micro_batches: int) -> int:
-        shares = (
-            [[side[at] for at in piece] for piece in shard(range(len(side)), parts=micro_batches)] for side in sides
-        )
-        return sum(max(_padded_together(piece, together) for piece in pieces_of_side) for pieces_of_side in shares)
+    def load(number: int) -> Load:
+        parts = [[[side[at] for at in part] for part in shard(range(len(side)), parts=number)] for side in sides]
+        return Load(number, sum(max(_padded_together(part, together) for part in side) for side in parts), most)
 
     if cut.tokens is None:
-        return Load(cut.micro_batches, tokens(cut.micro_batches), most)
-    found = (Load(micro_batches, tokens(micro_batches), most) for micro_batches in range(1, most + 1))
-    return next((load for load in found if load.tokens <= cut.tokens), Load(most, tokens(most), most))
+        return load(cut.micro_batches)
+    return next((found for number in range(1, most) if (found := load(number)).tokens <= cut.tokens), load(most))
 
 
 def _padded_together(lengths: Sequence[int], together: int) -> int:
     ordered = sorted(lengths)
-    return sum(
-        len(block) * block[-1] for at in range(0, len(ordered), together) if (block := ordered[at : at + together])
-    )
+    blocks = [ordered[at : at + together] for at in range(0, len(ordered), together)]
+    return sum(len(block) * block[-1] for block in blocks)
 
 
 # ---- how many tokens fit
@@ -145,12 +138,12 @@ def _padded_together(lengths: Sequence[int], together: int) -> int:
 def token_bytes(
     config: PretrainedConfig, *, precision: str = "no", dropout: bool = False, length: int = 0
 ) -> int | None:
-    """About how many bytes of activations a token of training takes; None for a model that does not tell its sizes.
+    """Estimated bytes of activations per token of training; None if the model's config does not give its sizes.
 
     Args:
-        precision: of the arithmetic, as Accelerate names it. In half precision norms and sums stay in float32.
+        precision: as Accelerate names it. In half precision norms and sums stay in float32.
         dropout: whether the model trains with dropout.
-        length: tokens of a row, which counts only where attention is written out ("eager").
+        length: tokens of a row, which counts only for attention without a fused kernel ("eager").
     """
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     layers, width, heads = (getattr(config, name, None) for name in names)
@@ -158,38 +151,38 @@ def token_bytes(
         return None
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     wide = max(width, heads * (getattr(config, "head_dim", None) or 0))
-    act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
-    kept = (OF_WIDTH + OF_DROPOUT * dropout) * wide + OF_INNER.get(act, OF_OTHER_INNER) * inner
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or ""
+    kept = (OF_WIDTH + OF_DROPOUT * dropout) * wide + OF_INNER.get(activation, OF_OTHER_INNER) * inner
     if getattr(config, "_attn_implementation", None) == "eager":
         kept += (1 + 2 * dropout) * heads * length
     return int(layers * kept * (4 if precision == "no" else 3.5))
 
 
 def token_budget(each: int, free: float, *, share: float, states: float, at_most: float | None = None) -> int:
-    """How many tokens of `each` bytes fit into a share of what is free beside the states of training, at least one.
+    """The tokens of `each` bytes that fit into a share of the free memory, at least one.
 
     Args:
-        free: bytes. states: bytes of gradients and of AdamW's moments, which are yet to come. at_most: bytes of activations.
+        free: bytes. states: bytes of gradients and AdamW's moments, not yet allocated. at_most: bytes of activations.
     """
     room = share * max(0.0, free - states)
     return max(1, int(min(room, at_most or room) // each))
 
 
 def generator_budget(each: int, free: float, *, states: float, device: str, can_recompute: bool = True) -> Cut:
-    """The cut of the generator's steps: by the tokens that fit, on a CPU no more than bring speed."""
+    """The cut of the generator's steps: the tokens that fit, on a CPU no more than make it faster."""
     room = token_budget(each, free, share=GENERATOR_SHARE, states=states)
     return Cut(tokens=min(room, ENOUGH) if device == "cpu" else room, room=room if can_recompute else None)
 
 
 def retriever_budget(each: int, free: float, *, states: float, device: str) -> Cut:
-    """The cut of the retriever's steps: by the tokens that fit into a bounded share. It does not compute activations again."""
+    """The cut of the retriever's steps: the tokens that fit into a bounded share. It does not recompute activations."""
     at_most = RETRIEVER_BYTES if device == "cpu" else None
     return Cut(tokens=token_budget(each, free, share=RETRIEVER_SHARE, states=states, at_most=at_most))
 
 
-def told(model: str, cut: Cut, each: int | None) -> str:
-    """What was chosen, in a line."""
+def describe_cut(model: str, cut: Cut, each: int | None) -> str:
+    """The log line about a cut; `each`: bytes of activations per token."""
     if cut.tokens is None:
-        return f"{model}: {cut.micro_batches} micro-batch{'es' if cut.micro_batches > 1 else ''} a step in each process"
+        return f"{model}: {cut.micro_batches} micro-batch{'es' if cut.micro_batches > 1 else ''} per step and process"
     size = f" (about {cut.tokens * each / 1e9:.1f} GB of activations)" if each else ""
     return f"{model}: micro-batches of up to {cut.tokens:,} tokens{size}"

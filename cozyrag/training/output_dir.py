@@ -1,6 +1,6 @@
-"""The output folder of a run: what may stand there, whose it is, and whether the run in it has come to its end.
+"""The output folder of a run: what it may hold, and whether the run in it is finished, to be resumed or to be replaced.
 
-Left out: checkpoints (checkpointing.py) and how files are written (atomic_files.py).
+Left out: checkpoints (checkpointing.py), how files are written (atomic_files.py).
 """
 
 import contextlib
@@ -21,56 +21,40 @@ from cozyrag.runtime.precision import asked_at_launch
 
 LOCK = ".lock"
 SETTINGS = "settings.json"
-FINISHED = "finished.json"  # written last of all, pushing included
+FINISHED = "finished.json"  # written last, after a push
 OURS = (
-    "checkpoints",
-    "contexts",
-    "feedback",
-    "answers",
-    EVALUATIONS,
-    OLD_EVALUATIONS,
-    "audit.json",
-    "generator",
-    "retriever",
-    "index",
-    "pushing",
-    "trackers",
-    "skipped-steps",
-    "report.html",
-    "plots",
-    "cozyrag.json",
-    "metrics.jsonl",
-    SETTINGS,
-    FINISHED,
-    "README.md",
-    NEXT,
-    OLD,
-)
-# Settings that touch neither losses nor weights: a resumed run may have others without a word.
+    "checkpoints", "contexts", "feedback", "answers", EVALUATIONS, OLD_EVALUATIONS, "audit.json", "generator", "retriever",
+    "index", "pushing", "trackers", "skipped-steps", "report.html", "plots", "cozyrag.json", "metrics.jsonl", SETTINGS,
+    FINISHED, "README.md", NEXT, OLD,
+)  # fmt: skip
+# Settings that affect neither losses nor weights: a resumed run may change them.
 FREE_TO_CHANGE = {
-    "resume", "allow_changed_settings", "overwrite_output_dir", "output_dir", "plan", "save_steps", "save_minutes", "save_total_limit", "logging_steps",
-    "report_to", "project_name", "run_name", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "model_license", "data_license", "rounds", "max_skipped_steps",
+    "resume", "allow_changed_settings", "overwrite_output_dir", "output_dir", "plan", "save_steps", "save_minutes",
+    "save_total_limit", "logging_steps", "report_to", "project_name", "run_name", "push_to_hub", "hub_model_id",
+    "hub_private", "hub_strategy", "model_license", "data_license", "rounds", "max_skipped_steps",
 }  # fmt: skip
-# Settings that change the rounding of sums and nothing else: with --allow_changed_settings, and the end is no longer bit-equal.
+# Settings that affect only the rounding of sums: allowed with --allow_changed_settings, with a result that is not bit-equal.
 SAFE_TO_CHANGE = {
-    "threads", "encode_batch_size", "answer_batch_size", "gradient_accumulation_steps", "generator_sharding", "use_cpu", "processes",
+    "threads", "encode_batch_size", "answer_batch_size", "gradient_accumulation_steps", "generator_sharding", "use_cpu",
+    "processes",
 }  # fmt: skip
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of an output folder, oldest first; those being written have another name."""
+    """The checkpoints of an output folder, oldest first, without those being written."""
     return sorted(path for path in folder.glob("checkpoints/round-*") if not path.name.endswith(PARTIAL))
 
 
 def check_output(folder: Path, settings: Mapping) -> bool:
-    """Whether to go on with the run that the folder holds. Reads only.
+    """Whether to resume the run in the folder. Only reads.
 
     Raises:
-        InputError: the folder holds something that this run may not touch, or a run that it cannot go on with.
+        InputError: the folder holds other files, or a run that cannot be resumed.
     """
+    place = folder.absolute()
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir: expected a folder, {folder.absolute()} is a file. Give another name.")
-    _check_leave(folder)
+        raise InputError(f"--output_dir: expected a folder, {place} is a file. Give another name.")
+    _check_writable(folder)
     content = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else []
     if settings["overwrite_output_dir"]:
         _check_foreign_files(folder, content)
@@ -81,45 +65,44 @@ def check_output(folder: Path, settings: Mapping) -> bool:
     saved = complete_checkpoints(folder)
     if settings["resume"] and not saved:
         raise InputError(
-            f"--resume: expected a checkpoint under {folder.absolute() / 'checkpoints'}, found none; nothing was touched. Start without --resume, in "
-            "another folder if this one holds something."
+            f"--resume: expected a checkpoint in {place / 'checkpoints'}, found none; nothing was changed. Start without "
+            "--resume, in another folder if this one holds other files."
         )
     if settings["resume"] or (begun and saved and not (folder / FINISHED).exists()):
         before = settings_before(folder)
-        asked = settings["mixed_precision"] or before["mixed_precision"]  # what nobody asks for stays as it was
-        check_changes(before, {**settings, "mixed_precision": asked}, settings["allow_changed_settings"])
+        precision = settings["mixed_precision"] or before["mixed_precision"]  # by default that of the run
+        check_changes(before, {**settings, "mixed_precision": precision}, settings["allow_changed_settings"])
         return True
     if content:
         held = "a finished run" if begun else f"{content[0]!r}{' and more' if len(content) > 1 else ''}"
         raise InputError(
-            f"--output_dir: expected a new or empty folder, {folder.absolute()} holds {held}; nothing was touched. "
-            "Give another folder, --resume to go on with that run, or --overwrite_output_dir to replace it."
+            f"--output_dir: expected a new or empty folder, {place} holds {held}; nothing was changed. Give another folder, "
+            "--resume to continue that run, or --overwrite_output_dir to replace it."
         )
     return False
 
 
 def settings_before(folder: Path) -> dict:
-    """The settings of the run in the folder, flat, and what was measured for them.
+    """The flat settings of the run in the folder.
 
-    Runs that left the precision out once took what accelerate launch was told, else float32.
+    Earlier versions did not store a precision that was not set: it was that of `accelerate launch`, or else float32.
     """
     before = current_settings(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
-    asked = before.get("mixed_precision") or asked_at_launch(os.environ) or "no"
-    return before | {"mixed_precision": asked}
+    precision = before.get("mixed_precision") or asked_at_launch(os.environ) or "no"
+    return before | {"mixed_precision": precision}
 
 
 def _nothing_saved(folder: Path) -> bool:
-    """Whether the run in the folder was ended before its first checkpoint, so that starting anew loses nothing."""
-    return (
-        not (folder / FINISHED).exists() and not complete_checkpoints(folder) and set(evaluation_files(folder)) <= {0}
-    )
+    """Whether the run in the folder ended before its first checkpoint, so that starting again loses nothing."""
+    saved = (folder / FINISHED).exists() or complete_checkpoints(folder)
+    return not saved and set(evaluation_files(folder)) <= {0}
 
 
 def check_changes(before: Mapping, now: Mapping, allow_changes: bool) -> None:
-    """Refuse settings that lead elsewhere than those of the interrupted run. Raises InputError that names them.
+    """Raise InputError if settings differ from those of the interrupted run and may not; the message names them.
 
     Args:
-        anyway: let those of SAFE_TO_CHANGE pass.
+        allow_changes: of the settings in SAFE_TO_CHANGE.
     """
     changed = [
         name
@@ -131,17 +114,18 @@ def check_changes(before: Mapping, now: Mapping, allow_changes: bool) -> None:
     if not refused:
         return
     listed = ", ".join(f"{name} (was {before.get(name)!r}, now {now[name]!r})" for name in refused)
-    ways = "Give the old ones, another --output_dir, or --overwrite_output_dir to start anew"
+    ways = "Give the old values, another --output_dir, or --overwrite_output_dir to start again"
     if not grave:
-        ways += ", or --allow_changed_settings: these change the rounding only, so the end will be as good but not the same to the last bit"
-    raise InputError(f"Expected the settings of the interrupted run, found other ones for {listed}. {ways}.")
+        ways += ", or --allow_changed_settings: only the rounding changes, so the result is not equal to the last bit"
+    raise InputError(f"Expected the settings of the interrupted run, found changes in {listed}. {ways}.")
 
 
-def _check_leave(folder: Path) -> None:
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
+def _check_writable(folder: Path) -> None:
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(
-            f"--output_dir: expected a folder that can be written, {there.absolute()} cannot. Change its permissions or give another folder."
+            f"--output_dir: expected a writable folder, {existing.absolute()} cannot be written. Change its permissions or "
+            "give another folder."
         )
 
 
@@ -149,13 +133,13 @@ def _check_foreign_files(folder: Path, content: list[str]) -> None:
     foreign = [name for name in content if name.removesuffix(PARTIAL) not in OURS]
     if foreign:
         raise InputError(
-            f"--overwrite_output_dir deletes what a run left behind, but {folder.absolute()} also holds {foreign[0]!r}, which no run wrote; "
-            "nothing was touched. Move it away or give another --output_dir."
+            f"--overwrite_output_dir deletes the files of an earlier run, but {folder.absolute()} also holds "
+            f"{foreign[0]!r}, which no run wrote; nothing was changed. Move it away or give another --output_dir."
         )
 
 
 def clear_output(folder: Path) -> None:
-    """Delete what an earlier run left, and nothing else."""
+    """Delete the files of an earlier run, and no others."""
     for name in OURS:
         for path in (folder / name, folder / (name + PARTIAL)):
             if path.is_dir():
@@ -166,9 +150,9 @@ def clear_output(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder, which is made if need be and goes again if nothing was written.
+    """Lock the folder against other runs. It is created if missing, and removed if nothing was written to it.
 
-    The operating system drops the lock when the process ends, however it ends. Raises InputError if another run has it.
+    The operating system releases the lock when the process ends. Raises InputError if another run holds it.
     """
     fresh = not folder.exists()
     lock = FileLock(folder / LOCK, blocking=False)
@@ -180,8 +164,8 @@ def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
                 lock.acquire()
         except Timeout as error:
             raise InputError(
-                f"--output_dir: another run is writing into {folder.absolute()}; two would spoil each other's files. Wait for its end or give "
-                "another folder."
+                f"--output_dir: another run is writing into {folder.absolute()}, whose files two runs would corrupt. Wait "
+                "until it ends, or give another folder."
             ) from error
 
     main_decides(accelerator, acquire)
@@ -189,12 +173,12 @@ def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         yield
     finally:
         if accelerator.is_main_process:
-            (folder / LOCK).unlink(missing_ok=True)  # before it is released: nobody else can have opened it yet
+            (folder / LOCK).unlink(missing_ok=True)  # before the release, so that no other run can have opened it
             lock.release()
             if fresh and not any(folder.iterdir()):
                 folder.rmdir()
 
 
 def mark_finished(folder: Path, rounds: int) -> None:
-    """Note that the run in the folder has come to its end."""
+    """Mark the run in the folder as finished."""
     write_json(folder / FINISHED, {"rounds": rounds})

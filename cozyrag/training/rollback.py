@@ -1,7 +1,7 @@
-"""Do no harm: whether a model that was just trained is kept, decided on held-out questions.
+"""Rollback: whether a model that was just trained is kept, decided on the validation questions.
 
-Left out: measuring (evaluation.py) and taking back (rounds.py). The questions that decide here are the ones a run reports
-on, so a claim about a pair needs questions of its own.
+Left out: the scores (evaluation.py), restoring a model (rounds.py). A run reports its scores on the same questions, so a
+claim about a pair needs questions of its own.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ WORSE = 0.8  # one question that got worse stays below it (63 % of resamples), t
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """Means before and after in percent, the 95 % interval of the difference, and the share of resamples that got worse."""
 
     kept: bool
@@ -24,24 +24,24 @@ class Verdict:
     worse: float
 
     def sentence(self, model: str, metric: str) -> str:
-        """The reason in words."""
+        """The decision and its reason."""
         low, high = self.interval
-        found = f"{metric} {self.before:.1f} -> {self.after:.1f} ({low:+.1f} to {high:+.1f}), worse in {self.worse:.0%} of resamples"
         return (
-            f"{model} kept: {found}." if self.kept else f"{model} taken back to what it was before this phase: {found}."
+            f"{model} {'kept' if self.kept else 'rolled back'}: {metric} {self.before:.1f} -> {self.after:.1f} "
+            f"({low:+.1f} to {high:+.1f}), worse in {self.worse:.0%} of resamples."
         )
 
 
-def decide(before: np.ndarray, after: np.ndarray) -> Verdict:
-    """Keep the new model unless the questions say that it got worse.
+def decide(before: np.ndarray, after: np.ndarray) -> Decision:
+    """Keep the new model unless it is worse on the questions.
 
-    Paired bootstrap over the questions (see metrics.paired_bootstrap): taken back when the mean got lower in more than
-    `WORSE` of the resamples. No change is kept: a metric at its ceiling or its floor says nothing against a model.
+    Paired bootstrap over the questions (see metrics.paired_bootstrap): a model is rolled back if its mean is lower in more
+    than `WORSE` of the resamples. An unchanged metric, such as one at its ceiling, keeps the model.
 
     Args:
         before, after: (n_questions,) scores of the same questions, 0 to 1.
     """
     _, low, high, _ = paired_bootstrap(before, after)
     worse = 1 - paired_bootstrap(after, before)[3]
-    means = [round(100 * float(np.mean(values)), 2) for values in (before, after)]
-    return Verdict(worse <= WORSE, *means, (round(100 * low, 2), round(100 * high, 2)), round(worse, 4))
+    old, new, *interval = (round(100 * float(value), 2) for value in (np.mean(before), np.mean(after), low, high))
+    return Decision(worse <= WORSE, old, new, (interval[0], interval[1]), round(worse, 4))

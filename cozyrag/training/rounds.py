@@ -30,7 +30,7 @@ from cozyrag.runtime.signals import Interrupts
 from cozyrag.training.callbacks import RunCallback
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
-from cozyrag.training.micro_batches import Cut, told
+from cozyrag.training.micro_batches import Cut, describe_cut
 from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
 from cozyrag.training.rollback import decide
 from cozyrag.training.round_cache import Caches
@@ -101,7 +101,7 @@ class Rounds:
             "retriever": retriever_token_bytes(self.accelerator, self.retriever),
         }
         for model, each in sizes.items():
-            self.log.info(told(model, Cut(**cuts[model]), each))
+            self.log.info(describe_cut(model, Cut(**cuts[model]), each))
 
     def _search(self, retriever: Retriever) -> Retrieval:
         return Retrieval(

@@ -1,6 +1,6 @@
-"""What a run tells while it goes on: metrics.jsonl, lines on the screen, the tables of results and of times.
+"""The log of a run: metrics.jsonl, lines on the screen, the tables of results and of times.
 
-Left out: the trackers (tracking.py) and what the numbers mean (evaluation.py).
+Left out: the experiment trackers (tracking.py), the metrics themselves (evaluation.py).
 """
 
 import resource
@@ -22,10 +22,10 @@ class RunLog:
     """The rows of metrics.jsonl, kept by every process and written by the main one.
 
     Args:
-        rows: those of an interrupted run, to go on from; the list is kept and added to. Rows that were written after its
-            last checkpoint are not among them and go: their steps are taken again.
+        rows: those of the checkpoint from which the run resumes; the list is extended. Rows written after it are dropped
+            from the file, since their steps are taken again.
         steps: optimizer steps so far.
-        spent: seconds that an interrupted part of a round has already taken, by name.
+        spent: seconds that interrupted parts of a round have already taken, by name.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class RunLog:
         self.folder = folder
         self.rows = rows
         self.steps = steps
-        self.round = 0  # the round under way
+        self.round = 0  # the current round
         self._spent = dict(spent)
         self._began: dict[str, float] = {}
         if rows:
@@ -53,11 +53,11 @@ class RunLog:
         self._write()
 
     def holds(self, **facts: object) -> bool:
-        """Whether there is a row with these entries."""
+        """Whether a row has these entries, which include "kind"."""
         return any(facts.items() <= row.items() for row in self.rows if row["kind"] == facts["kind"])
 
     def under_way(self) -> dict[str, float]:
-        """Seconds so far of the parts that have begun and not ended, by name."""
+        """Seconds of the parts in progress, by name."""
         return {part: time.perf_counter() - began for part, began in self._began.items()}
 
     def _write(self) -> None:
@@ -65,29 +65,29 @@ class RunLog:
             write_jsonl(self.folder / "metrics.jsonl", self.rows)
 
     def info(self, text: str) -> None:
-        """A line on the screen, above the progress bars, from the main process only."""
+        """Print a line above the progress bars, on the main process only."""
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stdout)
 
     @contextmanager
     def timed(self, part: str, round_number: int) -> Iterator[None]:
-        """Record the seconds that a part of a round takes, with those before an interruption."""
+        """Record the seconds of a part of a round, including those before an interruption."""
         self._began[part] = time.perf_counter() - self._spent.pop(part, 0.0)
         yield
         seconds = round(time.perf_counter() - self._began.pop(part), 2)
         self.record({"kind": "time", "round": round_number, "part": part, "seconds": seconds})
 
     def evaluated(self) -> list[tuple[str, dict]]:
-        """(name, summary) of every examination so far."""
+        """(name, summary) of every evaluation so far."""
         rows = [row for row in self.rows if row["kind"] == "evaluation"]
         return [("untuned baseline" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
 
     def results(self) -> str:
-        """The before -> after table."""
+        """The table of evaluations, from the untuned baseline to the last round."""
         return table(self.evaluated())
 
     def times(self) -> str:
-        """Seconds of each part of each round as a Markdown table, and the peak memory of this process."""
+        """A Markdown table of the seconds of each part of each round, and the peak memory of this process."""
         rows = [row for row in self.rows if row["kind"] == "time"]
         parts = list(dict.fromkeys(row["part"] for row in rows))
         lines = ["| seconds | " + " | ".join(parts) + " |", "|---|" + "---:|" * len(parts)]
@@ -99,6 +99,6 @@ class RunLog:
 
 
 def peak_memory() -> int:
-    """Most bytes this process has held in memory so far."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    """The peak memory of this process in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

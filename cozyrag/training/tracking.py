@@ -1,7 +1,7 @@
-"""Experiment trackers: MLflow, Weights & Biases and TensorBoard, through Accelerate, all able to work without a network.
+"""Experiment trackers: MLflow, Weights & Biases and TensorBoard, through Accelerate, all usable without a network.
 
-Only the run's own settings and numbers are handed over, never the environment and never a token. Left out: the
-metrics.jsonl in the output folder, which is always written.
+They receive only the settings and numbers of a run, never the environment or a token. Left out: metrics.jsonl
+(run_log.py).
 """
 
 import importlib.util
@@ -19,12 +19,13 @@ RUN_IDS = "runs.json"
 
 
 def wanted_trackers(report_to: Sequence[str]) -> list[str]:
-    """The trackers asked for, without "none". Raises InputError if the package of one is not installed."""
+    """The trackers in --report_to, without "none". Raises InputError if the package of one is not installed."""
     names = [name for name in report_to if name != "none"]
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(
-                f"--report_to {name}: expected the package {name}, which is not installed. Run `pip install {name}` or leave it out."
+                f"--report_to {name}: expected the package {name}, which is not installed. Run `pip install {name}` or omit "
+                "this tracker."
             )
     return names
 
@@ -39,45 +40,23 @@ def start_trackers(
     settings: Mapping,
     resumed_at: int | None = None,
 ) -> None:
-    """Open the trackers on the main process; what they keep on disk stays under `folder`.
+    """Start the trackers on the main process; their local files are below `folder`.
 
-    A resumed run goes on in the runs it had, known by `folder`/runs.json: `resumed_at` is the last step it keeps, and
-    TensorBoard drops what was written after it.
+    A resumed run continues its tracker runs, whose ids are in `folder`/runs.json: `resumed_at` is its last optimizer step,
+    and TensorBoard drops what was written after it.
 
-    A MLFLOW_TRACKING_URI, WANDB_MODE or WANDB_API_KEY that is set is respected; otherwise MLflow writes a local
-    database and W&B works offline (`wandb sync` sends it later).
+    MLFLOW_TRACKING_URI, WANDB_MODE and WANDB_API_KEY are respected; by default MLflow writes a local database and W&B
+    works offline (`wandb sync` uploads it later).
     """
     if not names or not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    if "mlflow" in names:
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute() / 'mlflow.db'}")
-    if "wandb" in names:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        if "WANDB_API_KEY" not in os.environ:
-            os.environ.setdefault("WANDB_MODE", "offline")
-    options = {
-        "mlflow": {"run_name": run_name, "logging_dir": str(folder / "mlflow-artifacts")},
-        "wandb": {
-            "name": run_name,
-            "dir": str(folder),
-            "settings": {"x_disable_meta": True, "console": "off"},
-        },  # no command line, no host, no screen
-    }
-    ids = _run_ids(folder) if resumed_at is not None else {}
-    if "mlflow" in ids:
-        options["mlflow"]["run_id"] = ids["mlflow"]
-    if "wandb" in ids:
-        options["wandb"] |= {"id": ids["wandb"], "resume": "allow"}
-    if resumed_at is not None:
-        options["tensorboard"] = {"purge_step": resumed_at + 1}
-    accelerator.project_configuration.logging_dir = str(folder)  # where Accelerate lets TensorBoard write
-    plain = {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings.items()
-    }
+    _set_environment(names, folder)
+    accelerator.project_configuration.logging_dir = str(folder)  # the folder of Accelerate's TensorBoard tracker
+    config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
+    options = _options(run_name, folder, resumed_at)
     accelerator.init_trackers(
-        project, config=plain, init_kwargs={name: options[name] for name in names if name in options}
+        project, config=config, init_kwargs={name: options[name] for name in names if name in options}
     )
     ids = {}
     if "mlflow" in names:
@@ -87,14 +66,40 @@ def start_trackers(
     write_json(folder / RUN_IDS, ids)
 
 
-def _run_ids(folder: Path) -> dict:
-    """What the trackers call the run that was interrupted; empty where that is not known."""
-    path = folder / RUN_IDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _set_environment(names: Sequence[str], folder: Path) -> None:
+    """The defaults of the trackers' own variables."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if "mlflow" in names:
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute() / 'mlflow.db'}")
+    if "wandb" in names:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        if "WANDB_API_KEY" not in os.environ:
+            os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _options(run_name: str, folder: Path, resumed_at: int | None) -> dict[str, dict]:
+    """The arguments of each tracker."""
+    options: dict[str, dict] = {
+        "mlflow": {"run_name": run_name, "logging_dir": str(folder / "mlflow-artifacts")},
+        "wandb": {
+            "name": run_name,
+            "dir": str(folder),
+            "settings": {"x_disable_meta": True, "console": "off"},  # no command line, host or screen output
+        },
+    }
+    if resumed_at is not None:
+        path = folder / RUN_IDS
+        ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        options["tensorboard"] = {"purge_step": resumed_at + 1}
+        if "mlflow" in ids:
+            options["mlflow"]["run_id"] = ids["mlflow"]
+        if "wandb" in ids:
+            options["wandb"] |= {"id": ids["wandb"], "resume": "allow"}
+    return options
 
 
 def log_numbers(accelerator: Accelerator, numbers: Mapping, *, step: int, prefix: str) -> None:
-    """Hand numbers to the trackers, as plain floats (MLflow drops NumPy's), under `prefix/name`; "@" becomes "_at_"."""
+    """Log numbers to the trackers as `prefix/name`, as plain floats (MLflow drops NumPy's); "@" becomes "_at_"."""
     flat = {
         f"{prefix}/{name.replace('@', '_at_')}": float(value)
         for name, value in numbers.items()
