@@ -108,7 +108,7 @@ def spread_of_seeds(found: Mapping[str, Arrays], metric: str) -> str:
     tests = {
         name: paired_bootstrap(first[metric].mean(axis=0), scores[metric].mean(axis=0))[3] for name, scores in others
     }
-    p = ", ".join(f"{name} {p_value(value)}" for name, value in tests.items())
+    p = "; ".join(f"{name} {p_value(value)}" for name, value in tests.items())
     return (
         f"Seeds alone change the {metric} of a row by up to {100 * widest:.1f} points. Share p of the resamples in "
         f"which a row is not better than the first: {p}."

@@ -125,11 +125,9 @@ class Bench:
         return base_names(self.options.model, self.options.base_retriever, self.options.base_generator)
 
     def introduce(self, pair: Pair, questions: int) -> None:
-        """Print what is compared on what."""
-        task = self.task
-        self.accelerator.print(
-            f"{questions} questions of {task.name}, {len(task.passages)} passages, model {pair.name}."
-        )
+        """Print questions, passages, and model."""
+        passages = len(self.task.passages)
+        self.accelerator.print(f"{questions} questions of {self.task.name}, {passages} passages, model {pair.name}.")
 
     def known_golds(self, table: Dataset) -> list[tuple[str, int]]:
         """(question, row of its gold passage) for the questions whose gold passage is among the passages."""
@@ -147,8 +145,7 @@ class Bench:
     def searcher(self, pair: Pair, index: PassageIndex, mode: str, *, whole: bool = False) -> Searcher:
         """The search of the pair. Fusion weights that were never fitted are fitted on training questions, as in a run.
 
-        Args:
-            whole: score whole passages instead of their best sentences, with other weights.
+        `whole`: score whole passages instead of their best sentences, with other weights.
         """
         searcher = Searcher(
             index,
@@ -203,11 +200,9 @@ class Bench:
         encode: Callable[[Sequence[str]], np.ndarray] | None,
         rows: list[list[int]],
     ) -> Dataset:
-        """The contexts table with contexts built from these passages instead of those found.
+        """The contexts table with contexts built from the passages `rows` of each question instead of those found.
 
-        Args:
-            encode: questions to vectors; not needed by a sparse builder.
-            rows: the passages of each question.
+        `encode`: questions to vectors; a sparse builder does not need it.
         """
         columns = contexts[:]
         questions = columns["question"]

@@ -23,12 +23,9 @@ Build = Callable[[int], Run]
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation of a part.
+    """One implementation of a part, with the rows of a repetition and of the warm-up, in which kernels are loaded.
 
-    Args:
-        size: rows of a repetition.
-        warm_up: rows of the warm-up before all repetitions, in which kernels are chosen and loaded.
-        build: prepares a run over so many rows, which is not timed, and returns the run, which is timed.
+    `build` prepares a run over a number of rows, which is not timed, and returns the run, which is timed.
     """
 
     name: str

@@ -35,13 +35,9 @@ class ReadingSettings(Decoding):
 
 @dataclass(frozen=True)
 class Pair:
-    """A generator and a retriever.
+    """A generator and a retriever, with their search mode and the index that they came with, if any.
 
-    Args:
-        mode: search mode.
-        weights: fusion weights of hybrid search; None: to be fitted.
-        threshold: probability of an empty answer above which the pair abstains; None: it never does.
-        index: the index that the pair came with, if any.
+    `weights`: fusion weights, None: to be fitted; `threshold`: see `CozyRAG`.
     """
 
     name: str
@@ -59,19 +55,17 @@ def load_pair(model: str, device: torch.device) -> tuple[Pair, ReadingSettings]:
         chosen = parse_settings([]).contexts
         retriever = load_retriever(EMBEDDED, chosen.passage_tokens, device)
         pair = Pair(EMBEDDED, load_generator(EMBEDDED, device), retriever, chosen.retrieval)
-        return pair, ReadingSettings.of(chosen)
+        return pair, _reading_settings(vars(chosen))
     made = CozyRAG.from_pretrained(model, device=str(device))
     pair = Pair(
         Path(model).name, made.generator, made.retriever, made.searcher.mode, made.searcher.weights,
         made.no_answer_threshold, made.index,
     )  # fmt: skip
-    return pair, _reading_settings(model)
+    facts = read_pair(Path(model) if Path(model).is_dir() else Path(hf_hub_download(model, PAIR_FILE)).parent)
+    return pair, _reading_settings({"context_filter": "sparse"} | facts["contexts"] | facts["retrieval"])
 
 
-def _reading_settings(model: str) -> ReadingSettings:
-    folder = Path(model) if Path(model).is_dir() else Path(hf_hub_download(model, PAIR_FILE)).parent
-    facts = read_pair(folder)
-    known = {"context_filter": "sparse"} | facts["contexts"] | facts["retrieval"]
+def _reading_settings(known: dict) -> ReadingSettings:
     names = {each.name for each in fields(ReadingSettings)}
     return ReadingSettings(**{name: value for name, value in known.items() if name in names})
 

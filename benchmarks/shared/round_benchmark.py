@@ -73,7 +73,7 @@ class Benchmark:
         self.place = Place(device, precision == "bf16")
         self.asked, self.passages = read_corpus(options.questions, options.passages, seed=options.seed)
         self.models = Models(
-            self.passages.texts + self.asked.questions,
+            [*self.passages.texts, *self.asked.questions],
             GPT2Config(
                 n_layer=options.layers, n_embd=options.width, n_head=options.heads, vocab_size=options.vocabulary
             ),

@@ -46,8 +46,9 @@ class Asked:
     def first(self, count: int, start: int = 0) -> "Asked":
         """`count` questions from `start` on, wrapping around at the end."""
         rows = [(start + at) % len(self.questions) for at in range(count)]
-        columns = (self.questions, self.answers, self.gold)
-        return Asked(*([column[row] for row in rows] for column in columns))
+        return Asked(
+            [self.questions[row] for row in rows], [self.answers[row] for row in rows], [self.gold[row] for row in rows]
+        )
 
     def split(self, train: int, held_out: int) -> tuple["Asked", "Asked"]:
         """`train` questions to train on, and others that are held out, at most half of all."""
@@ -195,8 +196,8 @@ class Models:
 
         bert, folder = (str(Path(self._folder.name) / name) for name in ("bert", "retriever"))
         _word_pieces(self.texts).save_pretrained(bert)
-        size = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        BertModel(BertConfig(**size)).save_pretrained(bert)
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        BertModel(config).save_pretrained(bert)
         modules = [Transformer(bert, max_seq_length=256), Pooling(384), Normalize()]
         SentenceTransformer(modules=modules, device="cpu").save_pretrained(folder, create_model_card=False)
         return folder

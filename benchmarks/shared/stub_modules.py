@@ -23,20 +23,19 @@ FIRST = (
 PHASES = ("cozyrag.training.generator_phase", "cozyrag.training.retriever_phase")
 
 
-def _stub(name: str, **content: object) -> ModuleType:
-    module = ModuleType(name, "Replaces a library that is not installed.")
-    vars(module).update(content)
-    return module
+class _Stub(ModuleType):
+    """Replaces a library that is not installed. Every name in it is `object`, which is enough for annotations."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
 
 
 def _import_phases() -> None:
     for name in FIRST:
         importlib.import_module(name)
-    modules = {
-        "datasets": _stub("datasets", Dataset=object),
-        "datasets.utils": _stub("datasets.utils", are_progress_bars_disabled=lambda: True),
-        "faiss": _stub("faiss", Index=object),
-    }
+    modules = {name: _Stub(name) for name in ("datasets", "datasets.exceptions", "datasets.utils", "faiss")}
     placed = {name: module for name, module in modules.items() if name.partition(".")[0] in MISSING}
     sys.modules.update(placed)
     try:

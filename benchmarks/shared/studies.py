@@ -1,8 +1,6 @@
 """The studies of ablation.py: train one phase with some settings and a seed, and score every question.
 
-A generator study trains the generator on contexts that are retrieved once, and lets it answer. A retriever study trains
-the retriever and searches with it, dense and hybrid. Left out: which settings are compared, and tables
-(parts/ablation.py).
+Left out: which settings are compared, and tables (parts/ablation.py).
 """
 
 import argparse
@@ -11,7 +9,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from accelerate.utils import tqdm
@@ -173,19 +170,10 @@ class Setup:
 # ---- the two kinds of study
 
 
-class Study(Protocol):
-    """Scores of every question after one phase of training."""
-
-    names: tuple[str, ...]
-
-    def scores(self, flags: str, seed: int) -> Scores:
-        """The scores of a variant."""
-
-
 class GeneratorStudy:
     """Trains one generator phase for each variant and seed, then answers the validation questions."""
 
-    names: tuple[str, ...] = ("EM", "F1", f"seq-rep-{NGRAM}", "parroting", "too short")
+    names = ("EM", "F1", f"seq-rep-{NGRAM}", "parroting", "too short")
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -226,7 +214,7 @@ class GeneratorStudy:
 class RetrieverStudy:
     """Trains one retriever phase for each variant and seed, then searches for the validation questions."""
 
-    names: tuple[str, ...] = tuple(f"{mode} {metric}" for mode in ("dense", "hybrid") for metric in FOUND)
+    names = tuple(f"{mode} {metric}" for mode in ("dense", "hybrid") for metric in FOUND)
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -285,4 +273,5 @@ class RetrieverStudy:
         return scores
 
 
-KINDS = {"generator": GeneratorStudy, "retriever": RetrieverStudy}
+Study = GeneratorStudy | RetrieverStudy
+KINDS: dict[str, type[Study]] = {"generator": GeneratorStudy, "retriever": RetrieverStudy}

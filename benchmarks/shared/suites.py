@@ -44,10 +44,8 @@ PUBLISHED_NOTE = (
 class Task:
     """Tables with the columns of cozyrag/data/questions.py and passages.py. Gold ids are ids of `passages`, or None.
 
-    Args:
-        train: training questions for the leak audit; None: unknown.
-        fusion: training questions on which the fusion weights of an untuned pair are fitted; None: unknown.
-        published: results of other systems, as rows of the answer table.
+    `train`: training questions for the leak audit; `fusion`: those on which fusion weights are fitted; None: unknown.
+    `published`: results of other systems, as rows of the answer table.
     """
 
     name: str

@@ -183,12 +183,12 @@ def trainer_generator(models: Models, prompts: Prompts, place: Place, options: N
 def generator_sides(models: Models, prompts: Prompts, place: Place, options: Namespace) -> list[Side]:
     """Ours without and with penalties, the reference loop, transformers.Trainer."""
     pairs, batch = options.pairs, options.generator_batch
-    shared = (models, prompts, place, options)
+    reference = reference_generator(models, prompts, place, options)
     return [
-        Side(OURS, pairs, batch, our_generator(*shared)),
-        Side(PENALIZED, pairs, batch, our_generator(*shared, **PENALTIES)),
-        Side(REFERENCE, options.reference_pairs, options.reference_batch, reference_generator(*shared)),
-        Side(HF_TRAINER, pairs, batch, trainer_generator(*shared)),
+        Side(OURS, pairs, batch, our_generator(models, prompts, place, options)),
+        Side(PENALIZED, pairs, batch, our_generator(models, prompts, place, options, **PENALTIES)),
+        Side(REFERENCE, options.reference_pairs, options.reference_batch, reference),
+        Side(HF_TRAINER, pairs, batch, trainer_generator(models, prompts, place, options)),
     ]
 
 

@@ -69,7 +69,8 @@ class Articles:
     @classmethod
     def read(cls, articles: str, places: str) -> "Articles":
         """Read the articles from one file, and from the other which paragraphs each of them contains."""
-        passages, rows_of = _passages_of(articles), {}
+        passages = _passages_of(articles)
+        rows_of: dict[str, list[int]] = {}
         for row, key in enumerate(passages["id"][:]):
             rows_of.setdefault(key.rpartition("-")[0], []).append(row)
         held = {
@@ -81,6 +82,7 @@ class Articles:
 
     def find(self, questions: Questions, limit: int | None) -> tuple[Dataset, int]:
         """A sample of the questions whose paragraph is in an article, with gold passages; and how many there are."""
+        assert questions.passages is not None  # SQuAD contains its paragraphs
         carried = questions.passages[:]
         paragraphs = dict(zip(carried["id"], carried["text"], strict=True))
         sha1 = {key: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for key, text in paragraphs.items()}

@@ -117,7 +117,7 @@ def _write(place: Path, draw: Draw, count: int) -> np.ndarray:
 def _memory() -> dict[str, float]:
     """MB of this process: its own, and pages of mapped files, which the system may drop."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1e3 for name in ("RssAnon", "RssFile")}
+    return {name: int(kilobytes) / 1e3 for name, kilobytes in re.findall(r"(RssAnon|RssFile):\s+(\d+)", status)}
 
 
 def _searched(folder: Path, questions: dict[str, np.ndarray], exact: list[np.ndarray], threads: int) -> dict:
@@ -125,12 +125,13 @@ def _searched(folder: Path, questions: dict[str, np.ndarray], exact: list[np.nda
     faiss.omp_set_num_threads(threads)
     before, started = _memory(), time.perf_counter()
     index = PassageIndex.load(folder, fingerprint=NAME)
-    facts = {"load_seconds": time.perf_counter() - started, "recall": {}}
+    recall: dict[str, float] = {}
+    facts: dict[str, object] = {"load_seconds": time.perf_counter() - started, "recall": recall}
     last = next(reversed(questions.values()))
     facts["ms_first_time"] = float(np.median([_milliseconds(index, question[None]) for question in last]))
     for (name, asked), expected in zip(questions.items(), exact, strict=True):
         found = np.concatenate([index.search(question[None], 10)[1] for question in asked])
-        facts["recall"][name] = float(np.mean([np.isin(a, b).mean() for a, b in zip(expected, found, strict=True)]))
+        recall[name] = float(np.mean([np.isin(a, b).mean() for a, b in zip(expected, found, strict=True)]))
     alone = [_milliseconds(index, question[None]) for question in last]
     together = [_milliseconds(index, last) / len(last) for _ in range(5)]
     after = _memory()

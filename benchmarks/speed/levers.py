@@ -35,14 +35,9 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Lever:
-    """One optimisation that is taken out of the generator phase.
+    """One optimisation, named by what replaces it. `without`, `changes` of settings, or `context_tokens` takes it out.
 
-    Args:
-        name: what replaces it.
-        predicted: how many times as long the phase takes by arithmetic; None: unknown.
-        without: a context manager that takes it out.
-        changes: training settings that take it out.
-        context_tokens: a budget of contexts that takes it out.
+    `predicted`: how many times as long the phase takes by arithmetic; None: unknown.
     """
 
     name: str
@@ -137,12 +132,7 @@ def one_thread() -> Iterator[None]:
 
 
 def flops(benchmark: Benchmark, lengths: Sequence[int], last: Sequence[int], head: Sequence[int]) -> int:
-    """FLOPs of a pass over examples of these lengths, padding included.
-
-    Args:
-        last: positions of each example in the last block.
-        head: positions of each example in the head.
-    """
+    """FLOPs of a pass over padded examples, with these positions of each in the last block and in the head."""
     shape = benchmark.models.shape
     layers = training_flops(
         layers=shape.n_layer, width=shape.n_embd, inner=4 * shape.n_embd, vocabulary=0, lengths=lengths, targets=last

@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> None:
     print("| part | arrays, bytes per passage | peak, bytes per passage | microseconds per passage |")
     print("|---|---:|---:|---:|")
     start = psutil.Process().memory_info().rss
-    kept = []  # so that every peak includes the parts before
+    kept: list[object] = []  # so that every peak includes the parts before
 
     def add(name: str, build: Callable[[], Part]) -> Part:
         clock = time.process_time()
