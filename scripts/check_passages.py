@@ -9,11 +9,11 @@ package: it reads the inputs with regular expressions and json. It checks:
   - otherwise: every passage is part of an article, and the numbers of articles, words, and passages match the summary.
 """
 
+import argparse
 import gzip
 import html
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,9 +58,11 @@ def passages(output: str) -> list[dict]:
 
 def main() -> None:
     """Compare and print; fail if something is missing."""
-    if len(sys.argv) < 3:
-        raise SystemExit(__doc__)
-    output, inputs = sys.argv[1], sys.argv[2:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", metavar="OUTPUT", help="output of `cozyrag passages`")
+    parser.add_argument("inputs", metavar="IN", nargs="+", help="its inputs")
+    options = parser.parse_args()
+    output, inputs = options.output, options.inputs
     summary = json.loads(Path(re.sub(r"\.(jsonl(\.gz)?|parquet)$", "", output) + ".summary.json").read_text())
     made, count, words = passages(output), 0, 0
     stream: list[str] = []
