@@ -222,7 +222,7 @@ def test_killed_in_each_phase_and_resumed_ends_bit_equal(settings, one_process, 
         run.send_signal(signal.SIGKILL)
         run.wait()
     screen = launch([*arguments, "--resume"]).stdout
-    assert "Going on from" in screen
+    assert "Resuming from" in screen
     for name in ("generator", "retriever"):
         assert (whole / name / "model.safetensors").read_bytes() == (folder / name / "model.safetensors").read_bytes()
     assert [row["loss"] for row in metrics(whole, "step")] == [row["loss"] for row in metrics(folder, "step")]
@@ -232,7 +232,7 @@ def test_the_index_is_refreshed_within_a_phase_and_says_so(one_process):
     folder, screen = one_process
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(row["round"], row["step"]) for row in rows if row["kind"] == "refresh"] == [(1, 2), (2, 2)]
-    assert "round 1 retriever step 2: index made anew" in screen
+    assert "round 1 retriever step 2: index made again" in screen
     assert sorted(path.name for path in (folder / "contexts").iterdir())[:2] == ["round-001", "round-001-step-000002"]
 
 
@@ -263,7 +263,7 @@ def test_query_side_only_moves_questions_and_leaves_passages_and_index_alone(set
     ]
     assert same == [False, True]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rows if row.get("part") == "index" and row["seconds"] > 0] in ([0], [0, 0])
+    assert {row["round"] for row in rows if row.get("part") == "index" and row["seconds"] > 0} == {0}
     pair = CozyRAG.from_pretrained(tmp_path / "out")
     assert pair.answer(texts[0]).passages
 

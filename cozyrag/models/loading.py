@@ -47,8 +47,13 @@ def _load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         if adapter is None:
             config = training_config(AutoConfig.from_pretrained(name, **source), dropout)
-            options = {"dtype": torch.float32, "use_safetensors": True}  # a pytorch_model.bin is a pickle
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, config=config, **options, **source)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,  # a pytorch_model.bin is a pickle
+                **source,
+            )
     except (OSError, ValueError, SafetensorError) as error:  # SafetensorError: a truncated file
         raise not_loaded("--generator", "checkpoint folder", name, error, ALTERNATIVES) from error
     if adapter is None:

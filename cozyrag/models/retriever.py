@@ -52,10 +52,15 @@ class Retriever:
         token: str | None = None,
     ) -> "Retriever":
         """Load a SentenceTransformer folder or Hub id in float32. Raises InputError, with alternatives, if it fails."""
-        options = {"dtype": torch.float32, "use_safetensors": True}  # a pytorch_model.bin is a pickle
         try:
             _refuse_pickles(Path(name))
-            model = SentenceTransformer(name, revision=revision, device=device, token=token, model_kwargs=options)
+            model = SentenceTransformer(
+                name,
+                revision=revision,
+                device=device,
+                token=token,
+                model_kwargs={"dtype": torch.float32, "use_safetensors": True},  # a pytorch_model.bin is a pickle
+            )
         except (OSError, ValueError, SafetensorError) as error:  # SafetensorError: a truncated file
             otherwise = "use the default, --retriever embedded, which needs no network"
             raise not_loaded("--retriever", "SentenceTransformer folder", name, error, otherwise) from error

@@ -32,7 +32,7 @@ from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_cont
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.training.run_log import peak_memory
-from cozyrag.training.run_retrieval import RETRIEVE_TOGETHER, context_builder
+from cozyrag.training.run_retrieval import RETRIEVE_TOGETHER, context_builder, context_filter
 
 SAMPLE = 512  # questions, at most
 CHARACTERS = 4_000_000  # of passages that are searched, at most
@@ -132,13 +132,20 @@ class Probe(Subject):
             lexical = LexicalIndex(passages.to_read(), stemmer=self.settings.contexts.stemmer)
         words = SentenceWords(passages.titles, passages.sentences(), stemmer=self.settings.contexts.stemmer)
         built = time.perf_counter() - clock
-        builder = context_builder(passages, self.settings, self.generator, self.retriever)
-        keep = self.settings.contexts.keep_sentence_vectors and builder.score_by != "sparse"
+        dense = context_filter(self.settings, self.retriever) != "sparse"
+        keep = self.settings.contexts.keep_sentence_vectors and dense
         index = PassageIndex(
             table, vectors[np.arange(len(table)) % len(vectors)], fingerprint="probe",
             sentences=_borrowed(passages, sentences) if keep else None,
         )  # fmt: skip
-        builder.sentence_vectors, builder.words = sentence_source(index, self.retriever), words
+        builder = context_builder(
+            passages,
+            self.settings,
+            self.generator,
+            self.retriever,
+            sentence_vectors=sentence_source(index, self.retriever),
+            words=words,
+        )
         searcher = Searcher(index, lexical, encode=self._encode_questions, mode=mode, words=words)
         share = self.share["retrieve"]
         first = sample.select(range(min(32, len(sample))))
@@ -156,7 +163,7 @@ class Probe(Subject):
         known = [(text, row) for text, row in zip(columns["question"], contexts["gold_row"], strict=True) if row >= 0]
         weigh = 0.0
         if mode == "hybrid" and known:
-            weigh = timed(lambda: searcher.fit_fusion_weights(*map(list, zip(*known, strict=True))))[0] / len(known)
+            weigh = timed(lambda: searcher.fitted(*map(list, zip(*known, strict=True))))[0] / len(known)
             weigh += grown / len(sample)
         return _Found(
             builder=builder, columns=columns, lexical=built / part, search=(warm + grown) / len(sample),
