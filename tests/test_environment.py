@@ -138,4 +138,4 @@ def test_the_machine_is_examined_alone(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cozyrag", "doctor", "--machine", "my-rag"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()
-    assert "found 'my-rag' after --machine" in capsys.readouterr().err
+    assert "found 'my-rag'" in capsys.readouterr().err
