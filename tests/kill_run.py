@@ -5,8 +5,8 @@
 
 Each kill has its own run: it is started, killed at a moment drawn uniformly from the duration of the undisturbed run
 (with indexing, evaluation, saving and pushing), and started again with the same command. Then metrics.jsonl without
-times, evaluated answers, weights and vectors are compared byte for byte. Of several processes, either all are killed, or
-one, and the others must then end within a minute. Runs are forked from a process with loaded libraries, so that a kill
+times, evaluated answers, weights and vectors are compared byte for byte. Of several processes, all are killed, or one,
+and the others must then end within a minute. Runs are forked from a process with loaded libraries, so that a kill
 costs seconds. Left out: faults other than a kill (test_faults.py).
 """
 
@@ -38,8 +38,9 @@ import cozyrag.run  # noqa: E402
 LIMIT = 60.0  # seconds within which the other processes must end after a kill
 SMALL = (
     "--generator_batch_size 8 --retriever_batch_size 16 --top_k 3 --context_tokens 64 --answer_tokens 6 --rounds 2 "
-    "--generator_learning_rate 3e-3 --retriever_learning_rate 1e-3 --generator_epochs 2 --feedback_weight 0.5 --context_noise 0.2 "
-    "--index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1 --push_to_hub --hub_model_id someone/tiny"
+    "--generator_learning_rate 3e-3 --retriever_learning_rate 1e-3 --generator_epochs 2 --feedback_weight 0.5 "
+    "--context_noise 0.2 --index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1 "
+    "--push_to_hub --hub_model_id someone/tiny"
 ).split()
 TIMES = ("seconds", "rate")
 
@@ -220,8 +221,8 @@ def kill_and_compare(kills: int, processes: int, seed: int, root: Path, precisio
         info(f"kill {number + 1} of {kills}: {at}: {'bit-equal' if not wrong else failures[-1]}")
     phases = ", ".join(f"{place} {count}" for place, count in places.most_common())
     info(
-        f"{kills - len(failures)} of {kills} kills resumed bit-equal, {processes} process{'es' if processes > 1 else ''}, undisturbed run {seconds:.1f} s; "
-        f"killed at: {phases}"
+        f"{kills - len(failures)} of {kills} kills resumed bit-equal, {processes} process"
+        f"{'es' if processes > 1 else ''}, undisturbed run {seconds:.1f} s; killed at: {phases}"
     )
     return failures
 

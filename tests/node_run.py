@@ -1,4 +1,4 @@
-"""train.py on one of several machines, which also writes the fingerprints of its weights to NODE_PRINTS; for test_nodes.py."""
+"""train.py on one of several machines; also writes fingerprints of the weights to NODE_PRINTS, for test_nodes.py."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Generator phases of two processes, with and without sharding; writes the results to FOLDER/RANK.json, for test_sharding.py.
+"""Generator phases of two processes, with and without sharding; results go to FOLDER/RANK.json, for test_sharding.py.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 tests/sharded_run.py FOLDER GENERATOR RETRIEVER
 """
@@ -27,8 +27,8 @@ from cozyrag.training.trainer import PhaseCallback
 
 SAVED_AT = 3
 PHASE = {
-    "generator_batch_size": 8, "generator_steps": 6, "generator_learning_rate": 1e-2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5,
-    "repeat_penalty": 0.3, "keyword_penalty": 0.2, "short_penalty": 0.2, "warmup_ratio": 0.0,
+    "generator_batch_size": 8, "generator_steps": 6, "generator_learning_rate": 1e-2, "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.5, "repeat_penalty": 0.3, "keyword_penalty": 0.2, "short_penalty": 0.2, "warmup_ratio": 0.0,
 }  # fmt: skip
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": [], "revision": None, "seed": 1}
 

@@ -132,7 +132,7 @@ def marks(*rows):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 def test_sentence_loss_is_the_mass_on_sentences_with_the_answer(temperature):
-    """Transcribed with sums of Python floats; the last sentence is truncated, and the last query has no other with its answer."""
+    """Transcribed with sums of Python floats; the last sentence, the only one for the last query, is truncated."""
     random = torch.Generator().manual_seed(1)
     queries, sentences = (
         torch.nn.functional.normalize(torch.randn(n, 5, generator=random, dtype=torch.float64)) for n in (4, 6)

@@ -92,10 +92,14 @@ PLAIN = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {  # two layers with the shape of a known model
     "distilgpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, vocab_size=500, **PLAIN, **SPECIAL)),
     "distilgpt2 with dropout": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, vocab_size=500, **SPECIAL)),
-    "distilgpt2, eager": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, vocab_size=500, attn_implementation="eager", **PLAIN, **SPECIAL)),
+    "distilgpt2, eager": lambda: GPT2LMHeadModel(
+        GPT2Config(n_layer=2, vocab_size=500, attn_implementation="eager", **PLAIN, **SPECIAL)
+    ),
     "SmolLM2-135M": lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SMOL, **SPECIAL)),
-    "MiniLM": lambda: BertModel(BertConfig(hidden_size=384, num_attention_heads=12, intermediate_size=1536, num_hidden_layers=2, vocab_size=500)),
-}  # fmt: skip
+    "MiniLM": lambda: BertModel(
+        BertConfig(hidden_size=384, num_attention_heads=12, intermediate_size=1536, num_hidden_layers=2, vocab_size=500)
+    ),
+}
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

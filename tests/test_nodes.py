@@ -1,7 +1,7 @@
 """Several machines, simulated by one: two launchers that connect over loopback, started by examples/slurm.sh.
 
-The commands of the cluster are replaced: `srun` runs its command once per machine, in parallel, `scontrol` prints the first
-machine. The rest is real: two `accelerate launch`, gloo, and a whole round.
+The commands of the cluster are replaced: `srun` runs its command once per machine, in parallel, `scontrol` prints the
+first machine. The rest is real: two `accelerate launch`, gloo, and a whole round.
 """
 
 import json
@@ -45,19 +45,21 @@ def cluster(tmp_path):
         port = free.getsockname()[1]
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
     return clean | MACHINE | {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "LOGS": str(tmp_path), "NODE_PRINTS": str(tmp_path),
-        "SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "PORT": str(port), "ACCELERATE_MIXED_PRECISION": "no",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "LOGS": str(tmp_path),
+        "NODE_PRINTS": str(tmp_path), "SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2",
+        "PORT": str(port), "ACCELERATE_MIXED_PRECISION": "no",
     }  # fmt: skip
 
 
 @pytest.fixture
 def settings(corpus_files, generator_path, retriever_path):
     files = [part for name, path in corpus_files.items() for part in (f"--{name}", path)]
-    return [
-        *files, "--generator", generator_path, "--retriever", retriever_path, "--generator_batch_size", 8, "--retriever_batch_size", 16,
-        "--context_tokens", 64, "--answer_tokens", 4, "--generator_learning_rate", 3e-3, "--retriever_learning_rate", 1e-3, "--rounds", 1,
-        "--threads", 1, "--rollback", "off", "--mixed_precision", "no", "--use_cpu", "True",
-    ]  # fmt: skip
+    small = (
+        "--generator_batch_size 8 --retriever_batch_size 16 --context_tokens 64 --answer_tokens 4 --rounds 1 "
+        "--threads 1 --generator_learning_rate 3e-3 --retriever_learning_rate 1e-3 --rollback off "
+        "--mixed_precision no --use_cpu True"
+    )
+    return [*files, "--generator", generator_path, "--retriever", retriever_path, *small.split()]
 
 
 @pytest.mark.slow

@@ -118,8 +118,13 @@ def test_a_generator_without_steps_is_not_evaluated_again(run, monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     """The numbers of questions that the generator answers in each evaluation."""
-    counts, write = [], Generator.write
-    monkeypatch.setattr(Generator, "write", lambda self, texts, *rest, **options: counts.append(len(texts)) or write(self, texts, *rest, **options))  # fmt: skip
+    counts, real = [], Generator.write
+
+    def write(self, texts, *rest, **options):
+        counts.append(len(texts))
+        return real(self, texts, *rest, **options)
+
+    monkeypatch.setattr(Generator, "write", write)
     return counts
 
 

@@ -109,8 +109,8 @@ class RunCallback(PhaseCallback):
         facts = self._place(report.step) | numbers
         self.log.record({"kind": "skipped step", "in_a_row": progress.skipped_steps} | facts)
         self._info(
-            f" step {report.step}/{report.steps}: loss {report.loss}, gradient norm {gradient_norm}; the step is skipped "
-            f"({progress.skipped_steps} in a row)."
+            f" step {report.step}/{report.steps} is skipped ({progress.skipped_steps} in a row): loss {report.loss}, "
+            f"gradient norm {gradient_norm}."
         )
         if progress.skipped_steps < self.output.max_skipped_steps:
             return
@@ -118,9 +118,10 @@ class RunCallback(PhaseCallback):
         if self.accelerator.is_main_process:
             write_json(path, facts | {"rows": rows()})
         raise InputError(
-            f"Expected finite losses and gradients, found none in {progress.skipped_steps} steps of the {progress.phase} "
-            f"in a row: training has diverged, or the data is faulty. The last batch is in {path}. Lower "
-            f"--{progress.phase}_learning_rate and start again, or correct the data."
+            "Expected finite losses and gradients, found none in "
+            f"{progress.skipped_steps} steps of the {progress.phase} in a row: training has diverged, or the data is "
+            f"faulty. The last batch is in {path}. Lower --{progress.phase}_learning_rate and start again, or correct "
+            "the data."
         )
 
     def recomputes(self, longest: int, cut: Cut) -> None:

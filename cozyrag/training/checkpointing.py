@@ -1,8 +1,7 @@
 """The checkpoints of a run in OUTPUT/checkpoints, and reading them to resume.
 
-A checkpoint folder is complete: progress, both models as ordinary checkpoints, within a phase the optimizer's state, and a
-manifest that reveals damage. Left out: the models (generator.py, retriever.py), when to save (callbacks.py, rounds.py),
-the output folder as a whole (output_dir.py).
+A checkpoint folder is complete: progress, both models, within a phase the optimizer's state, and a manifest that
+reveals damage. Left out: when to save (callbacks.py, rounds.py), the output folder as a whole (output_dir.py).
 """
 
 import contextlib

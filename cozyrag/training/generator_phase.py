@@ -38,7 +38,7 @@ def train_generator(
 ) -> int:
     """Train the generator to answer from the contexts; returns the number of steps.
 
-    Rows without an answer are left out, unless the settings train the generator to abstain: then they have an empty one.
+    Rows without an answer are left out; if the settings train the generator to abstain, their answer is empty.
     """
     examples = generator_examples(generator, contexts[:], settings=settings, context_tokens=context_tokens)
     lengths = [len(example.input_ids) for example in examples]

@@ -37,7 +37,7 @@ def answer_likelihoods(
     progress: Callable[[int], object] = lambda questions: None,
     info: Callable[[str], object] = lambda warning: None,
 ) -> np.ndarray:
-    """(n_questions, k) float32: mean log-likelihood of an answer token given each of the k best passages alone, in nats.
+    """(n_questions, k) float32: mean log-likelihood in nats of an answer token, given each of the k best passages.
 
     Each process computes a share of the questions; all return the whole. Rows without an answer are NaN.
 

@@ -12,9 +12,9 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """InfoNCE: each query must score its own passage above all others of the batch.
 
-    Van den Oord et al. 2018 (arXiv:1807.03748, eq. 4) with cosine / temperature as the score and in-batch negatives as in
-    Karpukhin et al. 2020 (DPR). A passage occurs once in the batch, however many queries share it, so no query is pushed
-    away from a copy of its own positive.
+    Van den Oord et al. 2018 (arXiv:1807.03748, eq. 4) with cosine / temperature as the score and in-batch negatives as
+    in Karpukhin et al. 2020 (DPR). A passage occurs once in the batch, however many queries share it, so no query is
+    pushed away from a copy of its own positive.
 
     Args:
         queries: (n_queries, dim), passages: (n_passages, dim), both L2-normalised.
@@ -61,9 +61,9 @@ def feedback_loss(
 ) -> torch.Tensor:
     """LM-supervised retrieval: the retriever must rank each query's candidates as the generator does.
 
-    KL(G || R) over the candidates: G is the softmax of the log-likelihood of the answer given each passage, R that of the
-    cosines, both over one temperature. Perplexity distillation of Izacard et al. 2022 (Atlas, arXiv:2208.03299, section
-    2.2) and the likelihood supervision of Shi et al. 2023 (REPLUG LSR, arXiv:2301.12652, eq. 5).
+    KL(G || R) over the candidates: G is the softmax of the log-likelihood of the answer given each passage, R that of
+    the cosines, both over one temperature. Perplexity distillation of Izacard et al. 2022 (Atlas, arXiv:2208.03299,
+    section 2.2) and the likelihood supervision of Shi et al. 2023 (REPLUG LSR, arXiv:2301.12652, eq. 5).
 
     Args:
         queries: (n_queries, dim), passages: (n_passages, dim), both L2-normalised.

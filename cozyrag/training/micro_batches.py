@@ -1,8 +1,7 @@
 """How a step is cut into micro-batches: by their number, or by the tokens of one.
 
-A step takes the same time on a CPU in small micro-batches, with a fraction of the memory, and its result does not depend
-on them except for rounding. Everything here is arithmetic on lengths, sizes and bytes. Left out: measuring free memory
-(hardware.py), the steps themselves (generator_phase.py, retriever_phase.py).
+On a CPU, small micro-batches take the same time with a fraction of the memory. The result of a step depends on them
+only by rounding. Left out: measuring free memory (hardware.py), the steps (generator_phase.py, retriever_phase.py).
 """
 
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ class Cut:
         return self.room is not None and longest > self.room
 
     def smaller(self, load: "Load") -> "Cut | None":
-        """The next cut to try if this load does not fit: twice the micro-batches, or half the tokens; None: no smaller."""
+        """The next cut if this load does not fit: twice the micro-batches or half the tokens; None if there is none."""
         if self.tokens is None:
             doubled = min(2 * load.micro_batches, load.most)
             return replace(self, micro_batches=doubled) if load.micro_batches < load.most else None
@@ -108,8 +107,8 @@ def load_of(lengths: Sequence[int], cut: Cut, *, processes: int = 1) -> Load:
 def caching_load(sides: Sequence[Sequence[int]], cut: Cut, *, together: int) -> Load:
     """The load of a process's share of a retriever step, whose sides have the same number of micro-batches.
 
-    By tokens, these are as few as possible, since all but the last are embedded twice. The last ones of all sides are in
-    memory together, so the tokens are those of the largest ones together.
+    By tokens, these are as few as possible, since all but the last are embedded twice. The last ones of all sides are
+    in memory together, so the tokens are those of the largest ones together.
 
     Args:
         sides: for questions and for passages the tokens of each text of this process, in order.

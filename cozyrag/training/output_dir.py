@@ -23,9 +23,9 @@ LOCK = ".lock"
 SETTINGS = "settings.json"
 FINISHED = "finished.json"  # written last, after a push
 OURS = (
-    "checkpoints", "contexts", "feedback", "answers", EVALUATIONS, OLD_EVALUATIONS, "audit.json", "generator", "retriever",
-    "index", "pushing", "trackers", "skipped-steps", "report.html", "plots", "cozyrag.json", "metrics.jsonl", SETTINGS,
-    FINISHED, "README.md", NEXT, OLD,
+    "checkpoints", "contexts", "feedback", "answers", EVALUATIONS, OLD_EVALUATIONS, "audit.json", "generator",
+    "retriever", "index", "pushing", "trackers", "skipped-steps", "report.html", "plots", "cozyrag.json",
+    "metrics.jsonl", SETTINGS, FINISHED, "README.md", NEXT, OLD,
 )  # fmt: skip
 # Settings that affect neither losses nor weights: a resumed run may change them.
 FREE_TO_CHANGE = {
@@ -33,7 +33,7 @@ FREE_TO_CHANGE = {
     "save_total_limit", "logging_steps", "report_to", "project_name", "run_name", "push_to_hub", "hub_model_id",
     "hub_private", "hub_strategy", "model_license", "data_license", "rounds", "max_skipped_steps",
 }  # fmt: skip
-# Settings that affect only the rounding of sums: allowed with --allow_changed_settings, with a result that is not bit-equal.
+# Settings that affect only the rounding of sums: a resumed run may change them with --allow_changed_settings.
 SAFE_TO_CHANGE = {
     "threads", "encode_batch_size", "answer_batch_size", "gradient_accumulation_steps", "generator_sharding", "use_cpu",
     "processes",
@@ -65,8 +65,8 @@ def check_output(folder: Path, settings: Mapping) -> bool:
     saved = complete_checkpoints(folder)
     if settings["resume"] and not saved:
         raise InputError(
-            f"--resume: expected a checkpoint in {place / 'checkpoints'}, found none; nothing was changed. Start without "
-            "--resume, in another folder if this one holds other files."
+            f"--resume: expected a checkpoint in {place / 'checkpoints'}, found none; nothing was changed. "
+            "Start without --resume, in another folder if this one holds other files."
         )
     if settings["resume"] or (begun and saved and not (folder / FINISHED).exists()):
         before = settings_before(folder)
@@ -76,8 +76,8 @@ def check_output(folder: Path, settings: Mapping) -> bool:
     if content:
         held = "a finished run" if begun else f"{content[0]!r}{' and more' if len(content) > 1 else ''}"
         raise InputError(
-            f"--output_dir: expected a new or empty folder, {place} holds {held}; nothing was changed. Give another folder, "
-            "--resume to continue that run, or --overwrite_output_dir to replace it."
+            f"--output_dir: expected a new or empty folder, {place} holds {held}; nothing was changed. "
+            "Give another folder, --resume to continue that run, or --overwrite_output_dir to replace it."
         )
     return False
 
@@ -124,8 +124,8 @@ def _check_writable(folder: Path) -> None:
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(
-            f"--output_dir: expected a writable folder, {existing.absolute()} cannot be written. Change its permissions or "
-            "give another folder."
+            f"--output_dir: expected a writable folder, {existing.absolute()} cannot be written. "
+            "Change its permissions or give another folder."
         )
 
 
@@ -164,8 +164,8 @@ def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
                 lock.acquire()
         except Timeout as error:
             raise InputError(
-                f"--output_dir: another run is writing into {folder.absolute()}, whose files two runs would corrupt. Wait "
-                "until it ends, or give another folder."
+                f"--output_dir: another run is writing into {folder.absolute()}, whose files two runs would corrupt. "
+                "Wait until it ends, or give another folder."
             ) from error
 
     main_decides(accelerator, acquire)

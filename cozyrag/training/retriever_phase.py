@@ -168,10 +168,10 @@ def retriever_step(
 ) -> dict[str, float]:
     """Compute the gradients of the weighted terms over the whole step.
 
-    The loss needs all vectors at once, but few texts fit into memory at once, on one process or many. So the vectors are
-    gathered without their graphs, the loss is computed once over all of them, and each process sends the gradients of
-    its own vectors back through its encoder (gradient caching, Gao et al. 2021, arXiv:2101.06983). The graph of the last
-    micro-batch is kept: a single micro-batch is embedded once, of two only the first is embedded twice.
+    The loss needs all vectors at once, but few texts fit into memory at once. So the vectors are gathered without their
+    graphs, the loss is computed once over all of them, and each process sends the gradients of its own vectors back
+    through its encoder (gradient caching, Gao et al. 2021, arXiv:2101.06983). Only the last micro-batch keeps its graph
+    and is not embedded twice.
 
     Returns:
         the loss and, if there are several terms, their values before weighting, by name.
@@ -234,7 +234,7 @@ class _Side:
         return torch.cat(kept).requires_grad_()
 
     def backward(self, gradient: torch.Tensor | None) -> None:
-        """Send the gradients of this process's vectors back through the encoder, from the last micro-batch to the first."""
+        """Send the gradients of this process's vectors back through the encoder, the last micro-batch first."""
         if gradient is None or (self.vectors and not self.vectors[-1].requires_grad):
             return  # no term needs this side, or its encoder is frozen
         end = sum(self.heights[: self.accelerator.process_index + 1])

@@ -1,7 +1,7 @@
 """Rollback: whether a model that was just trained is kept, decided on the validation questions.
 
-Left out: the scores (evaluation.py), restoring a model (rounds.py). A run reports its scores on the same questions, so a
-claim about a pair needs questions of its own.
+A run reports its scores on the same questions, so a claim about a pair needs questions of its own. Left out: the scores
+(evaluation.py), restoring a model (rounds.py).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ WORSE = 0.8  # one question that got worse stays below it (63 % of resamples), t
 
 @dataclass(frozen=True)
 class Decision:
-    """Means before and after in percent, the 95 % interval of the difference, and the share of resamples that got worse."""
+    """Means before and after in percent, 95 % interval of the difference, share of resamples that got worse."""
 
     kept: bool
     before: float
@@ -35,8 +35,8 @@ class Decision:
 def decide(before: np.ndarray, after: np.ndarray) -> Decision:
     """Keep the new model unless it is worse on the questions.
 
-    Paired bootstrap over the questions (see metrics.paired_bootstrap): a model is rolled back if its mean is lower in more
-    than `WORSE` of the resamples. An unchanged metric, such as one at its ceiling, keeps the model.
+    Paired bootstrap over the questions (see metrics.paired_bootstrap): a model is rolled back if its mean is lower in
+    more than `WORSE` of the resamples. An unchanged metric, such as one at its ceiling, keeps the model.
 
     Args:
         before, after: (n_questions,) scores of the same questions, 0 to 1.

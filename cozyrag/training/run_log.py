@@ -22,8 +22,8 @@ class RunLog:
     """The rows of metrics.jsonl, kept by every process and written by the main one.
 
     Args:
-        rows: those of the checkpoint from which the run resumes; the list is extended. Rows written after it are dropped
-            from the file, since their steps are taken again.
+        rows: those of the checkpoint from which the run resumes; the list is extended. Later rows in the file are
+            dropped, since their steps are taken again.
         steps: optimizer steps so far.
         spent: seconds that interrupted parts of a round have already taken, by name.
     """

@@ -24,8 +24,8 @@ def wanted_trackers(report_to: Sequence[str]) -> list[str]:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(
-                f"--report_to {name}: expected the package {name}, which is not installed. Run `pip install {name}` or omit "
-                "this tracker."
+                f"--report_to {name}: expected the package {name}, which is not installed. "
+                f"Run `pip install {name}` or omit this tracker."
             )
     return names
 
@@ -42,8 +42,8 @@ def start_trackers(
 ) -> None:
     """Start the trackers on the main process; their local files are below `folder`.
 
-    A resumed run continues its tracker runs, whose ids are in `folder`/runs.json: `resumed_at` is its last optimizer step,
-    and TensorBoard drops what was written after it.
+    A resumed run continues its tracker runs, whose ids are in `folder`/runs.json: `resumed_at` is its last optimizer
+    step, and TensorBoard drops what was written after it.
 
     MLFLOW_TRACKING_URI, WANDB_MODE and WANDB_API_KEY are respected; by default MLflow writes a local database and W&B
     works offline (`wandb sync` uploads it later).

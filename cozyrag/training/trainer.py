@@ -122,8 +122,8 @@ def run_phase(
 ) -> None:
     """Take the steps of a phase: gradients, clipping, AdamW, schedule. A resumed phase takes the remaining ones.
 
-    A step with a non-finite loss or gradient leaves the weights unchanged. A step that does not fit into memory is taken
-    in smaller micro-batches, as are those after it.
+    A step with a non-finite loss or gradient leaves the weights unchanged. A step that does not fit into memory is
+    taken in smaller micro-batches, as are those after it.
 
     Args:
         cut: the micro-batches of the first step.
@@ -184,8 +184,8 @@ def _within_memory(
             if accelerator.num_processes > 1:
                 raise RuntimeError(
                     f"Out of memory on process {accelerator.process_index}. Run again with "
-                    f"--gradient_accumulation_steps {2 * load(cut).micro_batches} and --allow_changed_settings: the run "
-                    "resumes from the last checkpoint with the same batches in smaller micro-batches."
+                    f"--gradient_accumulation_steps {2 * load(cut).micro_batches} and --allow_changed_settings: "
+                    "the run resumes from the last checkpoint with the same batches in smaller micro-batches."
                 ) from error
             smaller = cut.smaller(load(cut))
             if smaller is None:

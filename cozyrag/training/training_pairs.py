@@ -103,8 +103,8 @@ def step_sentences(
     """The sentences of the positives in a step over the passages `rows`.
 
     Returns:
-        their spans per passage, none for other passages; (n_questions, n_sentences) bool, the sentences of the question's
-        positive; those of them that hold an answer.
+        their spans per passage, none for other passages; (n_questions, n_sentences) bool, the sentences of the
+        question's positive; those of them that hold an answer.
     """
     positives = {pair.positive for pair in pairs}
     spans = [passages.spans([row])[0] if row in positives else [] for row in rows]
