@@ -83,7 +83,7 @@ def test_the_sentence_loss_is_refused_for_a_retriever_that_has_no_vectors_of_sen
     model[1].pooling_mode = "cls"
     model.save_pretrained(str(tmp_path / "cls"))
     with pytest.raises(
-        InputError, match="--sentence_weight: expected a retriever that takes the mean.*cls pools otherwise"
+        InputError, match="--sentence_weight: expected a retriever with mean pooling.*cls"
     ):
         planned([*arguments, "--retriever", str(tmp_path / "cls"), "--sentence_weight", "1"])
 

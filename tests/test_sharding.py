@@ -148,7 +148,7 @@ def test_the_configs_train_the_pair_of_one_process_and_resume_each_others_checkp
     assert "self-test: without the generator's terms" in first.stdout and "contrastive" in first.stdout
     assert "2 processes on cpu, the generator's training sharded (full_shard)" in first.stdout
     last = launch([*two, "--allow_changed_settings"], config="zero2.yaml", environment=path)
-    assert "Going on from round-001-0-generator-000003" in last.stdout and "(shard_grad_op)" in last.stdout
+    assert "Resuming from round-001-0-generator-000003" in last.stdout and "(shard_grad_op)" in last.stdout
     prints = [row["fingerprints"] for row in metrics(tmp_path / "two", "processes")]
     assert len(prints) == 4 and all(len(pair) == 2 and pair[0] == pair[1] for pair in prints)
     train([*map(str, settings), "--output_dir", str(tmp_path / "one")])
