@@ -125,11 +125,11 @@ def test_the_command_looks_at_this_machine_and_learns(arguments, monkeypatch, ca
     said = capsys.readouterr().out
     assert "ok     training: the loss of a tiny model goes from" in said and "ok     FAISS: finds" in said
     assert "ok     arithmetic: float32 " in said
-    assert "HF_HUB_OFFLINE is set" in said and "Nothing stands in the way" in said
+    assert "HF_HUB_OFFLINE is set" in said and "This machine can train" in said
 
 
 def test_a_fault_ends_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(environment, "probe", lambda folder, endpoint: replace(FIT, faiss_agrees=False))
+    monkeypatch.setattr(environment, "inspect_machine", lambda folder, endpoint: replace(FIT, faiss_agrees=False))
     with pytest.raises(InputError, match="FAISS: does not find the nearest vectors. Reinstall"):
         list(environment.check_machine())
 

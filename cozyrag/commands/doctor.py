@@ -21,7 +21,7 @@ columns of the table:
   gradient norm    norm of its gradient over the weights of its model
   tensors moved    weight tensors of that model with a gradient, of the trainable ones
   step lowers it   whether one small step along the gradient lowers the term on the same batch
-  verdict          ok, FAULT, or "no occasion on this batch": the term has nothing to do there,
+  verdict          ok, FAULT, or "zero on this batch": nothing to lower there,
                    such as no repeats in short answers
 
 Exit code 0 without a fault, else 2 with a sentence on the fault and its remedy.

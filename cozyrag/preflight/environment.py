@@ -1,8 +1,7 @@
-"""Is this machine fit for training? What is installed, what is free, what can be reached, and whether a few steps learn.
+"""Check this machine: what is installed, what is free, whether the Hub answers, and whether a few steps lower a loss.
 
-Most runs that fail in their first minute fail for one of these reasons, and the message of the library that stumbles
-over it rarely says what to do. `probe` looks, `judge` decides, so that tests can put in any machine. Left out: what a
-certain run needs (`cozyrag plan` measures it) and whether its settings and data are right (`cozyrag doctor SETTINGS`).
+`inspect_machine` collects facts and `decide` judges them, so that tests can judge any machine. Left out: what one run
+needs (`cozyrag plan`), and its settings and data (`cozyrag doctor SETTINGS`).
 """
 
 import importlib.util
@@ -31,11 +30,9 @@ from cozyrag.runtime.hardware import CGROUP, free_memory
 from cozyrag.runtime.precision import Precision, display_name, fitting, measure_products
 
 OLDEST_PYTHON = (3, 11)
-NEEDED_MEMORY = (
-    4e9  # weights, gradients and AdamW's moments of both default models are 1.7 GB; libraries, data, a batch
-)
-NEEDED_DISK = 4e9  # two checkpoints with moments, the finished pair, and the models in the Hub's cache
-EXTRAS = {  # of setup.cfg, with the module that tells whether one is there
+NEEDED_MEMORY = 4e9  # weights, gradients and AdamW states of both default models take 1.7 GB; libraries, data, a batch
+NEEDED_DISK = 4e9  # two checkpoints with AdamW states, the finished pair, and the models in the Hub's cache
+EXTRAS = {  # of setup.cfg, with a module of each
     "demo": "gradio",
     "plots": "matplotlib",
     "pdf": "pypdf",
@@ -53,10 +50,10 @@ SHARE_LEFT = 0.9  # the loss of the self-test falls to about half
 
 @dataclass(frozen=True)
 class Machine:
-    """What `probe` saw. memory, disk: free bytes. openmp: names of the OpenMP runtimes that torch and FAISS loaded.
+    """Facts about a machine. memory, disk: free bytes. openmp: names of the OpenMP runtimes that are loaded.
 
-    hub: why it cannot be asked, "" where it answered. losses: before and after the steps of the self-test. faiss_agrees:
-    whether FAISS finds what NumPy finds. rates: of matrix products in (float32, bf16), GFLOP/s. precision: what a run would take.
+    hub: why it does not answer, or "". losses: before and after a few training steps. faiss_agrees: whether FAISS finds
+    what NumPy finds. rates: of matrix products in (float32, bf16), in GFLOP/s. precision: what training would use.
     """
 
     system: str
@@ -80,7 +77,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: `found` in words, `remedy` if there is something to do, `stops` if no run can do without it."""
+    """The result of one check. remedy: what to do, or "". stops: whether no run can work on this machine."""
 
     what: str
     found: str
@@ -93,21 +90,22 @@ class Finding:
 
 
 def check_machine(folder: str = ".", *, endpoint: str | None = None) -> Iterator[str]:
-    """Look at the machine and tell each finding; `folder`: where the output would go. Raises InputError for a fault."""
+    """The findings as lines; `folder`: where the output would go. Raises InputError if one of them stops every run."""
     started = time.perf_counter()
-    findings = decide(probe(folder, endpoint=endpoint or constants.ENDPOINT))
+    findings = decide(inspect_machine(folder, endpoint=endpoint or constants.ENDPOINT))
     yield from map(str, findings)
     faults = [finding for finding in findings if finding.stops]
     if faults:
-        raise InputError(f"This machine cannot train as it is: {'; '.join(f'{f.what}: {f.found}' for f in faults)}. {faults[0].remedy}.")  # fmt: skip
-    yield f"Examined in {time.perf_counter() - started:.1f} s. Nothing stands in the way of training."
+        found = "; ".join(f"{fault.what}: {fault.found}" for fault in faults)
+        raise InputError(f"This machine cannot train as it is: {found}. {faults[0].remedy}.")
+    yield f"Checked in {time.perf_counter() - started:.1f} s. This machine can train."
 
 
-# ---- looking
+# ---- facts
 
 
-def probe(folder: str, *, endpoint: str) -> Machine:
-    """The machine as it is. FAISS is used before the runtimes are counted, so that its own is loaded."""
+def inspect_machine(folder: str, *, endpoint: str) -> Machine:
+    """The facts about this machine. FAISS is used before runtimes are listed, so that its own is loaded."""
     faiss_agrees, losses = try_faiss(), try_training()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rates = measure_products(device)
@@ -133,7 +131,7 @@ def probe(folder: str, *, endpoint: str) -> Machine:
 
 
 def openmp_runtimes(maps: Path) -> tuple[str, ...]:
-    """Files of OpenMP runtimes in the memory of this process, by name; none where the system does not tell (macOS)."""
+    """Names of the OpenMP runtimes loaded in this process; empty on systems without /proc (macOS)."""
     if not maps.exists():
         return ()
     found = re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*)$", maps.read_text(encoding="utf-8"), re.MULTILINE)
@@ -141,7 +139,7 @@ def openmp_runtimes(maps: Path) -> tuple[str, ...]:
 
 
 def ask_hub(endpoint: str) -> str:
-    """Why the Hub does not answer within seconds, "" if it does; any answer will do."""
+    """Why the Hub does not answer within seconds, or "". Any HTTP status counts as an answer."""
     try:
         get_session().head(endpoint, timeout=HUB_SECONDS)
     except OfflineModeIsEnabled:
@@ -159,12 +157,14 @@ def try_faiss() -> bool:
 
 
 def try_training() -> tuple[float, float]:
-    """Loss of a tiny GPT-2 on one batch before and after a few plain gradient steps, on the device that a run would take."""
+    """Loss of a tiny GPT-2 on one batch before and after a few gradient steps, on the device that a run would use."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
     text = "Which river flows through Vienna? The Danube flows through Vienna."
-    generator = Generator.from_scratch([text], config=GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64), vocab_size=300)  # fmt: skip
-    model = generator.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    generator = Generator.from_scratch([text], config=config, vocab_size=300)
+    generator.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = generator.model.eval()
     ids = torch.tensor([generator.tokenizer(text)["input_ids"][:64]], device=model.device)
     weights, losses = list(model.parameters()), []
     for _ in range(STEPS + 1):
@@ -178,50 +178,45 @@ def try_training() -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-# ---- deciding
+# ---- decisions
 
 
 def decide(machine: Machine) -> list[Finding]:
-    """What the facts mean, worst or not, in the order in which a person would put them right."""
-    return [
-        _python(machine),
-        _torch(machine),
-        _openmp(machine),
-        _threads(machine),
-        _memory(machine),
-        _disk(machine),
-        _extras(machine),
-        _hub(machine),
-        _faiss(machine),
-        _arithmetic(machine),
-        _training(machine),
-    ]
+    """A finding for each fact, in the order in which a person would fix them."""
+    checks = _python, _torch, _openmp, _threads, _memory, _disk, _extras, _hub, _faiss, _arithmetic, _training
+    return [check(machine) for check in checks]
 
 
 def _python(machine: Machine) -> Finding:
     found = ".".join(map(str, machine.python))
     if machine.python[:2] < OLDEST_PYTHON:
-        return Finding("Python", found, "Make the environment anew with Python 3.11 or later", stops=True)
+        return Finding("Python", found, "Create an environment with Python 3.11 or later", stops=True)
     return Finding("Python", found)
 
 
 def _torch(machine: Machine) -> Finding:
     place = "trains on the GPU" if machine.torch_cuda else "trains on the CPU"
     if machine.nvidia and not machine.torch_cuda:
-        remedy = "There is an NVIDIA GPU: install the CUDA build of torch (https://pytorch.org/get-started/locally) or a newer driver"
+        remedy = (
+            "There is an NVIDIA GPU: install the CUDA build of torch (https://pytorch.org/get-started/locally) "
+            "or a newer driver"
+        )
         return Finding("torch", f"{machine.torch}, {place}", remedy)
     return Finding("torch", f"{machine.torch}, {place}")
 
 
 def _openmp(machine: Machine) -> Finding:
-    """Two runtimes abort the process on macOS; elsewhere they only fight for cores, and those of two makers may crash."""
-    found = ", ".join(machine.openmp) or "not told by this system"
+    """Two runtimes abort the process on macOS. Elsewhere they compete for cores, and those of two makers may crash."""
+    found = ", ".join(machine.openmp) or "unknown on this system"
     if machine.system == "Darwin" and not machine.duplicates_allowed:
         remedy = "Set KMP_DUPLICATE_LIB_OK=TRUE, or import cozyrag before torch and faiss, which sets it"
         return Finding("OpenMP", "torch and FAISS each bring a runtime and macOS allows one", remedy, stops=True)
-    kinds = {re.match(r"lib(gomp|omp|iomp5)", name)[1] for name in machine.openmp}
-    if len(kinds) > 1:
-        remedy = "Runtimes of several makers can crash together: install torch and faiss-cpu both from PyPI, or both from conda-forge"
+    makers = {found for name in machine.openmp for found in re.findall(r"^lib(gomp|omp|iomp5)", name)}
+    if len(makers) > 1:
+        remedy = (
+            "Runtimes of several makers can crash together: install torch and faiss-cpu both from PyPI, "
+            "or both from conda-forge"
+        )
         return Finding("OpenMP", found, remedy)
     return Finding("OpenMP", found)
 
@@ -230,14 +225,18 @@ def _threads(machine: Machine) -> Finding:
     asked = machine.threads_asked.split(",")[0].strip()
     found = f"{machine.cores} cores" + (f", OMP_NUM_THREADS={machine.threads_asked}" if asked else "")
     if asked and (not asked.isdigit() or not 1 <= int(asked) <= machine.cores):
-        return Finding("threads", found, f"Unset OMP_NUM_THREADS, or set it to at most {machine.cores}: more threads than cores are slower")  # fmt: skip
+        remedy = f"Unset OMP_NUM_THREADS, or set it to at most {machine.cores}: more threads than cores are slower"
+        return Finding("threads", found, remedy)
     return Finding("threads", found)
 
 
 def _memory(machine: Machine) -> Finding:
     found = f"{machine.memory / 1e9:.1f} GB free"
     if machine.memory < NEEDED_MEMORY:
-        remedy = f"A run with the default models takes about {NEEDED_MEMORY / 1e9:.0f} GB: close programs or give --generator embedded, and see what `cozyrag plan` says"
+        remedy = (
+            f"A run with the default models takes about {NEEDED_MEMORY / 1e9:.0f} GB: close programs or give "
+            "--generator embedded, and see what `cozyrag plan` says"
+        )
         return Finding("memory", found, remedy)
     return Finding("memory", found)
 
@@ -245,7 +244,10 @@ def _memory(machine: Machine) -> Finding:
 def _disk(machine: Machine) -> Finding:
     found = f"{machine.disk / 1e9:.1f} GB free here"
     if machine.disk < NEEDED_DISK:
-        remedy = f"A run with the default models takes up to {NEEDED_DISK / 1e9:.0f} GB: make room, give --output_dir on another disk, or set HF_HOME"
+        remedy = (
+            f"A run with the default models takes up to {NEEDED_DISK / 1e9:.0f} GB: make room, give --output_dir on "
+            "another disk, or set HF_HOME"
+        )
         return Finding("disk", found, remedy)
     return Finding("disk", found)
 
@@ -274,7 +276,7 @@ def _faiss(machine: Machine) -> Finding:
 
 
 def _arithmetic(machine: Machine) -> Finding:
-    """How fast it is in both precisions, and which one training takes; why, where the rates do not tell."""
+    """Speed in both precisions, the one that training uses, and why if it is not the faster one."""
     shown = [f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" for rate in machine.rates]
     why = "" if machine.precision.ratio else f", {machine.precision.reason}"
     found = f"float32 {shown[0]}, bf16 {shown[1]} GFLOP/s; training takes {display_name(machine.precision.name)}{why}"
@@ -284,7 +286,10 @@ def _arithmetic(machine: Machine) -> Finding:
 def _training(machine: Machine) -> Finding:
     before, after = machine.losses
     found = f"the loss of a tiny model goes from {before:.2f} to {after:.2f} in {STEPS} steps"
-    if not after <= SHARE_LEFT * before:  # so put, NaN is a fault too
-        remedy = "Arithmetic is not right here: reinstall torch, try --use_cpu, and without a GPU set ATEN_CPU_CAPABILITY=default"
+    if not after <= SHARE_LEFT * before:  # true for NaN, too
+        remedy = (
+            "Arithmetic is not right here: reinstall torch, try --use_cpu, and without a GPU set "
+            "ATEN_CPU_CAPABILITY=default"
+        )
         return Finding("training", found, remedy, stops=True)
     return Finding("training", found)

@@ -1,10 +1,9 @@
-"""The self-test: does each loss term move the model it is meant for?
+"""The self-test: does each loss term have a gradient for its model, and for no other weights?
 
-A term that is switched on but reaches no weight, or the wrong ones, shows in nothing but bad results hours later; one
-batch tells it in a second. Gradients are taken of one term at a time, in full precision, without dropout and on every
-process by itself; nothing is trained: weights, gradients, modes and random states are left as they were found. Left out:
-retrieval (any passage serves to see a gradient), mixed precision, how processes share a step, and whether a saved pair
-belongs together (pair_check.py).
+A term without a gradient shows only as bad results, hours later; one batch shows it in a second. Gradients are taken of
+one term at a time, in float32, without dropout, on each process alone. Weights, gradients, modes and random states are
+restored. Left out: retrieval (any passage will do), mixed precision, how processes share a step, and whether a saved
+pair belongs together (pair_check.py).
 """
 
 import math
@@ -26,14 +25,14 @@ from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import generator_losses, generator_penalties, generator_terms
 from cozyrag.training.training_pairs import LossTerm, TrainingPair, retriever_batch
 
-CANDIDATES = 256  # questions from the head of the table among which those of the batch are chosen
-QUESTIONS = 4  # enough for a gradient, ...
-CHARACTERS = 200  # ... and with so much of a passage a second or two for a generator of 80 million weights
-NO_GRADIENT = 1e-30  # gradients no larger than this are none: no optimizer makes anything of them
-NO_VALUE = 1e-12  # a term no larger than this has nothing to teach on its batch
-STEPS = (1e-2, 1e-3, 1e-4)  # how much of its value a step is to take off a term, to first order
-JUDGED = 2  # passages of each question that the generator judges for its feedback: the fewest that leave a choice
-NAMES = {  # of the terms as the phases call them: how they are told, and the setting that leaves them out
+CANDIDATES = 256  # first questions of the table, from which the batch is chosen
+QUESTIONS = 4  # of the batch
+CHARACTERS = 200  # of a passage: a second or two in all for a generator of 80 M weights
+NO_GRADIENT = 1e-30  # an optimizer ignores gradients up to this size
+NO_VALUE = 1e-12  # a term up to this size counts as zero
+STEPS = (1e-2, 1e-3, 1e-4)  # relative decrease of a term that a step aims at, to first order
+SCORED = 2  # passages of each question that the generator scores: the fewest that differ in rank
+NAMES = {  # of the terms in the phases: the name on the screen, and the setting that leaves the term out
     "cross-entropy": ("cross-entropy", "--generator_steps 0"),
     "repeats": ("penalty on repeats", "--repeat_penalty 0"),
     "keywords": ("penalty on keywords", "--keyword_penalty 0"),
@@ -51,23 +50,22 @@ NAMES = {  # of the terms as the phases call them: how they are told, and the se
 class Term:
     """One term of a loss.
 
-    switch: the setting that leaves the term out. model: the one it is meant to move, "generator" or "retriever". value:
-    computes the term anew on the batch, a scalar with its graph. may_rest: it may be zero and have no graph.
+    switch: the setting that leaves the term out. model: the one it trains, "generator" or "retriever". value: computes
+    the term on the batch, a scalar with its graph. may_be_zero: without a graph.
     """
 
     name: str
     switch: str
     model: str
     value: Callable[[], torch.Tensor]
-    may_rest: bool = False
+    may_be_zero: bool = False
 
 
 @dataclass(frozen=True)
 class Batch:
     """A few training questions: `contexts` are for the generator, `passages` for the retriever.
 
-    `answers`: the first reference of each question, empty where there is none; `positives`: the place of each question's
-    passage.
+    `answers`: the first reference of each question, or ""; `positives`: the place of each question's passage.
     """
 
     questions: list[str]
@@ -78,9 +76,9 @@ class Batch:
 
 
 def small_batch(corpus: Corpus) -> Batch:
-    """A few training questions with the beginning of their gold passage if it is known, else of any, and two passages more.
+    """A few training questions with the beginning of their gold passage, else of any, and two more passages.
 
-    Answered questions come first, and long answers: on short ones a penalty on repeats finds nothing to do.
+    Questions with answers come first, the longest answers before others: short ones repeat nothing.
     """
     asked, ids = corpus.questions[:CANDIDATES], corpus.passages.select_columns(["id"])[:]["id"]
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
@@ -90,7 +88,7 @@ def small_batch(corpus: Corpus) -> Batch:
         key=lambda row: (not answers[row], asked["passage_id"][row] not in row_of, -len(answers[row])),
     )[:QUESTIONS]
     gold = [row_of.get(asked["passage_id"][row], place % len(ids)) for place, row in enumerate(order)]
-    chosen = list(dict.fromkeys([*gold, *range(min(2, len(ids)))]))  # one passage alone has nothing to be told from
+    chosen = list(dict.fromkeys([*gold, *range(min(2, len(ids)))]))  # a contrastive loss needs two
     found = corpus.passages[chosen]
     texts = [text[:CHARACTERS] for text in found["text"]]
     return Batch(
@@ -103,8 +101,9 @@ def small_batch(corpus: Corpus) -> Batch:
 
 
 def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Term]:
-    """The terms that a run with these settings trains on: all that the phases make, so that none can be forgotten."""
-    training, terms = settings.training, []
+    """The loss terms of a run with these settings, as the phases make them."""
+    training = settings.training
+    terms: list[Term] = []
     if not training.rounds or not len(corpus.questions):
         return terms
     batch, context_tokens = small_batch(corpus), settings.contexts.context_tokens
@@ -131,10 +130,9 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
         max_length=generator.max_length,
         layout=generator.layout,
     )
-    tensors = collate(
-        with_keywords(generator.tokenizer, examples, questions), pad_id=generator.tokenizer.pad_token_id
-    ).items()
-    tensors = {name: tensor.to(generator.device) for name, tensor in tensors}
+    batch_of = with_keywords(generator.tokenizer, examples, questions)
+    collated = collate(batch_of, pad_id=generator.tokenizer.pad_token_id)
+    tensors = {name: tensor.to(generator.device) for name, tensor in collated.items()}
     penalties = generator_penalties(training)
     module = generator_losses(generator, penalties)
 
@@ -143,21 +141,21 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
 
     found = [Term(*NAMES["cross-entropy"], "generator", value(0, answer_tokens(examples)))]
     for place, name in enumerate(penalties.names, 1):
-        found.append(Term(*NAMES[name], "generator", value(place, len(examples)), may_rest=True))
+        found.append(Term(*NAMES[name], "generator", value(place, len(examples)), may_be_zero=True))
     return found
 
 
 def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> list[tuple[list[int], list[float]]]:
-    """The generator's feedback on JUDGED passages of each question, as the retriever phase takes it; NaN where there is no answer."""
-    read = batch.passages.to_read()
-    judged = min(JUDGED, len(read))
-    candidates = [[(place + shift) % len(read) for shift in range(judged)] for place in batch.positives]
+    """(candidates, their likelihoods) for each question, as in the retriever phase; NaN where there is no answer."""
+    texts = batch.passages.to_read()
+    scored = min(SCORED, len(texts))
+    candidates = [[(place + shift) % len(texts) for shift in range(scored)] for place in batch.positives]
     likelihoods = generator.log_likelihoods(
-        [question for question in batch.questions for _ in range(judged)],
-        [read[place] for places in candidates for place in places],
-        [answer for answer in batch.answers for _ in range(judged)],
+        [question for question in batch.questions for _ in range(scored)],
+        [texts[place] for places in candidates for place in places],
+        [answer for answer in batch.answers for _ in range(scored)],
         context_tokens=context_tokens,
-    ).reshape(-1, judged)
+    ).reshape(-1, scored)
     likelihoods[[not answer for answer in batch.answers]] = np.nan
     return list(zip(candidates, likelihoods.astype(np.float32).tolist(), strict=True))
 
@@ -185,17 +183,17 @@ def _retriever_terms(
     return [Term(*NAMES[term.name], "retriever", value(term)) for term in step.terms]
 
 
-# ---- what is found out about a term
+# ---- the result of a check
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one batch told about a term.
+    """The result for one term on one batch.
 
-    connected: whether the value has a graph at all. tensors: how many tensors of its model may be trained; moved: how
-    many of them get a gradient, of which `norm` is the length; still: the others. broken: tensors with a gradient that
-    is NaN or infinite. strangers: tensors with a gradient that training must leave alone. lowered: whether a small step
-    down the gradient lowers the term, None where there is no step to take.
+    connected: whether the value has a graph. tensors: number of trainable tensors of its model; still: those without a
+    gradient; norm: of the gradients of the others. broken: tensors with a gradient that is NaN or infinite. foreign:
+    tensors with a gradient that belong to no trained part. lowered: whether a small step along the negative gradient
+    lowers the term, None without such a step.
     """
 
     term: Term
@@ -210,48 +208,49 @@ class Finding:
 
     @property
     def moved(self) -> int:
-        """Trainable tensors of its model that the term moves."""
+        """Number of trainable tensors of its model that get a gradient."""
         return self.tensors - len(self.still)
 
     @property
-    def rests(self) -> bool:
-        """Whether the term had nothing to do on the batch: the value is nothing, and for a reason."""
-        return not self.moved and abs(self.value) <= NO_VALUE and (self.connected or self.term.may_rest)
+    def is_zero(self) -> bool:
+        """Whether the term is zero on the batch without a fault."""
+        return not self.moved and abs(self.value) <= NO_VALUE and (self.connected or self.term.may_be_zero)
 
     @property
     def fault(self) -> str | None:
-        """What is wrong, what follows and what to do, in two sentences; None if nothing is."""
+        """Expected, found, consequence and remedy in two sentences, or None."""
         name, model = self.term.name, self.term.model
+        remedy = f"give another --{model}, or {self.term.switch}."
         if not math.isfinite(self.value) or self.broken:
             return (
-                f"Self-test: expected the {name} and its gradients to be numbers, found the value {self.value:.4g} and NaN or infinity in the "
-                f"gradients of {len(self.broken)} tensors{_such_as(self.broken)}; one step would spoil the whole {model}. Give another --{model}, "
-                f"or {self.term.switch}."
+                f"Self-test: expected the {name} and its gradients to be finite, found the value {self.value:.4g} and "
+                f"NaN or infinity in the gradients of {len(self.broken)} tensors{_such_as(self.broken)}; one step "
+                f"would destroy the weights of the {model}. To go on, {remedy}"
             )
         if self.foreign:
             return (
-                f"Self-test: expected the {name} to move the {model} and nothing else, found that it also reaches {len(self.foreign)} tensors"
-                f"{_such_as(self.foreign)}, which training must leave as they are. The fault is in the code of the loss or of the model: "
-                f"put it right, give another --{model}, or {self.term.switch}."
+                f"Self-test: expected the {name} to move the {model} and nothing else, found gradients in "
+                f"{len(self.foreign)} other tensors{_such_as(self.foreign)}, which training must not change. The fault "
+                f"is in the code of the loss or of the model: fix it, {remedy}"
             )
-        if not self.moved and not self.rests:
+        if not self.moved and not self.is_zero:
             return (
-                f"Self-test: expected the {name}, here {self.value:.4g}, to move the {model}, found no gradient in any of the {self.tensors} tensors "
-                f"that may be trained; steps would teach it nothing. Unfreeze its weights, give another --{model}, or {self.term.switch}."
+                f"Self-test: expected the {name}, here {self.value:.4g}, to move the {model}, found no gradient in any "
+                f"of the {self.tensors} trainable tensors; steps would change nothing. Unfreeze weights, {remedy}"
             )
         return None
 
     @property
     def verdict(self) -> str:
-        """The finding in a word or two."""
+        """The result in a word or two."""
         if self.fault:
             return "FAULT"
-        if self.rests:
-            return "no occasion on this batch"
+        if self.is_zero:
+            return "zero on this batch"
         return "step does not lower it" if self.lowered is False else "ok"
 
     def row(self) -> dict:
-        """The finding as metrics.jsonl keeps it, where a number that is none is null."""
+        """The row of metrics.jsonl; NaN and infinity become null."""
         value, norm = (number if math.isfinite(number) else None for number in (self.value, self.norm))
         return {
             "term": self.term.name,
@@ -279,10 +278,7 @@ def check_terms(
     *,
     moving: Collection[str] = ("generator", "retriever"),
 ) -> list[Finding]:
-    """What one small batch tells about every active term; the models are left as they were, bit for bit.
-
-    Terms that are meant for other models than those in `moving` are left out.
-    """
+    """A finding for each active term of the models in `moving`, on one small batch. The models are unchanged after."""
     models = {"generator": generator.model, "retriever": retriever.model}
     with left_as_found(models.values()):
         terms = active_terms(generator, retriever, corpus, settings)
@@ -290,8 +286,13 @@ def check_terms(
 
 
 @contextmanager
-def left_as_found(models: Collection[torch.nn.Module]) -> Iterator[None]:
-    """Models without dropout for the time being; then modes and random states as before."""
+def left_as_found(models: Collection[torch.nn.Module], *, weights: bool = False) -> Iterator[None]:
+    """Models without dropout; modes and random states are restored at the end, with `weights=True` weights, too."""
+    kept = [
+        {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        for model in models
+        if weights
+    ]
     modes = [(module, module.training) for model in models for module in model.modules()]
     devices = {parameter.device for model in models for parameter in model.parameters() if parameter.is_cuda}
     python, numpy = random.getstate(), np.random.get_state()
@@ -305,6 +306,9 @@ def left_as_found(models: Collection[torch.nn.Module]) -> Iterator[None]:
         np.random.set_state(numpy)
         for module, training in modes:
             module.training = training
+        for model, state in zip(models, kept, strict=False):
+            model.load_state_dict(state)
+            model.zero_grad()
 
 
 def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
@@ -315,10 +319,10 @@ def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
         if parameter.requires_grad
     }
     claimed = {name for name in weights if name.startswith(f"{term.model}: ") and UNUSED not in name}
-    value = term.value()
-    gradients = _gradients(value, weights)
+    loss = term.value()
+    gradients = _gradients(loss, weights)
     norms = {name: norm for name, gradient in gradients.items() if (norm := _norm(gradient)) != 0}
-    value, connected = value.item(), value.requires_grad
+    value = loss.item()
     norm = math.hypot(*(norms[name] for name in norms if name in claimed))
     lowered = None
     if math.isfinite(value) and math.isfinite(norm) and norm:
@@ -327,7 +331,7 @@ def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
     return Finding(
         term,
         value,
-        connected,
+        loss.requires_grad,
         tensors=len(claimed),
         norm=norm,
         still=tuple(name for name in weights if name in claimed and name not in norms),
@@ -338,7 +342,7 @@ def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
 
 
 def _gradients(value: torch.Tensor, weights: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Gradients by name, of those that have one; taken aside, so that no weight's .grad is touched."""
+    """Gradients by name where there is one. The weights' .grad is not touched."""
     if not value.requires_grad or not weights:
         return {}
     found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
@@ -346,7 +350,7 @@ def _gradients(value: torch.Tensor, weights: dict[str, torch.nn.Parameter]) -> d
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    """Euclidean length, NaN or infinity if a number is; the squares of a small penalty's gradients are zero in float32."""
+    """Euclidean norm; scaled first, because squares of small gradients are zero in float32."""
     peak = torch.linalg.vector_norm(tensor, torch.inf).item()
     if peak <= NO_GRADIENT:
         return 0.0
@@ -359,7 +363,7 @@ def _norm(tensor: torch.Tensor) -> float:
 def _step_lowers(
     term: Term, value: float, moved: Sequence[tuple[torch.nn.Parameter, torch.Tensor]], norm: float
 ) -> bool:
-    """Whether a plain gradient step lowers the term; if the first overshoots, shorter ones. Weights are put back."""
+    """Whether a gradient step lowers the term; shorter steps are tried after a longer one. Weights are restored."""
     kept = [weight.clone() for weight, _ in moved]
     size = math.hypot(*(_norm(weight) for weight in kept))
     try:
@@ -375,37 +379,34 @@ def _step_lowers(
             weight.copy_(before)
 
 
-# ---- how it is told
+# ---- on the screen
 
 
 def one_line(findings: Sequence[Finding], seconds: float) -> str:
-    """The findings for the screen of a run."""
-    told = []
+    """The findings in a run's log."""
+    parts = []
     for finding in findings:
-        if finding.rests:
-            told.append(f"{finding.term.name} has no occasion on this batch")
+        name, model = finding.term.name, finding.term.model
+        if finding.is_zero:
+            parts.append(f"{name} is zero on this batch")
         else:
             note = ", but a small step does not lower it" if finding.lowered is False else ""
-            told.append(
-                f"{finding.term.name} moves {finding.moved} of {finding.tensors} {finding.term.model} tensors{note}"
-            )
-    return f"self-test: {'; '.join(told) or 'no loss term is active'} ({seconds:.1f} s)"
+            parts.append(f"{name} moves {finding.moved} of {finding.tensors} {model} tensors{note}")
+    return f"self-test: {'; '.join(parts) or 'no loss term is active'} ({seconds:.1f} s)"
 
 
 def findings_table(findings: Sequence[Finding]) -> str:
-    """The findings as columns, and under them every tensor that a term leaves still or should."""
+    """The findings as columns; below them, tensors without a gradient, and those that should have none."""
     rows = [("term", "moves", "value", "gradient norm", "tensors moved", "step lowers it", "verdict")]
     for found in findings:
         lowered = {True: "yes", False: "no", None: "-"}[found.lowered]
-        moved = f"{found.moved} of {found.tensors}"
-        rows.append(
-            (found.term.name, found.term.model, f"{found.value:.4g}", f"{found.norm:.3g}", moved, lowered, found.verdict)
-        )  # fmt: skip
+        moved, value, norm = f"{found.moved} of {found.tensors}", f"{found.value:.4g}", f"{found.norm:.3g}"
+        rows.append((found.term.name, found.term.model, value, norm, moved, lowered, found.verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for found in findings:
-        if found.still and not found.rests:
+        if found.still and not found.is_zero:
             lines.append(f"{found.term.name}: no gradient in {', '.join(found.still)}")
         if found.foreign:
-            lines.append(f"{found.term.name}: gradient where none belongs, in {', '.join(found.foreign)}")
+            lines.append(f"{found.term.name}: unexpected gradient in {', '.join(found.foreign)}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Does a saved pair belong together: generator, retriever and index, with vectors that are the retriever's own?
+"""Check a saved pair: generator, retriever and index belong together, and the vectors are the retriever's.
 
-A label can be right and what it stands on wrong, so passages are encoded anew and a question is answered. Left out: whether
-loss terms move their models (loss_check.py), and the file index.faiss, which is never read.
+A fingerprint can be right and the vectors wrong, so some passages are encoded again and a question is answered. Left
+out: whether loss terms move their models (loss_check.py), and index.faiss, which is never read.
 """
 
 import math
@@ -16,20 +16,20 @@ from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retrieval.passage_index import PassageIndex
 
-REENCODED = 32  # passages of an index that are encoded anew
-NEAR = 0.999  # cosine of a stored vector with the same passage encoded anew; another batch size changes the 7th digit
-NEAR_INT8 = 0.97  # the same where passages were encoded with 8 bits: 0.99 at least was seen
-UNIT = 1e-3  # by how much the length of a stored vector may differ from 1
+REENCODED = 32  # passages of an index that are encoded again
+NEAR = 0.999  # least cosine of the two vectors of a passage; another batch size changes the 7th digit
+NEAR_INT8 = 0.97  # the same with an int8 index: at least 0.99 was measured
+UNIT = 1e-3  # tolerance of the length of a vector
 
 
 def check_pair(folder: Path) -> Iterator[str]:
-    """Check what a run left, telling each thing once it is found right. Raises InputError at the first that is not."""
+    """Check an output folder; yields a line for each check that passes. Raises InputError for the first that fails."""
     if not folder.is_dir():
         raise InputError(
-            f"Expected the output folder of a run, there is none at {folder.absolute()}. Check the path; to check settings "
-            "instead of a folder, begin with a setting: `cozyrag doctor --questions FILE`."
+            f"Expected the output folder of a run, there is none at {folder.absolute()}. Check the path; to check "
+            "settings instead of a folder, begin with a setting: `cozyrag doctor --questions FILE`."
         )
-    pair = CozyRAG.from_pretrained(folder)  # refuses pieces of different pairs, and an index with rows missing
+    pair = CozyRAG.from_pretrained(folder)  # raises InputError for models of different pairs, and for missing rows
     index, fingerprint = pair.index, pair.retriever.fingerprint()
     yield f"the fingerprint of the index and of cozyrag.json is the retriever's: {fingerprint}"
     _check_lengths(index)
@@ -40,17 +40,18 @@ def check_pair(folder: Path) -> Iterator[str]:
 
 def _check_lengths(index: PassageIndex) -> None:
     lengths = np.linalg.norm(index.vectors, axis=1)
-    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT))  # so put, NaN is wrong too
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT))  # true for NaN, too
     if len(wrong):
         row = int(wrong[0])
         raise InputError(
-            f"Expected vectors of length 1 in the index, found {len(wrong)} of {len(lengths)} with another, the first one of length {lengths[row]:.4g} "
-            f"(row {row}, passage {index.passages.ids[row]!r}): searches would rank them wrongly. Copy the index again, or train again."
+            f"Expected vectors of length 1 in the index, found {len(wrong)} of {len(lengths)} with another length; the "
+            f"first has {lengths[row]:.4g} (row {row}, passage {index.passages.ids[row]!r}). Searches would rank them "
+            "wrongly. Copy the index again, or train again."
         )
 
 
 def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
-    """Encode passages anew, evenly spread over the index, and compare: a label can be right and the vectors wrong."""
+    """Encode evenly spread passages again and compare."""
     rows = np.unique(np.linspace(0, len(index) - 1, REENCODED).round().astype(int))
     texts = index.passages.to_read()
     recompute = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
@@ -60,11 +61,11 @@ def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
     if cosines[worst] <= near:
         row = int(rows[worst])
         raise InputError(
-            f"Expected the vectors of the index to be the retriever's, but passage {index.passages.ids[row]!r} (row {row}), encoded anew, has the "
-            f"cosine {cosines[worst]:.4f} with its stored vector instead of 1: searches would find the wrong passages. Train again, or copy the "
-            "index that was saved with this retriever."
+            f"Expected the vectors of the index to be the retriever's, but passage {index.passages.ids[row]!r} (row "
+            f"{row}), encoded again, has cosine {cosines[worst]:.4f} with its stored vector instead of 1. Searches "
+            "would find the wrong passages. Train again, or copy the index that was saved with this retriever."
         )
-    return f"{len(rows)} passages encoded anew: cosine with the stored vectors at least {min(cosines[worst], 1):.6f}"
+    return f"{len(rows)} passages encoded again: cosine with the stored vectors at least {min(cosines[worst], 1):.6f}"
 
 
 def _check_answer(pair: CozyRAG) -> str:
@@ -73,7 +74,7 @@ def _check_answer(pair: CozyRAG) -> str:
     answer = pair.answer(question)
     if not math.isfinite(answer.score):
         raise InputError(
-            f"Expected an answer to {question!r}, found that the generator's probabilities are no numbers: its weights are spoilt. "
-            "Go on from an earlier checkpoint, or train again with a lower --generator_learning_rate."
+            f"Expected an answer to {question!r}, but the generator's probabilities are NaN, so its weights are "
+            "unusable. Resume from an earlier checkpoint, or train again with a lower --generator_learning_rate."
         )
     return f"the generator answers {question!r} with {answer.text!r} (certainty {answer.score:.2f})"

@@ -1,287 +1,343 @@
-"""What each part of a run costs on this machine, measured in seconds of work on a sample of the real tables.
+"""Seconds and bytes of each part of a run on this machine: a few real steps on a sample of the run's tables.
 
-It calls the code of the run itself: the encoding of passages, the search, the context maker, the answering. Every part has
-a share of the budget, begins small, takes larger bites as far as they fit, and stops when its share is spent or it is sure
-enough. Weights, modes and random states are put back. Left out: the steps of training (phase_probe.py), how often a part
-comes up in a run and what that adds up to (plan.py).
+The probe calls what a run calls, on few rows first, then on more as long as they fit into the time of the part.
+Weights, modes and random states are restored. Left out: how often a run repeats each part (plan.py).
 """
 
+import copy
+import io
 import math
+import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import psutil
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.numpy import save_file
 
+from cozyrag.config import Settings
+from cozyrag.data.corpus import Corpus
 from cozyrag.data.questions import take
-from cozyrag.data.sentences import SentenceVectors
-from cozyrag.models.generator import Decoding
-from cozyrag.preflight.cost_model import Costs, Line, bite, fit, is_sure, spread
-from cozyrag.preflight.gauges import timed
+from cozyrag.evaluation.evaluation import evaluate_pair
+from cozyrag.models.fsdp import held_bytes
+from cozyrag.models.generator import Decoding, Generator
+from cozyrag.models.retriever import Retriever
 from cozyrag.preflight.loss_check import left_as_found
-from cozyrag.preflight.phase_probe import Subject, generator_cost, retriever_cost, stand_ins
-from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
-from cozyrag.retrieval.hybrid import Searcher
-from cozyrag.retrieval.passage_index import PassageIndex, Passages
-from cozyrag.training.run_log import peak_memory
-from cozyrag.training.run_retrieval import RETRIEVE_TOGETHER, context_builder, context_filter
+from cozyrag.runtime.atomic_files import replacing
+from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
+from cozyrag.training.lm_feedback import answer_likelihoods
+from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, retriever_usable, train_retriever
+from cozyrag.training.run_log import RunLog, peak_memory
+from cozyrag.training.run_retrieval import Retrieval, fusion_questions
+from cozyrag.training.trainer import PhaseCallback, StepReport, trainable
 
+T = TypeVar("T")
+SECONDS = {"index": 4.0, "retrieve": 2.0, "evaluation": 4.0, "feedback": 3.0, "generator": 6.0, "retriever": 6.0}
+PASSAGES = 100  # searched, at least
 SAMPLE = 512  # questions, at most
-CHARACTERS = 4_000_000  # of passages that are searched, at most
-WRITTEN = 32_000_000  # bytes written to see how fast files are
-
-
-@contextmanager
-def _as_found(models: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Weights, modes and random states as before, whatever happens between; gradients are gone."""
-    kept = [{name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()} for model in models]
-    with left_as_found(models):
-        try:
-            yield
-        finally:
-            for model, state in zip(models, kept, strict=True):
-                model.load_state_dict(state)
-                model.zero_grad()
-
-
-class Probe(Subject):
-    """Measures one run's parts; `measure` is all that is called."""
-
-    def measure(self) -> Costs:
-        """All costs, the same on every process."""
-        started = time.perf_counter()
-        with _as_found([self.generator.model, self.retriever.model]):
-            self.growth.begin()
-            encode, vectors, sentences, order = self._encoding()
-            found = self._searching(vectors, sentences)
-            columns = broadcast_object_list([found.columns])[0]
-            asked, places = stand_ins(self, columns)
-            generator = generator_cost(self, asked, places)
-            retriever = retriever_cost(self, asked, places)
-            answer, writing = self._answering(columns)
-            feedback = self._feeding(columns, found.builder) if self.feeds else 0.0
-        size = self.settings.contexts.encode_batch_size
-        costs = Costs(
-            encode=encode, batches=-(-len(order) // size), tokens=self._batch_tokens(order, size), lexical=found.lexical,
-            search=found.search, first=found.first, reach=found.reach, weigh=found.weigh, generator=generator, retriever=retriever,
-            feedback=feedback, answer=answer, write=self._writing(), row_bytes=found.row_bytes,
-            sentences=sum(map(len, sentences)) / len(sentences) * len(self.passages.ids), lexical_bytes=found.lexical_bytes,
-            writing=writing, exact=min(self.gold, default=0) >= 0 or len(columns["id"]) == len(self.gold),
-        )  # fmt: skip
-        costs = replace(costs, peak=max(self.growth.peak, peak_memory()), spent=time.perf_counter() - started)
-        return broadcast_object_list([costs])[0]
-
-    def _batch_tokens(self, rows: Sequence[int], size: int) -> float:
-        """Tokens, with padding, of passages encoded in this order."""
-        longest = [self.tokens(self.passages.texts[rows[at]]) for at in range(0, len(rows), size)]
-        return sum(each * min(size, len(rows) - at * size) for at, each in enumerate(longest))
-
-    # ---- index
-
-    def _encoding(self) -> tuple[Line, np.ndarray, list[np.ndarray], list[int]]:
-        """The cost of a batch, the vectors made on the way, the vectors of their sentences, and this process's rows in order."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size, share = self.settings.contexts.encode_batch_size, self.share["index"]
-        order = sorted(range(len(self.passages.ids))[rank::world], key=lambda row: -len(self.passages.texts[row]))
-        order = order or [0]
-        vectors, sentences, measured = [], [], []
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
-        warm = batches[len(batches) // 2][:4]
-        with self.retriever.reading_in(self.settings.contexts.index_precision):
-            self._encode(warm)
-            begun = time.perf_counter()
-            self._encode(warm)
-            most = bite(size, len(warm), time.perf_counter() - begun, share)
-            begun = time.perf_counter()
-            for place in spread(len(batches)):
-                rows = batches[place][:most]
-                clock = time.perf_counter()
-                made, own = self._encode(rows)
-                now = time.perf_counter()
-                measured.append((self._batch_tokens(rows, len(rows)), now - clock))
-                vectors.append(made)
-                sentences += own.of(range(len(rows)))
-                if now - begun > share or is_sure(measured):
-                    break
-        return fit(measured), np.concatenate(vectors), sentences, order
-
-    def _encode(self, rows: Sequence[int]) -> tuple[np.ndarray, SentenceVectors]:
-        return self.retriever.encode_passages(
-            self.passages.select(rows), self.passages.spans(rows), batch_size=len(rows)
-        )
-
-    # ---- search and contexts
-
-    def _searching(self, vectors: np.ndarray, sentences: list[np.ndarray]) -> "_Found":
-        """Search the passages, or as many as the probe can hold, for a sample of the questions."""
-        sample = take(self.corpus.questions, SAMPLE, self.settings.training.seed)
-        chosen = self._searched(sample)
-        table, scale = self.corpus.passages.select(chosen), len(self.passages.ids) / len(chosen)
-        passages = Passages.of(table)
-        part = sum(map(len, passages.texts)) / max(1, sum(map(len, self.passages.texts)))
-        mode, lexical, clock = self.settings.contexts.retrieval, None, time.perf_counter()
-        if mode != "dense":
-            lexical = LexicalIndex(passages.to_read(), stemmer=self.settings.contexts.stemmer)
-        words = SentenceWords(passages.titles, passages.sentences(), stemmer=self.settings.contexts.stemmer)
-        built = time.perf_counter() - clock
-        dense = context_filter(self.settings, self.retriever) != "sparse"
-        keep = self.settings.contexts.keep_sentence_vectors and dense
-        index = PassageIndex(
-            table, vectors[np.arange(len(table)) % len(vectors)], fingerprint="probe",
-            sentences=_borrowed(passages, sentences) if keep else None,
-        )  # fmt: skip
-        builder = context_builder(
-            passages,
-            self.settings,
-            self.generator,
-            self.retriever,
-            sentence_vectors=sentence_source(index, self.retriever),
-            words=words,
-        )
-        searcher = Searcher(index, lexical, encode=self._encode_questions, mode=mode, words=words)
-        share = self.share["retrieve"]
-        first = sample.select(range(min(32, len(sample))))
-        searcher.search(first["question"][:4], SEARCH_DEPTH)  # warm up
-        seconds = timed(lambda: self._attach(first, searcher, builder))[0]
-        sample = sample.select(range(bite(len(sample), len(first), seconds, share)))
-        cold, _ = timed(lambda: self._attach(sample, searcher, builder))
-        warm, contexts = timed(lambda: self._attach(sample, searcher, builder))
-        grown = (scale - 1) * self._search_seconds(searcher, sample["question"])
-        touched = len({row for rows in contexts["rows"] for row in rows})
-        columns = contexts[:]
-        for name in ("rows", "negatives"):
-            columns[name] = [[chosen[row] for row in rows] for rows in columns[name]]
-        columns["positive"] = [chosen[row] if row >= 0 else -1 for row in columns["positive"]]
-        known = [(text, row) for text, row in zip(columns["question"], contexts["gold_row"], strict=True) if row >= 0]
-        weigh = 0.0
-        if mode == "hybrid" and known:
-            weigh = timed(lambda: searcher.fitted(*map(list, zip(*known, strict=True))))[0] / len(known)
-            weigh += grown / len(sample)
-        return _Found(
-            builder=builder, columns=columns, lexical=built / part, search=(warm + grown) / len(sample),
-            first=max(0.0, cold - warm) / max(1, touched - len(first)), reach=-math.log(1 - min(touched / len(table), 0.999)) * len(table) / len(sample),
-            weigh=weigh, row_bytes=contexts.data.nbytes / len(contexts), lexical_bytes=((lexical.nbytes if lexical else 0) + words.nbytes) / part,
-        )  # fmt: skip
-
-    def _searched(self, sample: Dataset) -> list[int]:
-        """Rows of the passages that are searched: the gold ones of the sample, then evenly spread ones up to the limit."""
-        total = len(self.passages.ids)
-        count = max(100, int(total * CHARACTERS / max(1, sum(map(len, self.passages.texts)))))
-        if count >= total:
-            return list(range(total))
-        gold = [self.row_of[name] for name in sample["passage_id"] if name in self.row_of]
-        return sorted({*gold, *self.some(count)})
-
-    def _attach(self, questions: Dataset, searcher: Searcher, builder: ContextBuilder) -> Dataset:
-        return attach_contexts(
-            questions,
-            search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-            builder=builder,
-            fingerprint=f"probe{time.perf_counter_ns()}",
-            noise=self.settings.training.context_noise,
-            batch_size=RETRIEVE_TOGETHER,
-        )
-
-    def _search_seconds(self, searcher: Searcher, texts: list[str]) -> float:
-        """The part of the search that grows with the number of passages."""
-        vectors = self._encode_questions(texts)
-        seconds = timed(lambda: searcher.index.search(vectors, SEARCH_DEPTH))[0] if searcher.mode != "bm25" else 0.0
-        return seconds + (timed(lambda: searcher.lexical.search(texts, SEARCH_DEPTH))[0] if searcher.lexical else 0.0)
-
-    def _encode_questions(self, texts: Sequence[str]) -> np.ndarray:
-        return self.retriever.encode(texts, kind="query", batch_size=self.settings.contexts.encode_batch_size)
-
-    # ---- the generator at work
-
-    def _answering(self, columns: dict[str, list]) -> tuple[Line, int]:
-        """A batch of answers by its questions, and the bytes that writing takes."""
-        chosen, share = self.settings.contexts, self.share["answer"]
-        limits = Decoding.of(chosen).limits(not self.settings.training.no_answer)
-        self.growth.bytes(reset=True)
-        rows = sorted(range(len(columns["id"])), key=lambda row: len(columns["context"][row]))
-        rows = [rows[place] for place in spread(len(rows))]
-
-        def write(count: int, at: int = 0) -> float:
-            mine = [rows[(at + each) % len(rows)] for each in range(count)]
-            return timed(
-                lambda: self.generator.write(
-                    [columns["question"][row] for row in mine],
-                    [columns["context"][row] for row in mine],
-                    **limits,
-                    batch_size=count,
-                )
-            )[0]
-
-        first = min(4, chosen.answer_batch_size)
-        write(first)
-        most = bite(chosen.answer_batch_size, first, write(first), share)
-        measured, begun = [], time.perf_counter()
-        while not measured or (time.perf_counter() - begun < share and not is_sure(measured)):
-            count = max(1, most // 2) if len(measured) % 3 == 2 else most
-            measured.append((count, write(count, at=len(measured) * most)))
-        return fit(measured), self.growth.bytes(reset=False)
-
-    def _feeding(self, columns: dict[str, list], builder: ContextBuilder) -> float:
-        """Seconds of the generator's feedback for a question."""
-        chosen, judged = self.settings.contexts, self.settings.training.feedback_passages
-        sub = builder.row_of
-        rows = [row for row, answers in enumerate(columns["answers"]) if answers]
-        if not rows:
-            return 0.0
-
-        def feed(count: int) -> float:
-            pairs = [
-                (row, sub[self.passages.ids[each]]) for row in rows[:count] for each in columns["rows"][row][:judged]
-            ]
-            asked = [columns["question"][row] for row, _ in pairs]
-            vectors = self._encode_questions([columns["question"][row] for row in rows[:count]])
-            repeated = np.repeat(vectors, [len(columns["rows"][row][:judged]) for row in rows[:count]], axis=0)
-            self.generator.log_likelihoods(
-                asked,
-                builder.contexts(asked, [[passage] for _, passage in pairs], repeated),
-                [columns["answers"][row][0] for row, _ in pairs],
-                context_tokens=chosen.context_tokens,
-                batch_size=chosen.answer_batch_size,
-            )
-            return min(count, len(rows))
-
-        feed(2)
-        seconds, count = timed(lambda: feed(4))
-        seconds, count = timed(lambda: feed(bite(len(rows), count, seconds, 2 * self.share["feedback"])))
-        return seconds / count
-
-    def _writing(self) -> float:
-        """Seconds of writing one byte of weights, to the folder for temporary files."""
-        with tempfile.TemporaryDirectory() as folder:
-            block = np.zeros(WRITTEN // 4, dtype=np.float32)
-            return timed(lambda: save_file({"block": block}, Path(folder) / "block.safetensors"))[0] / WRITTEN
+STEPS = 1000  # of a phase, at most
+WRITTEN = 32_000_000  # bytes written to time the disk
+COMPARISON = 3e-8  # seconds that one more passage adds to the dense and the sparse search for a question
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What searching told; see Costs. `columns`: the contexts table of the sample, rows of passages as in the whole table."""
+class Line:
+    """Seconds of a part: `each` for every row, `fixed` for every call or step, `once` for set-up and tear-down."""
 
-    builder: ContextBuilder
-    columns: dict[str, list]
-    lexical: float
-    search: float
-    first: float
-    reach: float
-    weigh: float
-    row_bytes: float
-    lexical_bytes: float
+    each: float = 0.0
+    fixed: float = 0.0
+    once: float = 0.0
 
 
-def _borrowed(passages: Passages, sentences: list[np.ndarray]) -> SentenceVectors:
-    """Sentence vectors for all passages, as many as each has sentences, lent by the passages that were encoded."""
-    pool = np.concatenate([np.zeros((1, sentences[0].shape[1])), *sentences]).astype(np.float16)
-    ends = np.cumsum([len(own) for own in passages.sentences()], dtype=np.int64)
-    return SentenceVectors(pool[np.arange(ends[-1]) % len(pool)], ends)
+@dataclass(frozen=True)
+class Costs:
+    """What the probe measured while all processes work: seconds of each part by its rows, and bytes.
+
+    lines: "index" and "words" (BM25 and the words of sentences) by passages; "fit" (fusion weights), "retrieve",
+    "evaluation" and "feedback" by questions; "generator" and "retriever" by rows; "write" by bytes. usable: share of
+    the questions that the retriever can learn from. Bytes: row, of the contexts table; held and stored, of the index
+    for a passage in memory and on disk; answers, at the peak of answering; activations, at the peak of a step of each phase;
+    before and peak, of this process before the probe and at most. spent: seconds of the probe.
+    """
+
+    lines: Mapping[str, Line]
+    usable: float
+    row: float
+    held: float
+    stored: float
+    answers: int
+    activations: Mapping[str, int]
+    before: int
+    peak: int = 0
+    spent: float = 0.0
+
+    def seconds(self, part: str, calls: float, rows: float) -> float:
+        """Seconds of that many calls or steps of a part with that many rows in total; 0 without calls."""
+        line = self.lines.get(part, Line())
+        return line.once + calls * line.fixed + rows * line.each if calls else 0.0
+
+
+class Watch(PhaseCallback):
+    """Records the seconds of each step of `rows` rows; ends the phase after two steps, once the time is over."""
+
+    def __init__(self, rows: int, seconds: float):
+        self.rows, self.ends = rows, time.perf_counter() + seconds
+        self.steps: list[float] = []
+
+    def after_step(self, report: StepReport) -> bool:
+        """All processes stop together: the first one decides."""
+        self.steps.append(self.rows / report.rate)
+        return agreed(len(self.steps) > 1 and time.perf_counter() > self.ends)
+
+
+class Probe:
+    """Measures the parts of one run; `measure` is the entry point."""
+
+    def __init__(
+        self, accelerator: Accelerator, settings: Settings, corpus: Corpus, generator: Generator, retriever: Retriever
+    ):
+        self.accelerator, self.corpus, self.generator, self.retriever = accelerator, corpus, generator, retriever
+        self.settings, self.contexts, self.training = settings, settings.contexts, settings.training
+        self.base, self.peak = 0, 0
+        self.lines: dict[str, Line] = {}
+        self.activations: dict[str, int] = {}
+
+    def measure(self) -> Costs:
+        """All costs, the same on every process."""
+        started, before, silent = time.perf_counter(), psutil.Process().memory_info().rss, io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(silent), redirect_stderr(silent):
+            self.folder, self.log = Path(folder), RunLog(self.accelerator, Path(folder), [])
+            with left_as_found([self.generator.model, self.retriever.model], weights=True):
+                self._grown()  # from here
+                self.base = self._grown()
+                retrieval = self._index()
+                table = self._retrieve(retrieval)
+                self._grown()
+                self._answer(table)
+                answers, likelihoods = self._grown(), self._feedback(table, retrieval)
+                usable = retriever_usable(table[:], self.training, likelihoods)
+                if self.training.rounds:
+                    self._train(table, retrieval, likelihoods)
+            self.lines["write"] = Line(timed(self._write) / WRITTEN)
+        self._grown()
+        return agreed(
+            Costs(
+                self.lines, len(usable) / len(table), table.data.nbytes / len(table), *self._index_bytes(retrieval),
+                answers, self.activations, before, self.peak, time.perf_counter() - started,
+            )
+        )  # fmt: skip
+
+    def _line(self, part: str, whole: int, measure: Callable[[int], tuple[float, float]]) -> None:
+        """Fit a line to the (rows, seconds) that `measure` gives: one row a process first, then more while they fit."""
+        count, ends, over = min(self.accelerator.num_processes, whole), time.perf_counter() + SECONDS[part], False
+        measure(count)  # sets caches up
+        measured: list[tuple[float, float]] = []
+        while not over:
+            measured.append(measure(count))
+            over, seconds = agreed((time.perf_counter() > ends, measured[-1][1]))
+            count = fitting(whole, count, seconds, SECONDS[part] / 2)
+        self.lines[part] = fit(measured)
+
+    def _read(self, part: str, table: Dataset, whole: int, work: Callable[[Dataset], object]) -> None:
+        """Time `work` on rows of a table, each time on the next ones."""
+        at = 0
+
+        def measure(count: int) -> tuple[float, float]:
+            nonlocal at
+            chosen, at = table.select([(at + row) % len(table) for row in range(count)]), at + count
+            return count, timed(lambda: work(chosen))
+
+        self._line(part, min(whole, len(table)), measure)
+
+    def _grown(self) -> int:
+        """Peak bytes since the last call, beyond those at the start; without /proc since the start of the process."""
+        device, switch = self.accelerator.device, Path("/proc/self/clear_refs")
+        self.peak = max(self.peak, peak_memory())
+        found = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif os.access(switch, os.W_OK):
+            switch.write_text("5")
+        return max(0, found - self.base)
+
+    def _write(self) -> None:
+        """Write a file as a checkpoint is written."""
+        with replacing(self.folder / "written") as partly:
+            save_file({"block": np.zeros(WRITTEN // 4, dtype=np.float32)}, partly / "block.safetensors")
+
+    # ---- index and search
+
+    def _retrieval(self, questions: Dataset, rows: Sequence[int]) -> Retrieval:
+        """Retrieval in these passages. The output folder is empty, for an index that is there would be read."""
+        output = replace(self.settings.output, output_dir=str(self.folder))
+        settings = self.settings._replace(data=replace(self.settings.data, index=None), output=output)
+        tables = Corpus(questions, questions, self.corpus.passages.select(rows))
+        models = self.generator, self.retriever
+        return Retrieval(
+            self.accelerator, settings, corpus=tables, generator=models[0], retriever=models[1], log=self.log
+        )
+
+    def _index(self) -> Retrieval:
+        """Index passages of similar length, as in a batch; then a sample for search, BM25 and the fusion weights."""
+        longest, random, most = 5 * (self.retriever.model.max_seq_length or math.inf), np.random.default_rng(0), 1
+        lengths = np.array([min(len(text) + 1, longest) for text in self.corpus.passages["text"]])
+        order = np.argsort(lengths)
+
+        def measure(count: int) -> tuple[float, float]:
+            nonlocal most
+            at, most = random.integers(len(order) - count + 1), count
+            rows = order[at : at + count].tolist()
+            return lengths[rows].sum() / lengths.mean(), timed(self._retrieval(self.corpus.questions, rows).index)
+
+        self._line("index", len(order), measure)
+        retrieval = self._sample(min(len(order), max(PASSAGES, most)))
+        retrieval.index()
+        self.log.rows.clear()
+        retrieval.snapshot()
+        spent = Counter[str]()
+        for row in self.log.rows:
+            spent[row.get("part", "")] += row.get("seconds", 0.0)
+        asked = fusion_questions(retrieval.corpus.questions, self.settings)["passage_id"]
+        self.lines["words"] = Line(spent["index"] / len(retrieval.passages.ids))
+        self.lines["fit"] = Line(spent["fit fusion weights"] / max(1, sum(name is not None for name in asked)))
+        return retrieval
+
+    def _sample(self, count: int) -> Retrieval:
+        """Retrieval for questions of a sample in `count` passages: their gold ones and evenly spread ones."""
+        sample, passages = take(self.corpus.questions, SAMPLE, self.training.seed), self.corpus.passages
+        row_of = {name: row for row, name in enumerate(passages["id"])}
+        gold = [row_of.get(name, -1) for name in sample["passage_id"]]
+        spread = np.linspace(0, len(passages) - 1, count).astype(int).tolist()
+        rows = list(dict.fromkeys([row for row in gold if row >= 0] + spread))[:count]
+        known = {-1, *rows}
+        return self._retrieval(sample.select([place for place, row in enumerate(gold) if row in known]), rows)
+
+    def _index_bytes(self, retrieval: Retrieval) -> tuple[float, float]:
+        """Bytes of the index for a passage, with BM25 in memory and with the text on disk."""
+        index, texts, snapshot = retrieval.index(), retrieval.passages.texts, retrieval.snapshot()
+        vectors = 2 * index.vectors.nbytes  # as they are, and in the FAISS index
+        vectors += index.sentences.vectors.nbytes + index.sentences.ends.nbytes if index.sentences else 0
+        words = sum(each.nbytes for each in (snapshot.builder.words, snapshot.searcher.lexical) if each)
+        return (vectors + words) / len(texts), (vectors + sum(len(text.encode()) for text in texts)) / len(texts)
+
+    def _retrieve(self, retrieval: Retrieval) -> Dataset:
+        """Contexts of as many questions as fit."""
+        questions, made = retrieval.corpus.questions, [retrieval.corpus.questions]
+
+        def work(asked: Dataset) -> None:
+            made.append(retrieval.contexts(asked, "", noise=self.training.context_noise))
+
+        self._read("retrieve", questions, len(questions), work)
+        more = COMPARISON * (len(self.corpus.passages) - len(retrieval.passages.ids))
+        for part in ("retrieve", "fit"):
+            self.lines[part] = replace(self.lines[part], each=self.lines[part].each + more)
+        return max(made[1:], key=len)
+
+    # ---- the generator's answers, its feedback, and training
+
+    def _answer(self, table: Dataset) -> None:
+        def work(asked: Dataset) -> None:
+            evaluate_pair(
+                self.accelerator,
+                self.generator,
+                asked,
+                top_k=self.contexts.top_k,
+                decoding=Decoding.of(self.contexts),
+                batch_size=self.contexts.answer_batch_size,
+                no_answer_threshold=1.0 if self.training.no_answer else None,
+            )
+
+        whole = self.contexts.answer_batch_size * self.accelerator.num_processes
+        with self.generator.reading():
+            self._read("evaluation", table, whole, work)
+
+    def _feedback(self, table: Dataset, retrieval: Retrieval) -> np.ndarray | None:
+        """Time the generator's feedback; gives likelihoods of the shape that the retriever phase takes, or None."""
+        if not self.training.feedback_weight or self.training.retriever_steps == 0:
+            return None
+
+        def work(asked: Dataset) -> None:
+            answer_likelihoods(
+                self.accelerator, self.generator, asked, retrieval.context_filter, lambda: retrieval.snapshot().builder,
+                retrieval.encode_questions, passages=self.training.feedback_passages,
+                context_tokens=self.contexts.context_tokens, batch_size=self.contexts.answer_batch_size,
+                folder=self.folder / str(time.perf_counter_ns()),
+            )  # fmt: skip
+
+        answered = table.select([row for row, answers in enumerate(table["answers"]) if answers])
+        if len(answered):
+            with self.generator.reading():
+                self._read("feedback", answered, len(answered), work)
+        passages = min(self.training.feedback_passages, len(table["rows"][0]))
+        return np.array([[0.0 if answers else np.nan] * passages for answers in table["answers"]], dtype=np.float32)
+
+    def _train(self, table: Dataset, retrieval: Retrieval, likelihoods: np.ndarray | None) -> None:
+        tokens, passages = self.contexts.context_tokens, retrieval.passages
+        train = partial(train_generator, self.accelerator, self.generator, table, context_tokens=tokens)
+        cut = generator_cut(self.accelerator, self.generator, self.training, tokens)
+        limit = cut.tokens, generator_token_bytes(self.accelerator, self.generator, tokens)
+        self._phase("generator", train, self.generator.model, limit)
+        train = partial(train_retriever, self.accelerator, self.retriever, table, passages, likelihoods=likelihoods)
+        cut = retriever_cut(self.accelerator, self.retriever)
+        limit = cut.tokens, retriever_token_bytes(self.accelerator, self.retriever)
+        self._phase("retriever", train, self.retriever.model, limit)
+
+    def _phase(self, name: str, train: Callable[..., int], model: torch.nn.Module, limit: tuple) -> None:
+        """limit: tokens of a micro-batch, and bytes of the activations of a token; None: unknown."""
+        batch, largest, once = vars(self.training)[f"{name}_batch_size"], 0, 0.0
+
+        def measure(rows: int) -> tuple[float, float]:
+            """The mean step, without the first one, which sets memory up."""
+            nonlocal largest, once
+            settings, watch = copy.copy(self.training), Watch(rows, SECONDS[name] / 8)
+            vars(settings).update({f"{name}_batch_size": rows, f"{name}_steps": STEPS, f"{name}_epochs": STEPS})
+            whole = timed(lambda: train(settings=settings, round_number=1, callback=watch))
+            largest, once = max(largest, rows), max(0.0, whole - sum(watch.steps))
+            return rows, float(np.mean(watch.steps[1:]))
+
+        self._grown()
+        self._line(name, batch, measure)
+        self.lines[name] = replace(self.lines[name], once=once)
+        activations = max(0, self._grown() - 3 * held_bytes(trainable(model)))
+        most = min(activations * batch / largest, math.prod(each or math.inf for each in limit))
+        self.activations[name] = round(max(activations, most))
+
+
+def fitting(whole: int, rows: int, seconds: float, time: float) -> int:
+    """How many of `whole` rows to measure next: as many as fit into the time, at most four times the last `rows`."""
+    return min(whole, rows * min(4, max(1, int(time / max(seconds, 1e-9)))))
+
+
+def fit(measured: Sequence[tuple[float, float]]) -> Line:
+    """The line through (rows, seconds) by least squares; through zero if sizes differ too little or it falls."""
+    rows, seconds = (np.array(column, dtype=float) for column in zip(*measured, strict=True))
+    if rows.max() >= 1.5 * rows.min():
+        each, fixed = np.polyfit(rows, seconds, 1)
+        if each > 0 and fixed > 0:
+            return Line(float(each), float(fixed))
+    return Line(float(seconds.sum() / rows.sum()))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of a piece of work, including what it leaves to a GPU."""
+    clock = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock
+
+
+def agreed(value: T) -> T:
+    """The value of the first process, on all of them."""
+    return broadcast_object_list([value])[0]
