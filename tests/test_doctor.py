@@ -1,4 +1,4 @@
-"""The self-test: what it says of a healthy pair, that each sabotage is caught, and that it leaves everything as it was."""
+"""The self-test: what it says of a healthy pair, that it catches each sabotage and leaves everything as it was."""
 
 import json
 import math
