@@ -471,7 +471,7 @@ YAML = st.one_of(
     NESTED.map(str.encode),
     NESTED.map(lambda nested: f"report_to: {nested}\n".encode()),
     NESTED.map(lambda nested: f"? {nested}\n: 1\n".encode()),
-)  # fmt: skip
+)
 
 
 def check_yaml(folder: Path, content: bytes) -> None:

@@ -612,9 +612,10 @@ def test_a_sound_pair_passes_line_by_line(call, output):
     lines = out.splitlines()
     assert code == 0 and len(lines) == 5 and all(line.startswith("ok: ") for line in lines[:-1])
     for line, words in zip(
-        lines, ["fingerprint", "40 passages, 40 vectors of 32", "32 passages encoded anew", "What is", "Nothing wrong"],
+        lines,
+        ["fingerprint", "40 passages, 40 vectors of 32", "32 passages encoded anew", "What is", "Nothing wrong"],
         strict=True,
-    ):  # fmt: skip
+    ):
         assert words in line
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
