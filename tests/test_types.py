@@ -2,8 +2,8 @@
 
 The result does not depend on optional packages. mypy reports errors in files of the package alone, and with
 `ignore_missing_imports` an import that is not there is Any, which accepts nearly everything. AT_MOST was counted with
-all extras installed, and is the same when mypy skips every optional package. The second run sees no installed package at
-all, as the other extreme, and takes seconds.
+all extras installed, and is the same when mypy skips every optional package. The second run is the other extreme: it
+sees no installed package at all, and takes seconds.
 """
 
 import re
