@@ -10,12 +10,14 @@ import difflib
 import os
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, cast, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import DataClassType
 
 from cozyrag.config_checks import EMBEDDED, QUICKSTART, check_values
 from cozyrag.errors import InputError
@@ -37,8 +39,17 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+class _Group:
+    """Settings that --help shows together, under the docstring of the class."""
+
+    _argument_group_name: ClassVar[str]  # HfArgumentParser reads it
+
+    def __init_subclass__(cls) -> None:
+        cls._argument_group_name = (cls.__doc__ or "").rstrip(".")
+
+
 @dataclass
-class DataSettings:
+class DataSettings(_Group):
     """Questions and passages."""
 
     questions: str = setting(
@@ -76,7 +87,7 @@ class DataSettings:
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(_Group):
     """The two models."""
 
     generator: str = setting(
@@ -112,7 +123,7 @@ class ModelSettings:
 
 
 @dataclass
-class ContextSettings:
+class ContextSettings(_Group):
     """Retrieval, contexts and answers."""
 
     retrieval: Literal["dense", "bm25", "hybrid"] = setting(
@@ -154,7 +165,7 @@ class ContextSettings:
 
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(_Group):
     """Training."""
 
     rounds: int = setting(
@@ -257,7 +268,7 @@ class TrainingSettings:
 
 
 @dataclass
-class OutputSettings:
+class OutputSettings(_Group):
     """Output, checkpoints, tracking and the Hub."""
 
     output_dir: str = setting("cozyrag-output", "Folder for the two models, the index, metrics.jsonl and cozyrag.json.")
@@ -345,6 +356,11 @@ class _Parser(HfArgumentParser):
         self.epilog = f"These are {len(FIRST)} of {len(NAMES)} settings; --help-all shows all of them."
 
 
+def _parser(**options: Any) -> _Parser:
+    groups = cast(Iterable[DataClassType], GROUPS)  # a NewType that no class of its own satisfies
+    return _Parser(groups, allow_abbrev=False, **options)
+
+
 def parse_settings(arguments: list[str] | None = None, *, description: str | None = None) -> Settings:
     """Settings from the command line and the YAML file it may name with --config.
 
@@ -352,9 +368,7 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
         InputError: an unknown setting, a value of the wrong kind or out of range; names file and line.
     """
     arguments = _current_names(list(sys.argv[1:] if arguments is None else arguments))
-    for group in GROUPS:
-        group._argument_group_name = group.__doc__.rstrip(".")
-    parser = _Parser(GROUPS, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser = _parser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; the command line overrides it.")
     if "--help-all" not in arguments:
         parser.show_first()
@@ -374,8 +388,10 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
         raise InputError(f"Command line: unknown setting {name!r}{_did_you_mean(name.lstrip('-'))}. See --help.")
     del leftovers  # only --config, already used
     settings = Settings(*groups)
-    settings.training.generator_sharding = settings.training.generator_sharding or launched(os.environ)
-    settings.training.mixed_precision = settings.training.mixed_precision or asked_at_launch(os.environ)
+    training = settings.training
+    training.generator_sharding = training.generator_sharding or launched(os.environ)
+    asked = training.mixed_precision or asked_at_launch(os.environ)
+    training.mixed_precision = asked  # type: ignore[assignment]  # a launch may ask for fp8 too
     check_values(settings.to_dict())
     return settings
 
@@ -456,14 +472,14 @@ def _yaml_value(name: str, node: yaml.Node, where: str):
     ):
         return [item.value for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
-        raise InputError(
-            f"{where}: expected one value{' or a list of values' if several else ''} for {name}, found a {node.id}."
-        )
+        wanted = "one value or a list of values" if several else "one value"
+        kind = "mapping" if isinstance(node, yaml.MappingNode) else "sequence"
+        raise InputError(f"{where}: expected {wanted} for {name}, found a {kind}.")
     if node.tag.endswith(":null"):
         if type(None) not in get_args(KINDS[name]):
             raise InputError(f"{where}: expected a value for {name}, found nothing. Give one or remove the line.")
         return None
-    checker = _Parser(GROUPS, allow_abbrev=False)
+    checker = _parser()
     try:
         return vars(checker.parse_known_args([f"--{name}={node.value}"])[0])[name]
     except InputError as error:

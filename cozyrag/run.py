@@ -155,14 +155,21 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
     """The uploader of the main process, with --push_to_hub. Raises InputError early for a bad token or repository
     name."""
     output = settings.output
-    if not output.push_to_hub:
+    if not output.push_to_hub or output.hub_model_id is None:  # config_checks.py asks for the second with the first
         return None
     main = accelerator.is_main_process
     found = refusal(output.hub_model_id, private=output.hub_private, info=accelerator.print) if main else None
     refuse(gather_object([found]))
     every_round = output.hub_strategy == "every_round"
-    options = {"private": output.hub_private, "every_round": every_round, "info": partial(tqdm.write, file=sys.stdout)}
-    return BackgroundPush(Path(output.output_dir), output.hub_model_id, **options) if main else None
+    if not main:
+        return None
+    return BackgroundPush(
+        Path(output.output_dir),
+        output.hub_model_id,
+        private=output.hub_private,
+        every_round=every_round,
+        info=partial(tqdm.write, file=sys.stdout),
+    )
 
 
 def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
@@ -188,9 +195,7 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
 def _summary(rounds: Rounds) -> str:
     """The data, the models and the machine of a run, in three lines."""
     settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
-    sizes = [
-        sum(p.numel() for p in model.parameters()) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)
-    ]
+    sizes = [_parameters(model) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)]
     sharding = settings.training.generator_sharding
     split = f", the generator's training sharded ({sharding})" if is_split(sharding) else ""
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
@@ -204,6 +209,10 @@ def _summary(rounds: Rounds) -> str:
     )
 
 
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
 def _log_expected_time(rounds: Rounds) -> None:
     """On a CPU without bf16: about how long the generator takes, if that is more than some minutes, and what is
     shorter."""
@@ -212,7 +221,7 @@ def _log_expected_time(rounds: Rounds) -> None:
     steps = generator_step_count(len(rounds.corpus.questions), training)
     rate = float32_rate()
     seconds = rough_generator_seconds(
-        sum(p.numel() for p in generator.parameters()) - generator.get_input_embeddings().weight.numel(),
+        _parameters(generator) - _parameters(generator.get_input_embeddings()),
         trained=training.rounds * steps * training.generator_batch_size,
         asked=(1 + training.rounds) * len(rounds.corpus.eval_questions),
         tokens=settings.contexts.context_tokens + QUESTION_TOKENS,

@@ -128,8 +128,9 @@ def short_run(corpus_files, generator_path, retriever_path):
     files = [part for name, path in corpus_files.items() for part in (f"--{name}", str(path))]
     models = ["--generator", str(generator_path), "--retriever", str(retriever_path)]
     small = (
-        "--rounds 1 --generator_steps 5 --retriever_steps 3 --generator_batch_size 8 --retriever_batch_size 8 --context_tokens 48 --top_k 2 "
-        "--answer_tokens 4 --threads 1 --logging_steps 2 --generator_learning_rate 1e-3 --retriever_learning_rate 1e-3 --feedback_weight 0.5 "
+        "--rounds 1 --generator_steps 5 --retriever_steps 3 --generator_batch_size 8 --retriever_batch_size 8 "
+        "--context_tokens 48 --top_k 2 --answer_tokens 4 --threads 1 --logging_steps 2 "
+        "--generator_learning_rate 1e-3 --retriever_learning_rate 1e-3 --feedback_weight 0.5 "
         "--mixed_precision no"
     )
     return [*files, *models, *small.split()]

@@ -1,4 +1,4 @@
-"""Output folders of runs, as far as reports read them: settings, metrics.jsonl and evaluated questions, without models."""
+"""Output folders of runs, as far as reports read them: settings, metrics.jsonl and evaluations, without models."""
 
 import json
 from pathlib import Path
@@ -34,10 +34,17 @@ METRICS = [
     {"kind": "step", "round": 1, "phase": "retriever", "step": 1, "loss": 0.5, "steps_so_far": 3},
     {"kind": "time", "round": 1, "part": "generator phase", "seconds": 60.0},
     {
-        "kind": "rollback", "round": 1, "model": "generator", "metric": "f1", "kept": False, "before": 20.0, "after": 10.0,
-        "interval": [-15.0, -5.0], "worse": 0.99,
+        "kind": "rollback",
+        "round": 1,
+        "model": "generator",
+        "metric": "f1",
+        "kept": False,
+        "before": 20.0,
+        "after": 10.0,
+        "interval": [-15.0, -5.0],
+        "worse": 0.99,
     },
-]  # fmt: skip
+]
 
 
 def write_run(folder: Path, rounds: list[list[dict]], *, metrics=METRICS, **settings) -> Path:

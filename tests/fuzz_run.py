@@ -151,20 +151,26 @@ SCALARS = st.one_of(
 )
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(PLAIN, inner, max_size=2), st.fixed_dictionaries({"text": inner})),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(PLAIN, inner, max_size=2), st.fixed_dictionaries({"text": inner})
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 NAMES = st.one_of(st.sampled_from(COLUMNS), ANY_TEXT)
 OBJECTS = st.one_of(
     st.dictionaries(NAMES, VALUES, max_size=5),
     st.fixed_dictionaries({"question": ANY_TEXT, "answers": VALUES, "text": ANY_TEXT}),
     st.fixed_dictionaries({"question": PLAIN, "answers": st.lists(PLAIN), "text": PLAIN, "context": PLAIN}),
 )
+PIECES = [
+    *(b"question", b"answers", b"text", b"\t", b",", b'"', b"\n", b"\r", b"\r\n", b"\0", b"{", b"}", b"[", b"]", b":"),
+    *(b"\xef\xbb\xbf", b"\xff", b"1", b"NaN", b" ", b"\\", b"\xe2\x80\xa8"),
+]
 BYTES = st.one_of(
     st.binary(max_size=300),
     st.text(max_size=200).map(lambda text: text.encode("utf-8")),
-    st.lists(st.sampled_from([b"question", b"answers", b"text", b"\t", b",", b'"', b"\n", b"\r", b"\r\n", b"\0", b"{", b"}", b"[", b"]", b":", b"\xef\xbb\xbf", b"\xff", b"1", b"NaN", b" ", b"\\", b"\xe2\x80\xa8"]), max_size=40).map(b"".join),
-)  # fmt: skip
+    st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join),
+)
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,10 @@ def with_damage(cases: SearchStrategy[Case]) -> SearchStrategy[Case]:
     return st.builds(damaged, cases, st.lists(place, min_size=1, max_size=4), kept)
 
 
-CELL = st.one_of(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=10), st.sampled_from(["", " ", "Who?", "1815", '"', "a\nb"]))  # fmt: skip
+CELL = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=10),
+    st.sampled_from(["", " ", "Who?", "1815", '"', "a\nb"]),
+)
 ROWS = st.lists(st.lists(CELL, min_size=1, max_size=4), max_size=6)
 HEADERS = st.lists(st.sampled_from([*COLUMNS, "Question", " TEXT "]), min_size=1, max_size=4, unique=True)
 
@@ -244,12 +253,35 @@ def as_squad(articles: list[Any]) -> Case:
     return Case("table.json", json.dumps({"version": "v2.0", "data": articles}).encode("utf-8"), {rows})
 
 
-QAS = st.lists(st.one_of(OBJECTS, VALUES, st.fixed_dictionaries({"id": PLAIN, "question": PLAIN, "answers": VALUES})), max_size=3)  # fmt: skip
+QAS = st.lists(
+    st.one_of(OBJECTS, VALUES, st.fixed_dictionaries({"id": PLAIN, "question": PLAIN, "answers": VALUES})), max_size=3
+)
 PARAGRAPHS = st.lists(st.one_of(st.fixed_dictionaries({"context": ANY_TEXT, "qas": QAS}), VALUES), max_size=2)
 ARTICLES = st.lists(st.one_of(st.fixed_dictionaries({"title": SCALARS, "paragraphs": PARAGRAPHS}), VALUES), max_size=2)
 
 
-TYPES = st.sampled_from([pa.string(), pa.large_string(), pa.string_view(), pa.int64(), pa.float64(), pa.bool_(), pa.binary(), pa.list_(pa.string()), pa.timestamp("us"), pa.timestamp("ns"), pa.timestamp("us", "Mars/Olympus"), pa.date64(), pa.duration("s"), pa.dictionary(pa.int32(), pa.string()), pa.map_(pa.string(), pa.string()), pa.struct([("text", pa.list_(pa.string()))]), pa.decimal128(20, 3), pa.null()])  # fmt: skip
+TYPES = st.sampled_from(
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.int64(),
+        pa.float64(),
+        pa.bool_(),
+        pa.binary(),
+        pa.list_(pa.string()),
+        pa.timestamp("us"),
+        pa.timestamp("ns"),
+        pa.timestamp("us", "Mars/Olympus"),
+        pa.date64(),
+        pa.duration("s"),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.map_(pa.string(), pa.string()),
+        pa.struct([("text", pa.list_(pa.string()))]),
+        pa.decimal128(20, 3),
+        pa.null(),
+    ]
+)
 
 
 @st.composite
@@ -271,16 +303,46 @@ def _column(draw, kind: pa.DataType, count: int) -> pa.Array:
     if pa.types.is_string(kind) and draw(st.booleans()):
         raw = pa.array([draw(st.binary(max_size=6)) for _ in range(count)], pa.binary())
         return pa.Array.from_buffers(pa.string(), count, raw.buffers())  # text that may not be UTF-8
-    fitting = {pa.int64(): st.integers(-(2**63), 2**63 - 1), pa.float64(): st.floats(), pa.bool_(): st.booleans(), pa.binary(): st.binary(max_size=6), pa.list_(pa.string()): st.lists(PLAIN, max_size=2), pa.map_(pa.string(), pa.string()): st.lists(st.tuples(PLAIN, PLAIN), max_size=2), pa.struct([("text", pa.list_(pa.string()))]): st.fixed_dictionaries({"text": st.lists(PLAIN, max_size=2)}), pa.decimal128(20, 3): st.decimals(-1000, 1000, places=3), pa.null(): st.none()}  # fmt: skip
+    fitting = {
+        pa.int64(): st.integers(-(2**63), 2**63 - 1),
+        pa.float64(): st.floats(),
+        pa.bool_(): st.booleans(),
+        pa.binary(): st.binary(max_size=6),
+        pa.list_(pa.string()): st.lists(PLAIN, max_size=2),
+        pa.map_(pa.string(), pa.string()): st.lists(st.tuples(PLAIN, PLAIN), max_size=2),
+        pa.struct([("text", pa.list_(pa.string()))]): st.fixed_dictionaries({"text": st.lists(PLAIN, max_size=2)}),
+        pa.decimal128(20, 3): st.decimals(-1000, 1000, places=3),
+        pa.null(): st.none(),
+    }
     return pa.array([draw(st.none() | fitting.get(kind, PLAIN)) for _ in range(count)], kind)
 
 
 OPEN = st.one_of(
-    st.builds('<doc id="{}" url="u" title="{}">'.format, st.integers(0, 9), st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=8)),
-    st.sampled_from(['<doc title="A">', '<doc id="1" title="">', '<doc id="1" url="x">', "<doc ", "<doc >", '<doc title=">', '<doc title="a" x="b">']),
+    st.builds(
+        '<doc id="{}" url="u" title="{}">'.format,
+        st.integers(0, 9),
+        st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=8),
+    ),
+    st.sampled_from(
+        [
+            '<doc title="A">',
+            '<doc id="1" title="">',
+            '<doc id="1" url="x">',
+            "<doc ",
+            "<doc >",
+            '<doc title=">',
+            '<doc title="a" x="b">',
+        ]
+    ),
     st.integers(1, 3000).map(lambda times: "<doc " + 'title="' * times),
-)  # fmt: skip
-WIKI_LINE = st.one_of(OPEN, st.just("</doc>"), st.just("text </doc>"), st.just(""), st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20))  # fmt: skip
+)
+WIKI_LINE = st.one_of(
+    OPEN,
+    st.just("</doc>"),
+    st.just("text </doc>"),
+    st.just(""),
+    st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20),
+)
 WIKI = st.one_of(
     st.lists(WIKI_LINE, max_size=10).map(lambda lines: Case("wiki_00", "\n".join(lines).encode("utf-8"))),
     bare("wiki_00"),
@@ -323,7 +385,7 @@ def html_free(text: str) -> str:
 
 
 def unclosed(lines: list[str]) -> int:
-    """Lines of articles that never end, which are reported by their first line; a broken opening line counts as text."""
+    """Lines of articles that never end, each reported by its first line; a broken opening line counts as text."""
     count, inside = 0, None
     for line in lines:
         if OPENING.fullmatch(line):
@@ -378,15 +440,38 @@ def prompt_checker(folder: Path) -> Callable[[Asked], None]:
 
 
 SETTING = st.one_of(st.sampled_from(sorted(KINDS)), PLAIN)
-YAML_VALUE = st.one_of(SCALARS, st.sampled_from(["inf", "nan", "1e-3", "yes", "on", "~", "0x10", "1_000", "2026-01-01", "!!python/object:os.system", "&a [*a]", "<<"]), st.lists(PLAIN, max_size=2))  # fmt: skip
+YAML_VALUE = st.one_of(
+    SCALARS,
+    st.sampled_from(
+        [
+            "inf",
+            "nan",
+            "1e-3",
+            "yes",
+            "on",
+            "~",
+            "0x10",
+            "1_000",
+            "2026-01-01",
+            "!!python/object:os.system",
+            "&a [*a]",
+            "<<",
+        ]
+    ),
+    st.lists(PLAIN, max_size=2),
+)
 YAML = st.one_of(
     BYTES,
-    st.dictionaries(SETTING, YAML_VALUE, max_size=4).map(lambda found: yaml.dump(found, allow_unicode=True).encode("utf-8", "replace")),
-    st.lists(st.tuples(SETTING, YAML_VALUE), max_size=4).map(lambda found: "".join(f"{name}: {value}\n" for name, value in found).encode("utf-8", "replace")),
+    st.dictionaries(SETTING, YAML_VALUE, max_size=4)
+    .map(lambda found: yaml.dump(found, allow_unicode=True))
+    .map(lambda text: text.encode("utf-8", "replace")),
+    st.lists(st.tuples(SETTING, YAML_VALUE), max_size=4)
+    .map(lambda found: "".join(f"{name}: {value}\n" for name, value in found))
+    .map(lambda text: text.encode("utf-8", "replace")),
     NESTED.map(str.encode),
     NESTED.map(lambda nested: f"report_to: {nested}\n".encode()),
     NESTED.map(lambda nested: f"? {nested}\n: 1\n".encode()),
-)  # fmt: skip
+)
 
 
 def check_yaml(folder: Path, content: bytes) -> None:
@@ -416,9 +501,15 @@ def target(name: str, folder: Path) -> tuple[SearchStrategy, Callable[[Any], Non
 
 
 LINES = st.lists(
-    st.one_of(OBJECTS.map(json.dumps), VALUES.map(json.dumps), PLAIN, NESTED, NESTED.map('{{"question": "Who?", "answers": {}}}'.format)),
+    st.one_of(
+        OBJECTS.map(json.dumps),
+        VALUES.map(json.dumps),
+        PLAIN,
+        NESTED,
+        NESTED.map('{{"question": "Who?", "answers": {}}}'.format),
+    ),
     max_size=5,
-)  # fmt: skip
+)
 TABLES = {
     "tsv": st.builds(as_tsv, st.none() | HEADERS, ROWS),
     "csv": st.builds(as_csv, HEADERS, ROWS),

@@ -1,8 +1,8 @@
-"""A Hugging Face Hub of one process on loopback, for tests: the endpoints that huggingface_hub calls, and faults on demand.
+"""A Hugging Face Hub on loopback, for tests: the endpoints that huggingface_hub calls, and faults on demand.
 
-The real client talks to it over real connections: repositories, preupload, LFS, commits on top of a named parent, tags,
-trees, files with ranges, tokens. Kept in memory, large files in a folder. Left out: xet (to be disabled in the client),
-pull requests, branches besides main, history beyond what a revision holds.
+It is one process, and the real client talks to it over real connections: repositories, preupload, LFS,
+commits on top of a named parent, tags, trees, files with ranges, tokens. Kept in memory, large files in a folder. Left
+out: xet (to be disabled in the client), pull requests, branches besides main, history beyond what a revision holds.
 """
 
 import base64
@@ -94,8 +94,10 @@ class LocalHub:
     """Use as a context manager; it serves until the end of the block.
 
     Args:
-        folder: where large files go. tokens: token -> user. A fault is a status ("500", "401", "429" which asks to wait a
-        second), "cut" (no answer, nothing done), "lost" (done, but no answer), "half" (half of the body, then cut) or "slow".
+        folder: where large files go. tokens: token -> user.
+
+    A fault is a status ("500", "401", "429" which asks to wait a second), "cut" (no answer, nothing done), "lost"
+    (done, but no answer), "half" (half of the body, then cut) or "slow".
     """
 
     def __init__(self, folder: Path, *, tokens: dict[str, str] | None = None):

@@ -2,8 +2,9 @@
 
     python tests/push_under_faults.py --pushes 100
 
-Each round has weights, vectors and a cozyrag.json of its own. A push may fail, be cut short like a killed process, or get
-through; whatever it left, main and every tag must load as one whole round or be refused. Exit code 1 if one is a mix.
+Each round has weights, vectors and a cozyrag.json of its own. A push may fail, be cut short like a killed process, or
+get through; whatever it left, main and every tag must load as one whole round or be refused. Exit code 1 if one is a
+mix.
 """
 
 import argparse
@@ -65,8 +66,11 @@ class Found:
     def __str__(self) -> str:
         faults = ", ".join(f"{count} × {name}" for name, count in self.faults.most_common())
         return (
-            f"{self.pushed + self.failed + self.killed} pushes: {self.pushed} got through, {self.failed} failed, {self.killed} were killed.\n"
-            f"Faults met: {faults}.\n{self.loaded} loads of main and tags gave one whole round, {self.refused} were refused, {len(self.mixed)} were a mix."
+            f"{self.pushed + self.failed + self.killed} pushes: {self.pushed} got through, {self.failed} failed, "
+            f"{self.killed} were killed.\n"
+            f"Faults met: {faults}.\n"
+            f"{self.loaded} loads of main and tags gave one whole round, {self.refused} were refused, "
+            f"{len(self.mixed)} were a mix."
         )
 
 

@@ -1,10 +1,10 @@
 """Push a pair with a generator of more than 100 MB to a local Hub, fetch it as a stranger would, and compare.
 
-    python tests/round_trip.py                         # the quickstart passages, 50 of its questions, a 110 MB generator
-    python tests/round_trip.py --layers 4              # the small generator as it is
+    python tests/round_trip.py             # the quickstart passages, 50 of its questions, a 110 MB generator
+    python tests/round_trip.py --layers 4  # the small generator as it is
 
-The generator is the one that comes with the package, made larger by layers that pass everything through unchanged (their
-output matrices are 0), so that it answers like the small one and its weights still travel in full.
+The generator is the one that comes with the package, made larger by layers that pass everything through unchanged
+(their output matrices are 0), so that it answers like the small one and its weights still travel in full.
 """
 
 import argparse
@@ -23,7 +23,8 @@ ANSWER = """
 import json, sys
 from cozyrag import CozyRAG
 answers = CozyRAG.from_pretrained(sys.argv[1]).answers(json.load(open(sys.argv[2])))
-print(json.dumps([[answer.text, answer.score, answer.context, [[p.id, p.score] for p in answer.passages]] for answer in answers]))
+found = [[a.text, a.score, a.context, [[p.id, p.score] for p in a.passages]] for a in answers]
+print(json.dumps(found))
 """
 PUSH = """
 import json, resource, sys, time
@@ -36,7 +37,7 @@ print(json.dumps([time.perf_counter() - started, peak() - before]))
 
 
 def make_pair(folder: Path, layers: int) -> None:
-    """An output folder: the embedded generator with this many layers, the embedded retriever, the quickstart passages."""
+    """An output folder: the embedded generator with this many layers, the embedded retriever, quickstart passages."""
     from transformers import GPT2LMHeadModel
 
     from cozyrag.data.passages import read_passages
@@ -130,7 +131,8 @@ def main() -> None:
             }
             seconds, memory = pushed(root / "run", environment)
             print(
-                f"pushed {hub.received / 1e6:.1f} MB in {seconds:.1f} s, for which peak memory grew by {memory / 1e6:.0f} MB"
+                f"pushed {hub.received / 1e6:.1f} MB in {seconds:.1f} s, "
+                f"for which peak memory grew by {memory / 1e6:.0f} MB"
             )
             received = hub.received
             seconds, _ = pushed(root / "run", environment)
@@ -146,7 +148,8 @@ def main() -> None:
         same = set(fetched.values()) == given_sums
         print(f"{len(fetched)} files of weights, vectors and passages fetched; the same bytes as on disk: {same}")
         print(
-            f"{len(before)} answers, equal from the Hub: {online == before}, offline from the cache: {offline == before}"
+            f"{len(before)} answers, equal from the Hub: {online == before}, "
+            f"offline from the cache: {offline == before}"
         )
         print(f"for example: {before[0][0]!r}, {before[1][0]!r}, {before[2][0]!r}")
     sys.exit(0 if same and online == before == offline else 1)

@@ -15,7 +15,10 @@ from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.reporting import demo_app
 from cozyrag.reporting.demo_app import answer_data, answer_html, depths_html, evaluation_questions, pieces
 
-EVIL = "<script>window.owned=1</script><img src=x onerror='window.owned=2'> {{#each x}} {{y}} ${window.owned=3} `t` </mark>."
+EVIL = (
+    "<script>window.owned=1</script><img src=x onerror='window.owned=2'> "
+    "{{#each x}} {{y}} ${window.owned=3} `t` </mark>."
+)
 TEXT = "The fox is red. It was made in 1500. Red is its house."
 
 

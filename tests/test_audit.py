@@ -107,10 +107,8 @@ def output(tmp_path_factory, corpus_files, generator_path, retriever_path):
 
     folder = tmp_path_factory.mktemp("audited") / "out"
     files = [part for name, path in corpus_files.items() for part in (f"--{name}", str(path))]
-    train(
-        [*files, "--retriever", str(retriever_path), "--generator", str(generator_path), "--rounds", "0", "--threads", "1",
-         "--output_dir", str(folder)]
-    )  # fmt: skip
+    models = ["--retriever", str(retriever_path), "--generator", str(generator_path)]
+    train([*files, *models, "--rounds", "0", "--threads", "1", "--output_dir", str(folder)])
     return folder
 
 

@@ -412,8 +412,9 @@ def test_articles_are_split_into_passages_of_whole_sentences():
     cut = benchmark("shared.wiki").cut
     sentence = "One two three four five six seven eight nine ten."
     assert cut(" ".join([sentence] * 25)) == [" ".join([sentence] * 10), " ".join([sentence] * 15)][:1] + [
-        " ".join([sentence] * 10), " ".join([sentence] * 5)
-    ]  # fmt: skip
+        " ".join([sentence] * 10),
+        " ".join([sentence] * 5),
+    ]
     assert [len(text.split()) for text in cut(" ".join([sentence] * 22))] == [100, 120]  # the rest is too short alone
     assert cut("") == [] and cut(sentence) == [sentence]
 

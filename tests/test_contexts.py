@@ -46,17 +46,18 @@ def builder_of(*texts, titles=None, top_k=9, budget=99, hard_negatives=0, count_
         ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
         ("It costs 5.60 m. in all. 1815 was wet.", ["It costs 5.60 m. in all.", "1815 was wet."]),
         ("e.g. this stays. Élan starts. Ärger too.", ["e.g. this stays.", "Élan starts.", "Ärger too."]),
-        ('He said "Go." She (who knew.) "Went!" Then [he.]\u2019 Slept.',
-         ['He said "Go."', "She (who knew.)", '"Went!"', "Then [he.]\u2019", "Slept."]),
-        ("“Nie.” „Doch.\u201d (He left.)  \u201cSo.\u201d",
-         ["“Nie.” „Doch.\u201d", "(He left.)", "\u201cSo.\u201d"]),
+        (
+            'He said "Go." She (who knew.) "Went!" Then [he.]\u2019 Slept.',
+            ['He said "Go."', "She (who knew.)", '"Went!"', "Then [he.]\u2019", "Slept."],
+        ),
+        ("“Nie.” „Doch.\u201d (He left.)  \u201cSo.\u201d", ["“Nie.” „Doch.\u201d", "(He left.)", "\u201cSo.\u201d"]),
         ("no stop\nnew line\n\nThird", ["no stop", "new line", "Third"]),
         ("好。 1 好！ B", ["好。", "1 好！", "B"]),
         ("One", ["One"]),
         ("", []),
         (" \n ", []),
     ],
-)  # fmt: skip
+)
 def test_sentences_end_where_a_new_one_starts(text, sentences):
     assert split_sentences(text) == sentences
 

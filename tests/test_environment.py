@@ -14,7 +14,25 @@ from cozyrag.preflight import environment
 from cozyrag.preflight.environment import EXTRAS, Machine, ask_hub, decide, free_memory, openmp_runtimes
 from cozyrag.runtime.precision import Precision
 
-FIT = Machine(system="Linux", python=(3, 11, 7), torch="2.13.0+cpu", torch_cuda=False, nvidia=False, openmp=("libgomp-a.so.1", "libgomp-b.so.1"), duplicates_allowed=False, cores=4, threads_asked="4", memory=8e9, disk=90e9, missing=(), hub="", losses=(5.6, 2.9), faiss_agrees=True, rates=(197.2, 846.4), precision=Precision("bf16", "so fast", 197.2, 846.4))  # fmt: skip
+FIT = Machine(
+    system="Linux",
+    python=(3, 11, 7),
+    torch="2.13.0+cpu",
+    torch_cuda=False,
+    nvidia=False,
+    openmp=("libgomp-a.so.1", "libgomp-b.so.1"),
+    duplicates_allowed=False,
+    cores=4,
+    threads_asked="4",
+    memory=8e9,
+    disk=90e9,
+    missing=(),
+    hub="",
+    losses=(5.6, 2.9),
+    faiss_agrees=True,
+    rates=(197.2, 846.4),
+    precision=Precision("bf16", "so fast", 197.2, 846.4),
+)
 
 
 def test_nothing_is_said_against_a_machine_that_is_fit():

@@ -276,7 +276,7 @@ def test_the_error_names_the_remedy_for_single_rows_and_for_several_processes(mo
 
 
 def test_out_of_memory_halves_the_tokens_then_recomputes_then_ends():
-    """Rows of 100 tokens; only micro-batches of one row with recomputed activations fit, and in step 2 not even those."""
+    """Rows of 100 tokens; only micro-batches of one row with recomputed activations fit, in step 2 not even those."""
     tried = []
 
     def take_step(weight, number, cut):

@@ -284,7 +284,7 @@ def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
         (["a.jsonl"], "none/out.jsonl", "there is no folder"),
         (["short.jsonl"], "out.jsonl", "texts of at least 30 characters"),
     ],
-)  # fmt: skip
+)
 def test_unusable_inputs_and_outputs(tmp_path, monkeypatch, inputs, output, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -35,7 +35,7 @@ FAMILIES = {
         BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
     ),
     "no cache of keys": lambda: MambaForCausalLM(MambaConfig(**SIZE, state_size=4, initializer_range=0.5)),
-}  # fmt: skip
+}
 PROMPTS = [[3, 9, 21], [5], [11, 2, 30, 31, 4, 6], [8, 8], [13, 14, 15, 16], [33], [1, 2], [39, 3, 3, 3, 3]]
 
 

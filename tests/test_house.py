@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent
 
 
 def _name(path):
-    """models.generator for cozyrag/models/generator.py; a package's __init__ has the package's name, the top one __init__."""
+    """models.generator for cozyrag/models/generator.py; an __init__ has its package's name, the top one __init__."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 

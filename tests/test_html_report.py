@@ -12,7 +12,14 @@ pytest.importorskip("matplotlib")
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
 from cozyrag.reporting import html_report, plots  # noqa: E402
-from cozyrag.reporting.html_report import certainties, measure_latency, report, report_at_end, samples, write_report  # noqa: E402  # noqa: E402
+from cozyrag.reporting.html_report import (  # noqa: E402
+    certainties,
+    measure_latency,
+    report,
+    report_at_end,
+    samples,
+    write_report,
+)
 from cozyrag.reporting.run_reader import FinishedRun  # noqa: E402
 
 EVIL = "<script>alert(1)</script><img src=https://example.org/x.png>"

@@ -7,7 +7,10 @@ from cozyrag.errors import InputError
 
 
 def test_markdown_headings_make_sections_and_the_first_one_is_the_title():
-    text = "# Rain barrels\n\nThey hold 200\nlitres.\n\n## Care\n\nClean *twice* a year.\n\n### Winter\nEmpty them.\n\n## Price\n40 euros"
+    text = (
+        "# Rain barrels\n\nThey hold 200\nlitres.\n\n## Care\n\nClean *twice* a year.\n\n"
+        "### Winter\nEmpty them.\n\n## Price\n40 euros"
+    )
     article = markdown_article(text, "notes/barrel.md")
     assert article.title == "Rain barrels"
     assert article.sections == [
@@ -59,7 +62,10 @@ def test_marks_are_removed(marked, bare):
 
 
 def test_plain_text_is_unwrapped_if_lines_look_wrapped():
-    prose = "This line is long enough to have been wrapped by an\neditor, and so it goes on.\n\nRoses are red\nViolets are blue"
+    prose = (
+        "This line is long enough to have been wrapped by an\neditor, and so it goes on.\n\n"
+        "Roses are red\nViolets are blue"
+    )
     article = plain_article(prose, "poems/red_roses.txt")
     assert article.title == "red roses"
     assert article.sections[0][1].split("\n") == [
@@ -95,7 +101,8 @@ def make_pdf(path, lines, title=None):
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",
         "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R "
+        "/Resources << /Font << /F1 5 0 R >> >> >>",
         f"<< /Length {len(text)} >>\nstream\n{text}\nendstream",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
         f"<< /Title ({title}) >>" if title else "<< >>",
@@ -105,7 +112,10 @@ def make_pdf(path, lines, title=None):
         places.append(len(out))
         out += f"{number} 0 obj\n{body}\nendobj\n"
     table = "".join(f"{place:010d} 00000 n \n" for place in places)
-    out += f"xref\n0 7\n0000000000 65535 f \n{table}trailer\n<< /Size 7 /Root 1 0 R /Info 6 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    out += (
+        f"xref\n0 7\n0000000000 65535 f \n{table}trailer\n<< /Size 7 /Root 1 0 R /Info 6 0 R >>\n"
+        f"startxref\n{len(out)}\n%%EOF\n"
+    )
     path.write_bytes(out.encode("latin-1"))
     return str(path)
 

@@ -28,7 +28,8 @@ ids = AutoTokenizer.from_pretrained("me/rag", revision=revision)("The fox", retu
 assert model(**ids).logits.isfinite().all()
 vector = SentenceTransformer("me/rag-retriever", revision=revision, device="cpu").encode("The fox")
 passages = load_dataset("me/rag-index", revision=revision, split="train")
-vectors = load_file(hf_hub_download("me/rag-index", "vectors.safetensors", repo_type="dataset", revision=revision))["vectors"]
+path = hf_hub_download("me/rag-index", "vectors.safetensors", repo_type="dataset", revision=revision)
+vectors = load_file(path)["vectors"]
 assert passages.column_names == ["id", "title", "text"] and vectors.shape == (len(passages), len(vector))
 from cozyrag import CozyRAG
 print(CozyRAG.from_pretrained("me/rag", revision=revision).answer("What colour is the fox 0?").passages[0].id)

@@ -34,7 +34,8 @@ def corpus(size: int = 40) -> tuple[list[dict], list[dict]]:
     for i in range(size):
         thing, colour = THINGS[i % len(THINGS)], COLOURS[(i * 7) % len(COLOURS)]
         name, year = f"{thing} {i}", 1500 + 11 * i
-        text = f"The {name} is {colour}. It was made in {year}. People of village {i * 3} keep the {name} in a house of stone."
+        keepers = f"People of village {i * 3} keep the {name} in a house of stone."
+        text = f"The {name} is {colour}. It was made in {year}. {keepers}"
         passages.append({"id": f"p{i}", "title": name.title(), "text": text})
         questions.append(
             {"id": f"q{i}a", "question": f"What colour is the {name}?", "answers": [colour], "passage_id": f"p{i}"}
@@ -65,7 +66,7 @@ def make_generator(folder: Path, *, seed: int = 0) -> Path:
 
 
 def make_retriever(folder: Path, *, seed: int = 0) -> Path:
-    """A BERT of one layer with mean pooling, saved as a SentenceTransformer; it has the pooler that gets no gradient."""
+    """A BERT of one layer with mean pooling, as a SentenceTransformer; it has the pooler that gets no gradient."""
     torch.manual_seed(seed)
     bert = folder.with_name(folder.name + "-bert")
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))

@@ -54,12 +54,12 @@ def summarise(
         "scores": {name: scores_of(rows, METRICS.get(name, (*ANSWERS, *SEARCHED))) for name, rows in systems.items()},
         "tests": paired_tests(systems),
         "verdicts": {name: verdict_counts(rows) for name, rows in systems.items() if name != CLOSED},
-        "audit": audited and {
-            name: value for name, value in audited.items() if name != "overlaps"
-        } | {"parts": {name: parts_of(audited, rows, name) for name, rows in systems.items()}},
+        "audit": audited
+        and {name: value for name, value in audited.items() if name != "overlaps"}
+        | {"parts": {name: parts_of(audited, rows, name) for name, rows in systems.items()}},
         "published": list(task.published),
         "notes": task.notes,
-    }  # fmt: skip
+    }
 
 
 def _name(base: str | None) -> str | None:

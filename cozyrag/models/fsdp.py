@@ -9,6 +9,7 @@ every model of a run to be prepared their way (docs/decisions.md). PyTorch's FSD
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,13 +17,13 @@ from torch import nn
 from cozyrag.errors import InputError
 
 NONE = "none"
-GRAD = "shard_grad_op"  # FSDP's name for ZeRO-2
-FULL = "full_shard"  # and for ZeRO-3
+GRAD: Literal["shard_grad_op"] = "shard_grad_op"  # FSDP's name for ZeRO-2
+FULL: Literal["full_shard"] = "full_shard"  # and for ZeRO-3
 LAUNCHED = "ACCELERATE_USE_FSDP"  # set by accelerate launch for an FSDP config
 CONFIGS = "accelerate_configs/fsdp.yaml or accelerate_configs/zero2.yaml"
 
 
-def launched(environment: Mapping[str, str]) -> str | None:
+def launched(environment: Mapping[str, str]) -> Literal["shard_grad_op", "full_shard"] | None:
     """The sharding that an FSDP config of `accelerate launch` sets in the environment; None without one.
 
     Raises InputError if the config asks for an option of FSDP that is not supported.

@@ -286,7 +286,9 @@ class Rounds:
             gain.append([row["f1"] if table is contexts else 0.0 for row in rows])
             answerable.append([bool(row["answers"]) and table is contexts for row in rows])
         weights = np.repeat([1.0, noise / max(1 - noise, 1e-6)], len(contexts))
-        threshold, score = choose_threshold(*(np.concatenate(each) for each in (nothing, gain, answerable)), weights)
+        threshold, score = choose_threshold(
+            np.concatenate(nothing), np.concatenate(gain), np.concatenate(answerable), weights
+        )
         threshold = broadcast_object_list([threshold])[0]
         self.log.record(
             {"kind": "threshold", "round": self.progress.round, "threshold": threshold, "f1": round(100 * score, 2)}

@@ -283,9 +283,11 @@ class Retrieval:
             for part in gather_object([(vectors, sentences)]):
                 vectors |= part[0]
                 sentences |= part[1]
-        rows = range(len(self.passages.ids))
-        everything = np.stack([vectors[row] for row in rows])
-        return everything, SentenceVectors.join([sentences[row] for row in rows], everything.shape[1]) if keep else None
+        everything = np.stack([vectors[row] for row in range(len(self.passages.ids))])
+        if not keep:
+            return everything, None
+        found = [sentences[row] for row in range(len(self.passages.ids))]
+        return everything, SentenceVectors.join(found, everything.shape[1])
 
 
 def _digest(*parts: str) -> str:

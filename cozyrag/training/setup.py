@@ -66,7 +66,7 @@ def training_accelerator(settings: Settings, kept: Precision | None = None) -> t
     """
     state = _start_processes(settings)
     precision = _agree_on_precision(state.device.type, settings.training.mixed_precision, kept)
-    settings.training.mixed_precision = precision.name
+    settings.training.mixed_precision = precision.name  # type: ignore[assignment]  # a launch may ask for fp8 too
     accelerator = _make_accelerator(settings, state)
     sharding = settings.training.generator_sharding
     check_sharding(sharding, processes=accelerator.num_processes, precision=accelerator.mixed_precision)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from cozyrag.models.batching import phase_seed
 from cozyrag.models.fsdp import joined, keep_state_whole
 from cozyrag.training.micro_batches import Cut, Load
 
-Rows = Sequence[int] | np.ndarray  # of a step
+Rows: TypeAlias = Sequence[int] | np.ndarray  # of a step
 
 
 @dataclass(frozen=True)
