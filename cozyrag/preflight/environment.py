@@ -163,8 +163,7 @@ def try_training() -> tuple[float, float]:
     text = "Which river flows through Vienna? The Danube flows through Vienna."
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64)
     generator = Generator.from_scratch([text], config=config, vocab_size=300)
-    generator.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    model = generator.model.eval()
+    model = torch.nn.Module.to(generator.model, "cuda" if torch.cuda.is_available() else "cpu").eval()
     ids = torch.tensor([generator.tokenizer(text)["input_ids"][:64]], device=model.device)
     weights, losses = list(model.parameters()), []
     for _ in range(STEPS + 1):

@@ -67,8 +67,8 @@ class Costs:
     lines: "index" and "words" (BM25 and the words of sentences) by passages; "fit" (fusion weights), "retrieve",
     "evaluation" and "feedback" by questions; "generator" and "retriever" by rows; "write" by bytes. usable: share of
     the questions that the retriever can learn from. Bytes: row, of the contexts table; held and stored, of the index
-    for a passage in memory and on disk; answers, at the peak of answering; activations, at the peak of a step of each phase;
-    before and peak, of this process before the probe and at most. spent: seconds of the probe.
+    for a passage in memory and on disk; answers, at the peak of answering; activations, at the peak of a step of each
+    phase; before and peak, of this process before the probe and at most. spent: seconds of the probe.
     """
 
     lines: Mapping[str, Line]
