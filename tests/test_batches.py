@@ -12,16 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.models.batching import (
-    PHASES,
-    SORTING_POOL,
-    answer_tokens,
-    collate,
-    phase_seed,
-    plan_steps,
-    shard,
-)
+from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.prompts import Example
+from cozyrag.training.step_order import PHASES, SORTING_POOL, phase_seed, plan_steps, shard
 
 PAD = 99
 

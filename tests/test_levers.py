@@ -10,10 +10,11 @@ from benchmarks.shared.round_benchmark import Benchmark, parse
 from benchmarks.speed import levers
 from cozyrag.models import batching
 from cozyrag.models import generator as generator_module
-from cozyrag.models.batching import collate, plan_steps
+from cozyrag.models.batching import collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples
 from cozyrag.models.token_losses import TokenLosses
+from cozyrag.training.step_order import plan_steps
 
 SMALL = {
     "layers": 1,

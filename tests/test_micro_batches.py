@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from cozyrag.models.batching import shard
 from cozyrag.training.micro_batches import (
     Cut,
     Load,
@@ -20,6 +19,7 @@ from cozyrag.training.micro_batches import (
     token_budget,
     token_bytes,
 )
+from cozyrag.training.step_order import shard
 
 
 def test_a_step_that_fits_is_sharded_over_the_processes():

@@ -27,8 +27,8 @@ from benchmarks.shared.speed_data import Prompts
 from benchmarks.shared.training_sides import our_generator
 from cozyrag.cli import entry_point
 from cozyrag.models import batching, loading, token_losses
-from cozyrag.models.batching import plan_steps
 from cozyrag.models.prompts import Example
+from cozyrag.training.step_order import plan_steps
 
 AS_IT_IS = "as it is"
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from cozyrag.config import TrainingSettings
-from cozyrag.models.batching import answer_tokens, collate, phase_seed, plan_steps
+from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.fsdp import Sharded, is_split
 from cozyrag.models.generator import Generator
 from cozyrag.models.loading import DROPOUT_FIELDS
@@ -23,6 +23,7 @@ from cozyrag.models.prompts import Example, encode_examples, with_keywords
 from cozyrag.models.token_losses import PenalizedLosses, TokenLosses, recomputing
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.micro_batches import ENOUGH, Cut, Load, generator_budget, load_of, micro_batches, token_bytes
+from cozyrag.training.step_order import phase_seed, plan_steps
 from cozyrag.training.trainer import Phase, PhaseCallback, Rows, chosen_together, first_cut, run_phase, trainable
 
 

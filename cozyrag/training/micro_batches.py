@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from cozyrag.models.batching import shard
+from cozyrag.training.step_order import shard
 
 ENOUGH = 1200  # tokens of a generator's micro-batch above which a CPU gets no faster
 GENERATOR_SHARE = 1 / 2  # of the memory that weights, gradients and AdamW's moments leave

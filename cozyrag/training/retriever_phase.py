@@ -15,11 +15,11 @@ from datasets import Dataset
 
 from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span
-from cozyrag.models.batching import phase_seed, plan_steps, shard
 from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
+from cozyrag.training.step_order import phase_seed, plan_steps, shard
 from cozyrag.training.trainer import Phase, PhaseCallback, Rows, chosen_together, first_cut, run_phase, trainable
 from cozyrag.training.training_pairs import RetrieverBatch, TrainingPair, retriever_batch, training_pairs
 

@@ -19,9 +19,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import get_scheduler
 
 from cozyrag.config import TrainingSettings
-from cozyrag.models.batching import phase_seed
 from cozyrag.models.fsdp import joined, keep_state_whole
 from cozyrag.training.micro_batches import Cut, Load
+from cozyrag.training.step_order import phase_seed
 
 Rows: TypeAlias = Sequence[int] | np.ndarray  # of a step
 
