@@ -8,12 +8,12 @@ from tiny import corpus, write_jsonl
 
 from benchmarks.shared.round_benchmark import Benchmark, parse
 from benchmarks.speed import levers
-from cozyrag.models import batching
 from cozyrag.models import generator as generator_module
 from cozyrag.models.batching import collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples
 from cozyrag.models.token_losses import TokenLosses
+from cozyrag.training import step_order
 from cozyrag.training.step_order import plan_steps
 
 SMALL = {
@@ -105,5 +105,5 @@ def test_each_optimisation_is_taken_out(generator_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     with levers.one_thread():
         assert asked == [1]
-    assert asked == [1, 2] and batching._one_epoch is not levers.shuffled
+    assert asked == [1, 2] and step_order._one_epoch is not levers.shuffled
     assert generator_module.TokenLosses is TokenLosses

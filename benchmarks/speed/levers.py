@@ -26,8 +26,9 @@ from benchmarks.shared.round_benchmark import Benchmark, parse
 from benchmarks.shared.speed_data import Prompts
 from benchmarks.shared.training_sides import our_generator
 from cozyrag.cli import entry_point
-from cozyrag.models import batching, loading, token_losses
+from cozyrag.models import loading, token_losses
 from cozyrag.models.prompts import Example
+from cozyrag.training import step_order
 from cozyrag.training.step_order import plan_steps
 
 AS_IT_IS = "as it is"
@@ -79,7 +80,7 @@ def shuffled(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
 
 def unsorted() -> AbstractContextManager:
     """Do not sort rows by length."""
-    return patch.object(batching, "_one_epoch", shuffled)
+    return patch.object(step_order, "_one_epoch", shuffled)
 
 
 def loaded_with(change: Callable[[PretrainedConfig], None]) -> AbstractContextManager:
