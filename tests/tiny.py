@@ -1,12 +1,13 @@
 """Tiny models built from configs, and a tiny corpus: real architectures, nothing downloaded, milliseconds a step."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2Config
 
 from cozyrag.models.generator import Generator
@@ -65,18 +66,22 @@ def make_generator(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def wordpieces() -> dict[str, int]:
+    """The words of the corpus and single characters; a trained vocabulary would differ from run to run."""
+    text = " ".join([each["text"] for each in corpus()[0]] + [each["question"] for each in corpus()[1]]).lower()
+    special, words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], sorted(set(re.findall(r"[a-z]+|\d+|[.?]", text)))
+    letters = sorted(set("".join(words)))
+    pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
+    return {piece: number for number, piece in enumerate(pieces)}
+
+
 def make_retriever(folder: Path, *, seed: int = 0) -> Path:
     """A BERT of one layer with mean pooling, as a SentenceTransformer; it has the pooler that gets no gradient."""
     torch.manual_seed(seed)
     bert = folder.with_name(folder.name + "-bert")
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece(wordpieces(), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    texts = [passage["text"] for passage in corpus()[0]] + [question["question"] for question in corpus()[1]]
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
-    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
