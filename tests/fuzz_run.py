@@ -40,7 +40,7 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.strategies import SearchStrategy  # noqa: E402
 
 from cozyrag.config import KINDS, parse_settings  # noqa: E402
-from cozyrag.data.documents import Source, read_container  # noqa: E402
+from cozyrag.data.documents import InputSource, read_container  # noqa: E402
 from cozyrag.data.passages import read_passages  # noqa: E402
 from cozyrag.data.questions import read_questions  # noqa: E402
 from cozyrag.data.readers import read_rows  # noqa: E402
@@ -359,7 +359,7 @@ def check_wiki(folder: Path, case: Case) -> None:
     """Every line that opens an article is read or reported as one, and no other line is lost."""
     path = written(folder, case.name, case.content)
     bad = BadRows()
-    read = taken(lambda: list(read_container(Source(str(path), "wikiextractor"), bad=bad)))
+    read = taken(lambda: list(read_container(InputSource(str(path), "wikiextractor"), bad=bad)))
     if read is None:
         return
     for words in bad.first:

@@ -11,7 +11,7 @@ import pytest
 from cozyrag import cli
 from cozyrag.errors import InputError
 from cozyrag.preflight import environment
-from cozyrag.preflight.environment import EXTRAS, Machine, ask_hub, decide, free_memory, openmp_runtimes
+from cozyrag.preflight.environment import EXTRAS, Machine, ask_hub, free_memory, judge, openmp_runtimes
 from cozyrag.runtime.precision import Precision
 
 FIT = Machine(
@@ -36,7 +36,7 @@ FIT = Machine(
 
 
 def test_nothing_is_said_against_a_machine_that_is_fit():
-    assert [finding for finding in decide(FIT) if finding.remedy or finding.stops] == []
+    assert [finding for finding in judge(FIT) if finding.remedy or finding.stops] == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_nothing_is_said_against_a_machine_that_is_fit():
     ],
 )
 def test_each_fact_that_is_amiss_has_one_finding_with_its_remedy(facts, what, remedy, stops):
-    said = [finding for finding in decide(replace(FIT, **facts)) if finding.remedy]
+    said = [finding for finding in judge(replace(FIT, **facts)) if finding.remedy]
     assert [(finding.what, finding.stops) for finding in said] == [(what, stops)]
     assert remedy in said[0].remedy and str(said[0]).startswith("FAULT" if stops else "note")
 
@@ -79,12 +79,12 @@ def test_each_fact_that_is_amiss_has_one_finding_with_its_remedy(facts, what, re
     ],
 )
 def test_the_rates_of_both_precisions_are_told_and_which_one_training_takes(rates, precision, told):
-    (finding,) = [f for f in decide(replace(FIT, rates=rates, precision=precision)) if f.what == "arithmetic"]
+    (finding,) = [f for f in judge(replace(FIT, rates=rates, precision=precision)) if f.what == "arithmetic"]
     assert str(finding) == f"ok     arithmetic: {told}"
 
 
 def test_a_mac_that_allows_two_runtimes_is_fit():
-    assert not [finding for finding in decide(replace(FIT, system="Darwin", duplicates_allowed=True)) if finding.stops]
+    assert not [finding for finding in judge(replace(FIT, system="Darwin", duplicates_allowed=True)) if finding.stops]
 
 
 def test_the_runtimes_in_memory_are_counted_by_file(tmp_path):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cozyrag.config import parse_settings
-from cozyrag.data.documents import Source, read_container, read_document
+from cozyrag.data.documents import InputSource, read_container, read_document
 from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import read_questions
 from cozyrag.data.rows import BadRows
@@ -69,13 +69,15 @@ def test_a_message_about_a_lone_surrogate_can_be_printed(tmp_path):
 def test_a_web_page_in_an_encoding_without_text_is_refused(tmp_path, encoding):
     (tmp_path / "page.html").write_text(f'<meta charset="{encoding}"><p>\\ud800</p>')
     with pytest.raises(InputError, match=f"expected a page in {encoding}"):
-        read_document(Source(str(tmp_path / "page.html"), "html"))
+        read_document(InputSource(str(tmp_path / "page.html"), "html"))
 
 
 def test_a_long_line_that_nearly_opens_an_article_is_fast(tmp_path):
     (tmp_path / "wiki_00").write_text("<doc " + 'title="' * 40_000)
     started, bad = time.process_time(), BadRows()
-    assert list(read_container(Source(str(tmp_path / "wiki_00"), "wikiextractor"), bad=bad)) == [] and bad.count == 1
+    assert (
+        list(read_container(InputSource(str(tmp_path / "wiki_00"), "wikiextractor"), bad=bad)) == [] and bad.count == 1
+    )
     assert time.process_time() - started < 2
 
 

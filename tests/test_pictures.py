@@ -22,7 +22,7 @@ FIGURES = {
     "times": lambda: plots.time_bars([row for row in evaluated.METRICS if row["kind"] == "time"]),
     "calibration": lambda: plots.calibration(np.linspace(0.05, 0.95, 20), np.repeat([0.0, 1.0], 10)),
     "latencies": lambda: plots.latencies(np.array([0.1, 0.2, 0.4])),
-    "differences": lambda: plots.differences([("em", 5.0, 1.0, 9.0), ("f1", 0.0, -2.0, 2.0)]),
+    "difference_bars": lambda: plots.difference_bars([("em", 5.0, 1.0, 9.0), ("f1", 0.0, -2.0, 2.0)]),
 }
 
 
@@ -109,7 +109,7 @@ def test_svg_is_the_same_every_time_and_escapes_its_texts():
 
 
 def test_png_is_written(tmp_path):
-    plots.save_png(FIGURES["differences"](), tmp_path / "plot.png")
+    plots.save_png(FIGURES["difference_bars"](), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

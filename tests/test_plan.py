@@ -20,7 +20,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.preflight import probe
 from cozyrag.preflight.plan import (
-    Phase,
+    PhaseSize,
     Plan,
     Sizes,
     format_bytes,
@@ -30,7 +30,7 @@ from cozyrag.preflight.plan import (
     predict,
     verdict,
 )
-from cozyrag.preflight.probe import Costs, Line, fit, fitting
+from cozyrag.preflight.probe import Costs, Line, fit, next_count
 from cozyrag.run import train
 from cozyrag.training.setup import load_models, load_tables
 
@@ -107,9 +107,9 @@ def test_seconds_of_a_part_are_those_of_its_calls_and_rows():
 
 
 def test_as_many_rows_are_taken_as_fit_into_the_time():
-    assert fitting(64, 4, 1.0, 3.5) == 12 and fitting(64, 4, 1.0, 0.5) == 4
-    assert fitting(64, 4, 0.1, 25) == 16  # at most four times as many
-    assert fitting(10, 4, 0.1, 25) == 10  # all
+    assert next_count(64, 4, 1.0, 3.5) == 12 and next_count(64, 4, 1.0, 0.5) == 4
+    assert next_count(64, 4, 0.1, 25) == 16  # at most four times as many
+    assert next_count(10, 4, 0.1, 25) == 10  # all
 
 
 # ---- counting, by hand
@@ -117,7 +117,7 @@ def test_as_many_rows_are_taken_as_fit_into_the_time():
 
 SIZES = Sizes(
     questions=1000, answered=900, fitted=100, eval_questions=100, passages=500, pair=6_300,
-    generator=Phase(30, 900, 900, trained=4_000), retriever=Phase(25, 800, 800, trained=1_600),
+    generator=PhaseSize(30, 900, 900, trained=4_000), retriever=PhaseSize(25, 800, 800, trained=1_600),
 )  # fmt: skip
 COSTS = Costs(
     lines={

@@ -30,7 +30,7 @@ from pathlib import Path
 from cozyrag.commands.options import add_columns, at_least, columns_of
 from cozyrag.data.documents import FORMATS, find_sources
 from cozyrag.data.ingest import gather
-from cozyrag.data.ingest_assemble import Summary, assemble, check_output, summary_path
+from cozyrag.data.ingest_assemble import Summary, assemble, check_destination, summary_path
 from cozyrag.data.ingest_worker import Cutting, read_counts
 from cozyrag.data.rows import SHOWN, BadRows
 from cozyrag.errors import InputError
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    check_output(options.output, options.inputs)
+    check_destination(options.output, options.inputs)
     folder = Path(f"{options.output}.parts")
     ignored = [options.output, str(summary_path(options.output)), *map(str, folder.glob("*"))]
     sources, unknown = find_sources(options.inputs, format=options.format, ignore=ignored)

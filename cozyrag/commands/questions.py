@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from cozyrag.commands.options import add_columns, columns_of
 from cozyrag.data.chunking import count_words, spaced
-from cozyrag.data.ingest_assemble import check_output, summary_path
+from cozyrag.data.ingest_assemble import check_destination, summary_path
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.questions import Question, stream_questions
 from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     if not options.output and not options.check_only:
         parser.error("give --output FILE, or --check_only")
     if options.output:
-        check_output(options.output, options.inputs, OUTPUTS)
+        check_destination(options.output, options.inputs, OUTPUTS)
     bad, columns, sources = BadRows(), columns_of(options), ", ".join(options.inputs)
     checked = list(_read(options, columns, bad))
     report = bad.finish(sources, options.skip_bad_rows or options.check_only)

@@ -25,7 +25,7 @@ _KNOWN = " ".join(_FORMAT_OF) + ", WikiExtractor files"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class InputSource:
     """One file, or one Hub dataset, and its format; `size` and `changed` are those of the file, 0 for the Hub."""
 
     name: str
@@ -41,7 +41,7 @@ class Source:
 
 def find_sources(
     inputs: Sequence[str], *, format: str | None, ignore: Sequence[str] = ()
-) -> tuple[list[Source], list[str]]:
+) -> tuple[list[InputSource], list[str]]:
     """The files behind the inputs, folders walked in the order of names, and the files in them of unknown format.
 
     format: one of FORMATS for all inputs; None detects it for each file. ignore: paths in a folder that are not inputs,
@@ -49,12 +49,12 @@ def find_sources(
 
     Raises InputError for a missing input, a file of unknown format, or a folder without any file of a known one.
     """
-    sources, unknown = list[Source](), list[str]()
+    sources, unknown = list[InputSource](), list[str]()
     ignored = {os.path.abspath(path) for path in ignore}
     for name in inputs:
         path = os.path.expanduser(name)
         if format == HUB or (format is None and is_hub_id(name)):
-            sources.append(Source(name, HUB))
+            sources.append(InputSource(name, HUB))
             continue
         if not os.path.exists(path):
             raise InputError(
@@ -75,7 +75,7 @@ def find_sources(
                 unknown.append(file)
             else:
                 status = os.stat(os.path.expanduser(file))
-                sources.append(Source(file, kind, status.st_size, status.st_mtime_ns))
+                sources.append(InputSource(file, kind, status.st_size, status.st_mtime_ns))
     return sources, unknown
 
 
@@ -98,7 +98,7 @@ def _format_of(path: str) -> str | None:
     return WIKIEXTRACTOR if first.startswith("<doc ") else "jsonl" if first.startswith("{") and not known else known
 
 
-def read_document(source: Source) -> Article:
+def read_document(source: InputSource) -> Article:
     """The article in a single file. Raises InputError naming the file and the line that cannot be read."""
     path = os.path.expanduser(source.name)
     if source.format == "pdf":
@@ -132,7 +132,7 @@ def _html_text(name: str, path: str) -> str:
 
 
 def read_container(
-    source: Source,
+    source: InputSource,
     *,
     split: str = "train",
     columns: Columns = COLUMNS,
@@ -170,7 +170,7 @@ def _article(where: str, title: str, text: str) -> Article:
     return Article(where, title, [((), rest if title and first.strip() == title else text)])
 
 
-def _extracted(source: Source, bad: BadRows, progress: Progress | None) -> Iterator[Article]:
+def _extracted(source: InputSource, bad: BadRows, progress: Progress | None) -> Iterator[Article]:
     """Articles between <doc id= url= title=> and </doc> (github.com/attardi/wikiextractor)."""
     head, where, body = None, "", list[str]()
     lines = read_lines(InputFile(source.name, os.path.expanduser(source.name), progress))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cozyrag.data.documents import HUB, Source, read_container
-from cozyrag.data.ingest_worker import Batch, Cutting, make_part
+from cozyrag.data.documents import HUB, InputSource, read_container
+from cozyrag.data.ingest_worker import Cutting, WorkBatch, make_part
 from cozyrag.data.parsers import Article
 from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
@@ -27,7 +27,7 @@ FILES = 2_000  # in one batch at most
 VERSION = 1  # of the content of a part: parts of another version are not reused
 
 
-def gather(sources: Sequence[Source], folder: Path, cutting: Cutting, *, workers: int, bad: BadRows) -> list[Path]:
+def gather(sources: Sequence[InputSource], folder: Path, cutting: Cutting, *, workers: int, bad: BadRows) -> list[Path]:
     """Cut all sources into part files in `folder`, returned in the order of the sources; existing parts are kept."""
     folder.mkdir(exist_ok=True)
     existing, parts = {path.name for path in folder.glob("*.parquet")}, list[Path]()
@@ -36,7 +36,7 @@ def gather(sources: Sequence[Source], folder: Path, cutting: Cutting, *, workers
         if existing:
             bar.write(f"Resuming: {len(existing)} parts exist already.", file=sys.stderr)
 
-        def missing() -> Iterator[Batch]:
+        def missing() -> Iterator[WorkBatch]:
             for batch in _batches(sources, cutting, bad):
                 parts.append(folder / f"{batch.path}.parquet")
                 if parts[-1].name in existing:
@@ -48,7 +48,7 @@ def gather(sources: Sequence[Source], folder: Path, cutting: Cutting, *, workers
     return parts
 
 
-def _make_parts(batches: Iterable[Batch], workers: int, bar: tqdm) -> None:
+def _make_parts(batches: Iterable[WorkBatch], workers: int, bar: tqdm) -> None:
     """Make the parts in this process, or in several; at most two batches more than workers are in the queue."""
     if workers == 1:
         for batch in batches:
@@ -79,9 +79,9 @@ def _collect(futures: set[Future], until: str, bar: tqdm) -> set[Future]:
     return rest
 
 
-def _batches(sources: Sequence[Source], cutting: Cutting, bad: BadRows) -> Iterator[Batch]:
+def _batches(sources: Sequence[InputSource], cutting: Cutting, bad: BadRows) -> Iterator[WorkBatch]:
     """Batches of similar size; the path of each is a name made of everything its content depends on."""
-    documents: list[Source] = []
+    documents: list[InputSource] = []
     for source in sources:
         if source.is_document:
             documents.append(source)
@@ -94,17 +94,17 @@ def _batches(sources: Sequence[Source], cutting: Cutting, bad: BadRows) -> Itera
         yield _of_files(documents, cutting)
 
 
-def _of_files(files: list[Source], cutting: Cutting) -> Batch:
-    return Batch(_name(cutting, files), cutting, files=tuple(files), size=sum(file.size for file in files))
+def _of_files(files: list[InputSource], cutting: Cutting) -> WorkBatch:
+    return WorkBatch(_name(cutting, files), cutting, files=tuple(files), size=sum(file.size for file in files))
 
 
-def _of_container(source: Source, cutting: Cutting, bad: BadRows) -> Iterator[Batch]:
+def _of_container(source: InputSource, cutting: Cutting, bad: BadRows) -> Iterator[WorkBatch]:
     read: list[int] = []  # bytes since the last batch; they count as done when its part is
     articles = read_container(source, split=cutting.split, columns=cutting.columns, bad=bad, progress=read.append)
     for number, held in enumerate(_grouped(articles)):
         size = sum(read)
         read.clear()
-        yield Batch(_name(cutting, [source, number]), cutting, articles=held, size=size)
+        yield WorkBatch(_name(cutting, [source, number]), cutting, articles=held, size=size)
 
 
 def _grouped(articles: Iterable[Article]) -> Iterator[list[Article]]:

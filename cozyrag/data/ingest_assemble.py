@@ -72,7 +72,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def check_output(output: str, inputs: Sequence[str], endings: Sequence[str] = OUTPUTS) -> None:
+def check_destination(output: str, inputs: Sequence[str], endings: Sequence[str] = OUTPUTS) -> None:
     """Raise InputError for an output of unknown format, in a missing folder, or that is an input itself."""
     path = os.path.abspath(output)
     if not output.lower().endswith(tuple(endings)):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from cozyrag.data.chunking import cut, join_sections
 from cozyrag.data.deduplication import BINS, signatures, text_hash
-from cozyrag.data.documents import Source, read_document
+from cozyrag.data.documents import InputSource, read_document
 from cozyrag.data.parsers import Article
 from cozyrag.data.rows import COLUMNS, BadRows, Columns
 from cozyrag.errors import InputError
@@ -39,13 +39,13 @@ class Cutting:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class WorkBatch:
     """Work for one worker: articles already read, or files of one article each; `size` is the bytes read for it."""
 
     path: str
     cutting: Cutting
     articles: Sequence[Article] = ()
-    files: Sequence[Source] = ()
+    files: Sequence[InputSource] = ()
     size: int = 0
 
 
@@ -62,7 +62,7 @@ class Counts:
     bad_first: list[str] = field(default_factory=list)
 
 
-def make_part(batch: Batch) -> int:
+def make_part(batch: WorkBatch) -> int:
     """Cut a batch and write its part file, renamed when complete; returns the size of the batch."""
     counts, bad = Counts(), BadRows()
     schema = pa.schema([*FIELDS, SIGNATURE] if batch.cutting.signed else FIELDS)
@@ -86,7 +86,7 @@ def read_counts(path: str | Path) -> Counts:
     return Counts(**json.loads(pq.read_metadata(path).metadata[b"counts"]))
 
 
-def _articles(batch: Batch, bad: BadRows) -> Iterator[Article]:
+def _articles(batch: WorkBatch, bad: BadRows) -> Iterator[Article]:
     yield from batch.articles
     for source in batch.files:
         try:

@@ -1,6 +1,6 @@
 """Check this machine: what is installed, what is free, whether the Hub answers, and whether a few steps lower a loss.
 
-`inspect_machine` collects facts and `decide` judges them, so that tests can judge any machine. Left out: what one run
+`inspect_machine` collects facts and `judge` judges them, so that tests can judge any machine. Left out: what one run
 needs (`cozyrag plan`), and its settings and data (`cozyrag doctor SETTINGS`).
 """
 
@@ -76,7 +76,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """The result of one check. remedy: what to do, or "". stops: whether no run can work on this machine."""
 
     what: str
@@ -92,7 +92,7 @@ class Finding:
 def check_machine(folder: str = ".", *, endpoint: str | None = None) -> Iterator[str]:
     """The findings as lines; `folder`: where the output would go. Raises InputError if one of them stops every run."""
     started = time.perf_counter()
-    findings = decide(inspect_machine(folder, endpoint=endpoint or constants.ENDPOINT))
+    findings = judge(inspect_machine(folder, endpoint=endpoint or constants.ENDPOINT))
     yield from map(str, findings)
     faults = [finding for finding in findings if finding.stops]
     if faults:
@@ -180,109 +180,109 @@ def try_training() -> tuple[float, float]:
 # ---- decisions
 
 
-def decide(machine: Machine) -> list[Finding]:
+def judge(machine: Machine) -> list[Check]:
     """A finding for each fact, in the order in which a person would fix them."""
     checks = _python, _torch, _openmp, _threads, _memory, _disk, _extras, _hub, _faiss, _arithmetic, _training
     return [check(machine) for check in checks]
 
 
-def _python(machine: Machine) -> Finding:
+def _python(machine: Machine) -> Check:
     found = ".".join(map(str, machine.python))
     if machine.python[:2] < OLDEST_PYTHON:
-        return Finding("Python", found, "Create an environment with Python 3.11 or later", stops=True)
-    return Finding("Python", found)
+        return Check("Python", found, "Create an environment with Python 3.11 or later", stops=True)
+    return Check("Python", found)
 
 
-def _torch(machine: Machine) -> Finding:
+def _torch(machine: Machine) -> Check:
     place = "trains on the GPU" if machine.torch_cuda else "trains on the CPU"
     if machine.nvidia and not machine.torch_cuda:
         remedy = (
             "There is an NVIDIA GPU: install the CUDA build of torch (https://pytorch.org/get-started/locally) "
             "or a newer driver"
         )
-        return Finding("torch", f"{machine.torch}, {place}", remedy)
-    return Finding("torch", f"{machine.torch}, {place}")
+        return Check("torch", f"{machine.torch}, {place}", remedy)
+    return Check("torch", f"{machine.torch}, {place}")
 
 
-def _openmp(machine: Machine) -> Finding:
+def _openmp(machine: Machine) -> Check:
     """Two runtimes abort the process on macOS. Elsewhere they compete for cores, and those of two makers may crash."""
     found = ", ".join(machine.openmp) or "unknown on this system"
     if machine.system == "Darwin" and not machine.duplicates_allowed:
         remedy = "Set KMP_DUPLICATE_LIB_OK=TRUE, or import cozyrag before torch and faiss, which sets it"
-        return Finding("OpenMP", "torch and FAISS each bring a runtime and macOS allows one", remedy, stops=True)
+        return Check("OpenMP", "torch and FAISS each bring a runtime and macOS allows one", remedy, stops=True)
     makers = {found for name in machine.openmp for found in re.findall(r"^lib(gomp|omp|iomp5)", name)}
     if len(makers) > 1:
         remedy = (
             "Runtimes of several makers can crash together: install torch and faiss-cpu both from PyPI, "
             "or both from conda-forge"
         )
-        return Finding("OpenMP", found, remedy)
-    return Finding("OpenMP", found)
+        return Check("OpenMP", found, remedy)
+    return Check("OpenMP", found)
 
 
-def _threads(machine: Machine) -> Finding:
+def _threads(machine: Machine) -> Check:
     asked = machine.threads_asked.split(",")[0].strip()
     found = f"{machine.cores} cores" + (f", OMP_NUM_THREADS={machine.threads_asked}" if asked else "")
     if asked and (not asked.isdigit() or not 1 <= int(asked) <= machine.cores):
         remedy = f"Unset OMP_NUM_THREADS, or set it to at most {machine.cores}: more threads than cores are slower"
-        return Finding("threads", found, remedy)
-    return Finding("threads", found)
+        return Check("threads", found, remedy)
+    return Check("threads", found)
 
 
-def _memory(machine: Machine) -> Finding:
+def _memory(machine: Machine) -> Check:
     found = f"{machine.memory / 1e9:.1f} GB free"
     if machine.memory < NEEDED_MEMORY:
         remedy = (
             f"A run with the default models takes about {NEEDED_MEMORY / 1e9:.0f} GB: close programs or give "
             "--generator embedded, and see what `cozyrag plan` says"
         )
-        return Finding("memory", found, remedy)
-    return Finding("memory", found)
+        return Check("memory", found, remedy)
+    return Check("memory", found)
 
 
-def _disk(machine: Machine) -> Finding:
+def _disk(machine: Machine) -> Check:
     found = f"{machine.disk / 1e9:.1f} GB free here"
     if machine.disk < NEEDED_DISK:
         remedy = (
             f"A run with the default models takes up to {NEEDED_DISK / 1e9:.0f} GB: make room, give --output_dir on "
             "another disk, or set HF_HOME"
         )
-        return Finding("disk", found, remedy)
-    return Finding("disk", found)
+        return Check("disk", found, remedy)
+    return Check("disk", found)
 
 
-def _extras(machine: Machine) -> Finding:
+def _extras(machine: Machine) -> Check:
     if machine.missing:
         remedy = f'If they are wanted: pip install "cozyrag[{",".join(machine.missing)}]"'
-        return Finding("extras", f"not installed: {', '.join(machine.missing)}", remedy)
-    return Finding("extras", "all installed")
+        return Check("extras", f"not installed: {', '.join(machine.missing)}", remedy)
+    return Check("extras", "all installed")
 
 
-def _hub(machine: Machine) -> Finding:
+def _hub(machine: Machine) -> Check:
     if machine.hub:
         remedy = (
             f"Check the network, HTTPS_PROXY and HF_HUB_OFFLINE, or train without it: --retriever embedded and {HINT}"
         )
-        return Finding("Hugging Face Hub", machine.hub, remedy)
-    return Finding("Hugging Face Hub", "answers")
+        return Check("Hugging Face Hub", machine.hub, remedy)
+    return Check("Hugging Face Hub", "answers")
 
 
-def _faiss(machine: Machine) -> Finding:
+def _faiss(machine: Machine) -> Check:
     if not machine.faiss_agrees:
         remedy = "Reinstall it: pip install --force-reinstall --no-deps faiss-cpu"
-        return Finding("FAISS", "does not find the nearest vectors", remedy, stops=True)
-    return Finding("FAISS", "finds what NumPy finds")
+        return Check("FAISS", "does not find the nearest vectors", remedy, stops=True)
+    return Check("FAISS", "finds what NumPy finds")
 
 
-def _arithmetic(machine: Machine) -> Finding:
+def _arithmetic(machine: Machine) -> Check:
     """Speed in both precisions, the one that training uses, and why if it is not the faster one."""
     shown = [f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" for rate in machine.rates]
     why = "" if machine.precision.ratio else f", {machine.precision.reason}"
     found = f"float32 {shown[0]}, bf16 {shown[1]} GFLOP/s; training takes {display_name(machine.precision.name)}{why}"
-    return Finding("arithmetic", found)
+    return Check("arithmetic", found)
 
 
-def _training(machine: Machine) -> Finding:
+def _training(machine: Machine) -> Check:
     before, after = machine.losses
     found = f"the loss of a tiny model goes from {before:.2f} to {after:.2f} in {STEPS} steps"
     if not after <= SHARE_LEFT * before:  # true for NaN, too
@@ -290,5 +290,5 @@ def _training(machine: Machine) -> Finding:
             "Arithmetic is not right here: reinstall torch, try --use_cpu, and without a GPU set "
             "ATEN_CPU_CAPABILITY=default"
         )
-        return Finding("training", found, remedy, stops=True)
-    return Finding("training", found)
+        return Check("training", found, remedy, stops=True)
+    return Check("training", found)

@@ -62,7 +62,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SmallBatch:
     """A few training questions: `contexts` are for the generator, `passages` for the retriever.
 
     `answers`: the first reference of each question, or ""; `positives`: the place of each question's passage.
@@ -75,7 +75,7 @@ class Batch:
     positives: list[int]
 
 
-def small_batch(corpus: Corpus) -> Batch:
+def small_batch(corpus: Corpus) -> SmallBatch:
     """A few training questions with the beginning of their gold passage, else of any, and two more passages.
 
     Questions with answers come first, the longest answers before others: short ones repeat nothing.
@@ -91,7 +91,7 @@ def small_batch(corpus: Corpus) -> Batch:
     chosen = list(dict.fromkeys([*gold, *range(min(2, len(ids)))]))  # a contrastive loss needs two
     found = corpus.passages[chosen]
     texts = [text[:CHARACTERS] for text in found["text"]]
-    return Batch(
+    return SmallBatch(
         questions=[asked["question"][row] for row in order],
         answers=[answers[row] for row in order],
         contexts=[texts[chosen.index(row)] for row in gold],
@@ -115,7 +115,9 @@ def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, set
     return terms
 
 
-def _generator_terms(generator: Generator, batch: Batch, training: TrainingSettings, context_tokens: int) -> list[Term]:
+def _generator_terms(
+    generator: Generator, batch: SmallBatch, training: TrainingSettings, context_tokens: int
+) -> list[Term]:
     """The cross-entropy and the penalties that are on, as means over the batch."""
     rows = [row for row, answer in enumerate(batch.answers) if answer or training.no_answer]
     if not rows:
@@ -145,7 +147,7 @@ def _generator_terms(generator: Generator, batch: Batch, training: TrainingSetti
     return found
 
 
-def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> list[tuple[list[int], list[float]]]:
+def _likelihoods(generator: Generator, batch: SmallBatch, context_tokens: int) -> list[tuple[list[int], list[float]]]:
     """(candidates, their likelihoods) for each question, as in the retriever phase; NaN where there is no answer."""
     texts = batch.passages.to_read()
     scored = min(SCORED, len(texts))
@@ -161,7 +163,7 @@ def _likelihoods(generator: Generator, batch: Batch, context_tokens: int) -> lis
 
 
 def _retriever_terms(
-    retriever: Retriever, batch: Batch, training: TrainingSettings, feedback: list[tuple[list[int], list[float]]]
+    retriever: Retriever, batch: SmallBatch, training: TrainingSettings, feedback: list[tuple[list[int], list[float]]]
 ) -> list[Term]:
     """The active terms of the retriever; `feedback`: candidates and likelihoods per question, or empty."""
     everything = range(len(batch.passages.ids))  # as negatives, so that all passages take part

@@ -42,7 +42,7 @@ SHORTER = {  # settings that make a part shorter
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseSize:
     """A training phase of a round: steps, rows of all steps, usable questions, and bytes of trained weights."""
 
     steps: int
@@ -64,8 +64,8 @@ class Sizes:
     eval_questions: int
     passages: int
     pair: int
-    generator: Phase
-    retriever: Phase
+    generator: PhaseSize
+    retriever: PhaseSize
     processes: int = 1
     device: str = "cpu"
 
@@ -119,7 +119,7 @@ def make_plan(
     usable = len(questions) if training.no_answer else answered
     pairs = round(costs.usable * (len(questions) - len(fusion)))
     phases = [
-        Phase(len(steps), sum(map(len, steps)), count, held_bytes(trainable(each.model)))
+        PhaseSize(len(steps), sum(map(len, steps)), count, held_bytes(trainable(each.model)))
         for steps, count, each in (
             (generator_steps([1] * usable * rounds, training, 1), usable, generator),
             (retriever_steps([1] * pairs * rounds, training, 1), pairs, retriever),
@@ -159,7 +159,7 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
     def part(name: str, work: str, before: float, each: float, memory: float = 0, disk: float = 0) -> Part:
         return Part(name, work, (before, *[each] * rounds), round(memory), round(disk))
 
-    def phase(name: str, phase: Phase, what: str, shards: int = 1) -> Part:
+    def phase(name: str, phase: PhaseSize, what: str, shards: int = 1) -> Part:
         memory = 3 * phase.trained / shards + costs.activations.get(name, 0) if phase.steps else 0
         work = f"{phase.steps} steps a round, {phase.usable} {what}"
         return part(f"{name} phase", work, 0, seconds(name, phase.steps, phase.rows), memory)

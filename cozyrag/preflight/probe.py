@@ -98,7 +98,7 @@ class Watch(PhaseCallback):
     def after_step(self, report: StepReport) -> bool:
         """All processes stop together: the first one decides."""
         self.steps.append(self.rows / report.rate)
-        return agreed(len(self.steps) > 1 and time.perf_counter() > self.ends)
+        return of_first_process(len(self.steps) > 1 and time.perf_counter() > self.ends)
 
 
 class Probe:
@@ -131,7 +131,7 @@ class Probe:
                     self._train(table, retrieval, likelihoods)
             self.lines["write"] = Line(timed(self._write) / WRITTEN)
         self._grown()
-        return agreed(
+        return of_first_process(
             Costs(
                 self.lines, len(usable) / len(table), table.data.nbytes / len(table), *self._index_bytes(retrieval),
                 answers, self.activations, before, self.peak, time.perf_counter() - started,
@@ -145,8 +145,8 @@ class Probe:
         measured: list[tuple[float, float]] = []
         while not over:
             measured.append(measure(count))
-            over, seconds = agreed((time.perf_counter() > ends, measured[-1][1]))
-            count = fitting(whole, count, seconds, SECONDS[part] / 2)
+            over, seconds = of_first_process((time.perf_counter() > ends, measured[-1][1]))
+            count = next_count(whole, count, seconds, SECONDS[part] / 2)
         self.lines[part] = fit(measured)
 
     def _read(self, part: str, table: Dataset, whole: int, work: Callable[[Dataset], object]) -> None:
@@ -314,7 +314,7 @@ class Probe:
         self.activations[name] = round(max(activations, most))
 
 
-def fitting(whole: int, rows: int, seconds: float, time: float) -> int:
+def next_count(whole: int, rows: int, seconds: float, time: float) -> int:
     """How many of `whole` rows to measure next: as many as fit into the time, at most four times the last `rows`."""
     return min(whole, rows * min(4, max(1, int(time / max(seconds, 1e-9)))))
 
@@ -338,6 +338,6 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - clock
 
 
-def agreed(value: T) -> T:
+def of_first_process(value: T) -> T:
     """The value of the first process, on all of them."""
     return broadcast_object_list([value])[0]

@@ -176,7 +176,7 @@ def write_page(comparison: Comparison, path: str | Path) -> None:
     plot = None
     if plots.plots_are_possible():
         found = [(each.metric, each.points, each.low, each.high) for each in comparison.differences]
-        plot = plots.as_svg(plots.differences(found))
+        plot = plots.as_svg(plots.difference_bars(found))
     text = render("comparison.html", style=stylesheet("report.css"), comparison=comparison, plot=plot)
     try:
         Path(path).write_text(text, encoding="utf-8")

@@ -195,7 +195,7 @@ def latencies(seconds: np.ndarray) -> "Figure":
     return figure
 
 
-def differences(rows: Sequence[tuple[str, float, float, float]]) -> "Figure":
+def difference_bars(rows: Sequence[tuple[str, float, float, float]]) -> "Figure":
     """(metric, difference, low, high) of two runs, in points: dots with intervals, and a line at 0."""
     figure, [axes] = _figure(height=0.8 + 0.34 * len(rows))
     for place, (_, middle, low, high) in enumerate(rows):
