@@ -130,7 +130,8 @@ def test_the_tokens_that_fit():
 
 def test_the_generator_takes_what_is_fast_on_a_cpu_and_what_fits_on_a_gpu():
     given = {"each": 1_000_000, "states": 2e9}
-    assert generator_budget(free=22e9, device="cpu", **given) == Cut(tokens=1200, room=10_000)
+    assert generator_budget(500_000, 22e9, states=2e9, device="cpu") == Cut(tokens=1200, room=20_000)
+    assert generator_budget(free=22e9, device="cpu", **given) == Cut(tokens=1000, room=10_000)  # 1 GB
     assert generator_budget(free=3e9, device="cpu", **given) == Cut(tokens=500, room=500)
     assert generator_budget(free=22e9, device="cuda", **given) == Cut(tokens=10_000, room=10_000)
     assert generator_budget(free=22e9, device="cpu", can_recompute=False, **given).room is None

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from cozyrag.training.step_order import shard
 
 ENOUGH = 1200  # tokens of a generator's micro-batch above which a CPU gets no faster
+GENERATOR_BYTES = 1e9  # of its activations on a CPU; with twice as much SmolLM2 is a twentieth faster
 GENERATOR_SHARE = 1 / 2  # of the memory that weights, gradients and AdamW's moments leave
 RETRIEVER_SHARE = 1 / 4  # of the same; more micro-batches cost forward passes, fewer cost memory
 RETRIEVER_BYTES = 2e9  # upper limit on a CPU
@@ -170,7 +171,8 @@ def token_budget(each: int, free: float, *, share: float, states: float, at_most
 def generator_budget(each: int, free: float, *, states: float, device: str, can_recompute: bool = True) -> Cut:
     """The cut of the generator's steps: the tokens that fit, on a CPU no more than make it faster."""
     room = token_budget(each, free, share=GENERATOR_SHARE, states=states)
-    return Cut(tokens=min(room, ENOUGH) if device == "cpu" else room, room=room if can_recompute else None)
+    enough = min(ENOUGH, max(1, int(GENERATOR_BYTES // each))) if device == "cpu" else room
+    return Cut(tokens=min(room, enough), room=room if can_recompute else None)
 
 
 def retriever_budget(each: int, free: float, *, states: float, device: str) -> Cut:
