@@ -199,13 +199,14 @@ def _summary(rounds: Rounds) -> str:
     sharding = settings.training.generator_sharding
     split = f", the generator's training sharded ({sharding})" if is_split(sharding) else ""
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    rounds_given = settings.training.rounds
     return (
         f"CoZyRAG: {len(corpus.questions)} training questions, {len(corpus.eval_questions)} validation questions, "
         f"{len(corpus.passages)} passages.\n"
         f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), "
         f"retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters)\n"
         f"{processes} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each; "
-        f"{settings.training.rounds} rounds into {settings.output.output_dir}."
+        f"{rounds_given} round{'' if rounds_given == 1 else 's'} into {settings.output.output_dir}."
     )
 
 
