@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from cozyrag import cli
 from cozyrag.commands import passages as command
-from cozyrag.data import ingest
+from cozyrag.data import ingest, ingest_worker
+from cozyrag.data.documents import read_document
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError
 
@@ -271,6 +273,83 @@ def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
     run(tmp_path, *inputs, "--skip_bad_rows")
     assert summary(tmp_path)["bad_rows"] == 5 and len(summary(tmp_path)["bad_rows_first"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("broken.pdf", b"%PDF-1.4\n1 0 obj << /Type /Catalog /Pages 9 0 R >> endobj\ntrailer << /Root 1 0 R >>", "PDF"),
+        ("cut.parquet", b"PAR1\0\0\0\0", "Parquet"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:40], "cut.jsonl.gz"),
+        ("page.html", b"<meta charset=utf-8><p>\xff\xfe", "expected a page in utf-8"),
+        ("lines.jsonl", b"\xff\xfe not UTF-8", "expected UTF-8"),
+    ],
+)
+def test_one_bad_file_never_ends_the_command(tmp_path, name, content, reason):
+    if name.endswith(".pdf"):
+        pytest.importorskip("pypdf")
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "good.txt").write_text(long("fox"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match="1 row cannot be used") as refused:
+        run(tmp_path, folder)
+    assert name in str(refused.value) and reason in str(refused.value)
+    assert len(run(tmp_path, folder, "--skip_bad_rows")) >= 1
+    assert summary(tmp_path)["bad_rows"] == 1 and name in summary(tmp_path)["bad_rows_first"][0]
+
+
+@pytest.mark.parametrize(
+    "fault", [RecursionError("too deep"), AssertionError(), AttributeError("no title"), OSError(5, "I/O")]
+)
+def test_whatever_a_reader_raises_is_one_named_row(tmp_path, monkeypatch, fault):
+    def fail(source):
+        if source.name.endswith("b.txt"):
+            raise fault
+        return read_document(source)
+
+    monkeypatch.setattr(ingest_worker, "read_document", fail)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(long(name[0]))
+    run(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt", "--skip_bad_rows")
+    (row,) = summary(tmp_path)["bad_rows_first"]
+    assert row.startswith(f"{tmp_path / 'b.txt'}: the reader failed ({type(fault).__name__}")
+
+
+def test_memory_that_runs_out_is_no_fault_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest_worker, "read_document", lambda source: (_ for _ in ()).throw(MemoryError()))
+    (tmp_path / "a.txt").write_text(long("fox"))
+    with pytest.raises(MemoryError):
+        run(tmp_path, tmp_path / "a.txt", "--skip_bad_rows")
+
+
+def test_links_are_followed_once_and_links_to_nothing_are_counted(tmp_path):
+    notes, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
+    (notes / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "far.txt").write_text(long("far"))
+    (notes / "near.txt").write_text(long("near"))
+    (notes / "linked").symlink_to(elsewhere)
+    (notes / "linked-again").symlink_to(elsewhere)
+    (notes / "sub" / "up").symlink_to(notes)  # a cycle
+    (notes / "gone.txt").symlink_to(notes / "nothing.txt")
+    os.mkfifo(notes / "pipe.txt")  # reading it would wait for ever
+    run(tmp_path, notes)
+    facts = summary(tmp_path)
+    assert facts["files"] == facts["articles"] == 2 and facts["unknown_files"] == 2
+    assert sorted(os.path.basename(name) for name in facts["unknown_files_first"]) == ["gone.txt", "pipe.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission_is_one_named_row(tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("a.txt", "b.txt", "c.csv"):
+        (notes / name).write_text(long(name))
+    (notes / "b.txt").chmod(0)
+    (notes / "c.csv").chmod(0)
+    run(tmp_path, notes, "--skip_bad_rows")
+    assert summary(tmp_path)["bad_rows"] == 2
 
 
 @pytest.mark.parametrize(

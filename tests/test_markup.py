@@ -26,6 +26,12 @@ def test_front_matter_gives_the_title_and_is_not_text():
     assert (article.title, article.sections) == ("The Barrel", [((), "Text."), (("Later",), "More.")])
 
 
+@pytest.mark.parametrize("title", ["1.10", "12:30", "0123", "2024-02-31", "yes", "1e3", "null", "0x1F", "2001-12-14"])
+def test_a_title_in_the_front_matter_stays_as_written(title):
+    article = markdown_article(f"---\ntitle: {title}\ndate: 2023-02-30\n---\nText.", "a.md")
+    assert (article.title, article.sections) == (title, [((), "Text.")])
+
+
 def test_a_text_that_begins_with_a_horizontal_rule_is_kept():
     assert markdown_article("---\nFirst: [\n---\nText.", "a.md").sections[-1][1].endswith("Text.")
 

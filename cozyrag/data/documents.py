@@ -42,7 +42,10 @@ class InputSource:
 def find_sources(
     inputs: Sequence[str], *, format: str | None, ignore: Sequence[str] = ()
 ) -> tuple[list[InputSource], list[str]]:
-    """The files behind the inputs, folders walked in the order of names, and the files in them of unknown format.
+    """The files behind the inputs, folders walked in the order of names, and the files in them that are not read: of
+    unknown format, links to nothing, and what is no file.
+
+    Links to folders are followed, each folder once.
 
     format: one of FORMATS for all inputs; None detects it for each file. ignore: paths in a folder that are not inputs,
     such as the output.
@@ -61,10 +64,10 @@ def find_sources(
                 f"Expected a file, a folder or a Hub dataset, found nothing at {os.path.abspath(path)}. Check the path "
                 "and the working folder."
             )
-        files = (
-            [file for file in _walk(path) if os.path.abspath(file) not in ignored] if os.path.isdir(path) else [name]
-        )
-        formats = {file: format or _format_of(os.path.expanduser(file)) for file in files}
+        files = [name]
+        if os.path.isdir(path):
+            files = [file for file in _walk(path) if os.path.abspath(file) not in ignored]
+        formats = {file: _format_of(os.path.expanduser(file), format) for file in files}
         if not any(formats.values()):
             raise InputError(
                 f"{name}: expected files of a known format ({_KNOWN}), found {len(files)} whose names and first bytes "
@@ -80,12 +83,21 @@ def find_sources(
 
 
 def _walk(folder: str) -> Iterator[str]:
-    for place, folders, files in os.walk(folder):
+    visited = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         yield from (os.path.join(place, each) for each in sorted(files) if not each.startswith("."))
 
 
-def _format_of(path: str) -> str | None:
+def _format_of(path: str, given: str | None) -> str | None:
+    if not os.path.isfile(path):  # a link to nothing, a pipe, a socket
+        return None
+    if given:
+        return given
     known = _FORMAT_OF.get(kind_of(path))
     if known in DOCUMENTS and path.lower().endswith(PACKED):
         return None
@@ -93,7 +105,7 @@ def _format_of(path: str) -> str | None:
         return known
     try:
         first = next(iter(read_lines(InputFile(path, path)))).lstrip()
-    except InputError:  # not text, or empty
+    except (InputError, OSError):  # not text, empty, or not to be opened
         return known
     return WIKIEXTRACTOR if first.startswith("<doc ") else "jsonl" if first.startswith("{") and not known else known
 

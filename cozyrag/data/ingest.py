@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cozyrag.data.documents import HUB, InputSource, read_container
-from cozyrag.data.ingest_worker import Cutting, WorkBatch, make_part
+from cozyrag.data.ingest_worker import Cutting, WorkBatch, make_part, one_bad_row
 from cozyrag.data.parsers import Article
 from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
@@ -101,10 +101,17 @@ def _of_files(files: list[InputSource], cutting: Cutting) -> WorkBatch:
 def _of_container(source: InputSource, cutting: Cutting, bad: BadRows) -> Iterator[WorkBatch]:
     read: list[int] = []  # bytes since the last batch; they count as done when its part is
     articles = read_container(source, split=cutting.split, columns=cutting.columns, bad=bad, progress=read.append)
+    if source.format != HUB:  # a connection that breaks is no bad row: the command ends and can be resumed
+        articles = _to_its_fault(source, articles, bad)
     for number, held in enumerate(_grouped(articles)):
         size = sum(read)
         read.clear()
         yield WorkBatch(_name(cutting, [source, number]), cutting, articles=held, size=size)
+
+
+def _to_its_fault(source: InputSource, articles: Iterator[Article], bad: BadRows) -> Iterator[Article]:
+    with one_bad_row(source, bad):
+        yield from articles
 
 
 def _grouped(articles: Iterable[Article]) -> Iterator[list[Article]]:

@@ -68,7 +68,7 @@ class Summary:
             lines.append(f"left out: {self.articles_without_text:,} articles without text")
         if self.unknown_files:
             example = self.unknown_files_first[0]
-            lines.append(f"not read: {self.unknown_files:,} files of unknown format, such as {example}")
+            lines.append(f"not read: {self.unknown_files:,} files (unknown format, or not a file), such as {example}")
         return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ each passage carries a hash for that, and a signature if wanted.
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,13 +87,24 @@ def read_counts(path: str | Path) -> Counts:
     return Counts(**json.loads(pq.read_metadata(path).metadata[b"counts"]))
 
 
+@contextmanager
+def one_bad_row(source: InputSource, bad: BadRows) -> Iterator[None]:
+    """Record whatever the reader of a file raises as a bad row, so that the other files are read."""
+    try:
+        yield
+    except InputError as error:
+        bad.add(source.name, str(error).removeprefix(f"{source.name}: ").removeprefix(source.name).lstrip(", "))
+    except MemoryError:
+        raise
+    except Exception as error:  # parsers raise anything for bytes that they do not expect
+        bad.add(source.name, f"the reader failed ({type(error).__name__}: {error}), so it is read no further")
+
+
 def _articles(batch: WorkBatch, bad: BadRows) -> Iterator[Article]:
     yield from batch.articles
     for source in batch.files:
-        try:
+        with one_bad_row(source, bad):
             yield read_document(source)
-        except InputError as error:
-            bad.add(source.name, str(error).removeprefix(f"{source.name}: ").removeprefix(source.name).lstrip(", "))
 
 
 def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[str, str]]:

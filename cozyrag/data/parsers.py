@@ -130,8 +130,8 @@ def _bare(text: str) -> str:
 def _front_matter(text: str) -> tuple[str, str | None]:
     """The text after the front matter, and the title in it."""
     found = re.match(r"---[^\S\n]*\n(.*?\n)(?:---|\.\.\.)[^\S\n]*(?:\n|$)", text, re.S)
-    try:
-        facts = yaml.safe_load(found[1]) if found else None
+    try:  # the loader without types: a title such as 1.10 stays as written, and no date can be impossible
+        facts = yaml.BaseLoader(found[1]).get_single_data() if found else None
     except yaml.YAMLError:  # a text that begins with a horizontal rule, not front matter
         facts = None
     if found is None or not isinstance(facts, dict):
