@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cozyrag.data.parsers import Article, html_article, markdown_article, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, text_of
-from cozyrag.data.streams import PACKED, InputFile, Progress, read_lines
+from cozyrag.data.streams import PACKED, InputFile, Progress, open_file, read_lines
 from cozyrag.errors import InputError
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
@@ -67,7 +67,9 @@ def find_sources(
         files = [name]
         if os.path.isdir(path):
             files = [file for file in _walk(path) if os.path.abspath(file) not in ignored]
-        formats = {file: _format_of(os.path.expanduser(file), format) for file in files}
+            unknown += [file for file in files if not os.path.isfile(file)]  # links to nothing, pipes, sockets
+            files = [file for file in files if os.path.isfile(file)]
+        formats = {file: format or _format_of(os.path.expanduser(file)) for file in files}
         if not any(formats.values()):
             raise InputError(
                 f"{name}: expected files of a known format ({_KNOWN}), found {len(files)} whose names and first bytes "
@@ -93,11 +95,7 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(place, each) for each in sorted(files) if not each.startswith("."))
 
 
-def _format_of(path: str, given: str | None) -> str | None:
-    if not os.path.isfile(path):  # a link to nothing, a pipe, a socket
-        return None
-    if given:
-        return given
+def _format_of(path: str) -> str | None:
     known = _FORMAT_OF.get(kind_of(path))
     if known in DOCUMENTS and path.lower().endswith(PACKED):
         return None
@@ -121,7 +119,7 @@ def read_document(source: InputSource) -> Article:
 
 
 def _text(name: str, path: str) -> str:
-    with open(path, "rb") as file:
+    with open_file(InputFile(name, path)) as file:
         if not file.read(1_000_000).strip():  # an empty note is not an error
             return ""
     return "".join(read_lines(InputFile(name, path))).replace("\r\n", "\n")
@@ -129,7 +127,7 @@ def _text(name: str, path: str) -> str:
 
 def _html_text(name: str, path: str) -> str:
     """The text of a web page, which may name its own encoding."""
-    with open(path, "rb") as file:
+    with open_file(InputFile(name, path)) as file:
         raw = file.read()
     named = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:4096], re.I)
     encoding = named[1].decode("ascii") if named else "utf-8"
