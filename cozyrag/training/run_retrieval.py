@@ -26,7 +26,6 @@ from cozyrag.retrieval.contexts import (
     CONTEXT_FEATURES,
     SEARCH_DEPTH,
     ContextBuilder,
-    SentenceSource,
     attach_contexts,
     sentence_source,
 )
@@ -41,43 +40,17 @@ RETRIEVE_TOGETHER = 256  # questions of one search
 
 
 def fusion_questions(questions: Dataset, settings: Settings) -> Dataset:
-    """The training questions for fitting the fusion weights: a tenth of them, from which the retriever does not learn.
+    """The training questions for fitting the fusion weights: a tenth of them, from which the retriever does not learn,
+    or up to all if it does not train.
 
     On questions that the retriever has learned from, its vectors look better than on new ones and would weigh too much.
     """
-    limit = fusion_limit(len(questions), settings)
-    return take(questions, limit, settings.training.seed) if limit else questions.select([])
-
-
-def fusion_limit(questions: int, settings: Settings) -> int:
-    """How many of that many training questions those are. Where the retriever does not learn, all of them may serve."""
     if settings.contexts.retrieval != "hybrid":
-        return 0
+        return questions.select([])
     training = settings.training
     learns = training.rounds and training.retriever_steps != 0 and training.retriever_epochs > 0
-    return min(WEIGHT_QUESTIONS, questions // 10 if learns else questions)
-
-
-def context_builder(
-    passages: Passages,
-    settings: Settings,
-    generator: Generator,
-    retriever: Retriever,
-    *,
-    sentence_vectors: SentenceSource,
-    words: SentenceWords,
-) -> ContextBuilder:
-    """The context builder of a run."""
-    return ContextBuilder(
-        passages,
-        generator.count_tokens,
-        top_k=settings.contexts.top_k,
-        budget=settings.contexts.context_tokens,
-        hard_negatives=settings.training.hard_negatives,
-        score_by=context_filter(settings, retriever),
-        sentence_vectors=sentence_vectors,
-        words=words,
-    )
+    limit = min(WEIGHT_QUESTIONS, len(questions) // 10 if learns else len(questions))
+    return take(questions, limit, training.seed) if limit else questions.select([])
 
 
 def context_filter(settings: Settings, retriever: Retriever) -> str:
@@ -178,8 +151,16 @@ class Retrieval:
         with self.log.timed("index", self.log.round):
             stemmer = self.settings.contexts.stemmer
             words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=stemmer)
-            given = (self.passages, self.settings, self.generator, self.retriever)
-            return context_builder(*given, sentence_vectors=source, words=words)
+            return ContextBuilder(
+                self.passages,
+                self.generator.count_tokens,
+                top_k=self.settings.contexts.top_k,
+                budget=self.settings.contexts.context_tokens,
+                hard_negatives=self.settings.training.hard_negatives,
+                score_by=self.context_filter,
+                sentence_vectors=source,
+                words=words,
+            )
 
     def _lexical(self) -> LexicalIndex | None:
         """BM25 over the passages, computed once, or None for dense search."""

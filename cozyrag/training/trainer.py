@@ -119,7 +119,6 @@ def run_phase(
     settings: TrainingSettings,
     round_number: int,
     callback: PhaseCallback,
-    quiet: bool = False,
 ) -> None:
     """Take the steps of a phase: gradients, clipping, AdamW, schedule. A resumed phase takes the remaining ones.
 
@@ -140,7 +139,7 @@ def run_phase(
         return phase.take_step(steps[number], cut)
 
     clock = time.perf_counter()
-    for number in tqdm(range(done, len(steps)), total=len(steps), initial=done, desc=desc, unit="step", disable=quiet):
+    for number in tqdm(range(done, len(steps)), total=len(steps), initial=done, desc=desc, unit="step"):
         rows = steps[number]
         phase.begin_step(number)
         load = partial(phase.load, rows)
