@@ -284,6 +284,7 @@ def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
         ("page.html", b"<meta charset=utf-8><p>\xff\xfe", "expected a page in utf-8"),
         ("lines.jsonl", b"\xff\xfe not UTF-8", "expected UTF-8"),
     ],
+    ids=["pdf", "parquet", "gzip", "html", "jsonl"],  # gzip's bytes contain the time
 )
 def test_one_bad_file_never_ends_the_command(tmp_path, name, content, reason):
     if name.endswith(".pdf"):
