@@ -216,7 +216,6 @@ def phase(take_step, *, accelerator=None, rows=4, steps=3, cut=Cut(), **others):
         settings=TrainingSettings(warmup_ratio=0.0),
         round_number=1,
         callback=notes,
-        quiet=True,
     )
     return values, notes
 
