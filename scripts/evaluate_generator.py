@@ -16,9 +16,10 @@ import torch
 from tqdm.auto import tqdm
 
 from cozyrag.cli import entry_point
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.questions import read_questions, take
 from cozyrag.errors import InputError
-from cozyrag.evaluation.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
+from cozyrag.evaluation.metrics import bootstrap_interval, exact_match, f1
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
@@ -74,7 +75,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         "em": [exact_match(text, each) for text, each in zip(predictions, answers, strict=True)],
         "f1": [f1(text, each) for text, each in zip(predictions, answers, strict=True)],
         "answer_in_context": [
-            contains_answer(normalize_answer(text), each) for text, each in zip(contexts, answers, strict=True)
+            contains_answer(matching_form(text), each) for text, each in zip(contexts, answers, strict=True)
         ],
     }
     report = {

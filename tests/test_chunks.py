@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.data.chunking import count_words, cut, join_sections, spaced
+from cozyrag.data.chunking import count_words, cut, join_sections
 
 CHINESE = "维也纳是奥地利的首都，也是该国最大的城市。多瑙河流经该市！它的历史有两千年。"
 ARABIC = "فيينا هي عاصمة النمسا وأكبر مدنها. هل يمر نهر الدانوب بها؟ نعم يمر بها. "
@@ -88,11 +88,6 @@ def test_a_number_is_not_a_clause():
 )
 def test_words_are_counted_by_script(text, words):
     assert count_words(text) == pytest.approx(words)
-
-
-def test_spaced_separates_only_characters_of_scripts_without_spaces():
-    assert spaced("Wien 维也纳!").split() == ["Wien", "维", "也", "纳", "!"]
-    assert spaced("plain text") == "plain text" and spaced("naïve") == "naïve"
 
 
 @settings(max_examples=60, deadline=None)

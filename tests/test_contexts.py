@@ -12,9 +12,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.questions import FEATURES
 from cozyrag.data.sentences import split_sentences
-from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
@@ -529,7 +529,7 @@ def test_noise_removes_passages_with_an_answer_from_the_context_only():
             passage
             for passage in plain["rows"][row]
             if passage != plain["gold_row"][row]
-            and not contains_answer(normalize_answer(passages.texts[passage]), answers)
+            and not contains_answer(matching_form(passages.texts[passage]), answers)
         ][:3]
         assert [p for p, kept in zip(plain["rows"][row], held, strict=True) if kept] == expected
 

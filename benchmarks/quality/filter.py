@@ -19,8 +19,9 @@ import numpy as np
 
 from benchmarks.shared.corpus import add_arguments, corpus_of, open_index, retriever_of
 from cozyrag.cli import entry_point
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.sentences import split_sentences
-from cozyrag.evaluation.metrics import bootstrap_interval, contains_answer, exact_match, f1, normalize_answer
+from cozyrag.evaluation.metrics import bootstrap_interval, exact_match, f1
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
@@ -88,7 +89,7 @@ class Comparison:
     def kept(self, contexts: Sequence[str]) -> np.ndarray:
         """(n_questions,) 1 if the context contains an answer, else 0."""
         pairs = zip(contexts, self.questions["answers"], strict=True)
-        return np.array([contains_answer(normalize_answer(text), answers) for text, answers in pairs], dtype=float)
+        return np.array([contains_answer(matching_form(text), answers) for text, answers in pairs], dtype=float)
 
 
 def load(options: argparse.Namespace) -> Comparison:

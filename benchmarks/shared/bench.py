@@ -23,8 +23,8 @@ from datasets import Dataset
 from benchmarks.shared.corpus import accelerator_of, stored_index
 from benchmarks.shared.pairs import Pair, ReadingSettings, base_names, load_pair
 from benchmarks.shared.suites import Task, load_task
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.evaluation.evaluation import evaluate_pair
-from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
@@ -211,7 +211,7 @@ class Bench:
             block = slice(start, start + BLOCK)
             made += builder.contexts(questions[block], rows[block], encode(questions[block]) if encode else None)
         held = [
-            contains_answer(normalize_answer(text), answers)
+            contains_answer(matching_form(text), answers)
             for text, answers in zip(made, columns["answers"], strict=True)
         ]
         return Dataset.from_dict(

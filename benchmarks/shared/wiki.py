@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from accelerate.utils import tqdm
 from datasets import Dataset
 
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.passages import FEATURES
 from cozyrag.data.questions import Questions, take
 from cozyrag.data.readers import read_rows
 from cozyrag.data.rows import BadRows
 from cozyrag.data.sentences import split_sentences
-from cozyrag.evaluation.metrics import contains_answer, normalize_answer
+from cozyrag.evaluation.metrics import normalize_answer
 
 COVERAGE = 0.5  # share of a paragraph's runs of words that the article must contain
 RUN = 8  # words
@@ -101,7 +102,7 @@ class Articles:
         shared = {
             row: len(runs & _runs(self.texts[row]))
             for row in rows
-            if contains_answer(normalize_answer(self.texts[row]), answers)
+            if contains_answer(matching_form(self.texts[row]), answers)
         }
         best = max(shared, key=lambda row: (shared[row], -row), default=None)
         return self.passages[best]["id"] if best is not None and shared[best] else None

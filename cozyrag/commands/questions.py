@@ -5,11 +5,13 @@ file, or a Hub dataset. With --passages, answers are looked up there: a question
 passage cannot be learned from them.
 
 Rows that cannot be used stop the command. An answer occurs in a text if its words do, without case,
-punctuation and articles; the characters of scripts without spaces count as words.
+punctuation, articles and differences of typing (quote marks, dashes, composed accents); the
+characters of scripts without spaces count as words.
 
 problems:
   repeated      same question and answers as an earlier one; left out
   disagreeing   same question as an earlier one, with other answers
+  no_words      no answer has a letter or a digit, so it cannot be looked up in a text
   no_passage    no answer occurs in any passage (--passages)
   not_in_gold   no answer occurs in the passage that the row names or carries
   unknown_gold  the passage that the row names is not among the passages (--passages)
@@ -35,15 +37,15 @@ import numpy as np
 from tqdm import tqdm
 
 from cozyrag.commands.options import add_columns, columns_of
-from cozyrag.data.chunking import count_words, spaced
+from cozyrag.data.chunking import count_words
 from cozyrag.data.ingest_assemble import check_destination, summary_path
+from cozyrag.data.matching import fold, word_forms, words
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.questions import Question, stream_questions
 from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows
-from cozyrag.evaluation.metrics import normalize_answer
 
 OUTPUTS = (".jsonl", ".jsonl.gz")
-KINDS = ("repeated", "disagreeing", "no_passage", "not_in_gold", "unknown_gold", "length")
+KINDS = ("repeated", "disagreeing", "no_words", "no_passage", "not_in_gold", "unknown_gold", "length")
 FAR = 5.0  # an outlier in length is this many robust standard deviations (of logarithms) from the median
 FEWEST = 20  # questions needed to compare lengths
 
@@ -123,7 +125,9 @@ def check(checked: Sequence[Checked], *, passages: str | None, columns: Columns,
     _check_lengths(checked)
     for each in checked:
         context, answers = each.question.context, each.question.answers
-        if context and answers and not AnswerSearch([answers]).found_in(context):
+        if answers and not any(map(words, answers)):
+            each.problems["no_words"] = f"no letter or digit in the answer ({_short(each)})"
+        elif context and answers and not AnswerSearch([answers]).found_in(context):
             each.problems["not_in_gold"] = f"no answer ({_short(each)}) in the text that the row carries"
     if passages is not None:
         _check_passages(checked, passages, columns, split)
@@ -133,7 +137,7 @@ def _check_repeats(checked: Iterable[Checked]) -> None:
     first: dict[str, Checked] = {}
     for each in checked:
         question = each.question
-        earlier = first.setdefault(" ".join(question.question.lower().split()), each)
+        earlier = first.setdefault(" ".join(fold(question.question).split()), each)
         if earlier is each:
             continue
         same = set(earlier.question.answers) == set(question.answers)
@@ -177,13 +181,17 @@ def _check_passages(checked: Sequence[Checked], passages: str, columns: Columns,
             search.add_text(text)
             for each in named.get(key, ()):
                 known.add(key)
-                if each.question.answers and not AnswerSearch([each.question.answers]).found_in(text):
+                if _can_be_found(each) and not AnswerSearch([each.question.answers]).found_in(text):
                     each.problems["not_in_gold"] = f"no answer ({_short(each)}) in its passage {key}"
     for each in checked:
-        if each.question.answers and not search.has_found(each.question.answers):
+        if _can_be_found(each) and not search.has_found(each.question.answers):
             each.problems["no_passage"] = f"no answer ({_short(each)}) in any passage"
         if each.question.passage_id in named and each.question.passage_id not in known:
             each.problems["unknown_gold"] = f"its passage {each.question.passage_id} is not among the passages"
+
+
+def _can_be_found(each: Checked) -> bool:
+    return bool(each.question.answers) and "no_words" not in each.problems
 
 
 def _short(each: Checked) -> str:
@@ -194,34 +202,30 @@ class AnswerSearch:
     """Searches texts for many answers at once: by their first words, then by the word sequences that start there."""
 
     def __init__(self, answers: Iterable[Sequence[str]]):
-        self._left = {words for each in answers for text in each if (words := _words(text))}
+        self._left = {form for each in answers for text in each for form in word_forms(text) if form}
         self._found: set[tuple[str, ...]] = set()
         self._lengths: dict[str, set[int]] = {}
-        for words in self._left:
-            self._lengths.setdefault(words[0], set()).add(len(words))
+        for form in self._left:
+            self._lengths.setdefault(form[0], set()).add(len(form))
 
     def add_text(self, text: str) -> None:
         """Record which answers this text contains."""
-        words = _words(text)
-        for place, word in enumerate(words):
-            for length in self._lengths.get(word, ()):
-                run = words[place : place + length]
-                if run in self._left:
-                    self._left.discard(run)
-                    self._found.add(run)
+        for form in word_forms(text):
+            for place, word in enumerate(form):
+                for length in self._lengths.get(word, ()):
+                    run = form[place : place + length]
+                    if run in self._left:
+                        self._left.discard(run)
+                        self._found.add(run)
 
     def has_found(self, answers: Sequence[str]) -> bool:
         """Whether one of these answers was in some text."""
-        return any(_words(answer) in self._found for answer in answers)
+        return any(form in self._found for answer in answers for form in word_forms(answer))
 
     def found_in(self, text: str) -> bool:
         """Whether an answer is in this text or an earlier one."""
         self.add_text(text)
         return bool(self._found)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(spaced(normalize_answer(text)).split())
 
 
 # ---- the report

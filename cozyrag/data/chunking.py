@@ -50,15 +50,6 @@ def count_words(text: str) -> float:
     return count
 
 
-def spaced(text: str) -> str:
-    """The text with a space on both sides of every character of a script without spaces between words."""
-    if text.isascii():
-        return text
-    for script in _CHARACTERS_A_WORD:
-        text = script.sub(r" \g<0> ", text)
-    return text
-
-
 def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:
     """The passages of one section, in order: slices of it, stripped.
 

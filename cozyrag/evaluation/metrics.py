@@ -2,7 +2,8 @@
 
 Training, benchmarks and the modules for the `evaluate` library (metric_modules/) all call them, so that every number is
 computed in one place, easy to check against its source. The module imports nothing of the package, so wrong arguments
-raise ValueError. Left out: reading, searching, generating, printing.
+raise ValueError. Left out: reading, searching, generating, printing, and whether a text contains an answer
+(data/matching.py).
 """
 
 import math
@@ -58,16 +59,6 @@ def _token_f1(predicted: list[str], wanted: list[str]) -> float:
     # The official order of operations: 2 * shared / total would differ in the last bit.
     precision, recall = shared / len(predicted), shared / len(wanted)
     return 2 * precision * recall / (precision + recall)
-
-
-def contains_answer(normalized_text: str, answers: Sequence[str]) -> bool:
-    """Whether some answer, unless empty after `normalize_answer`, occurs as whole words in `normalized_text`.
-
-    The caller applies `normalize_answer` to the text, once for all of its questions.
-    """
-    padded = f" {normalized_text} "
-    wanted = (normalize_answer(answer) for answer in answers)
-    return any(answer and f" {answer} " in padded for answer in wanted)
 
 
 def same_letters(prediction: str, references: Sequence[str]) -> bool:

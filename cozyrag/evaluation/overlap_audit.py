@@ -14,8 +14,8 @@ from itertools import compress
 from pathlib import Path
 
 from cozyrag.data.corpus import Corpus
+from cozyrag.data.matching import comparable
 from cozyrag.evaluation.evaluation import summarize
-from cozyrag.evaluation.metrics import normalize_answer
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
 
@@ -89,9 +89,9 @@ def audit(
         asked question -> its kinds), up to EXAMPLES `near_duplicates`, most similar first, and `bases`.
     """
     near = dict(near_duplicates(train["question"], asked["question"], similarity))
-    answers = {normalize_answer(text) for each in train["answers"] for text in each} - {""}
+    answers = {comparable(text) for each in train["answers"] for text in each} - {""}
     # a passage is identified by its words, or by its id if its text is unknown
-    content = cache(lambda key: normalize_answer(texts[key]) if key in texts else key)
+    content = cache(lambda key: comparable(texts[key]) if key in texts else key)
     gold = {content(key) for key in train["passage_id"] if key is not None}
     overlaps = {}
     for row, key in enumerate(asked["id"]):
@@ -99,7 +99,7 @@ def audit(
         seen = (
             row in near,
             passage is not None and content(passage) in gold,
-            any(normalize_answer(text) in answers for text in asked["answers"][row]),
+            any(comparable(text) in answers for text in asked["answers"][row]),
         )
         overlaps[key] = list(compress(KINDS, seen))
     most_similar = sorted(near, key=lambda row: (-near[row][1], row))[:EXAMPLES]
@@ -136,7 +136,7 @@ def near_duplicates(
 ) -> Iterator[tuple[int, tuple[int, float]]]:
     """(row of an asked question, (row of the most similar training question, Jaccard similarity)), from `similarity`.
 
-    Compared are the sets of neighbouring words after SQuAD's normalisation, including beginning and end. Two sets of
+    Compared are the sets of neighbouring words of matching.py, including beginning and end. Two sets of
     that similarity share at least one of their rarest pairs, so only candidates with a shared rare pair are compared in
     full (prefix filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins in Data Cleaning").
     """
@@ -159,7 +159,7 @@ def near_duplicates(
 
 
 def _word_pairs(text: str) -> set[str]:
-    words = ["", *normalize_answer(text).split(), ""]
+    words = ["", *comparable(text).split(), ""]
     return {f"{left} {right}" for left, right in zip(words, words[1:], strict=False)}
 
 

@@ -14,20 +14,23 @@ import numpy as np
 import Stemmer
 from scipy.sparse import csc_matrix, csr_matrix
 
+from cozyrag.data.matching import search_words
 from cozyrag.data.sentences import places_of
 
 STEMMERS = ("none", *Stemmer.algorithms())
-TOKENS = r"(?u)\b\w+\b"  # one-letter words too: "vitamin C", "World War I"
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG, which shows once the root logger has a handler
 
 
 def _tokenizer(stemmer: str) -> Callable:
-    """bm25s.tokenize for lower-case words, stemmed by Snowball.
+    """bm25s.tokenize for the words of matching.py, one-letter words too ("vitamin C"), stemmed by Snowball.
 
     No stop words are removed: frequent words weigh little anyway, and stop word lists exist for few languages.
     """
     stem = None if stemmer == "none" else Stemmer.Stemmer(stemmer)
-    return partial(bm25s.tokenize, token_pattern=TOKENS, stopwords=None, stemmer=stem, show_progress=False)
+    split = partial(
+        bm25s.tokenize, lower=False, token_pattern=r"\S+", stopwords=None, stemmer=stem, show_progress=False
+    )
+    return lambda texts, **options: split([" ".join(search_words(text)) for text in texts], **options)
 
 
 class LexicalIndex:
@@ -40,7 +43,9 @@ class LexicalIndex:
     def __init__(self, texts: Sequence[str], *, stemmer: str = "none"):
         self._tokenize = _tokenizer(stemmer)
         self._bm25 = bm25s.BM25(method="lucene")
-        self._bm25.index(self._tokenize(list(texts)), show_progress=False)
+        found = self._tokenize(list(texts))
+        # bm25s needs one word: without any, all texts get "", which no question has.
+        self._bm25.index(found if found.vocab else ([[0]] * len(texts), {"": 0}), show_progress=False)
         parts = self._bm25.scores
         shape = (parts["num_docs"], len(parts["indptr"]) - 1)
         self._scores = csc_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=shape).tocsr()

@@ -13,8 +13,8 @@ from itertools import chain, islice
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.sentences import split_sentences
-from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.hybrid import Found
@@ -104,7 +104,7 @@ class ContextBuilder:
     score_by: str = "sparse"
     sentence_vectors: SentenceSource | None = None
     words: SentenceWords | None = None
-    _normalized: dict[int, str] = field(default_factory=dict)
+    _forms: dict[int, str] = field(default_factory=dict)
     _sentences: dict[int, tuple[list[str], list[int]]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -124,9 +124,9 @@ class ContextBuilder:
 
     def holds_answer(self, row: int, answers: Sequence[str]) -> bool:
         """Whether the passage of that row contains one of the answers as whole words."""
-        if row not in self._normalized:
-            self._normalized[row] = normalize_answer(self.passages.texts[row])
-        return contains_answer(self._normalized[row], answers)
+        if row not in self._forms:
+            self._forms[row] = matching_form(self.passages.texts[row])
+        return contains_answer(self._forms[row], answers)
 
     def contexts(
         self, questions: Sequence[str], found: Sequence[Sequence[int]], vectors: np.ndarray | None = None
@@ -282,7 +282,7 @@ def attach_contexts(
             columns["rows"].append(found)
             columns["scores"].append(result.scores[i].tolist())
             columns["context"].append(context)
-            columns["answer_in_context"].append(contains_answer(normalize_answer(context), answers))
+            columns["answer_in_context"].append(contains_answer(matching_form(context), answers))
             columns["gold_row"].append(gold)
             columns["positive"].append(positive)
             columns["negatives"].append(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cozyrag.config import TrainingSettings
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.sentences import Span, split_sentences
-from cozyrag.evaluation.metrics import contains_answer, normalize_answer
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss
 
@@ -111,7 +111,7 @@ def step_sentences(
     owners = np.repeat(np.array(rows), [len(each) for each in spans])
     own = np.array([owners == pair.positive for pair in pairs])
     texts = [split_sentences(passages.texts[row]) for row in rows if row in positives]
-    sentences = [normalize_answer(sentence) for each in texts for sentence in each]
+    sentences = [matching_form(sentence) for each in texts for sentence in each]
     right = np.zeros_like(own)
     for question, at in np.argwhere(own):
         right[question, at] = contains_answer(sentences[at], pairs[question].answers)

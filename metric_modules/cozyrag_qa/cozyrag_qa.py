@@ -7,15 +7,14 @@ import datasets
 import evaluate
 import numpy as np
 
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.evaluation.metrics import (
     bleu,
     bleu_interval,
     bleu_statistics,
     bootstrap_interval,
-    contains_answer,
     exact_match,
     f1,
-    normalize_answer,
     rouge_l,
 )
 
@@ -101,7 +100,7 @@ class CozyragQA(evaluate.Metric):
         }
         if contexts is not None:
             values["answer_in_context"] = [
-                float(contains_answer(normalize_answer(context), wanted))
+                float(contains_answer(matching_form(context), wanted))
                 for context, wanted in zip(contexts, references, strict=True)
             ]
         statistics = np.stack([bleu_statistics(*pair) for pair in pairs])
