@@ -20,12 +20,14 @@ from accelerate import PartialState
 from datasets import Dataset
 from tiny import corpus, write_jsonl
 
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair
+from cozyrag.retrieval.bm25 import LexicalIndex
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.runtime.assets import metric_module
 
@@ -489,3 +491,13 @@ def test_filter_prints_every_way_and_what_survives(
         assert float(rows[way][1].split()[0]) == 1.0, way  # room for everything: nothing is lost
         assert float(rows[way][0].split()[0]) < 1.0, way
         assert way in answers
+
+
+def test_answers_match_and_bm25_finds_the_passages_of_eight_languages():
+    for name, language in benchmark("quality.texts").LANGUAGES.items():
+        texts, questions, answers = zip(*language.rows(), strict=True)
+        assert all(contains_answer(matching_form(text), [each]) for text, each in zip(texts, answers, strict=True)), (
+            name
+        )
+        rows = LexicalIndex(texts).search(questions, 5)[1].tolist()
+        assert all(gold in found for gold, found in enumerate(rows)), name

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 # Increase with every change of the sentence rules: sentence vectors are stored, and pair up by position alone.
-RULES = 1
+RULES = 2
 Span = tuple[int, int]  # start and end in characters
-_STOP, _CLOSING = "[.!?。！？؟۔।॥]", "[\"')\\]”’」』）]"
+_STOP, _CLOSING = "[.!?…。！？؟۔।॥]", "[\"')\\]”’»›“」』）]"
 _WIDE, _NEXT = "[。！？]", "[^\\s。！？\"')\\]”’」』）]"  # Chinese and Japanese put no space after a sentence
 SENTENCE_END = re.compile(  # closing marks are in lookbehinds, since the match itself is dropped
-    rf"(?:(?<={_STOP})|(?<={_STOP}{_CLOSING})|(?<={_STOP}{_CLOSING}{{2}}))\s+(?=[\"'(\[“‘]*[^\Wa-z_])|\n+"
+    rf"(?:(?<={_STOP})|(?<={_STOP}{_CLOSING})|(?<={_STOP}{_CLOSING}{{2}}))\s+(?=[\"'(\[“‘„‚«‹¿¡]*[^\Wa-z_])|\n+"
     rf"|(?:(?<={_WIDE})|(?<={_WIDE}{_CLOSING}))(?={_NEXT})"
 )
 
