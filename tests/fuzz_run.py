@@ -109,7 +109,7 @@ def reported(report: str | None) -> int:
 def check_tables(path: Path, rows: set[int] | None) -> None:
     """Read a file with all readers; `rows`: the possible numbers of rows in it, None if unknown."""
     bad = BadRows()
-    read = taken(lambda: list(read_rows(str(path), known=COLUMNS, headerless=HEADERLESS, bad=bad)))
+    read = taken(lambda: list(read_rows(str(path), known=COLUMNS, headerless=lambda _: HEADERLESS, bad=bad)))
     if read is not None:
         for words in bad.first:
             printable(words)

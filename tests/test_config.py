@@ -233,7 +233,7 @@ def test_switches(arguments, expected):
         (["--genrator", "x"], ["'--genrator'", "did you mean 'generator'?", "--help"]),
         (["--genrator=x"], ["--genrator", "did you mean 'generator'?"]),
         (["--zzzzzz", "1"], ["'--zzzzzz'. See --help"]),
-        (["stray"], ["unknown setting 'stray'"]),
+        (["--rounds", "1", "stray"], ["unknown setting 'stray'"]),
         (["--generator_epoch", "1"], ["did you mean 'generator_epochs'?"]),  # no abbreviations
         (["--rounds", "two"], ["--rounds", "'two'", "int"]),
         (["--rounds", "2.5"], ["--rounds", "'2.5'", "int"]),
@@ -359,7 +359,7 @@ def test_the_flat_dictionary_of_a_run_can_be_given_back_as_yaml(write):
         ("mixed_precision: fp8\n", 1, ["--mixed_precision", "'fp8'"]),
         ("questions: {path: a.tsv}\n", 1, ["questions", "one value", "mapping"]),
         ("rounds: [1, 2]\n", 1, ["rounds", "one value", "sequence"]),
-        ("questions: [a.tsv, b.tsv]\n", 1, ["questions", "one value", "sequence"]),
+        ("questions: [a.tsv, [b.tsv]]\n", 1, ["questions", "one value or a list", "sequence"]),
         ("top_k: 2\nreport_to: [mlflow, [wandb]]\n", 2, ["report_to", "sequence"]),
         ("rounds: null\n", 1, ["rounds", "nothing"]),
         ("top_k: 2\nquestions:\n", 2, ["questions", "nothing"]),
