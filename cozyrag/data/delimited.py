@@ -176,13 +176,11 @@ def find_delimiter(lines: Sequence[str], kind: str, known: Collection[str]) -> s
     best = max(named, key=lambda each: named[each])
     if named[best]:
         return best
-    if not _steady(records[own]):
-        if _steady(records["\t"]):
-            return "\t"
-        absent = not records[own] or len(records[own][0]) == 1
-        other = [each for each in ";|" if absent and _steady(records[each]) and len(records[each]) > 1]
-        return other[0] if other else own
-    return own
+    if _steady(records["\t"]):
+        return "\t"
+    absent = not records[own] or len(records[own][0]) == 1
+    other = [each for each in ";|" if absent and _steady(records[each]) and len(records[each]) > 1]
+    return other[0] if other and not _steady(records[own]) else own
 
 
 def _sample_records(lines: Sequence[str], delimiter: str) -> list[list[str]]:
@@ -262,8 +260,7 @@ class _Quoting:
     """What the single lines of a table with tabs show of its quoting."""
 
     lines: int = 0
-    width: int = 0  # cells of the first line
-    fitting: int = 0  # lines with that many cells
+    widths: Counter[int] = field(default_factory=Counter)  # number of cells: lines
     doubled: int = 0  # first line with a closed cell that holds a doubled quote mark
     enclosed: Counter[int] = field(default_factory=Counter)  # column: lines where its cell is between quote marks
 
@@ -273,8 +270,7 @@ class _Quoting:
         if cells == [""]:
             return line
         self.lines += 1
-        self.width = self.width or len(cells)
-        self.fitting += len(cells) == self.width
+        self.widths[len(cells)] += 1
         if '"' in line:
             if not self.doubled and any('""' in cell for cell in _QUOTED_CELL.findall(line)):
                 self.doubled = self.lines
@@ -301,12 +297,12 @@ def is_quoted(file: InputFile) -> bool:
     found = _Quoting()
     lines = map(found.look, read_lines(replace(file, progress=None)))
     reader = csv.reader(lines, delimiter="\t", strict=True)
-    records = fitting = line = 0
+    widths, width, line = Counter[int](), 0, 0
     swallowed = False
     try:
-        for cells in filter(None, reader):
-            records, line = records + 1, reader.line_num
-            fitting += len(cells) == found.width
+        for cells in reader:
+            line, width = reader.line_num, width or len(cells)
+            widths[len(cells)] += bool(cells)
             swallowed = swallowed or any("\n" in cell and "\t" in cell for cell in cells)
     except csv.Error as error:
         for _ in lines:  # the lines below may show that cells are quoted
@@ -318,4 +314,5 @@ def is_quoted(file: InputFile) -> bool:
                 "the quote marks in it, or export the table as .jsonl."
             ) from error
         return False
-    return found.shown or (not swallowed and records - fitting < found.lines - found.fitting)
+    odd = widths.total() - widths[width], found.widths.total() - found.widths[width]
+    return found.shown or (not swallowed and odd[0] < odd[1])

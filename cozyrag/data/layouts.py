@@ -55,9 +55,9 @@ def present(values: Values, columns: Columns) -> Columns:
     return dataclasses.replace(columns, **aliases) if aliases else columns
 
 
-def known_names(columns: Columns, *wanted: str) -> tuple[str, ...]:
-    """The names of these columns (fields of Columns), the usual ones first, with their aliases."""
-    names = [getattr(columns, each) for each in wanted]
+def known_names(columns: Columns) -> tuple[str, ...]:
+    """The names of all columns with their aliases: any of them shows a header, also in a file given for another."""
+    names = dataclasses.astuple(columns)
     return tuple(dict.fromkeys([*names, *(alias for name in names for alias in ALIASES.get(name, ()))]))
 
 
@@ -119,7 +119,7 @@ def _coqa(values: Values) -> Found | None:
     """CoQA (Reddy et al. 2019): a story with questions and answers, paired by turn; on the Hub by position."""
     story = values["story"]
     questions, answers = _turns(values["questions"]), _turns(values["answers"])
-    if not isinstance(story, str) or questions is None or answers is None:
+    if not isinstance(story, str) or not questions or answers is None:
         raise BadValue("story, questions and answers are not those of CoQA: expected a text and two lists of turns")
     more = values.get("additional_answers")
     others = [_turns(each) or {} for each in more.values()] if isinstance(more, Mapping) else []
@@ -162,7 +162,7 @@ def _boolq(values: Values) -> Found | None:
 def _dpr(values: Values) -> Found | None:
     """DPR (Karpukhin et al. 2020): the first positive context is the gold passage; FiD has only "ctxs"."""
     positives, negatives, hard, plain = (
-        _passages(values.get(key), key) for key in ("positive_ctxs", "negative_ctxs", "hard_negative_ctxs", "ctxs")
+        passages_in(values.get(key), key) for key in ("positive_ctxs", "negative_ctxs", "hard_negative_ctxs", "ctxs")
     )
     made: dict[str, Any] = {"ctxs": [*positives[1:], *negatives, *plain], "hard_negative_ctxs": hard}
     if positives:
@@ -208,7 +208,8 @@ def _pairs(value: object, first: str, second: str) -> list[tuple[str, Any]] | No
     return [(title if isinstance(title, str) else "", rest) for title, rest in value]
 
 
-def _passages(value: object, name: str) -> list[dict[str, str]]:
+def passages_in(value: object, name: str) -> list[dict[str, str]]:
+    """The passages in the cell `name`, each with title and text. Raises BadValue for anything else."""
     records = [] if value is None else _records(value)
     if records is None or any(not isinstance(each.get("text"), str) for each in records):
         raise BadValue(f'{name} is not a list of objects with "title" and "text"')

@@ -78,7 +78,7 @@ def stream_passages(
         ids = all(cells[0].strip().isdigit() for cells in records)
         return {1: (columns.text,), 2: (columns.id if ids else columns.title, columns.text)}.get(len(records[0]), ())
 
-    known = known_names(columns, "id", "title", "text")
+    known = known_names(columns)
     for each in sources_of(source):
         found: dict[str, None] = {}
         rows = read_rows(

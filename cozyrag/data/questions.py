@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from cozyrag.data import beir
-from cozyrag.data.layouts import known_names, present, question_rows
+from cozyrag.data.layouts import known_names, passages_in, present, question_rows
 from cozyrag.data.literals import literal
 from cozyrag.data.passages import passage_id, passages_from_contexts
 from cozyrag.data.readers import Sources, described, read_rows, sources_of
@@ -165,7 +165,7 @@ def _rows(
     if queries := beir.part_of(source, "queries"):
         return beir.query_rows(source, queries, split, columns, needs_answer, bad)
     named = (columns.question, columns.answer)
-    known = known_names(columns, "question", "answer", "context", "title", "id", "passage_id")
+    known = known_names(columns)
     return read_rows(source, split=split, known=known, headerless=lambda _: named, delimiter=delimiter, bad=bad)
 
 
@@ -199,19 +199,22 @@ def _parsed(row: Row, columns: Columns) -> Question:
     context = context if context.strip() else ""
     gold = passage_id(context) if context else line_of(values, columns.passage_id) or None
     title = line_of(values, columns.title) if context else ""
-    negatives = _carried(values.get("hard_negative_ctxs"))
-    named = values.get("negative_ids")
-    ids = [text_of(key, "negative_ids").strip() for key in named] if isinstance(named, list) else []
-    ids = [*filter(None, ids), *(passage_id(text) for _, text in negatives)]
-    key = line_of(values, columns.id)
-    return Question(key, question, answers, gold, title, context, ids, _carried(values.get("ctxs")), negatives)
+    negatives, others = _carried(values, "hard_negative_ctxs"), _carried(values, "ctxs")
+    ids = [*_named_negatives(values.get("negative_ids")), *(passage_id(text) for _, text in negatives)]
+    return Question(line_of(values, columns.id), question, answers, gold, title, context, ids, others, negatives)
 
 
-def _carried(passages: object) -> list[tuple[str, str]]:
-    """(title, text) of passages as layouts.py gives them."""
-    if not isinstance(passages, list):
+def _carried(values: Mapping[str, Any], column: str) -> list[tuple[str, str]]:
+    """(title, text) of the passages in a cell."""
+    return [(line_of(each, "title"), text_of(each["text"], column)) for each in passages_in(values.get(column), column)]
+
+
+def _named_negatives(cell: object) -> list[str]:
+    if cell is None:
         return []
-    return [(line_of(each, "title"), text_of(each["text"], "text")) for each in passages]
+    if not isinstance(cell, list):
+        raise BadValue(f"negative_ids is a {type(cell).__name__}, expected a list of ids of passages")
+    return [key for each in cell if (key := text_of(each, "negative_ids").strip())]
 
 
 def _answers(value: object, column: str, written: bool) -> list[str]:
