@@ -209,6 +209,16 @@ def test_cells_without_a_column_are_not_dropped(tmp_path):
         pairs(source)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("q.tsv", "\t\n"), ("q.tsv", " \t \n\n"), ("q.csv", ",,\n,,\n"), ("q.csv", '""\n'), ("q.csv", '"\n"\n')],
+)
+def test_a_table_of_blank_cells_has_no_row(tmp_path, name, content):
+    for reader in (pairs, read_passages):
+        with pytest.raises(InputError, match="at least one row|expected 2 cells|file is empty"):
+            reader(write(tmp_path / name, content))
+
+
 # ---- headers
 
 

@@ -89,7 +89,7 @@ def _header(
     """The names of the columns, and the records below them."""
     spelling = {name.lower(): name for name in table.known}
     line, first = next(records, (1, []))
-    if delimiter == "\t" and table.headerless and not has_names(first, table.known):
+    if first and delimiter == "\t" and table.headerless and not has_names(first, table.known):
         ahead = [(line, first), *islice(records, SAMPLE - 1)]
         names = table.headerless([cells for _, cells in ahead])
         if names:

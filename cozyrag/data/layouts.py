@@ -8,6 +8,7 @@ Left out: reading files (readers.py), BEIR folders (beir.py), offsets of answers
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from cozyrag.data.rows import BadValue, Columns
@@ -33,10 +34,8 @@ def question_rows(values: dict[str, Any], columns: Columns) -> Found:
     Layouts are looked for unless the user has named the columns of question, answer or context. Raises BadValue for a
     row that has the keys of a layout and not its form.
     """
-    if columns.question != _USUAL.question or columns.context != _USUAL.context or columns.answer not in _ANSWERS:
-        return [("", values)]
-    for keys, layout in LAYOUTS:
-        if all(key in values for key in keys) and (rows := layout(values)) is not None:
+    for layout in _candidates(tuple(values), columns):
+        if (rows := layout(values)) is not None:
             named = {_USUAL.title: columns.title, _USUAL.id: columns.id, _USUAL.answer: columns.answer}
             return [
                 (place, {**values, **{named.get(key, key): made for key, made in row.items()}}) for place, row in rows
@@ -44,15 +43,24 @@ def question_rows(values: dict[str, Any], columns: Columns) -> Found:
     return [("", values)]
 
 
-def present(values: Values, columns: Columns) -> Columns:
-    """The columns of this row: an alias stands for a usual name that is missing."""
+@lru_cache(1024)
+def _candidates(names: tuple[str, ...], columns: Columns) -> list[Callable[[Values], Found | None]]:
+    """The layouts whose keys are all among these."""
+    if columns.question != _USUAL.question or columns.context != _USUAL.context or columns.answer not in _ANSWERS:
+        return []
+    return [layout for keys, layout in LAYOUTS if all(key in names for key in keys)]
+
+
+@lru_cache(1024)
+def present(names: tuple[str, ...], columns: Columns) -> Columns:
+    """The columns of a row with these names: an alias stands for a usual name that is missing."""
     aliases = {
         name: alias
         for name in ("id", "answer", "text")
-        if (usual := getattr(columns, name)) not in values
-        if (alias := next((each for each in ALIASES.get(usual, ()) if each in values), None))
+        if (usual := getattr(columns, name)) not in names
+        if (alias := next((each for each in ALIASES.get(usual, ()) if each in names), None))
     }
-    return dataclasses.replace(columns, **aliases) if aliases else columns
+    return dataclasses.replace(columns, **aliases)
 
 
 def known_names(columns: Columns) -> tuple[str, ...]:

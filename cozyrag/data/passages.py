@@ -92,7 +92,7 @@ def stream_passages(
             progress=progress,
         )
         for row in rows:
-            own = present(row.values, columns)
+            own = present(tuple(row.values), columns)
             found.update(dict.fromkeys([*row.values, *([columns.text] if own.text in row.values else [])]))
             try:
                 yield row, *_parsed(row, own)

@@ -135,14 +135,15 @@ def stream_questions(
 def _from_one(
     source: str, split: str, columns: Columns, needs_answer: bool, bad: BadRows, delimiter: str | None
 ) -> Iterator[tuple[Row, Question]]:
-    found: dict[str, None] = {}
-    told = False  # the first unanswerable question of a file says what can be done
+    found: dict[str, object] = {}
+    answered = told = False  # the first unanswerable question of a file says what can be done
     for row in _rows(source, split, columns, needs_answer, bad, delimiter):
         try:
             for place, values in question_rows(row.values, columns):
                 here = Row(row.where + place, values, row.written)
-                own = present(values, columns)
-                found.update(dict.fromkeys([*values, *([columns.answer] if own.answer in values else [])]))
+                own = present(tuple(values), columns)
+                found |= values
+                answered = answered or own.answer in values
                 try:
                     question = _parsed(here, own)
                     if needs_answer and not question.answers:
@@ -152,10 +153,10 @@ def _from_one(
                 except BadValue as error:
                     bad.add(here.where, str(error))
         except BadValue as error:
-            found.update(dict.fromkeys(row.values))
+            found |= row.values
             bad.add(row.where, str(error))
     require_column(source, found, columns.question, "question")
-    if needs_answer:
+    if needs_answer and not answered:
         require_column(source, found, columns.answer, "answer")
 
 
@@ -206,7 +207,10 @@ def _parsed(row: Row, columns: Columns) -> Question:
 
 def _carried(values: Mapping[str, Any], column: str) -> list[tuple[str, str]]:
     """(title, text) of the passages in a cell."""
-    return [(line_of(each, "title"), text_of(each["text"], column)) for each in passages_in(values.get(column), column)]
+    cell = values.get(column)
+    return (
+        [(line_of(each, "title"), text_of(each["text"], column)) for each in passages_in(cell, column)] if cell else []
+    )
 
 
 def _named_negatives(cell: object) -> list[str]:
