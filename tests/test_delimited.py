@@ -70,7 +70,9 @@ def test_the_first_line_of_excel_names_the_delimiter(tmp_path, first, rest):
         (".csv", ["Frage;Antwort", "Wer?;Anna", "Preis?;7,50 Kronen"], ";"),
         (".csv", ["Titre\tTexte", "A\tun, deux, trois", "B\tquatre"], "\t"),
         (".csv", ["Who?\tAnna, the smith"], "\t"),
-        (".tsv", ["Frage;Antwort", "Wer?;Anna"], ";"),
+        (".tsv", ["Frage;question", "Wer?;Anna", "Wo?;hier"], "\t"),
+        (".tsv", ["Frage;id;question", "Wer?;7;Anna"], ";"),
+        (".tsv", ["one; two", "three; four", "five; six"], "\t"),
         (".csv", ["a|b", "c|d, e"], "|"),
         # Texts full of other delimiters do not change it.
         (".tsv", ["Who?\ta; b", "Where?\tc; d", "broken; line"], "\t"),
@@ -223,9 +225,10 @@ def test_a_table_of_blank_cells_has_no_row(tmp_path, name, content):
 
 
 def test_a_header_in_another_language_names_the_columns_found(tmp_path):
-    for name, delimiter in (("q.csv", ","), ("s.csv", ";"), ("t.tsv", ";")):
+    for name, delimiter in (("q.csv", ","), ("s.csv", ";"), ("t.tsv", ";"), ("u.csv", "|"), ("v.txt", ";")):
         source = write(tmp_path / name, table(delimiter, "Frage{}Antwort"))
-        with pytest.raises(InputError, match='found "Frage", "Antwort".*--columns question=COLUMN'):
+        found = 'found "Frage", "Antwort".*--columns question=COLUMN' if name.endswith("csv") else "--delimiter"
+        with pytest.raises(InputError, match=found):
             pairs(source)
         assert pairs(source, columns=Columns(question="Frage", answer="Antwort")) == ASKED
 

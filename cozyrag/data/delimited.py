@@ -167,8 +167,8 @@ def _peek(lines: Iterator[str]) -> tuple[list[str], Iterator[str]]:
 def find_delimiter(lines: Sequence[str], kind: str, known: Collection[str]) -> str:
     """The delimiter of a table that begins with these lines: that of its kind, unless header or shape show another.
 
-    Without known names in the header, a tab must give all records as many cells, and a semicolon or pipe must do so
-    while the usual delimiter is not even in the first record: commas and semicolons are frequent in texts.
+    Without known names in the header, a tab must give all records as many cells. A .csv, which needs a header, then
+    only gets a better message: semicolons and pipes must do so while a comma is not even in the first record.
     """
     own = OWN[kind]
     records = {each: _sample_records(lines, each) for each in dict.fromkeys((own, *NAMES))}
@@ -178,7 +178,7 @@ def find_delimiter(lines: Sequence[str], kind: str, known: Collection[str]) -> s
         return best
     if _steady(records["\t"]):
         return "\t"
-    absent = not records[own] or len(records[own][0]) == 1
+    absent = kind == ".csv" and (not records[own] or len(records[own][0]) == 1)
     other = [each for each in ";|" if absent and _steady(records[each]) and len(records[each]) > 1]
     return other[0] if other and not _steady(records[own]) else own
 
