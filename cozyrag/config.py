@@ -39,6 +39,10 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+Files = list[str] | str  # one name stays a string, as in the settings.json of earlier versions
+SEVERAL = ("questions", "eval_questions", "passages")
+
+
 class _Group:
     """Settings that --help shows together, under the docstring of the class."""
 
@@ -52,18 +56,21 @@ class _Group:
 class DataSettings(_Group):
     """Questions and passages."""
 
-    questions: str = setting(
+    questions: Files = setting(
         QUICKSTART,
-        "Training questions: a .tsv/.csv/.jsonl/.json (also SQuAD layout)/.parquet file, optionally .gz, or a Hub "
-        "dataset id. 'quickstart' is the set that comes with the package.",
+        "Training questions: one or several .tsv/.csv/.jsonl/.json (also SQuAD layout)/.parquet/.arrow files, "
+        "optionally .gz, or patterns in quotes; a folder of save_to_disk or of BEIR; or a Hub dataset id. "
+        "'quickstart' is the set that comes with the package.",
     )
-    eval_questions: str | None = setting(
+    eval_questions: Files | None = setting(
         None, "Validation questions, in the same formats. None: a share of --questions is held out."
     )
-    passages: str | None = setting(
+    passages: Files | None = setting(
         None,
-        "Passages to search: a .jsonl/.csv/.parquet file or a Hub dataset id. None: the contexts in the question "
-        "files.",
+        "Passages to search, in the same formats. None: the contexts in the question files.",
+    )
+    delimiter: str | None = setting(
+        None, "Character between the cells of .csv and .tsv files, or tab. None: found out from the first lines."
     )
     columns: list[str] = setting(
         [],
@@ -345,6 +352,15 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 class _Parser(HfArgumentParser):
     """HfArgumentParser with --help for the settings in FIRST and --help-all for all; its errors are InputErrors."""
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse does, with one file as a string instead of a list."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name in SEVERAL:
+            match getattr(found, name, None):
+                case [single]:
+                    setattr(found, name, single)
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"Command line: {message}. Run with --help-all to see every setting.")
 
@@ -358,7 +374,12 @@ class _Parser(HfArgumentParser):
 
 def _parser(**options: Any) -> _Parser:
     groups = cast(Iterable[DataClassType], GROUPS)  # a NewType that no class of its own satisfies
-    return _Parser(groups, allow_abbrev=False, **options)
+    parser = _Parser(groups, allow_abbrev=False, **options)
+    for action in parser._actions:
+        if action.dest in SEVERAL:  # HfArgumentParser has no type for one or several
+            action.type, action.nargs, action.metavar = str, "+", "FILE"
+            action.default = getattr(DataSettings, action.dest)
+    return parser
 
 
 def parse_settings(arguments: list[str] | None = None, *, description: str | None = None) -> Settings:
@@ -464,7 +485,7 @@ def _note(old: str, new: str) -> None:
 
 def _yaml_value(name: str, node: yaml.Node, where: str):
     """One value, checked by the same argparse types as the command line."""
-    several = get_origin(KINDS[name]) is list
+    several = name in SEVERAL or get_origin(KINDS[name]) is list
     if (
         several
         and isinstance(node, yaml.SequenceNode)

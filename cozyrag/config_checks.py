@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from cozyrag.data.delimited import delimiter_of
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 from cozyrag.models.smollm2 import SMOLLM2
@@ -62,6 +63,8 @@ def column_names(pairs: Sequence[str]) -> dict[str, str]:
 def check_values(values: dict) -> None:
     """Check all settings, as `Settings.to_dict` gives them. Raises InputError for the first that cannot work."""
     column_names(values["columns"])
+    if values["delimiter"] is not None:
+        delimiter_of(values["delimiter"])
     _check_ranges(values)
     _check_choices(values)
     _check_training(values)

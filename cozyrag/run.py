@@ -107,7 +107,11 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
 
 def _facts(accelerator: Accelerator, corpus: Corpus) -> dict:
     """What must be unchanged when the run resumes, besides its settings."""
-    data = tables_fingerprint(corpus.questions[:], corpus.eval_questions[:], corpus.passages[:])
+    tables = [table[:] for table in (corpus.questions, corpus.eval_questions, corpus.passages)]
+    for table in tables[:2]:
+        if not any(table["negative_ids"]):  # earlier versions had no such column
+            del table["negative_ids"]
+    data = tables_fingerprint(*tables)
     return {"data": data, "processes": accelerator.num_processes}
 
 

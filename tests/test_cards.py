@@ -395,3 +395,21 @@ def test_edits_of_a_card_are_uploaded(tmp_path):
 def test_without_a_card_a_short_one_is_uploaded(role):
     text = card_for_hub(None, role, "me/rag")
     assert "- cozyrag\n" in text and "[me/rag](https://huggingface.co/me/rag)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown", "on_hub"),
+    [
+        (["data/a.tsv", "/home/me/b.tsv"], "a.tsv, b.tsv", None),
+        (["/home/me/secret/q*"], "q*", None),
+        (["user/name", "/home/me/b.arrow"], "user/name, b.arrow", ["user/name"]),
+        (["user/name", "user/other"], "user/name, user/other", ["user/name", "user/other"]),
+        (["/home/me/[ab].tsv"], "[ab].tsv", None),
+    ],
+)
+def test_several_files_are_named_without_their_folders(tmp_path, arguments, shown, on_hub):
+    found = card(tmp_path, "generator", "--questions", *arguments)
+    assert f"Trained on 64 questions of `{shown}`." in str(found) and "/home/me" not in str(found)
+    assert found.data.datasets == on_hub
+    dataset = found.data.eval_results[0]
+    assert dataset.dataset_name.endswith(shown) and dataset.dataset_type == "custom"

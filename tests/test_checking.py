@@ -181,3 +181,45 @@ def test_one_of_the_answers_is_enough_and_every_question_has_its_own():
     search = AnswerSearch([["Mur", "Enns"], ["Danube"]])
     search.add_text("The Enns is green.")
     assert search.has_found(["Mur", "Enns"]) and not search.has_found(["Danube"]) and not search.has_found(["Mur"])
+
+
+def test_layouts_keep_their_passages_and_several_files_of_passages_are_searched(tmp_path, capsys):
+    contexts = {
+        "positive_ctxs": [{"title": "Vienna", "text": PASSAGES[0]["text"]}],
+        "negative_ctxs": [{"title": "", "text": "Linz is old."}],
+        "hard_negative_ctxs": [{"title": "Graz", "text": PASSAGES[1]["text"]}],
+    }
+    source = tiny.write_jsonl(tmp_path / "dpr.jsonl", [{"question": "Which river?", "answers": ["Danube"]} | contexts])
+    files = [str(tiny.write_jsonl(tmp_path / f"p{part}.jsonl", PASSAGES[part:][:2])) for part in range(2)]
+    questions([str(source), "--output", str(tmp_path / "q.jsonl"), "--passages", *files])
+    assert "No problems." in capsys.readouterr().out
+    before, after = read_questions(str(source)), read_questions(str(tmp_path / "q.jsonl"))
+    assert after.table[:] == before.table[:] and after.passages[:] == before.passages[:]
+    assert len(after.passages) == 3 and len(after.table["negative_ids"][0]) == 1
+
+
+def test_patterns_delimiters_and_folders(tmp_path, capsys):
+    for number in range(3):
+        (tmp_path / f"q{number}.csv").write_text(f"question:answer\nWho is {number}?:Ada\n")
+    questions([str(tmp_path / "q*.csv"), "--check_only", "--delimiter", ":"])
+    assert "3 questions read, 3 would be kept." in capsys.readouterr().out
+    with pytest.raises(InputError, match="Expected files that fit .*z"):
+        questions([str(tmp_path / "z*.csv"), "--check_only"])
+    (tmp_path / "beir").mkdir()
+    rows = [{"_id": "q", "text": "Which river?", "metadata": {"answer": "Mur"}}]
+    tiny.write_jsonl(tmp_path / "beir" / "queries.jsonl", rows)
+    tiny.write_jsonl(tmp_path / "beir" / "corpus.jsonl", [{"_id": "d", "text": "The Mur is a river."}])
+    questions([str(tmp_path / "beir"), "--check_only", "--passages", str(tmp_path / "beir")])
+    assert "no qrels" in (out := capsys.readouterr().out) and "No problems." in out
+
+
+def test_named_negatives_are_kept(tmp_path):
+    row = {"question": "Who?", "answer": "Ada", "passage_id": "p1", "negative_ids": ["p2"]}
+    source = tiny.write_jsonl(tmp_path / "q.jsonl", [row])
+    questions([str(source), "--output", str(tmp_path / "out.jsonl")])
+    assert made(tmp_path / "out.jsonl")[0] == {
+        "question": "Who?",
+        "answers": ["Ada"],
+        "passage_id": "p1",
+        "negative_ids": ["p2"],
+    }

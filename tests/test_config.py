@@ -1,6 +1,7 @@
 """Every setting is explained where users look, and what they write is understood or refused with its place."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -233,7 +234,7 @@ def test_switches(arguments, expected):
         (["--genrator", "x"], ["'--genrator'", "did you mean 'generator'?", "--help"]),
         (["--genrator=x"], ["--genrator", "did you mean 'generator'?"]),
         (["--zzzzzz", "1"], ["'--zzzzzz'. See --help"]),
-        (["stray"], ["unknown setting 'stray'"]),
+        (["--rounds", "1", "stray"], ["unknown setting 'stray'"]),
         (["--generator_epoch", "1"], ["did you mean 'generator_epochs'?"]),  # no abbreviations
         (["--rounds", "two"], ["--rounds", "'two'", "int"]),
         (["--rounds", "2.5"], ["--rounds", "'2.5'", "int"]),
@@ -359,7 +360,7 @@ def test_the_flat_dictionary_of_a_run_can_be_given_back_as_yaml(write):
         ("mixed_precision: fp8\n", 1, ["--mixed_precision", "'fp8'"]),
         ("questions: {path: a.tsv}\n", 1, ["questions", "one value", "mapping"]),
         ("rounds: [1, 2]\n", 1, ["rounds", "one value", "sequence"]),
-        ("questions: [a.tsv, b.tsv]\n", 1, ["questions", "one value", "sequence"]),
+        ("questions: [a.tsv, [b.tsv]]\n", 1, ["questions", "one value or a list", "sequence"]),
         ("top_k: 2\nreport_to: [mlflow, [wandb]]\n", 2, ["report_to", "sequence"]),
         ("rounds: null\n", 1, ["rounds", "nothing"]),
         ("top_k: 2\nquestions:\n", 2, ["questions", "nothing"]),
@@ -459,3 +460,42 @@ def test_an_answer_cannot_have_to_be_longer_than_it_may_be():
 def test_an_extractive_answer_may_repeat_what_the_text_repeats():
     assert "--extractive: expected --no_repeat_ngram_size 0" in refusal("--extractive", "--no_repeat_ngram_size=3")
     assert values("--extractive")["extractive"] is True
+
+
+# ---- several files
+
+
+@pytest.mark.parametrize("name", ["questions", "eval_questions", "passages"])
+def test_one_or_several_files(name, write):
+    own = [] if name == "questions" else OWN
+    assert values(f"--{name}", "a.tsv", own=own)[name] == "a.tsv"  # as in settings.json of earlier versions
+    assert values(f"--{name}=a.tsv", own=own)[name] == "a.tsv"
+    assert values(f"--{name}", "a.tsv", "b*.tsv", "--rounds", 1, own=own)[name] == ["a.tsv", "b*.tsv"]
+    for content, expected in {"a.tsv": "a.tsv", "[a.tsv]": "a.tsv", "[a.tsv, b*.tsv]": ["a.tsv", "b*.tsv"]}.items():
+        assert values("--config", write(f"{name}: {content}\n"), own=own)[name] == expected
+    both = values("--config", write(f"{name}: [a.tsv, b.tsv]\n"), f"--{name}", "c.tsv", own=own)
+    assert both[name] == "c.tsv"
+
+
+def test_several_files_are_not_the_quickstart_set(quickstart_settings):
+    assert of(values("--questions", "a.tsv", "b.tsv", own=[])) == of(DEFAULTS)
+    assert of(values("--questions", "quickstart", own=[])) == (7, 3, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "accepted"), [(";", True), ("tab", True), ("::", False), ("", False), ("words", False)]
+)
+def test_the_delimiter_is_one_character(given, accepted):
+    if accepted:
+        assert values("--delimiter", given)["delimiter"] == given
+    else:
+        assert "--delimiter: expected one character" in refusal("--delimiter", given)
+
+
+def test_settings_of_a_run_with_several_files_are_read_again(tmp_path):
+    from cozyrag.commands.audit import saved_settings
+
+    before = parse_settings(["--questions", "a.tsv", "b [1].tsv", "--passages", "p*.jsonl", "--delimiter", "|"])
+    (tmp_path / "settings.json").write_text(json.dumps(before.to_dict()))
+    assert saved_settings(tmp_path) == before
+    assert parse_settings(["--config", str(tmp_path / "settings.json")]) == before

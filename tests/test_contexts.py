@@ -3,6 +3,7 @@
 Only token counts (words) and question vectors (angles on a circle) are stand-ins.
 """
 
+import json
 import math
 from dataclasses import replace
 
@@ -12,8 +13,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cozyrag.config import parse_settings
 from cozyrag.data.matching import contains_answer, matching_form
-from cozyrag.data.questions import FEATURES
+from cozyrag.data.questions import FEATURES, read_questions
 from cozyrag.data.sentences import split_sentences
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
@@ -21,6 +23,7 @@ from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
+from cozyrag.training.training_pairs import retriever_batch, training_pairs
 
 
 def count_words(texts):
@@ -387,6 +390,7 @@ def questions():
         "question": list(ANGLES),
         "answers": [["Red!"], ["purple", "blue"], ["nobody"], []],
         "passage_id": ["p0", None, "gone", "p1"],
+        "negative_ids": [[], [], [], []],
     }
     return Dataset.from_dict(columns, features=FEATURES)
 
@@ -418,7 +422,8 @@ def attached(
 def test_table_by_hand():
     table = attached()
     assert table.features == CONTEXT_FEATURES
-    assert {name: table[name][:] for name in questions().column_names} == questions()[:]
+    asked = questions().remove_columns("negative_ids")
+    assert {name: table[name][:] for name in asked.column_names} == asked[:]
     columns = table[:]
     # from 70 degrees: 7, then 6, 5, ...; from 40: 4, then 3 and 5, both at 10 degrees
     assert columns["rows"][:3] == [list(range(8)), list(range(8))[::-1], list(range(8))]
@@ -541,6 +546,7 @@ def test_noise_depends_on_question_and_seed_but_not_on_the_batch():
             "question": [list(ANGLES)[0]] * 400,
             "answers": [["Red!"]] * 400,
             "passage_id": [None] * 400,
+            "negative_ids": [[]] * 400,
         },
         features=FEATURES,
     )
@@ -548,3 +554,52 @@ def test_noise_depends_on_question_and_seed_but_not_on_the_batch():
     assert 0.17 < np.mean(drawn) < 0.33
     assert attached(many, noise=0.25, batch_size=7)["noised"] == drawn
     assert attached(many, noise=0.25, noise_seed="other")["noised"] != drawn
+
+
+# ---- hard negatives that come with the questions ----
+
+
+def with_negatives(*ids):
+    table = questions().to_dict()
+    return Dataset.from_dict(table | {"negative_ids": list(ids)}, features=FEATURES)
+
+
+def test_hard_negatives_of_the_questions_come_before_mined_ones():
+    asked = with_negatives(["p7", "p0", "p2", "p6", "gone"], ["p5", "p1", "p2"], ["p3"], [])
+    table = attached(asked, hard_negatives=3)
+    assert table.features == CONTEXT_FEATURES and "negative_ids" not in table.column_names
+    columns = table[:]
+    # Not the gold p0, nor p2, which holds "red"; not p5 and p1, which hold "blue". Then ranks 4 and later.
+    assert columns["negatives"][0] == [7, 6, 3]
+    assert columns["negatives"][1] == [2, 4, 3]
+    assert columns["negatives"][2] == []  # no positive
+    assert len(columns["negatives"][3]) == 3
+    assert attached(asked, hard_negatives=1)[:]["negatives"][0] == [7]
+    assert attached(asked, hard_negatives=0)[:]["negatives"] == [[], [], [], []]
+    plain = attached(hard_negatives=3)
+    assert [plain[name] == table[name] for name in CONTEXT_FEATURES if name != "negatives"] == [True] * 11
+
+
+def test_a_step_of_the_retriever_trains_on_them(tmp_path):
+    """From a file in the layout of DPR to the texts of a retriever step."""
+    files = [
+        {
+            "question": "What colour is the fox?",
+            "answers": ["red"],
+            "positive_ctxs": [{"title": "Fox", "text": TEXTS[0]}],
+            "negative_ctxs": [{"title": "", "text": text} for text in TEXTS[1:6]],
+            "hard_negative_ctxs": [{"title": "", "text": TEXTS[7]}, {"title": "", "text": TEXTS[2]}],
+        },
+        {"question": "What is blue?", "answers": ["blue"], "positive_ctxs": [{"title": "", "text": TEXTS[1]}]},
+    ]
+    (tmp_path / "dpr.json").write_text(json.dumps(files))
+    read = read_questions(str(tmp_path / "dpr.json"))
+    order = [read.passages["text"][:].index(text) for text in (*TEXTS[:6], TEXTS[7])]
+    passages = read.passages.select(order)  # at the angles of the other tests
+    index = PassageIndex(passages, on_circle(np.arange(len(order)) * 10), fingerprint="f")
+    columns = attached(read.table, index=index, hard_negatives=1)[:]
+    assert columns["negatives"][0] == [6]  # TEXTS[2] holds "red"
+    pairs = training_pairs(columns, [0, 1])
+    batch = retriever_batch(pairs, index.passages, parse_settings(["--questions", "q.tsv"]).training)
+    assert TEXTS[7] in batch.passages and TEXTS[2] not in batch.passages
+    assert sorted(batch.passages)[0].startswith("A river") and len(batch.passages) >= 3

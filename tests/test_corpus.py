@@ -190,7 +190,8 @@ def test_column_names_reach_both_readers(write):
     validation = write("e.jsonl", renamed[30:])
     corpus = load(write("q.jsonl", renamed[:30]), eval_questions=validation, passages=pool, columns=columns)
     assert [dict(row) for row in corpus.passages] == PASSAGES
-    assert [dict(row) for row in corpus.questions] + [dict(row) for row in corpus.eval_questions] == QUESTIONS
+    read = [dict(row) for row in corpus.questions] + [dict(row) for row in corpus.eval_questions]
+    assert read == [row | {"negative_ids": []} for row in QUESTIONS]
 
 
 def test_bad_rows_stop_the_run_or_are_reported_once_for_each_file(write):
@@ -220,3 +221,67 @@ def test_a_held_out_file_reports_its_bad_rows_once(write, passages):
         info=lines.append,
     )
     assert len(lines) == 1
+
+
+# ---- several files, questions without answers, hard negatives
+
+
+def test_several_files_and_patterns_are_one_corpus(write, tmp_path):
+    for name, rows in {"q1": QUESTIONS[:20], "q2": QUESTIONS[20:30], "e": QUESTIONS[30:]}.items():
+        write(f"{name}.jsonl", rows)
+    for name, rows in {"p1": PASSAGES[:7], "p2": PASSAGES[7:]}.items():
+        write(f"{name}.jsonl", rows)
+    whole = {"questions": write("q.jsonl", QUESTIONS[:30]), "eval_questions": tmp_path / "e.jsonl"}
+    one = load(**whole, passages=write("p.jsonl", PASSAGES))
+    several = load(
+        str(tmp_path / "q[12].jsonl"),
+        eval_questions=[str(tmp_path / "e.jsonl")],
+        passages=[str(tmp_path / "p1.jsonl"), str(tmp_path / "p2.jsonl")],
+    )
+    for table in ("questions", "eval_questions", "passages"):
+        assert getattr(several, table)[:] == getattr(one, table)[:]
+
+
+def test_questions_without_an_answer_are_read_if_asked_for(write, passages):
+    rows = [*QUESTIONS[:10], {"id": "x", "question": "Who?", "answers": []}]
+    source = write("q.jsonl", rows)
+    with pytest.raises(InputError, match="line 11: empty answer.*--no_answer reads them"):
+        load(source, passages=passages)
+    corpus = load(source, passages=passages, needs_answer=False, eval_questions=source)
+    assert corpus.questions["answers"][:][-1] == [] and len(corpus.eval_questions) == 11
+
+
+def test_a_delimiter_is_used_for_all_files(write, tmp_path):
+    for name, text in {"q": "question:answer\nWho?:Ada\nWhen?:now\n", "p": "title:text\nA:Ada is old.\n"}.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    files = {"passages": tmp_path / "p.csv", "eval_questions": tmp_path / "q.csv"}
+    corpus = load(tmp_path / "q.csv", **files, delimiter=":")
+    assert corpus.questions["question"][:] == ["Who?", "When?"] and corpus.passages["title"][:] == ["A"]
+
+
+def dpr(number, negatives):
+    texts = [row["text"] for row in PASSAGES]
+    contexts = {
+        "positive_ctxs": [{"title": "", "text": texts[number]}],
+        "hard_negative_ctxs": [{"title": "", "text": text} for text in negatives],
+    }
+    return {"question": QUESTIONS[2 * number]["question"], "answers": QUESTIONS[2 * number]["answers"]} | contexts
+
+
+def test_hard_negatives_are_among_the_passages_or_counted(write, passages):
+    texts = [row["text"] for row in PASSAGES]
+    source = write("dpr.jsonl", [dpr(0, [texts[5], "Not a passage."]), dpr(1, [texts[5], texts[6]])])
+    lines = []
+    corpus = load(source, passages=passages, eval_questions=source, info=lines.append)
+    assert corpus.questions["passage_id"][:] == [PASSAGES[0]["id"], PASSAGES[1]["id"]]
+    assert corpus.questions["negative_ids"][:] == [[PASSAGES[5]["id"]], [PASSAGES[5]["id"], PASSAGES[6]["id"]]]
+    assert [text for text in lines if "1 hard negatives are not among the passages" in text]
+    alone = load(source, eval_questions=source)
+    assert sorted(alone.passages["text"][:]) == sorted([*texts[:2], *texts[5:7], "Not a passage."])
+    assert [len(each) for each in alone.questions["negative_ids"]] == [2, 2]
+
+
+def test_hard_negatives_may_be_named_by_their_ids(write, passages):
+    rows = [row | {"negative_ids": ["p7", 7, "p8"]} for row in QUESTIONS[:4]]
+    corpus = load(write("q.jsonl", rows), passages=passages, eval_questions=write("e.jsonl", rows))
+    assert corpus.questions["negative_ids"][:] == [["p7", "p8"]] * 4

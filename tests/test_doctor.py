@@ -55,7 +55,7 @@ def retriever(retriever_path):
 def tables(questions=None, passages=None):
     own_passages, own_questions = corpus(12)
     rows = own_questions if questions is None else questions
-    table = Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
+    table = Dataset.from_dict({name: [row.get(name, []) for row in rows] for name in FEATURES}, features=FEATURES)
     return Corpus(table, table, Dataset.from_list(passages or own_passages))
 
 

@@ -259,7 +259,7 @@ def test_two_workers_give_the_same_as_one(tmp_path, monkeypatch):
 
 def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
     (tmp_path / "a.jsonl").write_text(
-        '{"title": "T"}\n{"title": "T", "text": 1.5}\n' + json.dumps({"text": long("fox")})
+        '{"title": "T"}\n{"title": "T", "text": true}\n' + json.dumps({"text": long("fox")})
     )
     (tmp_path / "b.md").write_bytes(b"caf\xe9 is not UTF-8 here, but Latin-1")
     (tmp_path / "wiki_00").write_text(DOCS.removesuffix("</doc>\n") + '<doc id="1" title="X">\nx\n</doc>\nstray\n')
@@ -268,7 +268,7 @@ def test_bad_rows_are_named_and_skipped_on_request(tmp_path):
         run(tmp_path, *inputs)
     message = str(refused.value)
     assert "5 rows cannot be used" in message and 'a.jsonl, line 1: no column "text"' in message
-    assert "a.jsonl, line 2: text is a float" in message and "b.md: line 1: expected UTF-8" in message
+    assert "a.jsonl, line 2: text is a bool" in message and "b.md: line 1: expected UTF-8" in message
     assert "wiki_00, line 9: the article has no </doc>" in message and "wiki_00, line 16: text outside" in message
     assert not (tmp_path / "out.jsonl").exists()
     run(tmp_path, *inputs, "--skip_bad_rows")

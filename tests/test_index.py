@@ -203,3 +203,9 @@ def test_vectors_are_mapped_from_the_file(tmp_path):
     index = make(drawn(10))
     index.save(tmp_path)
     np.testing.assert_array_equal(open_vectors(tmp_path / "vectors.safetensors"), index.vectors)
+
+
+@pytest.mark.parametrize("name", ["run [1]", "run[a-z]", "b*", "who?", "a{1,2}"])
+def test_the_name_of_a_folder_is_not_a_pattern(tmp_path, name):
+    make([EAST, NORTH]).save(tmp_path / name / "index")
+    assert PassageIndex.load(tmp_path / name / "index", fingerprint="f" * 16).passages.ids == ["p0", "p1"]

@@ -54,7 +54,7 @@ def test_hub(monkeypatch, tmp_path):
 
 
 def test_bad_rows(tmp_path):
-    rows = [{"id": "a", "text": "x"}, {"id": "b", "text": " "}, {"id": "a", "text": "x"}, {"text": 1.5}, {"id": "c"}]
+    rows = [{"id": "a", "text": "x"}, {"id": "b", "text": " "}, {"id": "a", "text": "x"}, {"text": True}, {"id": "c"}]
     source = jsonl(tmp_path / "p.jsonl", rows)
     with pytest.raises(InputError) as error:
         read_passages(source)
@@ -62,7 +62,7 @@ def test_bad_rows(tmp_path):
         f"{source}: 4 rows cannot be used",
         f"{source}, line 2: empty text",
         f"{source}, line 3: repeats {source}, line 1",
-        f"{source}, line 4: text is a float",
+        f"{source}, line 4: text is a bool",
         f"{source}, line 5: empty text",
         "--skip_bad_rows",
     ):

@@ -27,7 +27,7 @@ def jsonl(path, rows):
 def questions(golds, texts=None):
     texts = texts or [f"q{i}" for i in range(len(golds))]
     rows = [
-        {"id": str(i), "question": question, "answers": ["a"], "passage_id": gold}
+        {"id": str(i), "question": question, "answers": ["a"], "passage_id": gold, "negative_ids": []}
         for i, (question, gold) in enumerate(zip(texts, golds, strict=True))
     ]
     return datasets.Dataset.from_list(rows, features=FEATURES)
@@ -38,8 +38,8 @@ def test_headerless_tsv(tmp_path):
     read = read_questions(str(tmp_path / "q.tsv"))
     assert read.table.features == FEATURES
     assert read.table.remove_columns("id").to_list() == [
-        {"question": "who?", "answers": ["Ada"], "passage_id": None},
-        {"question": "when?", "answers": ["1815, 1852"], "passage_id": None},
+        {"question": "who?", "answers": ["Ada"], "passage_id": None, "negative_ids": []},
+        {"question": "when?", "answers": ["1815, 1852"], "passage_id": None, "negative_ids": []},
     ]
     assert (read.passages, read.report) == (None, None)
 
@@ -99,7 +99,8 @@ def test_named_columns(tmp_path):
     (tmp_path / "q.csv").write_text("FRAGE,Antwort,nr,absatz\nq,a,5,p\n")
     columns = Columns(question="frage", answer="antwort", id="nr", passage_id="absatz")
     read = read_questions(str(tmp_path / "q.csv"), columns=columns)
-    assert read.table.to_list() == [{"id": "5", "question": "q", "answers": ["a"], "passage_id": "p"}]
+    expected = {"id": "5", "question": "q", "answers": ["a"], "passage_id": "p", "negative_ids": []}
+    assert read.table.to_list() == [expected]
 
 
 def test_generated_ids(tmp_path):

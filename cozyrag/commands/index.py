@@ -36,10 +36,11 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from cozyrag.commands.options import add_columns, at_least, columns_of
+from cozyrag.commands.options import add_columns, add_delimiter, at_least, columns_of
 from cozyrag.config import ContextSettings, DataSettings, ModelSettings, OutputSettings, Settings, TrainingSettings
 from cozyrag.config_checks import EMBEDDED
 from cozyrag.data.passages import stream_passages
+from cozyrag.data.readers import described, size_of
 from cozyrag.data.rows import SHOWN, BadRows, Row, no_rows
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
@@ -59,7 +60,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     contexts, precisions, add = ContextSettings(), (AUTO, FLOAT32, INT8), parser.add_argument
-    add("passages", metavar="PASSAGES", help="output of `cozyrag passages`, or any --passages of train.py")
+    add("passages", nargs="+", metavar="PASSAGES", help="output of `cozyrag passages`, or any --passages of train.py")
     add("--output", required=True, metavar="DIR", help="folder for the index; an existing index in it is updated")
     add("--retriever", default=EMBEDDED, metavar="NAME", help="folder or Hub id of a SentenceTransformer")
     add("--retriever_revision", metavar="REV", help="Hub revision of --retriever")
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no_sentence_vectors", action="store_true", help="leave out the vectors of sentences, see above")
     add("--passages_split", default="train", help="split, if PASSAGES is a Hub dataset")
     add_columns(parser, "title", "text", "id")
+    add_delimiter(parser)
     add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
     add("--use_cpu", action="store_true", help="encode on the CPU even if there is a GPU")
     add("--threads", type=int, metavar="N", help="CPU threads per process (default: all cores, shared)")
@@ -174,23 +176,29 @@ def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
     """Write the passages for all processes; returns the hashes of their contents. Raises InputError for bad rows."""
     bad = BadRows()
     read = _reader(options)
-    size = os.path.getsize(options.passages) if os.path.exists(options.passages) else None
+    size = size_of(options.passages)
     with tqdm(total=size, desc="reading passages", unit="B", unit_scale=True) as bar:
         rows = read(bad=bad, progress=bar.update if size else None)
         ids, contents = store_passages(((key, title, text) for _, key, title, text in rows), path)
     again = _repeated(options, ids, contents, bad)
-    if report := bad.finish(options.passages, options.skip_bad_rows):
+    if report := bad.finish(described(options.passages), options.skip_bad_rows):
         print(report)
     if again.any():
         rows = (row for repeat, row in zip(again, read(bad=BadRows()), strict=True) if not repeat)
         contents = store_passages(((key, title, text) for _, key, title, text in rows), path)[1]
     if not len(contents):
-        raise no_rows(options.passages, "text")
+        raise no_rows(described(options.passages), "text")
     return contents
 
 
 def _reader(options: argparse.Namespace) -> Callable[..., Iterator[tuple[Row, str, str, str]]]:
-    return partial(stream_passages, options.passages, split=options.passages_split, columns=columns_of(options))
+    return partial(
+        stream_passages,
+        options.passages,
+        split=options.passages_split,
+        columns=columns_of(options),
+        delimiter=options.delimiter,
+    )
 
 
 def _repeated(options: argparse.Namespace, ids: np.ndarray, contents: np.ndarray, bad: BadRows) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cozyrag.config_checks import column_names
+from cozyrag.data.delimited import delimiter_of
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 
@@ -30,6 +31,12 @@ def add_columns(parser: argparse.ArgumentParser, *names: str) -> None:
     for name in names:
         option = f"--{name}_column"
         parser.add_argument(option, dest="columns", action="append", type=f"{name}={{}}".format, help=argparse.SUPPRESS)
+
+
+def add_delimiter(parser: argparse.ArgumentParser) -> None:
+    """Add --delimiter; None, the default, finds it out."""
+    help = "character between the cells of .csv and .tsv files, or tab (default: found out)"
+    parser.add_argument("--delimiter", type=delimiter_of, metavar="CHARACTER", help=help)
 
 
 def columns_of(options: argparse.Namespace) -> Columns:

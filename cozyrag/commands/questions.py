@@ -1,7 +1,8 @@
 """Merge one or several files of questions, in any layout that train.py reads, into one, and check them.
 
-IN is a .tsv (question, tab, answer), .csv, .jsonl, .json (rows, or the layout of SQuAD) or .parquet
-file, or a Hub dataset. With --passages, answers are looked up there: a question whose answer is in no
+IN is a .tsv (question, tab, answer), .csv, .jsonl, .json (rows, or the layout of a known data set),
+.parquet or .arrow file, a pattern of such names in quotes, a folder of save_to_disk or in the BEIR
+layout, or a Hub dataset. With --passages, answers are looked up there: a question whose answer is in no
 passage cannot be learned from them.
 
 Rows that cannot be used stop the command. An answer occurs in a text if its words do, without case,
@@ -32,16 +33,18 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from cozyrag.commands.options import add_columns, columns_of
+from cozyrag.commands.options import add_columns, add_delimiter, columns_of
 from cozyrag.data.chunking import count_words
 from cozyrag.data.ingest_assemble import check_destination, summary_path
 from cozyrag.data.matching import fold, word_forms, words
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.questions import Question, stream_questions
+from cozyrag.data.readers import Sources, size_of
 from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows
 
 OUTPUTS = (".jsonl", ".jsonl.gz")
@@ -63,22 +66,27 @@ class Checked:
         found = asdict(self.question)
         names = ("title", "context") if self.question.context else ("passage_id",)
         kept = {name: found[name] for name in ("id", "question", "answers", *names)}
+        for name, passages in {"ctxs": self.question.others, "hard_negative_ctxs": self.question.negatives}.items():
+            kept[name] = [{"title": title, "text": text} for title, text in passages]
+        if not self.question.negatives:
+            kept["negative_ids"] = list(self.question.negative_ids)
         return {name: value for name, value in kept.items() if value or name in ("question", "answers")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="IN", help="file or Hub dataset")
+    add("inputs", nargs="+", metavar="IN", help="file, folder or Hub dataset")
     add("--output", metavar="FILE", help=".jsonl or .jsonl.gz; an existing one is replaced")
     add("--check_only", action="store_true", help="report problems, write nothing")
-    add("--passages", metavar="FILE", help="passages that should contain the answers, as for train.py")
+    add("--passages", nargs="+", metavar="FILE", help="passages that should contain the answers, as for train.py")
     help = "leave out questions with these problems too: %(choices)s"
     add("--drop", nargs="+", choices=KINDS, default=[], metavar="KIND", help=help)
     add("--examples", type=int, default=3, metavar="N", help="examples of each problem to show")
     add("--split", default="train", help="split of Hub datasets")
     add("--no_answer", action="store_true", help="accept questions without an answer")
     add_columns(parser, *asdict(COLUMNS))
+    add_delimiter(parser)
     add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
 
 
@@ -95,7 +103,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     report = bad.finish(sources, options.skip_bad_rows or options.check_only)
     if not checked:
         raise no_rows(sources, "a question and an answer")
-    check(checked, passages=options.passages, columns=columns, split=options.split)
+    check(checked, passages=options.passages, columns=columns, split=options.split, delimiter=options.delimiter)
     drop = {"repeated", *options.drop}
     kept = [each for each in checked if not drop & each.problems.keys()]
     print(_report(checked, kept, options, report))
@@ -106,21 +114,33 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
 
 def _read(options: argparse.Namespace, columns: Columns, bad: BadRows) -> Iterator[Checked]:
     seen: dict[str, str] = {}
-    needs_answer = not options.no_answer
-    for source in options.inputs:
-        rows = stream_questions(source, split=options.split, columns=columns, needs_answer=needs_answer, bad=bad)
-        for row, question in rows:
-            if question.id and seen.setdefault(question.id, row.where) is not row.where:
-                bad.add(row.where, f'the id "{question.id}" was given at {seen[question.id]} already')
-            else:
-                yield Checked(row.where, question)
+    rows = stream_questions(
+        options.inputs,
+        split=options.split,
+        columns=columns,
+        needs_answer=not options.no_answer,
+        delimiter=options.delimiter,
+        bad=bad,
+    )
+    for row, question in rows:
+        if question.id and seen.setdefault(question.id, row.where) is not row.where:
+            bad.add(row.where, f'the id "{question.id}" was given at {seen[question.id]} already')
+        else:
+            yield Checked(row.where, question)
 
 
 # ---- the checks
 
 
-def check(checked: Sequence[Checked], *, passages: str | None, columns: Columns, split: str) -> None:
-    """Add the problems of each question to it; `columns` and `split` are those of the passage file."""
+def check(
+    checked: Sequence[Checked],
+    *,
+    passages: Sources | None,
+    columns: Columns,
+    split: str,
+    delimiter: str | None = None,
+) -> None:
+    """Add the problems of each question to it; `columns`, `split` and `delimiter` are those of the passage files."""
     _check_repeats(checked)
     _check_lengths(checked)
     for each in checked:
@@ -130,7 +150,7 @@ def check(checked: Sequence[Checked], *, passages: str | None, columns: Columns,
         elif context and answers and not AnswerSearch([answers]).found_in(context):
             each.problems["not_in_gold"] = f"no answer ({_short(each)}) in the text that the row carries"
     if passages is not None:
-        _check_passages(checked, passages, columns, split)
+        _check_passages(checked, passages, columns, split, delimiter)
 
 
 def _check_repeats(checked: Iterable[Checked]) -> None:
@@ -167,17 +187,19 @@ def _check_lengths(checked: Sequence[Checked]) -> None:
             each.problems["length"] = f'{name} of {count_words(text):.0f} words, {usual}: "{text[:60]}"'
 
 
-def _check_passages(checked: Sequence[Checked], passages: str, columns: Columns, split: str) -> None:
+def _check_passages(
+    checked: Sequence[Checked], passages: Sources, columns: Columns, split: str, delimiter: str | None
+) -> None:
     search, known = AnswerSearch(each.question.answers for each in checked), set()
     named: dict[str, list[Checked]] = {}
     for each in checked:
         if each.question.passage_id and not each.question.context:
             named.setdefault(each.question.passage_id, []).append(each)
-    bad = BadRows()
-    size = os.path.getsize(passages) if os.path.exists(passages) else None
+    bad = BadRows()  # train.py refuses them; here they hold no answer
+    size = size_of(passages)
+    reading: dict[str, Any] = {"split": split, "columns": columns, "delimiter": delimiter, "bad": bad}
     with tqdm(total=size, desc="searching for answers", unit="B", unit_scale=True) as bar:
-        progress = bar.update if size else None
-        for _, key, _, text in stream_passages(passages, split=split, columns=columns, bad=bad, progress=progress):
+        for _, key, _, text in stream_passages(passages, **reading, progress=bar.update if size else None):
             search.add_text(text)
             for each in named.get(key, ()):
                 known.add(key)

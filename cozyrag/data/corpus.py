@@ -6,11 +6,13 @@ a share of the training questions is held out. Left out: the file formats (reade
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 
 from cozyrag.data.passages import merge_passages, read_passages
 from cozyrag.data.questions import Questions, hold_out, read_questions, take
+from cozyrag.data.readers import Sources, described
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 
@@ -26,9 +28,9 @@ class Corpus:
 
 def load_corpus(
     *,
-    questions: str,
-    eval_questions: str | None,
-    passages: str | None,
+    questions: Sources,
+    eval_questions: Sources | None,
+    passages: Sources | None,
     questions_split: str,
     eval_split: str,
     passages_split: str,
@@ -37,54 +39,60 @@ def load_corpus(
     max_eval_questions: int | None,
     eval_share: float,
     skip_bad_rows: bool,
+    needs_answer: bool = True,
+    delimiter: str | None = None,
     seed: int,
     info: Callable[[str], None],
 ) -> Corpus:
-    """Read the tables; `info` receives one line for each file with skipped rows.
+    """Read the tables; `info` receives one line for each setting with skipped rows or notes.
+
+    See `read_questions` for columns, bad rows, `needs_answer` and `delimiter`.
 
     Raises:
         InputError: a file that cannot be used; no passages in any file; a gold id that no passage has.
     """
-    train = read_questions(questions, split=questions_split, columns=columns, skip_bad_rows=skip_bad_rows)
+    reading: dict[str, Any] = {"columns": columns, "skip_bad_rows": skip_bad_rows, "delimiter": delimiter}
+    train = read_questions(questions, split=questions_split, needs_answer=needs_answer, **reading)
     validation = train
     if eval_questions is not None:
-        validation = read_questions(eval_questions, split=eval_split, columns=columns, skip_bad_rows=skip_bad_rows)
+        validation = read_questions(eval_questions, split=eval_split, needs_answer=needs_answer, **reading)
     for report in filter(None, dict.fromkeys((train.report, validation.report))):
         info(report)
     if passages is not None:
-        pool, skipped = read_passages(passages, split=passages_split, columns=columns, skip_bad_rows=skip_bad_rows)
+        pool, skipped = read_passages(passages, split=passages_split, **reading)
         if skipped:
             info(skipped)
     elif carried := [table for table in (train.passages, validation.passages) if table is not None]:
         pool = merge_passages(carried)
     else:
         raise InputError(
-            f"Expected passages to search: {questions} carries no contexts (column {columns.context!r}) and --passages "
-            "was not given. Give --passages FILE, or a question file with contexts."
+            f"Expected passages to search: {described(questions)} carries no contexts (column {columns.context!r}) and "
+            "--passages was not given. Give --passages FILE, or a question file with contexts."
         )
-    train_table = _with_gold(train, pool, questions, info)
+    train_table = _with_known(train, pool, described(questions), info)
     if eval_questions is None:
         limit = max_eval_questions or len(train_table)
         train_table, validation_table = hold_out(train_table, share=eval_share, limit=limit, seed=seed)
     else:
-        validation_table = _with_gold(validation, pool, eval_questions, info)
+        validation_table = _with_known(validation, pool, described(eval_questions), info)
     return Corpus(take(train_table, max_questions, seed), take(validation_table, max_eval_questions, seed), pool)
 
 
-def _with_gold(questions: Questions, passages: Dataset, source: str, info: Callable[[str], None]) -> Dataset:
-    """The questions table with gold ids that are among the passages.
+def _with_known(questions: Questions, passages: Dataset, source: str, info: Callable[[str], None]) -> Dataset:
+    """The questions table with ids of gold passages and hard negatives that are among the passages.
 
-    An id that the question file names and no passage has is an error: it would silently become "unknown". A context in
-    the question file is looked up among the passages by its text; one that is missing there is unknown, and counted.
+    A gold id that the question file names and no passage has is an error: it would silently become "unknown". A passage
+    in the question file is looked up among the passages by its text; one that is missing there is unknown, and counted,
+    as is a hard negative.
     """
     columns, pool = questions.table[:], passages[:]
-    known = set(pool["id"])
+    known, place = set(pool["id"]), dict[str, str | None]()
     if questions.passages is not None:
         by_text, carried = dict(zip(pool["text"], pool["id"], strict=True)), questions.passages[:]
         place = {own: by_text.get(text) for own, text in zip(carried["id"], carried["text"], strict=True)}
+        named = sum(gold is not None for gold in columns["passage_id"])
         columns["passage_id"] = [gold if gold in known else place.get(gold, gold) for gold in columns["passage_id"]]
-        unknown = sum(gold is None for gold in columns["passage_id"])
-        if unknown:
+        if unknown := named - sum(gold is not None for gold in columns["passage_id"]):
             info(
                 f"{source}: the contexts of {unknown} of {len(questions.table)} questions are not among the passages, "
                 "so their gold passage is unknown."
@@ -95,4 +103,8 @@ def _with_gold(questions: Questions, passages: Dataset, source: str, info: Calla
                 f"{source}, question {row_id!r}: its gold passage {gold!r} is not among the {len(known)} passages. "
                 "Give the passage file that belongs to the questions, or remove the passage_id column."
             )
+    negatives = [[key if key in known else place.get(key) for key in keys] for keys in columns["negative_ids"]]
+    columns["negative_ids"] = [list(dict.fromkeys(filter(None, keys))) for keys in negatives]
+    if lost := sum(key is None for keys in negatives for key in keys):
+        info(f"{source}: {lost} hard negatives are not among the passages and are not used.")
     return Dataset.from_dict(columns, features=questions.table.features)

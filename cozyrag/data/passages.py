@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from datasets import Dataset, Features, Value
 
-from cozyrag.data.readers import read_rows
+from cozyrag.data import beir
+from cozyrag.data.layouts import known_names, present
+from cozyrag.data.readers import Sources, described, read_rows, sources_of
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, Row, line_of, no_rows, require_column, text_of
 from cozyrag.data.streams import Progress
 from cozyrag.errors import InputError
@@ -23,20 +25,26 @@ def passage_id(text: str) -> str:
 
 
 def read_passages(
-    source: str, *, split: str = "train", columns: Columns = COLUMNS, skip_bad_rows: bool = False
+    source: Sources,
+    *,
+    split: str = "train",
+    columns: Columns = COLUMNS,
+    skip_bad_rows: bool = False,
+    delimiter: str | None = None,
 ) -> tuple[Dataset, str | None]:
-    """Read passages from a file or Hub dataset (see `read_rows`; TSV and CSV need a header).
+    """Read passages from one or several files, folders or Hub datasets (see `read_rows`, `sources_of`).
 
-    Returns the table (id, title, text; one row per passage, in the order of the source) and the report of skipped rows,
-    None if there are none. A missing id becomes `passage_id(text)`, a missing title "". A row is bad without text, with
-    cells that are not text, or if it repeats the id and text of an earlier row.
+    A table with tabs and without header is text, title and text, or id and text if all first cells are digits. Returns
+    the table (id, title, text; one row per passage, in the order of the sources) and the report of skipped rows and
+    notes, None if there are none. A missing id becomes `passage_id(text)`, a missing title "". A row is bad without
+    text, with cells that are not text, or if it repeats the id and text of an earlier row.
 
     Raises InputError as `read_rows`, without text column, for two texts under one id, without any usable row, and for
     bad rows unless `skip_bad_rows`.
     """
     bad = BadRows()
     kept: dict[str, tuple[str, str, str]] = {}
-    for row, key, title, text in stream_passages(source, split=split, columns=columns, bad=bad):
+    for row, key, title, text in stream_passages(source, split=split, columns=columns, delimiter=delimiter, bad=bad):
         passage = (title, text, row.where)
         _, first_text, first_where = first = kept.setdefault(key, passage)
         if first_text != text:
@@ -46,37 +54,61 @@ def read_passages(
             )
         if first is not passage:
             bad.add(row.where, f"repeats {first_where}")
-    report = bad.finish(source, skip_bad_rows)
+    report = bad.finish(described(source), skip_bad_rows)
     if not kept:
-        raise no_rows(source, "text")
+        raise no_rows(described(source), "text")
     return _table((key, title, text) for key, (title, text, _) in kept.items()), report
 
 
 def stream_passages(
-    source: str, *, split: str, columns: Columns, bad: BadRows, progress: Progress | None = None
+    source: Sources,
+    *,
+    split: str,
+    columns: Columns,
+    bad: BadRows,
+    delimiter: str | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Row, str, str, str]]:
     """Rows with the id, title and text of their passages, one at a time; nothing is kept, and ids may repeat.
 
     For corpora larger than memory; see `read_passages` for the rules of a row, `read_rows` for `progress`.
     """
-    found: dict[str, None] = {}
-    known = (columns.id, columns.title, columns.text)
-    for row in read_rows(source, split=split, known=known, bad=bad, streaming=progress is not None, progress=progress):
-        found.update(dict.fromkeys(row.values))
-        try:
-            yield row, *_parsed(row, columns)
-        except BadValue as error:
-            bad.add(row.where, str(error))
-    require_column(source, found, columns.text, "text")
+
+    def names(records: Sequence[Sequence[str]]) -> Sequence[str]:
+        ids = all(cells[0].strip().isdigit() for cells in records)
+        return {1: (columns.text,), 2: (columns.id if ids else columns.title, columns.text)}.get(len(records[0]), ())
+
+    known = known_names(columns)
+    for each in sources_of(source):
+        found: dict[str, None] = {}
+        rows = read_rows(
+            beir.part_of(each, "corpus") or each,
+            split=split,
+            known=known,
+            headerless=names,
+            delimiter=delimiter,
+            bad=bad,
+            streaming=progress is not None,
+            progress=progress,
+        )
+        for row in rows:
+            own = present(tuple(row.values), columns)
+            found.update(dict.fromkeys([*row.values, *([columns.text] if own.text in row.values else [])]))
+            try:
+                yield row, *_parsed(row, own)
+            except BadValue as error:
+                bad.add(row.where, str(error))
+        require_column(each, found, columns.text, "text")
 
 
 def _parsed(row: Row, columns: Columns) -> tuple[str, str, str]:
     """Id, title and text of a row; the text is unchanged, so that its id equals that of the same context."""
-    text = text_of(row.values.get(columns.text), columns.text)
+    values = row.values
+    text = text_of(values.get(columns.text), columns.text)
     if not text.strip():
         raise BadValue("empty text")
-    title = line_of(row.values, columns.title)
-    key = text_of(row.values.get(columns.id), columns.id).strip()
+    title = line_of(values, columns.title)
+    key = text_of(values.get(columns.id), columns.id).strip()
     return key or passage_id(text), title, text
 
 

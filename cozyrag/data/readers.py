@@ -4,28 +4,32 @@ Left out: what a question or a passage is (questions.py, passages.py), bytes and
 remote files other than Hub datasets.
 """
 
-import csv
 import difflib
+import glob
 import io
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
-from itertools import chain
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cozyrag.data.rows import BadRows, Row, quoted
+from cozyrag.data import layouts
+from cozyrag.data.delimited import Headerless, Table, delimited_rows, refuse_repeats
+from cozyrag.data.rows import BadRows, Row
 from cozyrag.data.streams import PACKED, InputFile, Progress, empty_source, open_file, read_lines
 from cozyrag.errors import InputError
 
-EXTENSIONS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
+EXTENSIONS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+Sources = str | Sequence[str]  # one source of rows or several: files, patterns of files, folders, ids on the Hub
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-# The default limit of csv, 131,072 characters, is shorter than a long article.
-_LONGEST_CELL = 2**31 - 1
+_ARROW_FILE = b"ARROW1"
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in each folder of save_to_disk
 # What Arrow raises for a cell without a Python value: a time after the year 9999, an unknown time zone, bytes that are
 # not UTF-8.
 _NO_VALUE = (pa.ArrowException, ValueError, OverflowError, LookupError)
@@ -36,18 +40,22 @@ def read_rows(
     *,
     split: str = "train",
     known: Collection[str] = (),
-    headerless: tuple[str, ...] = (),
+    headerless: Headerless | None = None,
+    delimiter: str | None = None,
     bad: BadRows | None = None,
     kind: str | None = None,
     streaming: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Row]:
-    """Read the rows of a file or, if no such path exists, of a Hub dataset, in order.
+    """Read the rows of a file, of a folder of `save_to_disk` or, if no such path exists, of a Hub dataset, in order.
 
-    source: path to a .tsv .csv .jsonl .ndjson .json or .parquet file, each also with .gz or .bz2; or "user/name" or
-        "user/name:config" on the Hub. A .json file is a list of objects, the SQuAD layout, or JSON lines.
+    source: path to a file with one of EXTENSIONS, also with .gz or .bz2; or "user/name" or "user/name:config" on the
+        Hub. A .json file is a list of objects, one object with a list in it (SQuAD, CoQA, TriviaQA), or JSON lines.
+    split: of a Hub dataset or of a folder with splits.
     known: column names that get this spelling in a CSV or TSV header, which may differ in case and outer spaces.
-    headerless: names of the columns, by position, of a TSV file without header; empty if a header is required.
+    headerless: names the columns of a table with tabs and without header, from its first records; None: a header is
+        required.
+    delimiter: of a table; None: it is found out.
     bad: receives the rows that cannot be parsed (wrong number of cells, not an object); None: they raise InputError.
     kind: one of EXTENSIONS, for a file whose name does not show it.
     streaming: rows of a Hub dataset as they arrive, nothing stored on this machine.
@@ -58,20 +66,27 @@ def read_rows(
     collected = BadRows() if bad is None else bad
     if is_hub_id(source):
         yield from _hub_rows(source, split, streaming)
+    elif is_saved(source):
+        yield from _saved_rows(source, split)
     else:
         file = InputFile(source, os.path.expanduser(source), progress)
         kind = kind or kind_of(file.path)
         _check_file(file, kind)
-        if kind == ".parquet":
-            yield from _parquet_rows(file, collected)
-        elif kind == ".json":
-            yield from _json_rows(file, collected)
-        elif kind in (".jsonl", ".ndjson"):
-            yield from _json_lines(source, read_lines(file), collected)
-        else:
-            yield from _delimited_rows(file, kind, known, headerless, collected)
+        yield from _file_rows(file, kind, Table(known, headerless, delimiter), collected)
     if bad is None:
         collected.finish(source, skip=False)
+
+
+def _file_rows(file: InputFile, kind: str, table: Table, bad: BadRows) -> Iterator[Row]:
+    if kind == ".parquet":
+        return _batch_rows(file, _parquet_batches(file), bad)
+    if kind == ".arrow":
+        return _batch_rows(file, _arrow_batches(file), bad)
+    if kind == ".json":
+        return _json_rows(file, bad)
+    if kind in (".jsonl", ".ndjson"):
+        return _json_lines(file.source, read_lines(file), bad)
+    return delimited_rows(file, kind, table, bad)
 
 
 # ---- which source it is
@@ -91,13 +106,53 @@ def is_hub_id(source: str) -> bool:
     return named and not os.path.exists(path) and kind_of(path) not in EXTENSIONS
 
 
+def is_saved(source: str) -> bool:
+    """Whether this is a folder that `save_to_disk` of the library `datasets` wrote."""
+    return any(os.path.isfile(os.path.join(os.path.expanduser(source), name)) for name in _SAVED)
+
+
+def sources_of(given: Sources) -> list[str]:
+    """The single sources of a setting: each pattern of file names becomes the files that fit, in order.
+
+    What exists is a path, never a pattern, so names may hold brackets. Raises InputError if no file fits.
+    """
+    found: dict[str, None] = {}
+    for source in [given] if isinstance(given, str) else given:
+        path = os.path.expanduser(source)
+        if os.path.exists(path) or not glob.has_magic(path):
+            found[source] = None
+            continue
+        folder, name = os.path.split(path)
+        pattern = os.path.join(glob.escape(folder), name) if os.path.isdir(folder) else path
+        files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        if not files:
+            raise InputError(
+                f"Expected files that fit {source} in {os.path.abspath(folder)}, found none. Check the pattern and the "
+                "working folder."
+            )
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def described(given: Sources) -> str:
+    """The sources of a setting in words."""
+    names = [given] if isinstance(given, str) else list(given)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def size_of(given: Sources) -> int | None:
+    """Bytes of all the files, None if one of the sources is not a file."""
+    paths = [os.path.expanduser(source) for source in sources_of(given)]
+    return sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None
+
+
 def _check_file(file: InputFile, kind: str) -> None:
     supported = f"{' '.join(EXTENSIONS)} (each also with .gz)"
     if os.path.isdir(file.path):
-        raise InputError(f"Expected a file, but {file.source} is a directory. Name one file in it: {supported}.")
+        raise _unknown_folder(file, supported)
     if not os.path.exists(file.path):
         raise InputError(f"Expected a file at {os.path.abspath(file.path)}, found none. {_near_miss(file.path)}")
-    if kind not in EXTENSIONS:
+    if kind not in (*EXTENSIONS, ".txt"):
         raise InputError(
             f"{file.source}: the extension {kind or '(none)'} does not show the format, so the file was not read. "
             f"Supported: {supported}; rename or convert the file."
@@ -106,65 +161,26 @@ def _check_file(file: InputFile, kind: str) -> None:
         raise empty_source(file.source)
 
 
+def _unknown_folder(file: InputFile, supported: str) -> InputError:
+    """The InputError for a folder that is no data set, with the pattern for the tables in it."""
+    kinds = Counter(kind for name in sorted(os.listdir(file.path)) if (kind := kind_of(name)) in EXTENSIONS)
+    named = (
+        "Name one file in it"
+        if not kinds
+        else f'Name a file, or "{os.path.join(file.source, "*")}{kinds.most_common(1)[0][0]}"'
+    )
+    return InputError(
+        f"Expected a file, a folder of save_to_disk or a BEIR folder (corpus.jsonl, queries.jsonl, qrels), but "
+        f"{file.source} is a directory of another kind. {named}: {supported}."
+    )
+
+
 def _near_miss(path: str) -> str:
     folder, name = os.path.split(os.path.abspath(path))
     if not os.path.isdir(folder):
         return f"The folder {folder} does not exist either: check the path."
     similar = difflib.get_close_matches(name, sorted(os.listdir(folder)), n=1)
     return f"Did you mean {os.path.join(folder, similar[0])}?" if similar else "Check the path and the working folder."
-
-
-# ---- TSV and CSV
-
-
-def _delimited_rows(
-    file: InputFile, kind: str, known: Collection[str], headerless: tuple[str, ...], bad: BadRows
-) -> Iterator[Row]:
-    source, records = file.source, _records(file, kind)
-    spelling = {name.lower(): name for name in known}
-    line, first = next(records)
-    cells = [cell.strip() for cell in first]
-    matches = [cell.lower() in spelling for cell in cells]
-    # One known name alone, not in the first cell, may well be an answer.
-    if kind == ".tsv" and headerless and not (matches[0] or sum(matches) > 1):
-        header, records = list(headerless), chain([(line, first)], records)
-    else:
-        header = [spelling.get(cell.lower(), cell) for cell in cells]
-        _refuse_repeats(f"{source}, line {line}", header)
-    for line, cells in records:
-        if len(cells) == len(header):
-            yield Row(f"{source}, line {line}", dict(zip(header, cells, strict=True)))
-        else:
-            bad.add(f"{source}, line {line}", f"expected {len(header)} cells, found {len(cells)}")
-
-
-def _records(file: InputFile, kind: str) -> Iterator[tuple[int, list[str]]]:
-    """Pairs of the first line of a record (1-based) and its cells; blank lines are not records."""
-    csv.field_size_limit(_LONGEST_CELL)
-    lines, line = read_lines(file), 1
-    tab_separated = kind == ".tsv"
-    reader = (
-        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tab_separated else csv.reader(lines, strict=True)
-    )
-    try:
-        for cells in reader:
-            if cells:
-                yield line, cells
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(
-            f"{file.source}, line {line}: expected a {kind[1:].upper()} record, found a broken one ({error}); the "
-            "file cannot be read past it. Correct the quotes or line ends there, or export the table as .jsonl."
-        ) from error
-
-
-def _refuse_repeats(where: str, header: list[str]) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise InputError(
-            f"{where}: expected every column once, found {quoted(repeated)} more than once, so it is unclear which to "
-            "read. Rename or drop the repeated columns."
-        )
 
 
 # ---- JSON
@@ -199,7 +215,7 @@ def _broken_json(where: str, error: Exception) -> InputError:
 
 
 def _json_rows(file: InputFile, bad: BadRows) -> Iterator[Row]:
-    """Rows of a .json file: a list of objects, the SQuAD layout, or JSON lines under the wrong name."""
+    """Rows of a .json file: a list of objects, one object with rows in it, or JSON lines under the wrong name."""
     source, lines = file.source, list(read_lines(file))
     text = "".join(lines)
     try:
@@ -210,10 +226,9 @@ def _json_rows(file: InputFile, bad: BadRows) -> Iterator[Row]:
     more = bool(text[end:].strip())
     if isinstance(value, dict) and more:
         yield from _json_lines(source, lines, bad)
-    elif isinstance(value, dict) and isinstance(value.get("data"), list):
-        yield from _squad_rows(source, value["data"], bad)
     elif isinstance(value, dict):
-        yield Row(f"{source}, row 1", value)
+        for place, item in layouts.objects_in(source, value):
+            yield from _object_row(f"{source}, {place}", item, bad)
     elif isinstance(value, list) and not more:
         for number, item in enumerate(value, start=1):
             yield from _object_row(f"{source}, row {number}", item, bad)
@@ -222,33 +237,12 @@ def _json_rows(file: InputFile, bad: BadRows) -> Iterator[Row]:
         raise _broken_json(f"{source}, line {line}", ValueError("neither one list of objects nor one object per line"))
 
 
-def _squad_rows(source: str, data: list[Any], bad: BadRows) -> Iterator[Row]:
-    """Flatten the layout of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016, 2018): id, question, answers, title, context."""
-    for a, article in enumerate(data):
-        place = f"{source}, data[{a}]"
-        for p, paragraph in enumerate(_part(place, article, "paragraphs", list)):
-            here = f"{place}.paragraphs[{p}]"
-            shared = {"title": article.get("title"), "context": _part(here, paragraph, "context", str)}
-            for q, item in enumerate(_part(here, paragraph, "qas", list)):
-                for row in _object_row(f"{here}.qas[{q}]", item, bad):
-                    yield Row(row.where, {key: row.values.get(key) for key in ("id", "question", "answers")} | shared)
+# ---- Parquet, Arrow and Hub
 
 
-def _part(where: str, value: object, key: str, kind: type) -> Any:
-    if isinstance(value, dict) and isinstance(value.get(key), kind):
-        return value[key]
-    raise InputError(
-        f'{where}: expected the SQuAD layout, found no "{key}" of type {kind.__name__} there. '
-        "Follow that layout, or write one object per row as .jsonl."
-    )
-
-
-# ---- Parquet and Hub
-
-
-def _parquet_rows(file: InputFile, bad: BadRows) -> Iterator[Row]:
+def _batch_rows(file: InputFile, batches: Iterable[pa.RecordBatch], bad: BadRows) -> Iterator[Row]:
     number = 0
-    for batch in _parquet_batches(file):
+    for batch in batches:
         try:
             whole = batch.to_pylist()
         except _NO_VALUE:
@@ -263,18 +257,61 @@ def _parquet_rows(file: InputFile, bad: BadRows) -> Iterator[Row]:
 
 
 def _parquet_batches(file: InputFile) -> Iterator[pa.RecordBatch]:
+    with _table_bytes(file, "Parquet") as whole:
+        table = pq.ParquetFile(whole)
+        refuse_repeats(file.source, table.schema_arrow.names)
+        yield from table.iter_batches(batch_size=4096)
+
+
+def _arrow_batches(file: InputFile) -> Iterator[pa.RecordBatch]:
+    """The batches of a stream, which `datasets` writes, or of a file, which other programs write."""
+    with _table_bytes(file, "Arrow") as whole:
+        is_file = whole.read(len(_ARROW_FILE)) == _ARROW_FILE
+        whole.seek(0)
+        if is_file:
+            table = pa.ipc.open_file(whole)
+            batches: Iterable[pa.RecordBatch] = map(table.get_batch, range(table.num_record_batches))
+        else:
+            table = batches = pa.ipc.open_stream(whole)
+        refuse_repeats(file.source, table.schema.names)
+        yield from batches
+
+
+@contextmanager
+def _table_bytes(file: InputFile, kind: str) -> Iterator[BinaryIO]:
     with open_file(file) as opened:
-        # Parquet is read from its end, which gzip reaches only by unpacking everything.
+        # These formats are not read from front to end, which gzip reaches only by unpacking everything.
         whole = io.BytesIO(opened.read()) if file.path.lower().endswith(PACKED) else opened
         try:
-            table = pq.ParquetFile(whole)
-            _refuse_repeats(file.source, table.schema_arrow.names)
-            yield from table.iter_batches(batch_size=4096)
+            yield cast(BinaryIO, whole)
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # UnicodeDecodeError: broken column names
             raise InputError(
-                f"{file.source}: expected a Parquet file, found a broken one ({' '.join(str(error).split())}). "
-                "Copy or write it again."
+                f"{file.source}: expected {'an' if kind == 'Arrow' else 'a'} {kind} file, found a broken one "
+                f"({' '.join(str(error).split())}). Copy or write it again."
             ) from error
+
+
+def _saved_rows(source: str, split: str) -> Iterator[Row]:
+    """Rows of a folder that `save_to_disk` of the library `datasets` wrote."""
+    import datasets
+
+    folder = os.path.expanduser(source)
+    try:
+        table = datasets.load_from_disk(folder)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{source}: expected a data set of save_to_disk, found a broken one ({' '.join(str(error).split())}). Copy "
+            "or write it again."
+        ) from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise InputError(
+                f"{source}: expected the split {split}, found {', '.join(table)}. Name one with --questions_split, "
+                "--eval_split, --passages_split, or --split of the commands."
+            )
+        source, table = f"{source} ({split})", table[split]
+    for number, values in enumerate(table, start=1):
+        yield Row(f"{source}, row {number}", values)
 
 
 def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:

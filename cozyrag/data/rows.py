@@ -3,6 +3,7 @@
 Left out: files and their formats (readers.py), which columns a question or a passage needs (questions.py, passages.py).
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from cozyrag.errors import InputError
 
 SHOWN = 10  # bad rows named in a message
+LONGEST = 60  # characters of a column name in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,14 @@ class BadValue(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a table: `where` is its place for messages ("FILE, line 12"), `values` maps column to cell."""
+    """One row of a table: `where` is its place for messages ("FILE, line 12"), `values` maps column to cell.
+
+    written: whether all cells are text, as in CSV, so that lists in them are written out.
+    """
 
     where: str
     values: dict[str, Any]
+    written: bool = False
 
 
 @dataclass
@@ -49,21 +55,27 @@ class BadRows:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Record what a user should know although no row is bad, such as a guessed encoding."""
+        self.notes.append(_printable(text))
 
     def add(self, where: str, why: str) -> None:
         """Record that the row at `where` cannot be used because of `why`."""
         self.count += 1
         if len(self.first) < SHOWN:
-            # Lone surrogates cannot be printed.
-            self.first.append(f"{where}: {why}".encode("utf-8", "backslashreplace").decode("utf-8"))
+            self.first.append(_printable(f"{where}: {why}"))
 
     def finish(self, what: str, skip: bool) -> str | None:
-        """Report the bad rows of `what`; None if there are none.
+        """Report the notes, each once, and the bad rows of `what`; None if there are none.
 
         Raises InputError with the count, the first bad rows and the remedy if there are bad rows and `skip` is false.
         """
+        notes = list(dict.fromkeys(self.notes))
+        notes[SHOWN:] = [f"... and {len(notes) - SHOWN:,} more notes"] if len(notes) > SHOWN else []
         if not self.count:
-            return None
+            return "\n".join(notes) or None
         rows = "row" if self.count == 1 else "rows"
         listed = "; ".join(self.first) + ("; ..." if self.count > len(self.first) else "")
         if not skip:
@@ -71,17 +83,25 @@ class BadRows:
                 f"{what}: {self.count} {rows} cannot be used: {listed}. "
                 "Nothing was done with this source: fix them or pass --skip_bad_rows."
             )
-        return f"{what}: {self.count} {rows} skipped: {listed}"
+        return "\n".join([*notes, f"{what}: {self.count} {rows} skipped: {listed}"])
+
+
+def _printable(text: str) -> str:
+    """The text with lone surrogates, which cannot be printed, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def text_of(value: object, name: str) -> str:
-    """The text of a cell: strings unchanged, whole numbers as digits, None as "".
+    """The text of a cell: strings unchanged, numbers as digits, None and NaN as "".
 
-    Raises BadValue with the column `name` for any other type and for text with lone surrogates.
+    pandas writes whole numbers as 2.0, and missing ones as NaN. Raises BadValue with the column `name` for any other
+    type and for text with lone surrogates.
     """
-    if value is None:
+    if value is None or value != value:
         return ""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != math.inf:
         return str(value)
     if not isinstance(value, str):
         raise BadValue(f"{name} is a {type(value).__name__}, expected text")
@@ -112,5 +132,5 @@ def no_rows(source: str, what: str) -> InputError:
 
 
 def quoted(names: Collection[str]) -> str:
-    """The names in quotes, separated by commas."""
-    return ", ".join(f'"{name}"' for name in names)
+    """The names in quotes, separated by commas; texts, which stand for names in files without header, are cut."""
+    return ", ".join(f'"{name if len(name) <= LONGEST else name[: LONGEST - 3] + "..."}"' for name in names)

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
@@ -37,7 +38,7 @@ LICENCES = {
     ("generator", "openai-community/gpt2"): "mit",
 }
 QUICKSTART_LICENCE = "apache-2.0"
-TABLE_FILES = {".tsv", ".csv", ".jsonl", ".json", ".parquet", ".gz"}
+TABLE_FILES = {".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".gz", ".bz2"}
 COLUMNS = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
 # metric -> its name in the model index
 INDEXED = {
@@ -61,7 +62,7 @@ def write_cards(
     run = [row for row in rows if row["kind"] == "run"][-1]
     machine, precision = run["machine"], run.get("precision")
     facts = {
-        "questions": _public(settings["questions"]),
+        "questions": _public_names(settings["questions"]),
         "data": _data_lines(settings, run),
         "results": results_table([(_round_name(row["round"]), row) for row in evaluated]),
         "leaks": "\n\n".join(leaks),
@@ -140,8 +141,15 @@ def _data_licence(settings: Mapping) -> str | None:
 
 def _hub_datasets(settings: Mapping) -> list[str]:
     """The ids of the data that come from the Hub."""
-    given = dict.fromkeys(settings[name] for name in ("questions", "eval_questions", "passages"))
-    return [name for name in given if name and _is_hub_dataset(name)]
+    given = dict.fromkeys(
+        each for name in ("questions", "eval_questions", "passages") for each in _each(settings[name])
+    )
+    return [name for name in given if _is_hub_dataset(name)]
+
+
+def _each(given: str | Sequence[str] | None) -> Sequence[str]:
+    """The files or ids of a setting that takes one or several."""
+    return [given] if isinstance(given, str) else given or []
 
 
 def _is_hub_dataset(name: str) -> bool:
@@ -156,8 +164,8 @@ def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalRe
     return [
         EvalResult(
             task_type="question-answering" if role == "generator" else "sentence-similarity",
-            dataset_type=source if _is_hub_dataset(source) else "custom",
-            dataset_name=f"{summary['questions']} questions of {_public(source)}",
+            dataset_type=source if isinstance(source, str) and _is_hub_dataset(source) else "custom",
+            dataset_name=f"{summary['questions']} questions of {_public_names(source)}",
             metric_type=kind,
             metric_value=summary[name],
             metric_args={"interval_95": ends[name]} if ends[name] else None,
@@ -193,15 +201,15 @@ def _data_lines(settings: Mapping, run: Mapping) -> str:
     """What the pair was trained and evaluated on, what it searches, and the licence of these data."""
     questions, held, source = (settings[name] for name in ("questions", "eval_questions", "passages"))
     if held and held != "quickstart":
-        evaluated = f"of `{_public(held)}`"
+        evaluated = f"of `{_public_names(held)}`"
     elif questions == "quickstart":
         evaluated = "of the set's own validation part"
     else:
-        evaluated = f"held out from `{_public(questions)}`"
-    found = f"of `{_public(source)}`" if source and source != "quickstart" else "that come with the questions"
+        evaluated = f"held out from `{_public_names(questions)}`"
+    found = f"of `{_public_names(source)}`" if source and source != "quickstart" else "that come with the questions"
     licence = _data_licence(settings) or "not stated by who trained this; ask before you use them"
     return (
-        f"- Trained on {run['questions']} questions of `{_public(questions)}`.\n"
+        f"- Trained on {run['questions']} questions of `{_public_names(questions)}`.\n"
         f"- Evaluated on {run['eval_questions']} questions {evaluated}.\n"
         f"- Answers come from {run['passages']} passages {found}.\n"
         f"- Licence of questions and passages: {licence}."
@@ -219,9 +227,18 @@ def public_settings(settings: Mapping) -> dict:
 
 def _public(value):
     """A setting, with local files by their names only: their folders are private."""
-    if isinstance(value, str) and value and (Path(value).exists() or Path(value).suffix in TABLE_FILES):
-        return Path(value).name
+    if isinstance(value, list):
+        return [_public(each) for each in value]
+    if isinstance(value, str) and value:
+        pattern = "/" in value and has_magic(value)
+        if pattern or Path(value).exists() or Path(value).suffix in TABLE_FILES:
+            return Path(value).name
     return value
+
+
+def _public_names(given: str | Sequence[str]) -> str:
+    """The files or ids of a setting that takes one or several, in words."""
+    return ", ".join(_public(each) for each in _each(given))
 
 
 # ---- on the Hub

@@ -232,10 +232,14 @@ class ContextBuilder:
             return gold_row
         return next((int(row) for row in rows if self.holds_answer(row, answers)), -1)
 
-    def negatives(self, positive: int, rankings: Sequence[Sequence[int]], answers: Sequence[str]) -> list[int]:
-        """The best-ranked passages of ranks 4 to 60 that hold no answer, taken from the rankings in turn."""
+    def negatives(
+        self, positive: int, rankings: Sequence[Sequence[int]], answers: Sequence[str], given: Sequence[int] = ()
+    ) -> list[int]:
+        """The given passages, then the best-ranked ones of ranks 4 to 60, from the rankings in turn; none with an
+        answer."""
         found: dict[int, None] = {}
-        for row in chain.from_iterable(zip(*(ranking[NEGATIVE_RANKS] for ranking in rankings), strict=True)):
+        mined = chain.from_iterable(zip(*(ranking[NEGATIVE_RANKS] for ranking in rankings), strict=True))
+        for row in chain(given, mined):
             if len(found) == self.hard_negatives:
                 break
             if row != positive and not self.holds_answer(row, answers):
@@ -269,6 +273,7 @@ def attach_contexts(
         rankings = [ranking.tolist() for ranking in result.rankings]
         columns: dict[str, list] = {name: [] for name in CONTEXT_FEATURES if name not in questions.column_names}
         rows = result.rows.tolist()
+        named = batch.get("negative_ids") or [()] * len(rows)
         golds = [builder.row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
         noised = [_share_of(f"{noise_seed}|{row_id}") < noise for row_id in batch["id"]]
         read = [
@@ -285,8 +290,10 @@ def attach_contexts(
             columns["answer_in_context"].append(contains_answer(matching_form(context), answers))
             columns["gold_row"].append(gold)
             columns["positive"].append(positive)
+            given = [builder.row_of[key] for key in named[i] if key in builder.row_of]
+            mined_from = [ranking[i] for ranking in rankings]
             columns["negatives"].append(
-                builder.negatives(positive, [ranking[i] for ranking in rankings], answers) if positive >= 0 else []
+                builder.negatives(positive, mined_from, answers, given) if positive >= 0 else []
             )
         progress(len(batch["question"]))
         return columns
@@ -298,6 +305,7 @@ def attach_contexts(
         batched=True,
         batch_size=batch_size,
         features=CONTEXT_FEATURES,
+        remove_columns=[name for name in questions.column_names if name not in CONTEXT_FEATURES],
         new_fingerprint=fingerprint,
         keep_in_memory=True,
     )

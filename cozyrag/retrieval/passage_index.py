@@ -4,6 +4,7 @@ Only this module owns the Dataset with the attached FAISS index, because `map`, 
 fail. Left out: encoding (retriever.py), index.json (index_file.py), and the use of the passages found (contexts.py).
 """
 
+import glob
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -223,7 +224,8 @@ class PassageIndex:
         factory = facts.get("factory", "Flat")
         try:
             with _no_bars():
-                table = Dataset.from_parquet(str(folder / "passages.parquet"), keep_in_memory=factory == "Flat")
+                path = glob.escape(str(folder / "passages.parquet"))  # `datasets` takes names for patterns
+                table = Dataset.from_parquet(path, keep_in_memory=factory == "Flat")
             tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
             vectors = tensors[COLUMN]
             lists = Lists.load(folder / LISTS, factory, vectors.shape)

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from cozyrag.config import Settings
 from cozyrag.config_checks import EMBEDDED, QUICKSTART, SCRATCH, column_names
 from cozyrag.data.corpus import Corpus, load_corpus
+from cozyrag.data.delimited import delimiter_of
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding
@@ -172,6 +173,8 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
         max_eval_questions=data.max_eval_questions,
         eval_share=data.eval_share,
         skip_bad_rows=data.skip_bad_rows,
+        needs_answer=not settings.training.no_answer,
+        delimiter=delimiter_of(data.delimiter) if data.delimiter else None,
         seed=settings.training.seed,
         info=accelerator.print,
     )
