@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cozyrag.data.parsers import Article, html_article, markdown_article, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, text_of
-from cozyrag.data.streams import PACKED, InputFile, Progress, open_file, read_lines
+from cozyrag.data.streams import PACKED, InputFile, Note, Progress, open_file, read_lines, text_lines
 from cozyrag.errors import InputError
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
@@ -108,21 +108,18 @@ def _format_of(path: str) -> str | None:
     return WIKIEXTRACTOR if first.startswith("<doc ") else "jsonl" if first.startswith("{") and not known else known
 
 
-def read_document(source: InputSource) -> Article:
-    """The article in a single file. Raises InputError naming the file and the line that cannot be read."""
+def read_document(source: InputSource, note: Note | None = None) -> Article:
+    """The article in a single file; `note` is called with what a user should know about it.
+
+    Raises InputError naming the file and the line that cannot be read.
+    """
     path = os.path.expanduser(source.name)
     if source.format == "pdf":
         return pdf_article(path, source.name)
     if source.format == "html":
         return html_article(_html_text(source.name, path), source.name)
-    return (markdown_article if source.format == "markdown" else plain_article)(_text(source.name, path), source.name)
-
-
-def _text(name: str, path: str) -> str:
-    with open_file(InputFile(name, path)) as file:
-        if not file.read(1_000_000).strip():  # an empty note is not an error
-            return ""
-    return "".join(read_lines(InputFile(name, path))).replace("\r\n", "\n")
+    text = "".join(text_lines(InputFile(source.name, path, note=note))).replace("\r\n", "\n")
+    return (markdown_article if source.format == "markdown" else plain_article)(text, source.name)
 
 
 def _html_text(name: str, path: str) -> str:
@@ -183,7 +180,7 @@ def _article(where: str, title: str, text: str) -> Article:
 def _extracted(source: InputSource, bad: BadRows, progress: Progress | None) -> Iterator[Article]:
     """Articles between <doc id= url= title=> and </doc> (github.com/attardi/wikiextractor)."""
     head, where, body = None, "", list[str]()
-    lines = read_lines(InputFile(source.name, os.path.expanduser(source.name), progress))
+    lines = read_lines(InputFile(source.name, os.path.expanduser(source.name), progress, bad.note))
     for number, line in enumerate(lines, start=1):
         place = f"{source.name}, line {number}"
         if (title := _opening_title(line)) is not None:

@@ -49,21 +49,27 @@ class BadRows:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Record what a user should know although no row is bad, such as a guessed encoding."""
+        self.notes.append(_printable(text))
 
     def add(self, where: str, why: str) -> None:
         """Record that the row at `where` cannot be used because of `why`."""
         self.count += 1
         if len(self.first) < SHOWN:
-            # Lone surrogates cannot be printed.
-            self.first.append(f"{where}: {why}".encode("utf-8", "backslashreplace").decode("utf-8"))
+            self.first.append(_printable(f"{where}: {why}"))
 
     def finish(self, what: str, skip: bool) -> str | None:
-        """Report the bad rows of `what`; None if there are none.
+        """Report the notes, each once, and the bad rows of `what`; None if there are none.
 
         Raises InputError with the count, the first bad rows and the remedy if there are bad rows and `skip` is false.
         """
+        notes = list(dict.fromkeys(self.notes))
+        notes[SHOWN:] = [f"... and {len(notes) - SHOWN:,} more notes"] if len(notes) > SHOWN else []
         if not self.count:
-            return None
+            return "\n".join(notes) or None
         rows = "row" if self.count == 1 else "rows"
         listed = "; ".join(self.first) + ("; ..." if self.count > len(self.first) else "")
         if not skip:
@@ -71,7 +77,12 @@ class BadRows:
                 f"{what}: {self.count} {rows} cannot be used: {listed}. "
                 "Nothing was done with this source: fix them or pass --skip_bad_rows."
             )
-        return f"{what}: {self.count} {rows} skipped: {listed}"
+        return "\n".join([*notes, f"{what}: {self.count} {rows} skipped: {listed}"])
+
+
+def _printable(text: str) -> str:
+    """The text with lone surrogates, which cannot be printed, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def text_of(value: object, name: str) -> str:
