@@ -49,22 +49,46 @@ def test_underlined_headings_and_rules():
 @pytest.mark.parametrize(
     ("marked", "bare"),
     [
-        ("See [the page](http://x.org) and [this][1].", "See the page and this."),
-        ("![A cat](cat.png) sleeps.", "A cat sleeps."),
-        ("[[Barrel|The barrel]] and [[Pump]].", "The barrel and Pump."),
+        ("See [the page](http://x.org) and [this][1].\n\n[1]: http://y.org 'Y'", "See the page and this."),
+        ("![A *cat*](cat.png) sleeps.", "A cat sleeps."),
+        ("[[Barrel|The barrel]] and ![[Pump]] and [[a_b#c]].", "The barrel and Pump and a_b#c."),
         ("**Bold**, __bold__, *thin*, _thin_ and ~~gone~~.", "Bold, bold, thin, thin and gone."),
-        ("snake_case_name and 2*3*4 stay.", "snake_case_name and 2*3*4 stay."),
+        ("snake_case_name and 2 * 3 * 4 and \\*stars\\* stay.", "snake_case_name and 2 * 3 * 4 and *stars* stay."),
         ("Run `ls -l` now.", "Run ls -l now."),
+        (
+            "`<main>`, `Vec<String>`, `__init__`, ``a`b``, `[[ -f x ]]`",
+            "<main>, Vec<String>, __init__, a`b, [[ -f x ]]",
+        ),
+        ("cd <your-folder> or Vec<String> stay", "cd <your-folder> or Vec<String> stay"),
+        ("H<sub>2</sub>O and <b>bold</b>", "H2O and bold"),
+        ("<https://x.org/a_b> <anna@example.org>", "https://x.org/a_b anna@example.org"),
+        ("AT&amp;T if a < b and b > c", "AT&T if a < b and b > c"),
+        ("first<br>second  \nthird\\\nfourth\nfifth", "first\nsecond\nthird\nfourth fifth"),
         ("a <!-- hidden --> b", "a  b"),
-        ("> quoted\n> twice", "quoted\ntwice"),
-        ("- one\n- two\n  lines", "- one\n- two lines"),
-        ("| a | b |\n|---|---|\n| 1 | 2 |", "| a | b |\n|---|---|\n| 1 | 2 |"),
+        ("<!-- hidden\n\nstill -->\n\nText.", "Text."),
+        ("<div>\n<p>One.</p><!-- no -->\n<script>x</script><td>Two\n</div>", "One.\nTwo"),
+        ("> quoted\n> twice\n>\n> > again", "quoted twice\nagain"),
+        ("- one\n- two\n  lines\n\n  more\n  - deep\n3. [x] done", "- one\n- two lines\nmore\n- deep\n3. [x] done"),
+        ("| a | b |\n|---|---|\n| 1 | [[x\\|y]] |\n| `c|d` | 2 |", "a | b\n1 | y\n`c | d` | 2"),
         ("[1]: http://x.org\nText.", "Text."),
-        ("```\n# no heading\n  code\n```", "# no heading\n  code"),
+        ("Said[^1].\n\n[^1]: Smith", "Said[^1].\n[^1]: Smith"),
+        ("```html\n# no heading\n  <code>\n\n[[x]]\n```", "# no heading\n  <code>\n\n[[x]]"),
+        ("~~~\n*a*", "*a*"),
+        ("Text.\n\n    *code*\n      <b>", "Text.\n*code*\n  <b>"),
+        (">" * 2000 + " deep", ">" * 2000 + " deep"),
+        ("维也纳是奥地利的\n首都。", "维也纳是奥地利的首都。"),
     ],
+    ids=lambda text: text[:12].encode("ascii", "replace").decode(),
 )
 def test_marks_are_removed(marked, bare):
     assert markdown_article(marked, "a.md").sections == [((), bare)]
+
+
+def test_headings_in_html_and_in_lists_or_quotes():
+    article = markdown_article(
+        '<h1 align="center">Barrel</h1>\n\nText.\n\n> # Quoted\n\n- ## Listed\n\n#\n\n# Care', "a.md"
+    )
+    assert article.sections == [((), "Text.\nQuoted\n- Listed"), (("Care",), "")] and article.title == "Barrel"
 
 
 def test_plain_text_is_unwrapped_if_lines_look_wrapped():

@@ -6,10 +6,12 @@ web page matters beyond its tags.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,17 +37,20 @@ class _Outline:
     path: list[tuple[int, str]] = field(default_factory=list)
 
     def heading(self, level: int, text: str) -> None:
+        if not text:
+            return
         self.path = [each for each in self.path if each[0] < level] + [(level, text)]
         self.sections.append((tuple(text for _, text in self.path), []))
 
     def line(self, text: str) -> None:
-        self.sections[-1][1].append(text)
+        if text:
+            self.sections[-1][1].append(text)
 
-    def paragraph(self, lines: list[str]) -> None:
-        """Add these lines of Markdown as one line of text, and clear the list."""
-        if text := _bare(unwrap(lines)):
-            self.line(text)
-        lines.clear()
+    def html(self, text: str) -> None:
+        """Add the text and the headings of HTML within Markdown."""
+        markup = _Markup(self)
+        markup.feed(text)
+        markup.close()
 
     def article(self, where: str, title: str | None, name: str) -> Article:
         """The article; without a title, the first heading becomes the title if no text comes before it."""
@@ -54,6 +59,53 @@ class _Outline:
         title = title or first or name
         cleaned = [(path[1:] if path[:1] == (title,) else path, text) for path, text in sections]
         return Article(where, title, [section for section in cleaned if section[1] or section[0]])
+
+
+_HEADINGS = {f"h{level}": level for level in range(1, 7)}
+_BLOCK_TAGS = frozenset(
+    "address article aside blockquote body br caption center col colgroup dd details dialog div dl dt fieldset "
+    "figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li link main menu meta nav ol optgroup option p "
+    "pre search section summary table tbody td tfoot th thead title tr track ul".split()
+)
+
+
+class _Markup(HTMLParser):
+    """Adds the text of HTML to an outline: a line for each block, headings as headings."""
+
+    def __init__(self, outline: _Outline) -> None:
+        super().__init__(convert_charrefs=True)
+        self._outline, self._held, self._level, self._hidden = outline, list[str](), 0, ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag in ("script", "style"):
+            self._hidden = tag
+        elif tag in ("td", "th"):
+            self._held.append(" ")
+        elif tag in _BLOCK_TAGS:
+            self._flush()
+            self._level = _HEADINGS.get(tag, 0)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._hidden:
+            self._hidden = ""
+        elif tag in _BLOCK_TAGS - {"td", "th"}:
+            self._flush()
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self._held.append(data)
+
+    def close(self) -> None:
+        super().close()
+        self._flush()
+
+    def _flush(self) -> None:
+        text, level = " ".join("".join(self._held).split()), self._level
+        self._held, self._level = [], 0
+        if level:
+            self._outline.heading(level, text)
+        else:
+            self._outline.line(text)
 
 
 def name_as_title(path: str) -> str:
@@ -78,53 +130,102 @@ def plain_article(text: str, where: str) -> Article:
     return Article(where, name_as_title(where), [((), "\n".join(paragraphs))])
 
 
-_ATX = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$")
-_SETEXT = re.compile(r" {0,3}(=+|-+)\s*$")
-_FENCE = re.compile(r"\s*(```|~~~)")
-_DEFINITION = re.compile(r" {0,3}\[[^\]]+\]:\s+\S+\s*(?:[\"'(].*)?$")  # the target of a reference link
-_OWN_LINE = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|\||>)")
-_MARKS = (
-    (re.compile(r"<!--.*?-->", re.S), ""),
-    (re.compile(r"!\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
-    (re.compile(r"!?\[\[(?:[^\]|]*\|)?([^\]|]*)\]\]"), r"\1"),
-    (re.compile(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
-    (re.compile(r"(\*\*|__|~~)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
-    (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
-    (re.compile(r"(?<![\w_])_(?=\S)([^_\n]+?)(?<=\S)_(?![\w_])"), r"\1"),
-    (re.compile(r"`+([^`\n]+)`+"), r"\1"),
-    (re.compile(r"^\s*>+ ?", re.M), ""),
-    (re.compile(r"<(https?://[^>\s]+)>"), r"\1"),
-    (re.compile(r"</?[a-zA-Z][^<>]*>"), " "),
-)
-
-
 def markdown_article(text: str, where: str) -> Article:
     """Headings start sections; the title is from the front matter, the first heading, or the file name."""
-    text, title = _front_matter(text)
-    outline, block, fenced = _Outline(), list[str](), False
-    for line in text.split("\n"):
-        fence, atx, setext = _FENCE.match(line), _ATX.match(line), _SETEXT.match(line)
-        if fenced and not fence:
-            outline.line(line.rstrip())
-        elif setext and len(block) == 1 and not _OWN_LINE.match(block[0]):
-            outline.heading(1 if setext[1][0] == "=" else 2, _bare(block.pop()))
-        elif fence or atx or setext or not line.strip() or _DEFINITION.match(line):
-            outline.paragraph(block)
-            fenced ^= bool(fence)
-            if atx:
-                outline.heading(len(atx[1]), _bare(atx[2] or ""))
-        else:
-            if _OWN_LINE.match(line):
-                outline.paragraph(block)
-            block.append(line)
-    outline.paragraph(block)
+    body, title = _front_matter(text)
+    try:
+        outline = _markdown_outline(body)
+    except RecursionError:  # hundreds of quotes or lists within each other
+        return plain_article(text, where)
     return outline.article(where, title, name_as_title(where))
 
 
-def _bare(text: str) -> str:
-    for mark, replacement in _MARKS:
-        text = mark.sub(replacement, text)
-    return text.strip()
+def _markdown_outline(text: str) -> _Outline:
+    outline, mark, cells, row = _Outline(), "", list[str](), ""
+    parsed, lines = _markdown().parse(text), text.split("\n")
+    for opening, token in zip([None, *parsed], parsed, strict=False):
+        around = opening.type if opening else ""
+        if token.type == "list_item_open":
+            mark = f"{token.info}{token.markup} " if token.info else "- "
+        elif token.type == "tr_open":
+            row = lines[token.map[0]]
+        elif token.type == "tr_close":
+            outline.line(" | ".join(cells + _more_cells(row, len(cells))))
+            cells.clear()
+        elif token.type == "inline" and around == "heading_open" and token.level == 1:
+            outline.heading(int(opening.tag[1]), _inline_text(token).replace("\n", " "))
+        elif token.type == "inline" and around in ("th_open", "td_open"):
+            cells.append(_inline_text(token).replace("\n", " "))
+        elif token.type == "inline" and (words := _inline_text(token)):
+            outline.line(mark + words)
+            mark = ""
+        elif token.type in ("fence", "code_block"):
+            outline.line(token.content.rstrip())
+        elif token.type == "html_block":
+            outline.html(token.content)
+    return outline
+
+
+def _more_cells(row: str, known: int) -> list[str]:
+    """The cells of a table's row beyond the columns of its head, which Markdown drops."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))[known:]]
+
+
+@cache
+def _markdown() -> Any:
+    """CommonMark with tables, ~~strikethrough~~ and [[wiki links]]; a footnote is text, not the target of a link."""
+    from markdown_it import MarkdownIt
+    from markdown_it.rules_block import reference
+
+    def is_target(state: Any, line: int, *rest: Any) -> bool:
+        start = state.bMarks[line] + state.tShift[line]
+        return not state.src.startswith("[^", start) and reference(state, line, *rest)
+
+    parser = MarkdownIt("commonmark", {"maxNesting": 100_000}).enable(["table", "strikethrough"])
+    parser.block.ruler.at("reference", is_target)
+    parser.inline.ruler.before("link", "wiki_link", _wiki_link)
+    return parser
+
+
+def _wiki_link(state: Any, silent: bool) -> bool:
+    """A rule of the parser: [[target|text]] and ![[target]] as their text."""
+    found = _WIKI_LINK.match(state.src, state.pos)
+    if found and not silent:
+        state.push("text", "", 0).content = found[1]
+    if found:
+        state.pos = found.end()
+    return found is not None
+
+
+_WIKI_LINK = re.compile(r"!?\[\[(?:[^\[\]|\n]*\|)?([^\[\]|\n]+)\]\]")
+_TAG = re.compile(r"</?([a-zA-Z][\w-]*)")
+# Other words in angle brackets are no markup but text: <your name>, Vec<String>.
+_INLINE_TAGS = frozenset(
+    "a abbr acronym audio b bdi bdo big br button canvas cite code data del dfn em embed font i iframe img input ins "
+    "kbd label map mark math meter noscript object output picture pre progress q rp rt ruby s samp script select slot "
+    "small source span strike strong style sub sup svg template textarea time tt u var video wbr".split()
+)
+
+
+def _inline_text(token: Any) -> str:
+    """The text of a paragraph, heading or cell: on one line except for hard breaks."""
+    lines = "".join(_inline_parts(token)).split("\f")
+    return "\n".join(filter(None, (unwrap(line.split("\n")) for line in lines)))
+
+
+def _inline_parts(token: Any) -> Iterator[str]:
+    """The text of each part; "\\n" for a wrapped line, "\\f" for a hard break."""
+    for part in token.children or ():
+        if part.type == "image":
+            yield from _inline_parts(part)
+        elif part.type == "html_inline":
+            tag = _TAG.match(part.content)
+            if tag and tag[1].lower() not in _INLINE_TAGS | _BLOCK_TAGS:
+                yield part.content
+            elif tag and tag[1].lower() == "br":
+                yield "\f"
+        else:
+            yield {"softbreak": "\n", "hardbreak": "\f"}.get(part.type, part.content)
 
 
 def _front_matter(text: str) -> tuple[str, str | None]:
@@ -140,12 +241,7 @@ def _front_matter(text: str) -> tuple[str, str | None]:
 
 
 _SKIPPED = {"script", "style", "template", "noscript", "svg", "nav", "footer", "aside", "form", "button", "select"}
-_HEADINGS = {f"h{level}": level for level in range(1, 7)}
-_BLOCKS = (
-    "address article blockquote body br caption dd div dl dt fieldset figcaption figure header hr html li main ol p "
-    "pre section table tbody tfoot thead tr ul"
-)
-_BREAKS = {"title", *_HEADINGS, *_BLOCKS.split()}
+_BREAKS = _BLOCK_TAGS - {"td", "th"}
 
 
 class _Page(HTMLParser):
