@@ -64,8 +64,8 @@ class _Outline:
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _BLOCK_TAGS = frozenset(
     "address article aside blockquote body br caption center col colgroup dd details dialog div dl dt fieldset "
-    "figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li link main menu meta nav ol optgroup option p "
-    "pre search section summary table tbody td tfoot th thead title tr track ul".split()
+    "figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li link main menu meta nav ol optgroup "
+    "option p pre search section summary table tbody td tfoot th thead title tr track ul".split()
 )
 
 
