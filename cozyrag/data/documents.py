@@ -6,14 +6,23 @@ the formats of single documents (parsers.py), tables (readers.py).
 
 import html
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cozyrag.data.parsers import Article, html_article, markdown_article, pdf_article, plain_article
+from cozyrag.data.parsers import Article, html_article, markdown_article, missing_extra, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, text_of
-from cozyrag.data.streams import PACKED, InputFile, Note, Progress, open_file, read_lines, text_lines
+from cozyrag.data.streams import (
+    PACKED,
+    InputFile,
+    Note,
+    Progress,
+    detected_encoding,
+    keeps_ascii,
+    open_file,
+    read_lines,
+    text_lines,
+)
 from cozyrag.errors import InputError
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
@@ -114,28 +123,32 @@ def read_document(source: InputSource, note: Note | None = None) -> Article:
     Raises InputError naming the file and the line that cannot be read.
     """
     path = os.path.expanduser(source.name)
+    file = InputFile(source.name, path, note=note)
     if source.format == "pdf":
         return pdf_article(path, source.name)
     if source.format == "html":
-        return html_article(_html_text(source.name, path), source.name)
-    text = "".join(text_lines(InputFile(source.name, path, note=note))).replace("\r\n", "\n")
+        return html_article(_html_text(file), source.name)
+    text = "".join(text_lines(file)).replace("\r\n", "\n")
     return (markdown_article if source.format == "markdown" else plain_article)(text, source.name)
 
 
-def _html_text(name: str, path: str) -> str:
-    """The text of a web page, which may name its own encoding."""
-    with open_file(InputFile(name, path)) as file:
-        raw = file.read()
-    named = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:4096], re.I)
-    encoding = named[1].decode("ascii") if named else "utf-8"
+def _html_text(file: InputFile) -> str:
+    """The text of a web page, which may name its own encoding; labels mean what they mean to browsers."""
     try:
-        text = raw.decode(encoding).removeprefix("\ufeff").replace("\r\n", "\n")
-        text.encode("utf-8")  # some encodings give lone surrogates, which cannot be written later
-        return text
-    except (UnicodeError, LookupError) as error:
-        raise InputError(
-            f"{name}: expected a page in {encoding}, found something else ({error}). Save it again as UTF-8."
-        ) from error
+        from w3lib.encoding import html_body_declared_encoding, html_to_unicode
+    except ImportError as error:
+        raise missing_extra(file.source, "w3lib", "web pages", "web") from error
+    with open_file(file) as opened:
+        raw = opened.read()
+    declared = html_body_declared_encoding(raw)
+    # UTF-8 is often a wrong label, UTF-16 cannot declare itself, and some codecs of Python are no encodings.
+    if declared in (None, "utf-8") or not keeps_ascii(declared):
+        declared = detected_encoding(file, raw)
+    declared, text = html_to_unicode(f"text/html; charset={declared}", raw)
+    if file.note is not None and (lost := text.count("\ufffd")):
+        characters = "character" if lost == 1 else "characters"
+        file.note(f"{file.source}: {lost:,} {characters} could not be read as {declared} and became \ufffd")
+    return text.replace("\r\n", "\n")
 
 
 def read_container(

@@ -5,8 +5,11 @@ joined. Left out: finding files, other formats (word processors can save HTML), 
 web page matters beyond its tags.
 """
 
+import copy
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from html.parser import HTMLParser
@@ -46,6 +49,11 @@ class _Outline:
         if text:
             self.sections[-1][1].append(text)
 
+    def size(self) -> int:
+        """The number of characters other than spaces."""
+        texts = [text for path, lines in self.sections for text in (*path[-1:], *lines)]
+        return sum(len(word) for text in texts for word in text.split())
+
     def html(self, text: str) -> None:
         """Add the text and the headings of HTML within Markdown."""
         markup = _Markup(self)
@@ -61,6 +69,7 @@ class _Outline:
         return Article(where, title, [section for section in cleaned if section[1] or section[0]])
 
 
+_HIDDEN = ("script", "style", "template", "noscript", "svg")
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _BLOCK_TAGS = frozenset(
     "address article aside blockquote body br caption center col colgroup dd details dialog div dl dt fieldset "
@@ -70,26 +79,36 @@ _BLOCK_TAGS = frozenset(
 
 
 class _Markup(HTMLParser):
-    """Adds the text of HTML to an outline: a line for each block, headings as headings."""
+    """Adds the text of HTML to an outline: a line for each block or row of a table, headings as headings."""
 
     def __init__(self, outline: _Outline) -> None:
         super().__init__(convert_charrefs=True)
-        self._outline, self._held, self._level, self._hidden = outline, list[str](), 0, ""
+        self._outline, self._held, self._level = outline, list[str](), 0
+        self._cells: list[str] | None = None  # of the row that is read
+        self._hidden, self._verbatim = "", False
 
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag in ("script", "style"):
+    def handle_starttag(self, tag: str, attrs: Sequence = ()) -> None:
+        if tag in _HIDDEN:
             self._hidden = tag
-        elif tag in ("td", "th"):
-            self._held.append(" ")
         elif tag in _BLOCK_TAGS:
             self._flush()
-            self._level = _HEADINGS.get(tag, 0)
+            self._level = _HEADINGS.get(tag, self._level)
+            self._verbatim |= tag == "pre"
+            if tag == "tr":
+                self._end_row()
+                self._cells = []
+            elif tag in ("td", "th") and self._cells is not None:
+                self._cells.append("")
 
     def handle_endtag(self, tag: str) -> None:
         if tag == self._hidden:
             self._hidden = ""
-        elif tag in _BLOCK_TAGS - {"td", "th"}:
+        elif tag in _BLOCK_TAGS:
             self._flush()
+            self._level = 0 if tag in _HEADINGS else self._level
+            self._verbatim &= tag != "pre"
+            if tag in ("tr", "table"):
+                self._end_row()
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:
@@ -98,14 +117,30 @@ class _Markup(HTMLParser):
     def close(self) -> None:
         super().close()
         self._flush()
+        self._end_row()
 
     def _flush(self) -> None:
-        text, level = " ".join("".join(self._held).split()), self._level
-        self._held, self._level = [], 0
-        if level:
-            self._outline.heading(level, text)
+        held = "".join(self._held)
+        text = held.strip("\n").rstrip() if self._verbatim else " ".join(held.split())
+        self._held = []
+        if self._cells and text:
+            self._cells[-1] = f"{self._cells[-1]} {text}".strip()
+        elif self._level:
+            self._outline.heading(self._level, text)
         else:
             self._outline.line(text)
+
+    def _end_row(self) -> None:
+        cells, self._cells = self._cells, None
+        if any(cells or ()):
+            self._outline.line(" | ".join(cells or ()))
+
+
+def missing_extra(where: str, package: str, what: str, extra: str) -> InputError:
+    """The InputError for a file that only an optional package reads."""
+    return InputError(
+        f"{where}: expected the package {package} to read {what}, found it missing. Run `pip install cozyrag[{extra}]`."
+    )
 
 
 def name_as_title(path: str) -> str:
@@ -240,62 +275,103 @@ def _front_matter(text: str) -> tuple[str, str | None]:
     return text[found.end() :], str(facts["title"]).strip() if facts.get("title") else None
 
 
-_SKIPPED = {"script", "style", "template", "noscript", "svg", "nav", "footer", "aside", "form", "button", "select"}
-_BREAKS = _BLOCK_TAGS - {"td", "th"}
-
-
-class _Page(HTMLParser):
-    """Text under headings, without navigation, scripts and forms."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.outline, self.title = _Outline(), ""
-        self._held: list[str] = []
-        self._skipped: list[str] = []
-        self._inside = ""  # "title" or a heading
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag in _SKIPPED:
-            self._skipped.append(tag)
-        elif tag in _BREAKS:
-            self._flush()
-            self._inside = tag if tag in _HEADINGS or tag == "title" else ""
-        elif tag in ("td", "th"):
-            self._held.append(" ")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self._skipped:
-            del self._skipped[self._skipped.index(tag) :]
-        elif tag in _BREAKS:
-            self._flush()
-
-    def handle_data(self, data: str) -> None:
-        if not self._skipped:
-            self._held.append(data)
-
-    def close(self) -> None:
-        super().close()
-        self._flush()
-
-    def _flush(self) -> None:
-        text, inside = " ".join("".join(self._held).split()), self._inside
-        self._held, self._inside = [], ""
-        if inside == "title":
-            self.title = self.title or text
-        elif text and inside:
-            self.outline.heading(_HEADINGS[inside], text)
-        elif text:
-            self.outline.line(text)
+_MARGINS = ("nav", "footer", "aside", "select", "button")  # beside the main text, if smaller than the rest
+_OWN_TAGS = {"item": "li", "row": "tr", "cell": "td", "lb": "br", "quote": "blockquote"}  # of trafilatura
+_NO_CELL = ("table", "ul", "ol", "dl", "pre", *_HEADINGS)  # what only a table for the layout of a page holds
+LONGEST_ROW = 1000  # characters; longer ones are no row of facts
+ENOUGH = 0.7  # share of a page without its margins from which the extractor's text counts as complete
 
 
 def html_article(text: str, where: str) -> Article:
-    """Headings start sections; the title is the only heading of the first level, else <title>."""
-    page = _Page()
-    page.feed(text)
-    page.close()
-    tops = [path[0] for path, _ in page.outline.sections if len(path) == 1]
-    title = tops[0] if len(tops) == 1 else page.title
-    return page.outline.article(where, title or None, name_as_title(where))
+    """Headings start sections; the title is the only heading of the first level, else <title>.
+
+    trafilatura finds the main text. If it keeps little of the page, the whole page without its margins is taken.
+
+    Raises InputError without trafilatura.
+    """
+    text = text.replace("\0", "")
+    page = _html_tree(text, where)
+    found = _Outline()
+    if page is None:
+        found.html(text)
+        return found.article(where, None, name_as_title(where))
+    with suppress(RecursionError):  # a page of thousands of nested elements
+        found = _main_outline(page)
+    whole = _outline_of(_without_margins(page))
+    complete = ENOUGH * whole.size() <= found.size() <= whole.size()  # for short pages it takes menus as well
+    flat = len(found.sections) == 1 < len(whole.sections)
+    outline = found if complete and not flat else whole
+    tops = [" ".join(top.text_content().split()) for top in page.iter("h1")]
+    title = tops[0] if len(tops) == 1 else " ".join((page.findtext(".//title") or "").split())
+    return outline.article(where, title or None, name_as_title(where))
+
+
+def _html_tree(text: str, where: str) -> Any:
+    """The elements of a page, None if it is empty, or so deep that the parser gives up."""
+    try:
+        import trafilatura  # noqa: F401
+        from lxml import etree, html
+    except ImportError as error:
+        raise missing_extra(where, "trafilatura", "web pages", "web") from error
+    parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
+    try:
+        page = html.document_fromstring(text.encode("utf-8", "replace"), parser=parser)
+    except etree.LxmlError:
+        return None
+    return None if parser.error_log.filter_from_fatals() else page
+
+
+def _main_outline(page: Any) -> _Outline:
+    from trafilatura import bare_extraction
+
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
+    found = bare_extraction(copy.deepcopy(page), favor_recall=True, include_comments=False)
+    return _Outline() if found is None or found.body is None else _outline_of(found.body)
+
+
+def _without_margins(page: Any) -> Any:
+    """The body of the page, which loses what is not shown, and menus and the like unless they hold most of it."""
+    body = page.find("body")
+    body = page if body is None else body
+    for element in list(body.iter(*_HIDDEN)):
+        element.drop_tree()
+    size = len(body.text_content())
+    for element in list(body.iter(*_MARGINS)):
+        if element.getparent() is not None and len(element.text_content()) < size / 2:
+            element.drop_tree()
+    return body
+
+
+def _outline_of(tree: Any) -> _Outline:
+    """The text under headings of elements of HTML, or of trafilatura."""
+    from lxml import etree
+
+    outline = _Outline()
+    markup = _Markup(outline)
+    for event, element in etree.iterwalk(tree, events=("start", "end")):
+        tag = _tag_of(element)
+        if event == "start":
+            markup.handle_starttag(tag)
+            markup.handle_data(element.text or "")
+        else:
+            markup.handle_endtag(tag)
+            markup.handle_data(element.tail or "" if element is not tree else "")
+    markup.close()
+    return outline
+
+
+def _tag_of(element: Any) -> str:
+    """The tag that says what an element is for: a heading, a block of code, a row of facts."""
+    tag = _OWN_TAGS.get(element.tag, element.tag)
+    if tag == "head":
+        return element.get("rend") or "p"
+    if tag == "code" and "\n" in "".join(element.itertext()):
+        return "pre"
+    if tag in ("tr", "td", "th"):
+        row = element if tag == "tr" else element.getparent()
+        words = "".join(row.itertext()) if row is not None else ""
+        return tag if len(words) < LONGEST_ROW and next(row.iter(*_NO_CELL), None) is None else "div"
+    return tag
 
 
 def pdf_article(path: str, where: str) -> Article:
@@ -307,9 +383,7 @@ def pdf_article(path: str, where: str) -> Article:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
     except ImportError as error:
-        raise InputError(
-            f"{where}: expected the package pypdf to read PDF, found it missing. Run `pip install cozyrag[pdf]`."
-        ) from error
+        raise missing_extra(where, "pypdf", "PDF", "pdf") from error
     try:
         reader = PdfReader(path)
         pages = [page.extract_text() for page in reader.pages]

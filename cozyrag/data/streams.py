@@ -26,6 +26,7 @@ Progress = Callable[[int], None]  # called with the number of bytes just read fr
 Note = Callable[[str], None]  # called with what a user should know about a file that is read
 SAMPLE = 65_536  # bytes that a detector sees
 LINES_BEFORE = 8  # a single odd character means more beside the language of its neighbours
+_PRINTABLE = bytes(range(0x20, 0x7F)) + rb" \u0041 +AEE- \x41"
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 # Encodings that decode the same characters and more (encoding.spec.whatwg.org).
 _SUPERSET = {
@@ -120,13 +121,17 @@ def text_lines(file: InputFile) -> Iterator[str]:
 def _wide_encoding(file: InputFile, opened: Any) -> str | None:
     """UTF-16 or UTF-32 if a byte order mark or NUL bytes show it."""
     start = opened.peek(SAMPLE)[:SAMPLE]
-    if marked := next((name for mark, name in _MARKS.items() if start.startswith(mark)), None):
+    if marked := _marked_encoding(start):
         return marked
     found = detect_encoding(start) if b"\0" in start else None
     if found is None or not found.startswith(("utf-16", "utf-32")):
         return None
     _tell(file, found)
     return found
+
+
+def _marked_encoding(start: bytes) -> str | None:
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
 
 
 def detect_encoding(sample: bytes) -> str | None:
@@ -142,6 +147,32 @@ def detect_encoding(sample: bytes) -> str | None:
     found = chardet.detect(sample, encoding_era=eras)["encoding"]
     name = codecs.lookup(found).name if found else None
     return _SUPERSET.get(name, name) if name else None
+
+
+def detected_encoding(file: InputFile, raw: bytes) -> str:
+    """The encoding of a whole text without a label: by its mark, UTF-8, or a guess that is noted."""
+    if marked := _marked_encoding(raw):
+        return marked
+    try:
+        raw.decode("utf-8")
+        if b"\0" not in raw:
+            return "utf-8"
+        start = 0
+    except UnicodeDecodeError as error:
+        start = error.start
+    found = detect_encoding(raw[max(start - SAMPLE // 2, 0) :][:SAMPLE])
+    if found is None:
+        return "utf-8"
+    _tell(file, found)
+    return found
+
+
+def keeps_ascii(encoding: str) -> bool:
+    """Whether this is an encoding in which ASCII text stays as it is, as labels of web pages must be."""
+    try:
+        return _PRINTABLE.decode(encoding) == _PRINTABLE.decode("ascii")
+    except (LookupError, UnicodeError):
+        return False
 
 
 def _tell(file: InputFile, encoding: str) -> None:
