@@ -375,7 +375,7 @@ def test_unusable_inputs_and_outputs(tmp_path, monkeypatch, inputs, output, mess
 
 
 @pytest.mark.parametrize(
-    "words", [["--words", "5"], ["--near_duplicates", "80"], ["--overlap", "-1"], ["--format", "docx"]]
+    "words", [["--words", "5"], ["--near_duplicates", "80"], ["--overlap", "-1"], ["--format", "doc"]]
 )
 def test_invalid_arguments(words, capsys):
     with pytest.raises(SystemExit):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cozyrag.data.office import OFFICE, office_article
 from cozyrag.data.parsers import Article, html_article, markdown_article, missing_extra, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, text_of
@@ -26,7 +27,7 @@ from cozyrag.data.streams import (
 from cozyrag.errors import InputError
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
-DOCUMENTS = ("text", "markdown", "html", "pdf")
+DOCUMENTS = ("text", "markdown", "html", "pdf", *OFFICE)
 FORMATS = (*DOCUMENTS, "jsonl", "json", "csv", "tsv", "parquet", WIKIEXTRACTOR, HUB)
 _ALIASES = {"txt": "text", "md": "markdown", "mdx": "markdown", "htm": "html", "xhtml": "html", "ndjson": "jsonl"}
 _FORMAT_OF = {f".{name}": _ALIASES.get(name, name) for name in (*_ALIASES, *FORMATS[:-2])}
@@ -126,6 +127,8 @@ def read_document(source: InputSource, note: Note | None = None) -> Article:
     file = InputFile(source.name, path, note=note)
     if source.format == "pdf":
         return pdf_article(path, source.name)
+    if source.format in OFFICE:
+        return office_article(file, source.format)
     if source.format == "html":
         return html_article(_html_text(file), source.name)
     text = "".join(text_lines(file)).replace("\r\n", "\n")

@@ -33,7 +33,7 @@ class Article:
 
 
 @dataclass
-class _Outline:
+class Outline:
     """Collects lines under the current headings."""
 
     sections: list[tuple[tuple[str, ...], list[str]]] = field(default_factory=lambda: [((), [])])
@@ -81,13 +81,14 @@ _BLOCK_TAGS = frozenset(
 class _Markup(HTMLParser):
     """Adds the text of HTML to an outline: a line for each block or row of a table, headings as headings."""
 
-    def __init__(self, outline: _Outline) -> None:
+    def __init__(self, outline: Outline) -> None:
         super().__init__(convert_charrefs=True)
         self._outline, self._held, self._level = outline, list[str](), 0
         self._cells: list[str] | None = None  # of the row that is read
-        self._hidden, self._verbatim = "", False
+        self._hidden, self._verbatim, self._raised = "", False, False
 
     def handle_starttag(self, tag: str, attrs: Sequence = ()) -> None:
+        self._raised = tag == "sup"
         if tag in _HIDDEN:
             self._hidden = tag
         elif tag in _BLOCK_TAGS:
@@ -112,7 +113,7 @@ class _Markup(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:
-            self._held.append(data)
+            self._held.append("^" + data if self._raised and data[:1].isdigit() else data)
 
     def close(self) -> None:
         super().close()
@@ -175,8 +176,8 @@ def markdown_article(text: str, where: str) -> Article:
     return outline.article(where, title, name_as_title(where))
 
 
-def _markdown_outline(text: str) -> _Outline:
-    outline, mark, cells, row = _Outline(), "", list[str](), ""
+def _markdown_outline(text: str) -> Outline:
+    outline, mark, cells, row = Outline(), "", list[str](), ""
     parsed, lines = _markdown().parse(text), text.split("\n")
     for opening, token in zip([None, *parsed], parsed, strict=False):
         around = opening.type if opening else ""
@@ -291,7 +292,7 @@ def html_article(text: str, where: str) -> Article:
     """
     text = text.replace("\0", "")
     page = _html_tree(text, where)
-    found = _Outline()
+    found = Outline()
     if page is None:
         found.html(text)
         return found.article(where, None, name_as_title(where))
@@ -321,12 +322,12 @@ def _html_tree(text: str, where: str) -> Any:
     return None if parser.error_log.filter_from_fatals() else page
 
 
-def _main_outline(page: Any) -> _Outline:
+def _main_outline(page: Any) -> Outline:
     from trafilatura import bare_extraction
 
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
     found = bare_extraction(copy.deepcopy(page), favor_recall=True, include_comments=False)
-    return _Outline() if found is None or found.body is None else _outline_of(found.body)
+    return Outline() if found is None or found.body is None else _outline_of(found.body)
 
 
 def _without_margins(page: Any) -> Any:
@@ -342,11 +343,11 @@ def _without_margins(page: Any) -> Any:
     return body
 
 
-def _outline_of(tree: Any) -> _Outline:
+def _outline_of(tree: Any) -> Outline:
     """The text under headings of elements of HTML, or of trafilatura."""
     from lxml import etree
 
-    outline = _Outline()
+    outline = Outline()
     markup = _Markup(outline)
     for event, element in etree.iterwalk(tree, events=("start", "end")):
         tag = _tag_of(element)
