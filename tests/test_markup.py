@@ -1,7 +1,10 @@
 """Markdown, HTML, plain text and PDF as titles and sections."""
 
+import sys
+
 import pytest
 
+from cozyrag.data.documents import InputSource, read_document
 from cozyrag.data.parsers import html_article, markdown_article, name_as_title, pdf_article, plain_article, unwrap
 from cozyrag.errors import InputError
 
@@ -49,22 +52,46 @@ def test_underlined_headings_and_rules():
 @pytest.mark.parametrize(
     ("marked", "bare"),
     [
-        ("See [the page](http://x.org) and [this][1].", "See the page and this."),
-        ("![A cat](cat.png) sleeps.", "A cat sleeps."),
-        ("[[Barrel|The barrel]] and [[Pump]].", "The barrel and Pump."),
+        ("See [the page](http://x.org) and [this][1].\n\n[1]: http://y.org 'Y'", "See the page and this."),
+        ("![A *cat*](cat.png) sleeps.", "A cat sleeps."),
+        ("[[Barrel|The barrel]] and ![[Pump]] and [[a_b#c]].", "The barrel and Pump and a_b#c."),
         ("**Bold**, __bold__, *thin*, _thin_ and ~~gone~~.", "Bold, bold, thin, thin and gone."),
-        ("snake_case_name and 2*3*4 stay.", "snake_case_name and 2*3*4 stay."),
+        ("snake_case_name and 2 * 3 * 4 and \\*stars\\* stay.", "snake_case_name and 2 * 3 * 4 and *stars* stay."),
         ("Run `ls -l` now.", "Run ls -l now."),
+        (
+            "`<main>`, `Vec<String>`, `__init__`, ``a`b``, `[[ -f x ]]`",
+            "<main>, Vec<String>, __init__, a`b, [[ -f x ]]",
+        ),
+        ("cd <your-folder> or Vec<String> stay", "cd <your-folder> or Vec<String> stay"),
+        ("H<sub>2</sub>O and <b>bold</b>", "H2O and bold"),
+        ("<https://x.org/a_b> <anna@example.org>", "https://x.org/a_b anna@example.org"),
+        ("AT&amp;T if a < b and b > c", "AT&T if a < b and b > c"),
+        ("first<br>second  \nthird\\\nfourth\nfifth", "first\nsecond\nthird\nfourth fifth"),
         ("a <!-- hidden --> b", "a  b"),
-        ("> quoted\n> twice", "quoted\ntwice"),
-        ("- one\n- two\n  lines", "- one\n- two lines"),
-        ("| a | b |\n|---|---|\n| 1 | 2 |", "| a | b |\n|---|---|\n| 1 | 2 |"),
+        ("<!-- hidden\n\nstill -->\n\nText.", "Text."),
+        ("<div>\n<p>One.</p><!-- no -->\n<script>x</script><td>Two\n</div>", "One.\nTwo"),
+        ("> quoted\n> twice\n>\n> > again", "quoted twice\nagain"),
+        ("- one\n- two\n  lines\n\n  more\n  - deep\n3. [x] done", "- one\n- two lines\nmore\n- deep\n3. [x] done"),
+        ("| a | b |\n|---|---|\n| 1 | [[x\\|y]] |\n| `c|d` | 2 |", "a | b\n1 | y\n`c | d` | 2"),
         ("[1]: http://x.org\nText.", "Text."),
-        ("```\n# no heading\n  code\n```", "# no heading\n  code"),
+        ("Said[^1].\n\n[^1]: Smith", "Said[^1].\n[^1]: Smith"),
+        ("```html\n# no heading\n  <code>\n\n[[x]]\n```", "# no heading\n  <code>\n\n[[x]]"),
+        ("~~~\n*a*", "*a*"),
+        ("Text.\n\n    *code*\n      <b>", "Text.\n*code*\n  <b>"),
+        (">" * 2000 + " deep", ">" * 2000 + " deep"),
+        ("维也纳是奥地利的\n首都。", "维也纳是奥地利的首都。"),
     ],
+    ids=lambda text: text[:12].encode("ascii", "replace").decode(),
 )
 def test_marks_are_removed(marked, bare):
     assert markdown_article(marked, "a.md").sections == [((), bare)]
+
+
+def test_headings_in_html_and_in_lists_or_quotes():
+    article = markdown_article(
+        '<h1 align="center">Barrel</h1>\n\nText.\n\n> # Quoted\n\n- ## Listed\n\n#\n\n# Care', "a.md"
+    )
+    assert article.sections == [((), "Text.\nQuoted\n- Listed"), (("Care",), "")] and article.title == "Barrel"
 
 
 def test_plain_text_is_unwrapped_if_lines_look_wrapped():
@@ -87,18 +114,104 @@ def test_chinese_lines_join_without_a_space():
 
 
 def test_html_leaves_out_navigation_and_scripts():
+    pytest.importorskip("trafilatura")
     page = """<!doctype html><html><head><title>Barrel - My site</title><style>p {}</style></head><body>
     <nav><ul><li>Home</li></ul></nav><h1>Rain &amp; barrels</h1><p>They hold <b>200</b> litres.<br>Or more.</p>
     <script>if (a < b) { alert("x") }</script><h2>Care</h2><ul><li>Clean.<li>Empty.</ul>
     <table><tr><td>Price</td><td>40</td></tr></table><footer>Imprint</footer></body></html>"""
     article = html_article(page, "a.html")
     assert article.title == "Rain & barrels"
-    assert article.sections == [((), "They hold 200 litres.\nOr more."), (("Care",), "Clean.\nEmpty.\nPrice 40")]
+    assert article.sections == [((), "They hold 200 litres.\nOr more."), (("Care",), "Clean.\nEmpty.\nPrice | 40")]
 
 
 def test_html_without_a_single_top_heading_takes_its_title():
+    pytest.importorskip("trafilatura")
     assert html_article("<title>The Site</title><h1>A</h1><p>x</p><h1>B</h1><p>y</p>", "a.html").title == "The Site"
     assert html_article("<p>Only this.", "my-page.html").title == "my page"
+
+
+FOX, OWL = "The fox lives in the old forest behind the mill.", "The owl sleeps in the tower of the church by day."
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        f"<form action=a.aspx><input type=hidden value=x><h1>T</h1><p>{FOX}</p><h2>H</h2><p>{OWL}</p></form>",
+        f"<div><h1>T</h1><div><p>{FOX}</p><aside>Also</div><h2>H</h2><p>{OWL}</p></div>",
+        f"<h1>T</h1><p>{FOX} <select name=y><option>2023<option>2024</p><h2>H</h2><p>{OWL}</p>",
+        f"<nav><h1>T</h1><p>{FOX}</p><h2>H</h2><p>{OWL}</p></nav>",
+        f"<table><tr><td>Menu</td><td><h1>T</h1>{FOX}<br><h2>H</h2>{OWL}</td></tr></table>",
+        f"<h1>T<p>{FOX}<h2>H</h2><div><div>{OWL}",
+        f"<?xml version='1.0' encoding='utf-8'?><html><body><h1>T</h1><p>{FOX}</p><h2>H</h2>\0<p>{OWL}</p>",
+        f"<h1>T</h1><section><p>{FOX}</p></section><footer>Imprint</footer><section><h2>H</h2>{OWL}</section>",
+        "<div>" * 3000 + f"<h1>T</h1>{FOX}<h2>H</h2>{OWL}",
+        f"<h1>T</h1><details><summary>{FOX}</summary><h2>H</h2><p>{OWL}</p></details>",
+    ],
+    ids="form aside select nav layout unclosed xml sections deep details".split(),
+)
+def test_html_keeps_its_main_text_under_its_headings(page):
+    pytest.importorskip("trafilatura")
+    sections = html_article(page, "a.html").sections
+    assert any(FOX in text for path, text in sections if path != ("H",))
+    assert any(OWL in text for path, text in sections if path[-1:] == ("H",))
+
+
+def test_html_tables_code_and_terms_have_lines_of_their_own():
+    pytest.importorskip("trafilatura")
+    page = (
+        f"<h1>T</h1><p>{FOX}</p><pre>a = 1\n  b</pre><table><tr><th>A</th><th>B</th></tr><tr><td><p>1</p></td><td>2"
+        f"<br>3</td></tr></table><dl><dt>Term</dt><dd>{OWL}</dd></dl><ul><li>x <code>y_z</code> <b>b</b>c<li>w</ul>"
+    )
+    lines = html_article(page, "a.html").sections[0][1].split("\n")
+    assert lines == [FOX, "a = 1", "  b", "A | B", "1 | 2 3", "Term", OWL, "x y_z bc", "w"]
+
+
+@pytest.mark.parametrize("page", ["", " ", "<!-- nothing -->", "<html><body></body>", "<script>x</script>", "\0"])
+def test_an_empty_page_has_no_text(page):
+    pytest.importorskip("trafilatura")
+    article = html_article(page, "my-page.html")
+    assert (article.title, "".join(text for _, text in article.sections)) == ("my page", "")
+
+
+@pytest.mark.parametrize("package", ["trafilatura", "w3lib.encoding", "lxml"])
+def test_without_the_packages_a_web_page_names_the_extra(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "a.html").write_text(FOX)
+    with pytest.raises(InputError, match=r"pip install cozyrag\[web\]"):
+        read_document(InputSource(str(tmp_path / "a.html"), "html"))
+
+
+@pytest.mark.parametrize(
+    ("label", "encoding", "text"),
+    [
+        ('<meta charset="iso-8859-1">', "cp1252", "“Vienna” – 5 €…"),
+        ('<meta http-equiv="Content-Type" content="text/html; charset=us-ascii">', "cp1252", "café “x”"),
+        ('<meta charset="gb2312">', "gb18030", "朱镕基和水泵在广场上。"),
+        ('<meta charset="Shift_JIS">', "cp932", "①村のポンプ㈱です。"),
+        ('<?xml version="1.0" encoding="iso-8859-2"?>', "iso8859-2", "Łódź i żółć"),
+        ('<meta charset="euc-kr">', "cp949", "똠방각하 펌프"),
+        ('<meta charset="windows-1251">', "cp1251", "Насос за домом"),
+        ("", "cp1251", "Насос за домом качает воду из колодца."),
+        ('<meta charset="utf-8">', "cp1251", "Насос за домом качает воду из колодца."),
+        ('<meta charset="iso-8859-1">', "utf-8-sig", "Größe “x”"),
+        ("", "utf-16", "Größe und Breite"),
+        ("", "utf-16-le", "Gr\u00f6\u00dfe und Breite der neuen Br\u00fccke"),
+    ],
+)
+def test_labels_of_web_pages_mean_what_they_mean_to_browsers(tmp_path, label, encoding, text):
+    pytest.importorskip("w3lib")
+    (tmp_path / "a.html").write_bytes(f"{label}<html><body><p>{text}</p></body></html>".encode(encoding))
+    notes = []
+    assert read_document(InputSource(str(tmp_path / "a.html"), "html"), notes.append).sections == [((), text)]
+    assert len(notes) == (encoding == "utf-16-le" or (encoding == "cp1251" and "windows" not in label))
+
+
+def test_characters_that_are_lost_are_noted(tmp_path):
+    pytest.importorskip("w3lib")
+    (tmp_path / "a.html").write_bytes("<meta charset=utf-8><p>größer, schöner ".encode() + b"\xff\xfe</p>")
+    notes = []
+    assert "\ufffd" in read_document(InputSource(str(tmp_path / "a.html"), "html"), notes.append).sections[0][1]
+    assert notes == [f"{tmp_path / 'a.html'}: 2 characters could not be read as utf-8 and became \ufffd"]
 
 
 def make_pdf(path, lines, title=None):

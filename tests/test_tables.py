@@ -137,10 +137,14 @@ def test_other_line_ends(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.tsv", b"a\tb\nc\t\xff\n", ["line 2", "UTF-8", "0xff (byte 3", "iconv"]),
+        (
+            "a.tsv",
+            "a\té\nc\t".encode() + b"\xff\n",
+            ["line 2", "UTF-8", "0xff (byte 3", "with the program that wrote it"],
+        ),
         ("a.jsonl", b'{"a": 1}\n{"a": \0}\n', ["line 2", "NUL byte (byte 7", "UTF-8"]),
-        ("a.csv", "a,b\n".encode("utf-16"), ["line 1", "UTF-8"]),
-        ("a.json", b'[\n"\xe9"]', ["line 2", "0xe9"]),
+        ("a.csv", "a,b\n".encode("utf-16")[:-1], ["after line 0", "utf-16"]),
+        ("a.json", '["é",\n"'.encode() + b'\xe9"]', ["line 2", "0xe9"]),
         ("a.jsonl", '{"a": 1}\n{"a": }\n', ["line 2", "expected JSON", "column 7", "Correct that line"]),
         ("a.json", '[{"a": 1},\n {"a" 2}]', ["line 2", "expected JSON", "column 7"]),
         ("a.json", '[{"a": 1}]\n[2]', ["line 1", "expected JSON", "one list of objects"]),

@@ -71,6 +71,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     for counts in map(read_counts, parts):
         bad.first += (counts.bad_first or [])[: SHOWN - len(bad.first)]
         bad.count += counts.bad
+        bad.notes += counts.notes
     report = bad.finish("These inputs", options.skip_bad_rows)
     summary = Summary(files=len(sources), bad_rows=bad.count, bad_rows_first=bad.first, settings=vars(options))
     summary.unknown_files, summary.unknown_files_first = len(unknown), unknown[:SHOWN]

@@ -6,18 +6,28 @@ the formats of single documents (parsers.py), tables (readers.py).
 
 import html
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cozyrag.data.parsers import Article, html_article, markdown_article, pdf_article, plain_article
+from cozyrag.data.office import OFFICE, office_article
+from cozyrag.data.parsers import Article, html_article, markdown_article, missing_extra, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, text_of
-from cozyrag.data.streams import PACKED, InputFile, Progress, open_file, read_lines
+from cozyrag.data.streams import (
+    PACKED,
+    InputFile,
+    Note,
+    Progress,
+    detected_encoding,
+    keeps_ascii,
+    open_file,
+    read_lines,
+    text_lines,
+)
 from cozyrag.errors import InputError
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
-DOCUMENTS = ("text", "markdown", "html", "pdf")
+DOCUMENTS = ("text", "markdown", "html", "pdf", *OFFICE)
 FORMATS = (*DOCUMENTS, "jsonl", "json", "csv", "tsv", "parquet", WIKIEXTRACTOR, HUB)
 _ALIASES = {"txt": "text", "md": "markdown", "mdx": "markdown", "htm": "html", "xhtml": "html", "ndjson": "jsonl"}
 _FORMAT_OF = {f".{name}": _ALIASES.get(name, name) for name in (*_ALIASES, *FORMATS[:-2])}
@@ -108,37 +118,40 @@ def _format_of(path: str) -> str | None:
     return WIKIEXTRACTOR if first.startswith("<doc ") else "jsonl" if first.startswith("{") and not known else known
 
 
-def read_document(source: InputSource) -> Article:
-    """The article in a single file. Raises InputError naming the file and the line that cannot be read."""
+def read_document(source: InputSource, note: Note | None = None) -> Article:
+    """The article in a single file; `note` is called with what a user should know about it.
+
+    Raises InputError naming the file and the line that cannot be read.
+    """
     path = os.path.expanduser(source.name)
+    file = InputFile(source.name, path, note=note)
     if source.format == "pdf":
         return pdf_article(path, source.name)
+    if source.format in OFFICE:
+        return office_article(file, source.format)
     if source.format == "html":
-        return html_article(_html_text(source.name, path), source.name)
-    return (markdown_article if source.format == "markdown" else plain_article)(_text(source.name, path), source.name)
+        return html_article(_html_text(file), source.name)
+    text = "".join(text_lines(file)).replace("\r\n", "\n")
+    return (markdown_article if source.format == "markdown" else plain_article)(text, source.name)
 
 
-def _text(name: str, path: str) -> str:
-    with open_file(InputFile(name, path)) as file:
-        if not file.read(1_000_000).strip():  # an empty note is not an error
-            return ""
-    return "".join(read_lines(InputFile(name, path))).replace("\r\n", "\n")
-
-
-def _html_text(name: str, path: str) -> str:
-    """The text of a web page, which may name its own encoding."""
-    with open_file(InputFile(name, path)) as file:
-        raw = file.read()
-    named = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:4096], re.I)
-    encoding = named[1].decode("ascii") if named else "utf-8"
+def _html_text(file: InputFile) -> str:
+    """The text of a web page, which may name its own encoding; labels mean what they mean to browsers."""
     try:
-        text = raw.decode(encoding).removeprefix("\ufeff").replace("\r\n", "\n")
-        text.encode("utf-8")  # some encodings give lone surrogates, which cannot be written later
-        return text
-    except (UnicodeError, LookupError) as error:
-        raise InputError(
-            f"{name}: expected a page in {encoding}, found something else ({error}). Save it again as UTF-8."
-        ) from error
+        from w3lib.encoding import html_body_declared_encoding, html_to_unicode
+    except ImportError as error:
+        raise missing_extra(file.source, "w3lib", "web pages", "web") from error
+    with open_file(file) as opened:
+        raw = opened.read()
+    declared = html_body_declared_encoding(raw)
+    # UTF-8 is often a wrong label, UTF-16 cannot declare itself, and some codecs of Python are no encodings.
+    if declared in (None, "utf-8") or not keeps_ascii(declared):
+        declared = detected_encoding(file, raw)
+    declared, text = html_to_unicode(f"text/html; charset={declared}", raw)
+    if file.note is not None and (lost := text.count("\ufffd")):
+        characters = "character" if lost == 1 else "characters"
+        file.note(f"{file.source}: {lost:,} {characters} could not be read as {declared} and became \ufffd")
+    return text.replace("\r\n", "\n")
 
 
 def read_container(
@@ -183,7 +196,7 @@ def _article(where: str, title: str, text: str) -> Article:
 def _extracted(source: InputSource, bad: BadRows, progress: Progress | None) -> Iterator[Article]:
     """Articles between <doc id= url= title=> and </doc> (github.com/attardi/wikiextractor)."""
     head, where, body = None, "", list[str]()
-    lines = read_lines(InputFile(source.name, os.path.expanduser(source.name), progress))
+    lines = read_lines(InputFile(source.name, os.path.expanduser(source.name), progress, bad.note))
     for number, line in enumerate(lines, start=1):
         place = f"{source.name}, line {number}"
         if (title := _opening_title(line)) is not None:

@@ -61,6 +61,7 @@ class Counts:
     short_words: int = 0
     bad: int = 0
     bad_first: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def make_part(batch: WorkBatch) -> int:
@@ -76,7 +77,7 @@ def make_part(batch: WorkBatch) -> int:
                 writer.write_table(_table(held, schema))
                 held = []
         writer.write_table(_table(held, schema))
-        counts.bad, counts.bad_first = bad.count, bad.first
+        counts.bad, counts.bad_first, counts.notes = bad.count, bad.first, bad.notes
         writer.add_key_value_metadata({"counts": json.dumps(vars(counts))})
     os.replace(beside, batch.path)
     return batch.size
@@ -104,7 +105,7 @@ def _articles(batch: WorkBatch, bad: BadRows) -> Iterator[Article]:
     yield from batch.articles
     for source in batch.files:
         with one_bad_row(source, bad):
-            yield read_document(source)
+            yield read_document(source, bad.note)
 
 
 def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[str, str]]:

@@ -5,11 +5,16 @@ joined. Left out: finding files, other formats (word processors can save HTML), 
 web page matters beyond its tags.
 """
 
+import copy
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,24 +33,32 @@ class Article:
 
 
 @dataclass
-class _Outline:
+class Outline:
     """Collects lines under the current headings."""
 
     sections: list[tuple[tuple[str, ...], list[str]]] = field(default_factory=lambda: [((), [])])
     path: list[tuple[int, str]] = field(default_factory=list)
 
     def heading(self, level: int, text: str) -> None:
+        if not text:
+            return
         self.path = [each for each in self.path if each[0] < level] + [(level, text)]
         self.sections.append((tuple(text for _, text in self.path), []))
 
     def line(self, text: str) -> None:
-        self.sections[-1][1].append(text)
+        if text:
+            self.sections[-1][1].append(text)
 
-    def paragraph(self, lines: list[str]) -> None:
-        """Add these lines of Markdown as one line of text, and clear the list."""
-        if text := _bare(unwrap(lines)):
-            self.line(text)
-        lines.clear()
+    def size(self) -> int:
+        """The number of characters other than spaces."""
+        texts = [text for path, lines in self.sections for text in (*path[-1:], *lines)]
+        return sum(len(word) for text in texts for word in text.split())
+
+    def html(self, text: str) -> None:
+        """Add the text and the headings of HTML within Markdown."""
+        markup = _Markup(self)
+        markup.feed(text)
+        markup.close()
 
     def article(self, where: str, title: str | None, name: str) -> Article:
         """The article; without a title, the first heading becomes the title if no text comes before it."""
@@ -54,6 +67,81 @@ class _Outline:
         title = title or first or name
         cleaned = [(path[1:] if path[:1] == (title,) else path, text) for path, text in sections]
         return Article(where, title, [section for section in cleaned if section[1] or section[0]])
+
+
+_HIDDEN = ("script", "style", "template", "noscript", "svg")
+_HEADINGS = {f"h{level}": level for level in range(1, 7)}
+_BLOCK_TAGS = frozenset(
+    "address article aside blockquote body br caption center col colgroup dd details dialog div dl dt fieldset "
+    "figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li link main menu meta nav ol optgroup "
+    "option p pre search section summary table tbody td tfoot th thead title tr track ul".split()
+)
+
+
+class _Markup(HTMLParser):
+    """Adds the text of HTML to an outline: a line for each block or row of a table, headings as headings."""
+
+    def __init__(self, outline: Outline) -> None:
+        super().__init__(convert_charrefs=True)
+        self._outline, self._held, self._level = outline, list[str](), 0
+        self._cells: list[str] | None = None  # of the row that is read
+        self._hidden, self._verbatim, self._raised = "", False, False
+
+    def handle_starttag(self, tag: str, attrs: Sequence = ()) -> None:
+        self._raised = tag == "sup"
+        if tag in _HIDDEN:
+            self._hidden = tag
+        elif tag in _BLOCK_TAGS:
+            self._flush()
+            self._level = _HEADINGS.get(tag, self._level)
+            self._verbatim |= tag == "pre"
+            if tag == "tr":
+                self._end_row()
+                self._cells = []
+            elif tag in ("td", "th") and self._cells is not None:
+                self._cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._hidden:
+            self._hidden = ""
+        elif tag in _BLOCK_TAGS:
+            self._flush()
+            self._level = 0 if tag in _HEADINGS else self._level
+            self._verbatim &= tag != "pre"
+            if tag in ("tr", "table"):
+                self._end_row()
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self._held.append("^" + data if self._raised and data[:1].isdigit() else data)
+
+    def close(self) -> None:
+        super().close()
+        self._flush()
+        self._end_row()
+
+    def _flush(self) -> None:
+        held = "".join(self._held)
+        text = held.strip("\n").rstrip() if self._verbatim else " ".join(held.split())
+        self._held = []
+        if self._cells and text:
+            self._cells[-1] = f"{self._cells[-1]} {text}".strip()
+        elif self._level:
+            self._outline.heading(self._level, text)
+        else:
+            self._outline.line(text)
+
+    def _end_row(self) -> None:
+        cells, self._cells = self._cells, None
+        if any(cells or ()):
+            self._outline.line(" | ".join(cells or ()))
+
+
+def missing_extra(where: str, package: str, what: str, extra: str) -> InputError:
+    """The InputError for a file that only an optional package reads."""
+    return InputError(
+        f"{where}: expected the package {package} to read {what}, found it missing. Run `pip install cozyrag[{extra}]`."
+    )
 
 
 def name_as_title(path: str) -> str:
@@ -78,53 +166,102 @@ def plain_article(text: str, where: str) -> Article:
     return Article(where, name_as_title(where), [((), "\n".join(paragraphs))])
 
 
-_ATX = re.compile(r" {0,3}(#{1,6})(?:\s+(.*?))?(?:\s+#+)?\s*$")
-_SETEXT = re.compile(r" {0,3}(=+|-+)\s*$")
-_FENCE = re.compile(r"\s*(```|~~~)")
-_DEFINITION = re.compile(r" {0,3}\[[^\]]+\]:\s+\S+\s*(?:[\"'(].*)?$")  # the target of a reference link
-_OWN_LINE = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|\||>)")
-_MARKS = (
-    (re.compile(r"<!--.*?-->", re.S), ""),
-    (re.compile(r"!\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
-    (re.compile(r"!?\[\[(?:[^\]|]*\|)?([^\]|]*)\]\]"), r"\1"),
-    (re.compile(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),
-    (re.compile(r"(\*\*|__|~~)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
-    (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
-    (re.compile(r"(?<![\w_])_(?=\S)([^_\n]+?)(?<=\S)_(?![\w_])"), r"\1"),
-    (re.compile(r"`+([^`\n]+)`+"), r"\1"),
-    (re.compile(r"^\s*>+ ?", re.M), ""),
-    (re.compile(r"<(https?://[^>\s]+)>"), r"\1"),
-    (re.compile(r"</?[a-zA-Z][^<>]*>"), " "),
-)
-
-
 def markdown_article(text: str, where: str) -> Article:
     """Headings start sections; the title is from the front matter, the first heading, or the file name."""
-    text, title = _front_matter(text)
-    outline, block, fenced = _Outline(), list[str](), False
-    for line in text.split("\n"):
-        fence, atx, setext = _FENCE.match(line), _ATX.match(line), _SETEXT.match(line)
-        if fenced and not fence:
-            outline.line(line.rstrip())
-        elif setext and len(block) == 1 and not _OWN_LINE.match(block[0]):
-            outline.heading(1 if setext[1][0] == "=" else 2, _bare(block.pop()))
-        elif fence or atx or setext or not line.strip() or _DEFINITION.match(line):
-            outline.paragraph(block)
-            fenced ^= bool(fence)
-            if atx:
-                outline.heading(len(atx[1]), _bare(atx[2] or ""))
-        else:
-            if _OWN_LINE.match(line):
-                outline.paragraph(block)
-            block.append(line)
-    outline.paragraph(block)
+    body, title = _front_matter(text)
+    try:
+        outline = _markdown_outline(body)
+    except RecursionError:  # hundreds of quotes or lists within each other
+        return plain_article(text, where)
     return outline.article(where, title, name_as_title(where))
 
 
-def _bare(text: str) -> str:
-    for mark, replacement in _MARKS:
-        text = mark.sub(replacement, text)
-    return text.strip()
+def _markdown_outline(text: str) -> Outline:
+    outline, mark, cells, row = Outline(), "", list[str](), ""
+    parsed, lines = _markdown().parse(text), text.split("\n")
+    for opening, token in zip([None, *parsed], parsed, strict=False):
+        around = opening.type if opening else ""
+        if token.type == "list_item_open":
+            mark = f"{token.info}{token.markup} " if token.info else "- "
+        elif token.type == "tr_open":
+            row = lines[token.map[0]]
+        elif token.type == "tr_close":
+            outline.line(" | ".join(cells + _more_cells(row, len(cells))))
+            cells.clear()
+        elif token.type == "inline" and around == "heading_open" and token.level == 1:
+            outline.heading(int(opening.tag[1]), _inline_text(token).replace("\n", " "))
+        elif token.type == "inline" and around in ("th_open", "td_open"):
+            cells.append(_inline_text(token).replace("\n", " "))
+        elif token.type == "inline" and (words := _inline_text(token)):
+            outline.line(mark + words)
+            mark = ""
+        elif token.type in ("fence", "code_block"):
+            outline.line(token.content.rstrip())
+        elif token.type == "html_block":
+            outline.html(token.content)
+    return outline
+
+
+def _more_cells(row: str, known: int) -> list[str]:
+    """The cells of a table's row beyond the columns of its head, which Markdown drops."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))[known:]]
+
+
+@cache
+def _markdown() -> Any:
+    """CommonMark with tables, ~~strikethrough~~ and [[wiki links]]; a footnote is text, not the target of a link."""
+    from markdown_it import MarkdownIt
+    from markdown_it.rules_block import reference
+
+    def is_target(state: Any, line: int, *rest: Any) -> bool:
+        start = state.bMarks[line] + state.tShift[line]
+        return not state.src.startswith("[^", start) and reference(state, line, *rest)
+
+    parser = MarkdownIt("commonmark", {"maxNesting": 100_000}).enable(["table", "strikethrough"])
+    parser.block.ruler.at("reference", is_target)
+    parser.inline.ruler.before("link", "wiki_link", _wiki_link)
+    return parser
+
+
+def _wiki_link(state: Any, silent: bool) -> bool:
+    """A rule of the parser: [[target|text]] and ![[target]] as their text."""
+    found = _WIKI_LINK.match(state.src, state.pos)
+    if found and not silent:
+        state.push("text", "", 0).content = found[1]
+    if found:
+        state.pos = found.end()
+    return found is not None
+
+
+_WIKI_LINK = re.compile(r"!?\[\[(?:[^\[\]|\n]*\|)?([^\[\]|\n]+)\]\]")
+_TAG = re.compile(r"</?([a-zA-Z][\w-]*)")
+# Other words in angle brackets are no markup but text: <your name>, Vec<String>.
+_INLINE_TAGS = frozenset(
+    "a abbr acronym audio b bdi bdo big br button canvas cite code data del dfn em embed font i iframe img input ins "
+    "kbd label map mark math meter noscript object output picture pre progress q rp rt ruby s samp script select slot "
+    "small source span strike strong style sub sup svg template textarea time tt u var video wbr".split()
+)
+
+
+def _inline_text(token: Any) -> str:
+    """The text of a paragraph, heading or cell: on one line except for hard breaks."""
+    lines = "".join(_inline_parts(token)).split("\f")
+    return "\n".join(filter(None, (unwrap(line.split("\n")) for line in lines)))
+
+
+def _inline_parts(token: Any) -> Iterator[str]:
+    """The text of each part; "\\n" for a wrapped line, "\\f" for a hard break."""
+    for part in token.children or ():
+        if part.type == "image":
+            yield from _inline_parts(part)
+        elif part.type == "html_inline":
+            tag = _TAG.match(part.content)
+            if tag and tag[1].lower() not in _INLINE_TAGS | _BLOCK_TAGS:
+                yield part.content
+            elif tag and tag[1].lower() == "br":
+                yield "\f"
+        else:
+            yield {"softbreak": "\n", "hardbreak": "\f"}.get(part.type, part.content)
 
 
 def _front_matter(text: str) -> tuple[str, str | None]:
@@ -139,67 +276,103 @@ def _front_matter(text: str) -> tuple[str, str | None]:
     return text[found.end() :], str(facts["title"]).strip() if facts.get("title") else None
 
 
-_SKIPPED = {"script", "style", "template", "noscript", "svg", "nav", "footer", "aside", "form", "button", "select"}
-_HEADINGS = {f"h{level}": level for level in range(1, 7)}
-_BLOCKS = (
-    "address article blockquote body br caption dd div dl dt fieldset figcaption figure header hr html li main ol p "
-    "pre section table tbody tfoot thead tr ul"
-)
-_BREAKS = {"title", *_HEADINGS, *_BLOCKS.split()}
-
-
-class _Page(HTMLParser):
-    """Text under headings, without navigation, scripts and forms."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.outline, self.title = _Outline(), ""
-        self._held: list[str] = []
-        self._skipped: list[str] = []
-        self._inside = ""  # "title" or a heading
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag in _SKIPPED:
-            self._skipped.append(tag)
-        elif tag in _BREAKS:
-            self._flush()
-            self._inside = tag if tag in _HEADINGS or tag == "title" else ""
-        elif tag in ("td", "th"):
-            self._held.append(" ")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self._skipped:
-            del self._skipped[self._skipped.index(tag) :]
-        elif tag in _BREAKS:
-            self._flush()
-
-    def handle_data(self, data: str) -> None:
-        if not self._skipped:
-            self._held.append(data)
-
-    def close(self) -> None:
-        super().close()
-        self._flush()
-
-    def _flush(self) -> None:
-        text, inside = " ".join("".join(self._held).split()), self._inside
-        self._held, self._inside = [], ""
-        if inside == "title":
-            self.title = self.title or text
-        elif text and inside:
-            self.outline.heading(_HEADINGS[inside], text)
-        elif text:
-            self.outline.line(text)
+_MARGINS = ("nav", "footer", "aside", "select", "button")  # beside the main text, if smaller than the rest
+_OWN_TAGS = {"item": "li", "row": "tr", "cell": "td", "lb": "br", "quote": "blockquote"}  # of trafilatura
+_NO_CELL = ("table", "ul", "ol", "dl", "pre", *_HEADINGS)  # what only a table for the layout of a page holds
+LONGEST_ROW = 1000  # characters; longer ones are no row of facts
+ENOUGH = 0.7  # share of a page without its margins from which the extractor's text counts as complete
 
 
 def html_article(text: str, where: str) -> Article:
-    """Headings start sections; the title is the only heading of the first level, else <title>."""
-    page = _Page()
-    page.feed(text)
-    page.close()
-    tops = [path[0] for path, _ in page.outline.sections if len(path) == 1]
-    title = tops[0] if len(tops) == 1 else page.title
-    return page.outline.article(where, title or None, name_as_title(where))
+    """Headings start sections; the title is the only heading of the first level, else <title>.
+
+    trafilatura finds the main text. If it keeps little of the page, the whole page without its margins is taken.
+
+    Raises InputError without trafilatura.
+    """
+    text = text.replace("\0", "")
+    page = _html_tree(text, where)
+    found = Outline()
+    if page is None:
+        found.html(text)
+        return found.article(where, None, name_as_title(where))
+    with suppress(RecursionError):  # a page of thousands of nested elements
+        found = _main_outline(page)
+    whole = _outline_of(_without_margins(page))
+    complete = ENOUGH * whole.size() <= found.size() <= whole.size()  # for short pages it takes menus as well
+    flat = len(found.sections) == 1 < len(whole.sections)
+    outline = found if complete and not flat else whole
+    tops = [" ".join(top.text_content().split()) for top in page.iter("h1")]
+    title = tops[0] if len(tops) == 1 else " ".join((page.findtext(".//title") or "").split())
+    return outline.article(where, title or None, name_as_title(where))
+
+
+def _html_tree(text: str, where: str) -> Any:
+    """The elements of a page, None if it is empty, or so deep that the parser gives up."""
+    try:
+        import trafilatura  # noqa: F401
+        from lxml import etree, html
+    except ImportError as error:
+        raise missing_extra(where, "trafilatura", "web pages", "web") from error
+    parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
+    try:
+        page = html.document_fromstring(text.encode("utf-8", "replace"), parser=parser)
+    except etree.LxmlError:
+        return None
+    return None if parser.error_log.filter_from_fatals() else page
+
+
+def _main_outline(page: Any) -> Outline:
+    from trafilatura import bare_extraction
+
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
+    found = bare_extraction(copy.deepcopy(page), favor_recall=True, include_comments=False)
+    return Outline() if found is None or found.body is None else _outline_of(found.body)
+
+
+def _without_margins(page: Any) -> Any:
+    """The body of the page, which loses what is not shown, and menus and the like unless they hold most of it."""
+    body = page.find("body")
+    body = page if body is None else body
+    for element in list(body.iter(*_HIDDEN)):
+        element.drop_tree()
+    size = len(body.text_content())
+    for element in list(body.iter(*_MARGINS)):
+        if element.getparent() is not None and len(element.text_content()) < size / 2:
+            element.drop_tree()
+    return body
+
+
+def _outline_of(tree: Any) -> Outline:
+    """The text under headings of elements of HTML, or of trafilatura."""
+    from lxml import etree
+
+    outline = Outline()
+    markup = _Markup(outline)
+    for event, element in etree.iterwalk(tree, events=("start", "end")):
+        tag = _tag_of(element)
+        if event == "start":
+            markup.handle_starttag(tag)
+            markup.handle_data(element.text or "")
+        else:
+            markup.handle_endtag(tag)
+            markup.handle_data(element.tail or "" if element is not tree else "")
+    markup.close()
+    return outline
+
+
+def _tag_of(element: Any) -> str:
+    """The tag that says what an element is for: a heading, a block of code, a row of facts."""
+    tag = _OWN_TAGS.get(element.tag, element.tag)
+    if tag == "head":
+        return element.get("rend") or "p"
+    if tag == "code" and "\n" in "".join(element.itertext()):
+        return "pre"
+    if tag in ("tr", "td", "th"):
+        row = element if tag == "tr" else element.getparent()
+        words = "".join(row.itertext()) if row is not None else ""
+        return tag if len(words) < LONGEST_ROW and next(row.iter(*_NO_CELL), None) is None else "div"
+    return tag
 
 
 def pdf_article(path: str, where: str) -> Article:
@@ -211,9 +384,7 @@ def pdf_article(path: str, where: str) -> Article:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
     except ImportError as error:
-        raise InputError(
-            f"{where}: expected the package pypdf to read PDF, found it missing. Run `pip install cozyrag[pdf]`."
-        ) from error
+        raise missing_extra(where, "pypdf", "PDF", "pdf") from error
     try:
         reader = PdfReader(path)
         pages = [page.extract_text() for page in reader.pages]

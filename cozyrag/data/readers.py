@@ -60,8 +60,8 @@ def read_rows(
     kind: one of EXTENSIONS, for a file whose name does not show it.
     streaming: rows of a Hub dataset as they arrive, nothing stored on this machine.
 
-    Raises InputError, during the iteration, for a source that is missing, a directory, empty, of unknown extension, not
-    UTF-8, holding NUL bytes, or broken (gzip, CSV, JSON, Parquet, Hub).
+    Raises InputError, during the iteration, for a source that is missing, a directory, empty, of unknown extension or
+    encoding, holding NUL bytes, or broken (gzip, CSV, JSON, Parquet, Hub).
     """
     collected = BadRows() if bad is None else bad
     if is_hub_id(source):
@@ -69,7 +69,7 @@ def read_rows(
     elif is_saved(source):
         yield from _saved_rows(source, split)
     else:
-        file = InputFile(source, os.path.expanduser(source), progress)
+        file = InputFile(source, os.path.expanduser(source), progress, collected.note)
         kind = kind or kind_of(file.path)
         _check_file(file, kind)
         yield from _file_rows(file, kind, Table(known, headerless, delimiter), collected)
