@@ -53,7 +53,10 @@ def builder_of(*texts, titles=None, top_k=9, budget=99, hard_negatives=0, count_
             'He said "Go." She (who knew.) "Went!" Then [he.]\u2019 Slept.',
             ['He said "Go."', "She (who knew.)", '"Went!"', "Then [he.]\u2019", "Slept."],
         ),
-        ("“Nie.” „Doch.\u201d (He left.)  \u201cSo.\u201d", ["“Nie.”", "„Doch.\u201d", "(He left.)", "\u201cSo.\u201d"]),
+        (
+            "“Nie.” „Doch.\u201d (He left.)  \u201cSo.\u201d",
+            ["“Nie.”", "„Doch.\u201d", "(He left.)", "\u201cSo.\u201d"],
+        ),
         ("no stop\nnew line\n\nThird", ["no stop", "new line", "Third"]),
         ("好。 1 好！ B", ["好。", "1 好！", "B"]),
         ("One", ["One"]),
