@@ -326,7 +326,7 @@ def _main_outline(page: Any) -> Outline:
     from trafilatura import bare_extraction
 
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
-    found = bare_extraction(copy.deepcopy(page), favor_recall=True, include_comments=False)
+    found: Any = bare_extraction(copy.deepcopy(page), favor_recall=True, include_comments=False)
     return Outline() if found is None or found.body is None else _outline_of(found.body)
 
 

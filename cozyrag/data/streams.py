@@ -180,7 +180,7 @@ def _tell(file: InputFile, encoding: str) -> None:
         file.note(f"{file.source}: read as {encoding} (not UTF-8); save it as UTF-8 if characters look wrong")
 
 
-def _wide_lines(file: InputFile, opened: io.BufferedIOBase, encoding: str) -> Iterator[str]:
+def _wide_lines(file: InputFile, opened: Any, encoding: str) -> Iterator[str]:
     """Lines of UTF-16 or UTF-32, whose newlines are no single bytes."""
     number = 0
     try:
