@@ -75,6 +75,24 @@ def write_greedily(
     return [Decoded(*each) for each in zip(answers, scores, silence.tolist(), strict=True)]
 
 
+@torch.inference_mode()
+def reads_past_padding(model: PreTrainedModel) -> bool:
+    """Whether a prompt that is padded beside a longer one gets the logits that it gets alone.
+
+    Models with attention do; RWKV accepts an attention mask and ignores it. Measured at two steps, with a cache.
+    """
+    ids = torch.arange(1, 9, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    own = torch.ones(1, 3, dtype=torch.long, device=model.device)
+    mask = torch.cat([torch.zeros_like(ids[None, :5]), own], dim=1)
+    alone = _Steps(model, ids[None, :3], own)
+    beside = _Steps(model, torch.stack([ids.roll(-3), ids]), torch.cat([mask, torch.ones_like(mask)]))
+    for newest in (ids[:0], ids[:1]):
+        mine = alone.logits(newest[None]), beside.logits(newest.expand(2, -1))[:1]
+        if not torch.allclose(*mine, rtol=1e-3, atol=1e-5, equal_nan=True):
+            return False
+    return True
+
+
 def _allowed(logs: torch.Tensor, written: torch.Tensor, limits: Limits, spans: Sequence[Spans] | None) -> torch.Tensor:
     """(rows, vocabulary): the log-probabilities, minus infinity for tokens that may not come next."""
     count = written.shape[1]
