@@ -194,6 +194,7 @@ def load_models(
             retriever = Retriever.load(
                 models.retriever, revision=models.retriever_revision, max_tokens=reads, device=str(device)
             )
+        retriever.use_prompts(models.retriever, query=models.query_prompt, passage=models.passage_prompt)
     generator.check_room(settings.contexts.context_tokens, settings.contexts.answer_tokens)
     if settings.training.sentence_weight and not retriever.reads_sentences:
         raise InputError(
