@@ -98,7 +98,7 @@ def test_every_use_reads_the_prompts_as_sentence_transformers_does_once_it_is_sa
     retriever.use_prompts("intfloat/e5-small-v2")
     retriever.save(tmp_path)
     plain = SentenceTransformer(str(tmp_path), device="cpu")
-    assert {kind: plain.prompts[kind] for kind in ("query", "document")} == dict(zip(("query", "document"), E5))
+    assert {kind: plain.prompts[kind] for kind in ("query", "document")} == {"query": E5[0], "document": E5[1]}
     expected = {
         "query": plain.encode_query(QUERIES, normalize_embeddings=True),
         "document": plain.encode_document(TEXTS, normalize_embeddings=True),
@@ -164,8 +164,7 @@ def test_a_run_and_its_index_have_the_prompts_of_the_settings(
     generator_path, retriever_path, corpus_files, tmp_path, given, prompts
 ):
     machine = SimpleNamespace(device="cpu", mixed_precision="no")
-    room = ["--context_tokens", "60"]
-    settings = settings_for(generator_path, retriever_path, *room, *given)
+    settings = settings_for(generator_path, retriever_path, *given)
     retriever = load_models(machine, settings, None, None)[1]
     assert [retriever.model.prompts[kind] for kind in ("query", "document")] == list(prompts)
     common = ["--retriever", str(retriever_path), "--output", str(tmp_path), "--threads", "1", *given]
@@ -177,7 +176,7 @@ def test_a_run_from_e5_has_its_prompts_and_keeps_them_when_it_is_loaded_again(ge
     """As does a retriever that an earlier version trained without them, which a pair or a checkpoint names."""
     old = tiny.make_retriever(tmp_path / "e5-small-v2")
     machine = SimpleNamespace(device="cpu", mixed_precision="no")
-    made = load_models(machine, settings_for(generator_path, old, "--context_tokens", "60"), None, None)[1]
+    made = load_models(machine, settings_for(generator_path, old), None, None)[1]
     made.save(tmp_path / "retriever")
     assert Retriever.load(str(tmp_path / "retriever"), max_tokens=160).fingerprint() == made.fingerprint()
     assert made.prompts_sentence == "The retriever reads questions after 'query: ', passages after 'passage: '."

@@ -270,16 +270,16 @@ def test_a_slow_tokenizer_works_but_for_extractive_answers(tmp_path):
 @pytest.mark.parametrize(
     ("positions", "context", "answer", "words"),
     [
-        (80, 128, 24, ["--context_tokens 128", "80 tokens", "which leave 36", "Give --context_tokens 16 or less"]),
-        (64, 21, 24, ["which leave 20", "Lower --answer_tokens"]),
-        (64, 20, 24, []),
-        (32, 128, 24, ["which leave 0", "Lower --answer_tokens"]),
+        (100, 128, 24, ["--context_tokens 128", "generator's 100 tokens", "Give --context_tokens 36 or less"]),
+        (151, 128, 24, ["Give --context_tokens 87 or less"]),
+        (152, 128, 24, []),
+        (60, 128, 24, ["Lower --answer_tokens"]),
         (256, 128, 24, []),
         (256, 300, 24, ["Give --context_tokens 192 or less"]),
     ],
 )
 def test_contexts_must_fit_into_the_positions_of_the_model(positions, context, answer, words):
-    generator = Generator(gpt2(positions=positions), tokenizer_with("<s>"))  # BOS and the cues take 20
+    generator = Generator(gpt2(positions=positions), tokenizer_with())
     if not words:
         return generator.check_room(context, answer)
     with pytest.raises(InputError) as error:

@@ -39,7 +39,7 @@ from cozyrag.models.prompts import (
 from cozyrag.models.token_losses import TokenLosses
 from cozyrag.models.tokenizer_checks import check_embeddings, check_end, outside
 
-QUESTION_TOKENS = 20  # of a usual question, in the advice for a context that does not fit
+QUESTION_TOKENS = 40  # of a question with the prompt's own words, in the advice for a context that does not fit
 UNLIMITED = 2048  # maximum tokens for a model that has no limit of its own
 
 
@@ -156,25 +156,17 @@ class Generator:
         return {"question_cue": QUESTION_CUE} | cues | ({START: start} if start else {})
 
     def check_room(self, context_tokens: int, answer_tokens: int) -> None:
-        """Raise InputError if a context and an answer of these lengths do not even fit with an empty question."""
-        (prompt,) = encode_prompts(
-            self.tokenizer,
-            questions=[""],
-            contexts=[""],
-            context_tokens=0,
-            max_length=UNLIMITED + self.max_length,
-            reserve=0,
-            layout=self.layout,
-        )
-        room = self.max_length - len(prompt) - answer_tokens
-        if room < context_tokens:
-            spare = room - QUESTION_TOKENS
+        """Raise InputError if a context and an answer of these lengths are longer than the model's input.
+
+        A long question may still shorten a context that fits.
+        """
+        if self.max_length < context_tokens + answer_tokens:
+            spare = self.max_length - answer_tokens - QUESTION_TOKENS
             fitting = f"Give --context_tokens {spare} or less" if spare > 0 else "Lower --answer_tokens"
             raise InputError(
                 f"--context_tokens {context_tokens}: expected to fit into the generator's {self.max_length} tokens "
-                f"beside the prompt's own {len(prompt)} and --answer_tokens {answer_tokens}, which leave "
-                f"{max(room, 0)}: contexts would be cut short. {fitting}, which leaves room for a question, or choose "
-                "a --generator with a longer input."
+                f"together with --answer_tokens {answer_tokens}; contexts would be cut short. {fitting}, or choose a "
+                "--generator with a longer input."
             )
 
     @cached_property

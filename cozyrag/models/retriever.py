@@ -109,9 +109,9 @@ class Retriever:
     def prompts_sentence(self) -> str:
         """The prompts in words; empty if there are none."""
         query, document = (self.model.prompts.get(kind) or "" for kind in ("query", "document"))
-        return (
-            f"The retriever reads questions after {query!r}, passages after {document!r}." if query + document else ""
-        )
+        if not query and not document:
+            return ""
+        return f"The retriever reads questions after {query!r}, passages after {document!r}."
 
     def freeze_documents(self) -> None:
         """Train only the side that encodes questions from now on, so that passage vectors and the index stay valid.

@@ -19,7 +19,7 @@ class Prompts(NamedTuple):
 
 
 SEARCH = "Represent this sentence for searching relevant passages: "
-# Part of the name of a model, without its owner, against what the cards of these families ask for; the first match counts.
+# Part of a model's name, without its owner: what the cards of these families ask for. The first match counts.
 FAMILIES = {
     r"e5-mistral|e5-.*instruct": Prompts(
         "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ", ""
