@@ -111,6 +111,12 @@ class ModelSettings(_Group):
     )
     generator_revision: str | None = setting(None, "Hub revision of --generator (branch, tag or commit).")
     retriever_revision: str | None = setting(None, "Hub revision of --retriever (branch, tag or commit).")
+    query_prompt: str | None = setting(
+        None,
+        "Text that the retriever reads before every question, such as 'query: '; '' for none. None: what the model "
+        "names itself, or what its family (E5, BGE, ...) is known to want.",
+    )
+    passage_prompt: str | None = setting(None, "The same before every passage, such as 'passage: '.")
     dropout: float = setting(0.0, "Dropout of the generator in training, 0 to 1.")
     chat_template: Literal["auto", "on", "off"] = setting(
         "auto",

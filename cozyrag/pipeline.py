@@ -15,7 +15,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.int8_encoding import reading_precision
 from cozyrag.models.retriever import Retriever
-from cozyrag.pair_file import PAIR_FILE, read_pair
+from cozyrag.pair_file import PAIR_FILE, read_pair, starts_text
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
@@ -126,7 +126,8 @@ class CozyRAG:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
         pair = read_pair(folder)
-        generator = Generator.load(str(_piece(folder, pair["generator"], "model", token)))
+        place = str(_piece(folder, pair["generator"], "model", token))
+        generator = Generator.load(place, start_of_text=starts_text(pair))
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
         if expected not in (None, found):
             raise InputError(

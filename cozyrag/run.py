@@ -179,6 +179,8 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
 def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
     """Log the sizes, the machine, the precision and what the user should know beforehand."""
     rounds.log.info(f"{_summary(rounds)}\n{precision.sentence()}.")
+    if rounds.retriever.prompts_sentence:
+        rounds.log.info(rounds.retriever.prompts_sentence)
     record_facts(rounds, precision)
     if rounds.settings.models.generator == SCRATCH:
         rounds.log.info(

@@ -295,9 +295,9 @@ def test_a_missing_piece_is_refused(copy, piece):
         (None, "found none"),
         ("{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
-        ("[]", "expected format_version 2, found None"),
-        ("{}", "expected format_version 2, found None"),
-        ('{"format_version": 3}', "expected format_version 2, found 3"),
+        ("[]", "expected format_version 3 or lower, found None"),
+        ("{}", "expected format_version 3 or lower, found None"),
+        ('{"format_version": 4}', "expected format_version 3 or lower, found 4"),
     ],
 )
 def test_an_unusable_cozyrag_json_is_refused(copy, content, words):

@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="folder for the index; an existing index in it is updated")
     add("--retriever", default=EMBEDDED, metavar="NAME", help="folder or Hub id of a SentenceTransformer")
     add("--retriever_revision", metavar="REV", help="Hub revision of --retriever")
+    help = "text before every question, as for train.py; the index is for a run with the same prompts"
+    add("--query_prompt", metavar="TEXT", help=help)
+    add("--passage_prompt", metavar="TEXT", help="text before every passage, as for train.py")
     add("--index_memory", type=bytes_of, metavar="SIZE", help="memory limit of the index (default: no limit, exact)")
     help = "tokens of a passage that are encoded, as for train.py"
     add("--passage_tokens", type=at_least(8), default=contexts.passage_tokens, metavar="N", help=help)
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     hashes = np.load(work.hashes)
     rows = work.known().missing(hashes)
     accelerator.wait_for_everyone()  # all processes must see the same shards before new ones are written
-    accelerator.print(f"{len(hashes):,} passages, {len(rows):,} to encode.")
+    accelerator.print(f"{len(hashes):,} passages, {len(rows):,} to encode. {retriever.prompts_sentence}".rstrip())
     seconds = _encode(accelerator, retriever, work, rows, hashes, options)
     if accelerator.is_main_process:
         speed = f", {len(rows) / seconds:.1f} per second" if len(rows) else ""
@@ -164,9 +167,14 @@ def _accelerator(options: argparse.Namespace) -> Accelerator:
 
 def _load(options: argparse.Namespace, device: str) -> Retriever:
     if options.retriever == EMBEDDED:
-        return Retriever.load_embedded(max_tokens=options.passage_tokens, device=device)
-    revision = options.retriever_revision
-    return Retriever.load(options.retriever, revision=revision, max_tokens=options.passage_tokens, device=device)
+        retriever = Retriever.load_embedded(max_tokens=options.passage_tokens, device=device)
+    else:
+        revision = options.retriever_revision
+        retriever = Retriever.load(
+            options.retriever, revision=revision, max_tokens=options.passage_tokens, device=device
+        )
+    retriever.use_prompts(options.retriever, query=options.query_prompt, passage=options.passage_prompt)
+    return retriever
 
 
 # ---- the passages

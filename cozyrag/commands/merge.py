@@ -19,6 +19,7 @@ from transformers.utils import logging
 from cozyrag.errors import InputError
 from cozyrag.hub.model_cards import ADAPTER_NOTE, CARD
 from cozyrag.models.generator import Generator
+from cozyrag.models.loading import load_causal_lm
 from cozyrag.models.lora import merged, read_adapter
 from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.runtime.atomic_files import replacing, write_json
@@ -59,7 +60,7 @@ def merge(output: str, folder: str) -> Path:
             f"cozyrag merge: expected a LoRA adapter in {trained}, found a whole model. There is nothing to merge."
         )
     tokenizer = Generator.load(trained).tokenizer
-    base = Generator.load(adapter.base, revision=adapter.revision, chat_template=False).model
+    base, _ = load_causal_lm(adapter.base, revision=adapter.revision, dropout=0.0, token=None, chat_template=False)
     generator = Generator(merged(trained, base), tokenizer)
     with replacing(target, needed=2 * generator.saved_bytes()) as coming:
         shutil.copytree(source, coming, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)

@@ -78,11 +78,11 @@ def write_cards(
     drawn = draw_curves(rows, folder / "generator" / PICTURE)
     if drawn:
         shutil.copyfile(folder / "generator" / PICTURE, folder / "retriever" / PICTURE)
-    templates = shipped_folder("model_cards")
+    templates, prompts = shipped_folder("model_cards"), _retriever_prompts(folder / "retriever")
     for role in ("generator", "retriever"):
         base = _base(role, settings)
         data = _model_data(role, settings, base, evaluated[-1])
-        own = facts | {"picture": PICTURE if drawn else "", "base": _public(base)}
+        own = facts | {"picture": PICTURE if drawn else "", "base": _public(base), "prompts": prompts}
         card = ModelCard.from_template(data, template_path=str(templates / f"{role}.md"), **own)
         card.save(folder / role / CARD)
     own = facts | {"passages": str(run["passages"]), "fingerprint": str(made_by(folder / "index"))}
@@ -191,6 +191,14 @@ def results_table(summaries: Sequence[tuple[str, Mapping]]) -> str:
 def _cell(summary: Mapping, metric: str) -> str:
     ends = summary.get(f"{metric}_interval")
     return f"{summary[metric]:.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
+
+
+def _retriever_prompts(folder: Path) -> dict[str, str]:
+    """The prompts that were saved with a retriever, as JSON strings; empty if it has none."""
+    path = folder / "config_sentence_transformers.json"
+    saved = json.loads(path.read_text(encoding="utf-8")).get("prompts", {}) if path.exists() else {}
+    kinds = {kind: saved.get(kind) or "" for kind in ("query", "document")}
+    return {kind: json.dumps(text, ensure_ascii=False) for kind, text in kinds.items()} if any(kinds.values()) else {}
 
 
 def _round_name(number: int) -> str:

@@ -6,7 +6,9 @@ Left out: loading (loading.py), losses (token_losses.py), training, processes, m
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,26 @@ from cozyrag.models import lora
 from cozyrag.models.batching import collate
 from cozyrag.models.constrained_decoding import Spans
 from cozyrag.models.fsdp import Sharded
-from cozyrag.models.greedy_decoding import Limits, write_greedily
+from cozyrag.models.greedy_decoding import Limits, reads_past_padding, write_greedily
 from cozyrag.models.int8_encoding import BF16, FLOAT32
 from cozyrag.models.loading import load_causal_lm, training_config
-from cozyrag.models.prompts import PLAIN, chat_layout, context_tokens_of, encode_examples, encode_prompts, tokenize
+from cozyrag.models.prompts import (
+    ANSWER_CUE,
+    PLAIN,
+    QUESTION_CUE,
+    START,
+    Layout,
+    chat_layout,
+    context_tokens_of,
+    encode_examples,
+    encode_prompts,
+    start_of_text,
+    tokenize,
+)
 from cozyrag.models.token_losses import TokenLosses
+from cozyrag.models.tokenizer_checks import check_embeddings, check_end, outside
 
+QUESTION_TOKENS = 40  # of a question with the prompt's own words, in the advice for a context that does not fit
 UNLIMITED = 2048  # maximum tokens for a model that has no limit of its own
 
 
@@ -69,16 +85,22 @@ class Written:
 
 
 class Generator:
-    """A causal LM with its tokenizer, whose chat template, if it has one, forms the prompts."""
+    """A causal LM with its tokenizer, whose chat template, if it has one, forms the prompts.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        if tokenizer.pad_token_id is None:
+    Args:
+        start_of_text: begin prompts with what the tokenizer begins every text with, such as BOS. False only for a
+            generator that an earlier version trained without it.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, start_of_text: bool = True):
+        check_end(model, tokenizer)
+        if tokenizer.pad_token_id is None or tokenizer.pad_token in outside(model, tokenizer):
             tokenizer.pad_token = tokenizer.eos_token
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.loss_type = "ForCausalLM"  # silences a warning about the default
         self.model = model
         self.tokenizer = tokenizer
-        self.layout = chat_layout(tokenizer) if tokenizer.chat_template else PLAIN
+        self.layout = _layout(model, tokenizer, start_of_text)
         self.parts: Sharded | None = None  # while a phase trains it sharded over the processes
         self.precision = FLOAT32  # of inference; weights are trained and saved in float32 in any case
         self._reader: PreTrainedModel | None = None
@@ -92,13 +114,15 @@ class Generator:
         dropout: float = 0.0,
         token: str | None = None,
         chat_template: bool = True,
+        start_of_text: bool = True,
     ) -> "Generator":
         """Load a checkpoint folder, a Hub id or "smollm2" in float32; a LoRA adapter together with its base model.
 
         Without `chat_template` the tokenizer loses its template, also in what is saved, so that prompts stay the same.
-        Raises InputError if it cannot be loaded; the message names the alternatives.
+        Raises InputError if it cannot be loaded or used; the message names the alternatives.
         """
-        return cls(*load_causal_lm(name, revision=revision, dropout=dropout, token=token, chat_template=chat_template))
+        loaded = load_causal_lm(name, revision=revision, dropout=dropout, token=token, chat_template=chat_template)
+        return cls(*loaded, start_of_text=start_of_text)
 
     @classmethod
     def from_scratch(
@@ -123,6 +147,32 @@ class Generator:
     def end(self) -> int:
         """The token that ends an answer."""
         return self.tokenizer.eos_token_id if self.layout.end is None else self.layout.end
+
+    @property
+    def prompt_facts(self) -> dict:
+        """What prompts look like, for cozyrag.json and checkpoints (pair_file.py)."""
+        cues = {"chat_template": True} if self.tokenizer.chat_template else {"answer_cue": ANSWER_CUE}
+        start = self.tokenizer.convert_ids_to_tokens(list(self.layout.head[: self.layout.start]))
+        return {"question_cue": QUESTION_CUE} | cues | ({START: start} if start else {})
+
+    def check_room(self, context_tokens: int, answer_tokens: int) -> None:
+        """Raise InputError if a context and an answer of these lengths are longer than the model's input.
+
+        A long question may still shorten a context that fits.
+        """
+        if self.max_length < context_tokens + answer_tokens:
+            spare = self.max_length - answer_tokens - QUESTION_TOKENS
+            fitting = f"Give --context_tokens {spare} or less" if spare > 0 else "Lower --answer_tokens"
+            raise InputError(
+                f"--context_tokens {context_tokens}: expected to fit into the generator's {self.max_length} tokens "
+                f"together with --answer_tokens {answer_tokens}; contexts would be cut short. {fitting}, or choose a "
+                "--generator with a longer input."
+            )
+
+    @cached_property
+    def reads_past_padding(self) -> bool:
+        """Whether prompts of different lengths can be answered in one batch; measured once."""
+        return reads_past_padding(self.model)
 
     @property
     def is_adapter(self) -> bool:
@@ -217,14 +267,22 @@ class Generator:
             reserve=max_new_tokens,
             layout=self.layout,
         )
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         answers: dict[int, Written] = {}
         with self.reading() as model:
-            for start in progress(range(0, len(order), batch_size)):
-                rows = order[start : start + batch_size]
+            batches = self._batches([len(prompt) for prompt in prompts], batch_size)
+            for number in progress(range(len(batches))):
+                rows = batches[number]
                 spans = [self._spans(prompts[row], questions[row], limits) for row in rows] if extractive else None
                 answers |= zip(rows, self._complete(model, [prompts[row] for row in rows], limits, spans), strict=True)
         return [answers[row] for row in range(len(prompts))]
+
+    def _batches(self, lengths: Sequence[int], size: int) -> list[list[int]]:
+        """Rows of similar length together; of the same length, if the model would read the padding."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        alike = [order]
+        if size > 1 and len(set(lengths)) > 1 and not self.reads_past_padding:
+            alike = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
+        return [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
 
     def _spans(self, prompt: list[int], question: str, limits: Limits) -> Spans:
         """The spans of the context in a prompt."""
@@ -304,3 +362,13 @@ class Generator:
     def restore(self, folder: str | Path) -> None:
         """Take the weights of a checkpoint that `save` wrote."""
         self.model.load_state_dict(Generator.load(str(folder)).model.state_dict())
+
+
+def _layout(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, starting: bool) -> Layout:
+    """The layout of a tokenizer's prompts. A special token that the model does not know must not come from a text."""
+    layout = chat_layout(tokenizer) if tokenizer.chat_template else PLAIN
+    if starting:
+        layout = layout.starting_with(start_of_text(tokenizer))
+    end = tokenizer.eos_token_id if layout.end is None else layout.end
+    check_embeddings(model, tokenizer, {*layout.head, *layout.tail, end, tokenizer.unk_token_id})
+    return replace(layout, characters=True) if outside(model, tokenizer) else layout

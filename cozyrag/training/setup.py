@@ -32,6 +32,7 @@ from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
 from cozyrag.runtime.distributed import refuse
 from cozyrag.runtime.precision import Precision, agreed, check_asked, choose
+from cozyrag.training.checkpointing import load_generator
 from cozyrag.training.tracking import wanted_trackers
 
 LOST = (
@@ -186,7 +187,7 @@ def load_models(
     """The two models on this process's device: those of the checkpoint `newest`, else those that the settings name."""
     models, device, reads = settings.models, accelerator.device, settings.contexts.passage_tokens
     if newest:
-        generator = Generator.load(str(newest / "generator"), dropout=models.dropout)
+        generator = load_generator(newest, dropout=models.dropout)
         retriever = Retriever.load(str(newest / "retriever"), max_tokens=reads, device=str(device))
     else:
         generator = _load_generator(settings, corpus)
@@ -196,6 +197,8 @@ def load_models(
             retriever = Retriever.load(
                 models.retriever, revision=models.retriever_revision, max_tokens=reads, device=str(device)
             )
+        retriever.use_prompts(models.retriever, query=models.query_prompt, passage=models.passage_prompt)
+    generator.check_room(settings.contexts.context_tokens, settings.contexts.answer_tokens)
     if settings.training.sentence_weight and not retriever.reads_sentences:
         raise InputError(
             "--sentence_weight: expected a retriever with mean pooling, because the vector of a sentence is the mean "
