@@ -17,6 +17,7 @@ from cozyrag.data.sentences import sentence_spans
 CLOSE_ENOUGH = 0.75  # share of the target from which the end of a paragraph ends a passage
 TAIL = 0.35  # share of the target below which the end of a section joins the passage before it
 LONGEST = 1.5  # multiple of the target above which a sentence is cut at a clause, at a space, or anywhere
+LONGEST_WORD = 1000  # characters; longer runs of ASCII without a space are data such as pictures in base64
 HEADING_WORDS = 12  # a shorter line that is a paragraph of its own stays with the paragraph after it
 
 # Scripts without spaces between words. A Chinese word has about 1.6 characters, a Thai word about four.
@@ -57,6 +58,14 @@ def spaced(text: str) -> str:
     for script in _CHARACTERS_A_WORD:
         text = script.sub(r" \g<0> ", text)
     return text
+
+
+def without_long_words(text: str) -> tuple[str, int]:
+    """The text without runs that are no words of any language, and their number."""
+    found = [run for run in text.split() if len(run) > LONGEST_WORD and len(run.encode()) < 1.1 * len(run)]
+    for run in found:
+        text = text.replace(run, "", 1)
+    return text, len(found)
 
 
 def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:
