@@ -26,12 +26,24 @@ def articles(inputs: list[str]) -> Iterator[tuple[str, str]]:
             for file in sorted(each for each in path.rglob("*") if each.is_file()):
                 raw = file.read_text(encoding="utf-8")
                 for head, body in re.findall(r"(<doc [^\n]*>)\n(.*?)</doc>", raw, flags=re.S):
-                    yield html.unescape(re.search(r'title="(.*)">$', head)[1]), html.unescape(body)
+                    yield html.unescape(re.search(r'title="(.*)">$', head)[1]), without_residue(html.unescape(body))
         else:
             with gzip.open(path, "rt", encoding="utf-8") as lines:
                 for line in lines:
                     row = json.loads(line)
                     yield row["title"], row["text"]
+
+
+def without_residue(text: str) -> str:
+    """The text without the tags, formulas and empty parentheses that WikiExtractor leaves."""
+    own = (
+        "templatestyles references? ref nowiki onlyinclude includeonly noinclude section poem gallery mapframe maplink"
+    )
+    usual = "div span p small big center font table tr td th ul ol li"
+    names = rf"(?:{own} maplink timeline dfn br)\b|(?:{usual})\s".replace(" ", "|")
+    text = re.sub(rf"</?(?:{names})[^<>\n]*>", " ", text, flags=re.I)
+    text = re.sub(r"\b(?:formula|codice)_\d+\b", "", text)
+    return re.sub(r"(?m)(^|[^\S\n])\(\s*(?:[;,:][\s;,:]*(?:from|or|and)?\s*)?\)", r"\1", text)
 
 
 def without_title(title: str, text: str) -> str:

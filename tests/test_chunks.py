@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.data.chunking import count_words, cut, join_sections
+from cozyrag.data.chunking import count_words, cut, join_sections, latin_length
 
 CHINESE = "维也纳是奥地利的首都，也是该国最大的城市。多瑙河流经该市！它的历史有两千年。"
 ARABIC = "فيينا هي عاصمة النمسا وأكبر مدنها. هل يمر نهر الدانوب بها؟ نعم يمر بها. "
@@ -88,6 +88,11 @@ def test_a_number_is_not_a_clause():
 )
 def test_words_are_counted_by_script(text, words):
     assert count_words(text) == pytest.approx(words)
+
+
+def test_characters_of_scripts_without_spaces_weigh_more():
+    assert latin_length("short note") == 10 and latin_length("café") == 4
+    assert latin_length("村里的水泵") == pytest.approx(5 * 6 / 1.6) and latin_length("ปลา") == pytest.approx(3 * 1.5)
 
 
 @settings(max_examples=60, deadline=None)

@@ -121,7 +121,7 @@ def test_a_folder_of_documents(tmp_path):
     }
     facts = summary(tmp_path)
     assert facts["articles_without_text"] == 1 and facts["unknown_files"] == 1
-    assert facts["unknown_files_first"][0].endswith("photo.jpg")
+    assert facts["unknown_files_first"][0].endswith("photo.jpg: unknown format .jpg")
 
 
 def test_the_progress_bar_counts_bytes(tmp_path, capsys):
@@ -254,6 +254,75 @@ def test_two_workers_give_the_same_as_one(tmp_path, monkeypatch):
     assert made(tmp_path, "two.jsonl") == one
 
 
+# ---- what is removed or not read
+
+
+@pytest.mark.parametrize(
+    ("left", "clean"),
+    [
+        ("The pump (; from ) stands here.", "The pump stands here."),
+        ("The pump () and (, ) and (; ; or ) stand here.", "The pump and and stand here."),
+        ("A pressure of formula_1 where formula_22 (formula_3) is codice_4 high.", "A pressure of where is high."),
+        ('References. &lt;templatestyles src="Reflist/styles.css" /&gt;', "References."),
+        ("One&lt;br&gt;two &lt;ref name=x&gt;three&lt;/ref&gt; &lt;section begin=a /&gt;four.", "One two three four."),
+        ('A &lt;span style="x"&gt;red&lt;/span &gt; pump.', "A red pump."),
+        (
+            "Call main() or f(x, ) in &lt;div&gt;; a &lt; b and c &gt; d.",
+            "Call main() or f(x, ) in <div>; a < b and c > d.",
+        ),
+        ("It was (or) not (from here; there).", "It was (or) not (from here; there)."),
+    ],
+)
+def test_what_wikiextractor_leaves_is_removed(tmp_path, left, clean):
+    (tmp_path / "wiki_00").write_text(f'<doc id="1" url="u" title="T">\nT\n\n{left} {long("fox", 5)}\n</doc>\n')
+    assert " ".join(run(tmp_path, tmp_path / "wiki_00")[0]["text"].split()) == f"{clean} {long('fox', 5)}"
+
+
+@pytest.mark.parametrize("run_of", ["QUJD" * 300, "ab12" * 100_000, "data:image/png;base64," + "A" * 2000, "x," * 900])
+def test_data_within_a_text_is_left_out_and_counted(tmp_path, capsys, run_of):
+    (tmp_path / "a.txt").write_text(f"{long('fox', 5)}\n\n{run_of}\n\n{long('owl', 5)} {run_of} {long('elk', 5)}")
+    parts = run(tmp_path, tmp_path / "a.txt")
+    assert max(len(word) for part in parts for word in part["text"].split()) < 20
+    facts = summary(tmp_path)
+    assert facts["dropped"] == {"longer than 1,000 characters": {"passages": 0, "words": 2}}
+    assert facts["words_read"] == facts["words"] + 2
+    assert "left out: 2 words (longer than 1,000 characters)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["维也纳是奥地利的首都。" * 200, "กรุงเทพ" * 300, "བོད་ཡིག་" * 300, "x" * 1000])
+def test_scripts_without_spaces_keep_their_long_runs(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert squeezed("".join(part["text"] for part in run(tmp_path, tmp_path / "a.txt", "--keep_duplicates"))) == text
+
+
+def test_files_that_are_not_read_are_listed_with_reasons(tmp_path, capsys):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.txt").write_text(long("fox", 5))
+    for name in ("old.doc", "old.ppt", "b.md.gz", *(f"photo{i:02}.jpg" for i in range(9))):
+        (notes / name).write_bytes(b"\xff\xd8\x00")
+    (notes / "gone").symlink_to(notes / "nothing")
+    (notes / "none").write_bytes(b"")
+    run(tmp_path, notes)
+    shown = capsys.readouterr().out
+    assert "1 article of 1 source, " in shown and "1 passage, " in shown and "not read: 14 files\n" in shown
+    for why in (
+        "gone: a link to nothing",
+        "old.doc: the old .doc format; save it as .docx",
+        "b.md.gz: a compressed doc",
+    ):
+        assert why in shown
+    assert shown.count("\n  ") == 11 and "\n  ... and 4 more" in shown
+
+
+def test_a_file_name_that_is_not_unicode_gives_a_title(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "w") as file:
+        file.write(long("fox", 5))
+    assert run(tmp_path, os.fsdecode(path))[0]["title"] == "caf\ufffd"
+    assert "1 half characters" in summary(tmp_path)["notes"][0]
+
+
 # ---- errors
 
 
@@ -337,7 +406,10 @@ def test_links_are_followed_once_and_links_to_nothing_are_counted(tmp_path):
     run(tmp_path, notes)
     facts = summary(tmp_path)
     assert facts["files"] == facts["articles"] == 2 and facts["unknown_files"] == 2
-    assert sorted(os.path.basename(name) for name in facts["unknown_files_first"]) == ["gone.txt", "pipe.txt"]
+    assert sorted(os.path.basename(name).split(":")[0] for name in facts["unknown_files_first"]) == [
+        "gone.txt",
+        "pipe.txt",
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

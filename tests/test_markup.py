@@ -255,5 +255,16 @@ def test_a_broken_pdf_is_named(tmp_path):
         pdf_article(str(tmp_path / "a.pdf"), "a.pdf")
 
 
+def test_an_encrypted_pdf_without_cryptography_names_the_extra(tmp_path, monkeypatch):
+    pypdf = pytest.importorskip("pypdf")
+
+    def fail(*_):
+        raise pypdf.errors.DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    monkeypatch.setattr(pypdf, "PdfReader", fail)
+    with pytest.raises(InputError, match=r"^a.pdf: .*cryptography to read an encrypted PDF.*cozyrag\[pdf\]"):
+        pdf_article(str(tmp_path / "a.pdf"), "a.pdf")
+
+
 def test_names_become_titles():
     assert name_as_title("x/2024-05-01_rain  barrel.final.md") == "2024 05 01 rain barrel.final"

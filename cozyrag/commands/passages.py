@@ -2,7 +2,7 @@
 article.
 
 IN is a file, a folder or a Hub dataset; several are allowed:
-  WikiExtractor output (<doc ...> or --json)     .txt .md .html .pdf files, and folders of them
+  WikiExtractor output (<doc ...> or --json)     .txt .md .html .pdf .docx .epub ... files, folders of them
   .jsonl .csv .tsv .json .parquet, also .gz and .bz2, with the columns title and text (--columns)
   user/name or user/name:config on the Hub, which is streamed
 
@@ -32,7 +32,7 @@ from cozyrag.data.documents import FORMATS, find_sources
 from cozyrag.data.ingest import gather
 from cozyrag.data.ingest_assemble import Summary, assemble, check_destination, summary_path
 from cozyrag.data.ingest_worker import Cutting, read_counts
-from cozyrag.data.rows import SHOWN, BadRows
+from cozyrag.data.rows import SHOWN, BadRows, printable
 from cozyrag.errors import InputError
 
 
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
         bad.notes += counts.notes
     report = bad.finish("These inputs", options.skip_bad_rows)
     summary = Summary(files=len(sources), bad_rows=bad.count, bad_rows_first=bad.first, settings=vars(options))
+    summary.notes = bad.notes
     summary.unknown_files, summary.unknown_files_first = len(unknown), unknown[:SHOWN]
     assemble(parts, options.output, near=options.near_duplicates, keep_repeats=options.keep_duplicates, summary=summary)
     if not summary.passages:
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
         )
     summary.seconds = round(time.perf_counter() - started, 2)
     summary.cpu_seconds = round(sum(os.times()[:4]), 2)  # of this process and its workers, which have ended
-    summary_path(options.output).write_text(json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    facts = json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n"
+    summary_path(options.output).write_text(printable(facts), "utf-8")
     shutil.rmtree(folder)
     print(summary.lines(options.output) + (f"\n{report}" if report else ""))
 

@@ -17,12 +17,14 @@ from cozyrag.data.sentences import sentence_spans
 CLOSE_ENOUGH = 0.75  # share of the target from which the end of a paragraph ends a passage
 TAIL = 0.35  # share of the target below which the end of a section joins the passage before it
 LONGEST = 1.5  # multiple of the target above which a sentence is cut at a clause, at a space, or anywhere
+LONGEST_WORD = 1000  # characters; longer runs of ASCII without a space are data such as pictures in base64
 HEADING_WORDS = 12  # a shorter line that is a paragraph of its own stays with the paragraph after it
 
 # Scripts without spaces between words. A Chinese word has about 1.6 characters, a Thai word about four.
 _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _SOUTH_EAST = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CHARACTERS_A_WORD = {_IDEOGRAPHS: 1.6, _SOUTH_EAST: 4.0}
+LATIN_WORD = 6.0  # characters, with the space after it
 _CLAUSE_END = re.compile(r"[,;:،؛]\s+|[，；：、]\s*|\s+")
 Section = tuple[tuple[str, ...], str]  # heading path and text
 
@@ -48,6 +50,22 @@ def count_words(text: str) -> float:
             # Each run between spaces with characters of the script has been counted as one word already.
             count += len(found) / length - sum(script.search(run) is not None for run in text.split())
     return count
+
+
+def latin_length(text: str) -> float:
+    """The characters of a text, where those of a script without spaces count as many as its words have in English."""
+    if text.isascii():
+        return len(text)
+    more = (len(script.findall(text)) * (LATIN_WORD / own - 1) for script, own in _CHARACTERS_A_WORD.items())
+    return len(text) + sum(more)
+
+
+def without_long_words(text: str) -> tuple[str, int]:
+    """The text without runs that are no words of any language, and their number."""
+    found = [run for run in text.split() if len(run) > LONGEST_WORD and len(run.encode()) < 1.1 * len(run)]
+    for run in found:
+        text = text.replace(run, "", 1)
+    return text, len(found)
 
 
 def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:

@@ -6,13 +6,14 @@ the formats of single documents (parsers.py), tables (readers.py).
 
 import html
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cozyrag.data.office import OFFICE, office_article
 from cozyrag.data.parsers import Article, html_article, markdown_article, missing_extra, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
-from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, text_of
+from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, printable, text_of
 from cozyrag.data.streams import (
     PACKED,
     InputFile,
@@ -52,8 +53,8 @@ class InputSource:
 def find_sources(
     inputs: Sequence[str], *, format: str | None, ignore: Sequence[str] = ()
 ) -> tuple[list[InputSource], list[str]]:
-    """The files behind the inputs, folders walked in the order of names, and the files in them that are not read: of
-    unknown format, links to nothing, and what is no file.
+    """The files behind the inputs, folders walked in the order of names, and the files in them that are not read, each
+    with the reason.
 
     Links to folders are followed, each folder once.
 
@@ -77,7 +78,9 @@ def find_sources(
         files = [name]
         if os.path.isdir(path):
             files = [file for file in _walk(path) if os.path.abspath(file) not in ignored]
-            unknown += [file for file in files if not os.path.isfile(file)]  # links to nothing, pipes, sockets
+            unknown += [
+                printable(f"{file}: a link to nothing, or no file") for file in files if not os.path.isfile(file)
+            ]
             files = [file for file in files if os.path.isfile(file)]
         formats = {file: format or _format_of(os.path.expanduser(file)) for file in files}
         if not any(formats.values()):
@@ -87,7 +90,7 @@ def find_sources(
             )
         for file, kind in formats.items():
             if kind is None:
-                unknown.append(file)
+                unknown.append(printable(f"{file}: {_why_unknown(file)}"))
             else:
                 status = os.stat(os.path.expanduser(file))
                 sources.append(InputSource(file, kind, status.st_size, status.st_mtime_ns))
@@ -118,11 +121,41 @@ def _format_of(path: str) -> str | None:
     return WIKIEXTRACTOR if first.startswith("<doc ") else "jsonl" if first.startswith("{") and not known else known
 
 
+def _why_unknown(path: str) -> str:
+    extension = os.path.splitext(path)[1].lower()
+    if extension in (".doc", ".ppt"):
+        return f"the old {extension} format; save it as {extension}x"
+    if extension in PACKED and kind_of(path) in _FORMAT_OF:
+        return "a compressed document; unpack it"
+    if not os.access(path, os.R_OK):
+        return "no permission to read it"
+    return "empty" if not os.path.getsize(path) else f"unknown format {extension}".strip()
+
+
 def read_document(source: InputSource, note: Note | None = None) -> Article:
     """The article in a single file; `note` is called with what a user should know about it.
 
     Raises InputError naming the file and the line that cannot be read.
     """
+    article = _read_document(source, note)
+    texts = [article.title, *(text for path, body in article.sections for text in (*path, body))]
+    lost = sum(len(_SURROGATE.findall(text)) for text in texts if not text.isascii())
+    if not lost:
+        return article
+    if note is not None:
+        note(f"{source.name}: {lost:,} half characters (lone surrogates) became \ufffd")
+    sections = [(tuple(map(_whole, path)), _whole(text)) for path, text in article.sections]
+    return Article(article.where, _whole(article.title), sections)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _whole(text: str) -> str:
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _read_document(source: InputSource, note: Note | None) -> Article:
     path = os.path.expanduser(source.name)
     file = InputFile(source.name, path, note=note)
     if source.format == "pdf":
@@ -205,7 +238,7 @@ def _extracted(source: InputSource, bad: BadRows, progress: Progress | None) -> 
             head, where, body = title, place, []
         elif head is not None and line.rstrip().endswith("</doc>"):
             body.append(line.rstrip().removesuffix("</doc>"))
-            yield _article(where, html.unescape(head), html.unescape("".join(body)))
+            yield _article(where, html.unescape(head), _without_residue(html.unescape("".join(body))))
             head = None
         elif head is not None:
             body.append(line)
@@ -213,6 +246,26 @@ def _extracted(source: InputSource, bad: BadRows, progress: Progress | None) -> 
             bad.add(place, "text outside of <doc> ... </doc>")
     if head is not None:
         bad.add(where, "the article has no </doc> before the end of the file")
+
+
+# What WikiExtractor leaves of templates, tags and formulas. Tags that an article about HTML may name are kept.
+_TAGS = re.compile(
+    r"[^\S\n]*</?(?:(?:templatestyles|references?|ref|nowiki|onlyinclude|includeonly|noinclude|section|poem|gallery"
+    r"|mapframe|maplink|timeline|dfn|br)\b|(?:div|span|p|small|big|center|font|table|tr|td|th|ul|ol|li)\s)[^<>\n]*>",
+    re.IGNORECASE,
+)
+_FORMULAS = re.compile(r"[^\S\n]*\b(?:formula|codice)_\d+\b")
+_EMPTY_PARENTHESES = re.compile(r"(?:^|[^\S\n])\(\s*(?:[;,:][\s;,:]*(?:from|or|and)?\s*)?\)", re.MULTILINE)
+
+
+def _without_residue(text: str) -> str:
+    if "<" in text:
+        text = _TAGS.sub(" ", text)
+    if "formula_" in text or "codice_" in text:
+        text = _FORMULAS.sub("", text)
+    if "(" in text:
+        text = _EMPTY_PARENTHESES.sub("", text)
+    return text
 
 
 def _opening_title(line: str) -> str | None:

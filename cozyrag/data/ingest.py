@@ -127,4 +127,6 @@ def _grouped(articles: Iterable[Article]) -> Iterator[list[Article]]:
 
 
 def _name(cutting: Cutting, facts: Sequence) -> str:
-    return hashlib.sha1(repr((VERSION, cutting, facts)).encode(), usedforsecurity=False).hexdigest()[:20]
+    return hashlib.sha1(
+        repr((VERSION, cutting, facts)).encode(errors="surrogateescape"), usedforsecurity=False
+    ).hexdigest()[:20]

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cozyrag.data.chunking import LONGEST_WORD
 from cozyrag.data.deduplication import BINS, near_repeats, repeats
 from cozyrag.data.ingest_worker import read_counts
 from cozyrag.data.passages import passage_id
@@ -46,30 +47,38 @@ class Summary:
     bad_rows_first: list[str] = field(default_factory=list)
     unknown_files: int = 0
     unknown_files_first: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
     def drop(self, why: str, passages: int, words: int) -> None:
-        """Record passages that were left out."""
-        if passages:
+        """Record what was left out."""
+        if passages or words:
             self.dropped[why] = {"passages": passages, "words": words}
 
     def lines(self, output: str) -> str:
         """The summary as text."""
         average = self.words / max(self.passages, 1)
         lines = [
-            f"{self.articles:,} articles of {self.files:,} sources, {self.words_read:,} words.",
-            f"{self.passages:,} passages, {self.words:,} words, {average:.0f} words each: {output}",
+            f"{_count(self.articles, 'article')} of {_count(self.files, 'source')}, {_count(self.words_read, 'word')}.",
+            f"{_count(self.passages, 'passage')}, {_count(self.words, 'word')}, {average:.0f} words each: {output}",
         ]
         for why, each in self.dropped.items():
-            lines.append(f"left out: {each['passages']:,} passages ({why}), {each['words']:,} words")
+            words = _count(each["words"], "word")
+            passages = _count(each["passages"], "passage")
+            lines.append(f"left out: {passages} ({why}), {words}" if each["passages"] else f"left out: {words} ({why})")
         if self.articles_without_text:
-            lines.append(f"left out: {self.articles_without_text:,} articles without text")
+            lines.append(f"left out: {_count(self.articles_without_text, 'article')} without text")
         if self.unknown_files:
-            example = self.unknown_files_first[0]
-            lines.append(f"not read: {self.unknown_files:,} files (unknown format, or not a file), such as {example}")
+            more = self.unknown_files - len(self.unknown_files_first)
+            listed = self.unknown_files_first + ([f"... and {more:,} more"] if more else [])
+            lines.append("\n  ".join([f"not read: {_count(self.unknown_files, 'file')}", *listed]))
         return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def check_destination(output: str, inputs: Sequence[str], endings: Sequence[str] = OUTPUTS) -> None:
@@ -106,6 +115,7 @@ def assemble(parts: Sequence[Path], output: str, *, near: float | None, keep_rep
     summary.articles_without_text = sum(each.articles_without_text for each in counts)
     summary.words_read = sum(each.words for each in counts)
     summary.drop("too short", sum(each.short_passages for each in counts), sum(each.short_words for each in counts))
+    summary.drop(f"longer than {LONGEST_WORD:,} characters", 0, sum(each.long_words for each in counts))
     if not keep_repeats:
         for why, rows in kinds.items():
             summary.drop(why, int(rows.sum()), int(words[rows].sum()))

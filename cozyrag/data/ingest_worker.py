@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cozyrag.data.chunking import cut, join_sections
+from cozyrag.data.chunking import LONGEST_WORD, cut, join_sections, latin_length, without_long_words
 from cozyrag.data.deduplication import BINS, signatures, text_hash
 from cozyrag.data.documents import InputSource, read_document
 from cozyrag.data.parsers import Article
@@ -52,13 +52,14 @@ class WorkBatch:
 
 @dataclass
 class Counts:
-    """The input of a part. `words` are runs of characters between spaces; `short` passages are left out."""
+    """The input of a part. `words` are runs between spaces; `short` passages and `long_words` are left out."""
 
     articles: int = 0
     articles_without_text: int = 0
     words: int = 0
     short_passages: int = 0
     short_words: int = 0
+    long_words: int = 0
     bad: int = 0
     bad_first: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -114,10 +115,14 @@ def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[
     counts.articles += 1
     counts.articles_without_text += not any(text.strip() for _, text in article.sections)
     for path, text in join_sections(article.sections, least=cutting.words / 2, most=cutting.words):
-        counts.words += len(text.split())
+        words = text.split()
+        counts.words += len(words)
+        if max(map(len, words), default=0) > LONGEST_WORD:
+            text, long_words = without_long_words(text)
+            counts.long_words += long_words
         title = " > ".join((article.title, *path) if article.title else path)
         for passage in cut(text, words=cutting.words, overlap=cutting.overlap):
-            if len(passage) >= cutting.min_characters:
+            if latin_length(passage) >= cutting.min_characters:
                 made.append((title, passage))
             else:
                 counts.short_passages += 1

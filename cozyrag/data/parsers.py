@@ -382,13 +382,15 @@ def pdf_article(path: str, where: str) -> Article:
     """
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
+        from pypdf.errors import DependencyError, PyPdfError
     except ImportError as error:
         raise missing_extra(where, "pypdf", "PDF", "pdf") from error
     try:
         reader = PdfReader(path)
         pages = [page.extract_text() for page in reader.pages]
         title = str(reader.metadata.get("/Title") or "").strip() if reader.metadata else ""
+    except DependencyError as error:
+        raise missing_extra(where, "cryptography", "an encrypted PDF", "pdf") from error
     except (PyPdfError, ValueError, KeyError, OSError) as error:
         raise InputError(
             f"{where}: expected a PDF with text, found an unreadable one ({error}). Save it again without password."

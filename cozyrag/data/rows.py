@@ -59,13 +59,13 @@ class BadRows:
 
     def note(self, text: str) -> None:
         """Record what a user should know although no row is bad, such as a guessed encoding."""
-        self.notes.append(_printable(text))
+        self.notes.append(printable(text))
 
     def add(self, where: str, why: str) -> None:
         """Record that the row at `where` cannot be used because of `why`."""
         self.count += 1
         if len(self.first) < SHOWN:
-            self.first.append(_printable(f"{where}: {why}"))
+            self.first.append(printable(f"{where}: {why}"))
 
     def finish(self, what: str, skip: bool) -> str | None:
         """Report the notes, each once, and the bad rows of `what`; None if there are none.
@@ -86,7 +86,7 @@ class BadRows:
         return "\n".join([*notes, f"{what}: {self.count} {rows} skipped: {listed}"])
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text with lone surrogates, which cannot be printed, as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
