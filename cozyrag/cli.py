@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from cozyrag import __version__
 from cozyrag.errors import InputError, PushError
+from cozyrag.runtime.machine_faults import fault_sentence
 from cozyrag.runtime.signals import Interrupted
 
 COMMANDS = {
@@ -46,13 +47,19 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def entry_point(command: Callable[[], None]) -> None:
     """Run a command and end the process with its exit code.
 
-    After an InputError its sentence is on stderr, once for all processes, and the code is 2, or 3 for a failed upload.
+    After an InputError, or a fault of the machine, its sentence is on stderr, once for all processes, and the code is
+    2, or 3 for a failed upload.
     After Ctrl-C or SIGTERM the code is 128 plus the number of the signal, as in shells.
     """
     try:
         command()
     except InputError as error:
         _end(f"error: {error}", 3 if isinstance(error, PushError) else 2)
+    except (OSError, MemoryError) as error:  # no permission, a full disk, ...: nothing that a traceback would explain
+        sentence = fault_sentence(error)
+        if sentence is None:
+            raise
+        _end(f"error: {sentence}", 2)
     except Interrupted as interrupted:
         _end(interrupted.message, 128 + interrupted.number)
 

@@ -10,6 +10,7 @@ from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE, START
 from cozyrag.runtime.atomic_files import NEXT
+from cozyrag.runtime.machine_faults import machine_faults_told
 from cozyrag.runtime.old_names import current_settings
 
 PAIR_FILE = "cozyrag.json"
@@ -65,8 +66,10 @@ def read_pair(folder: Path) -> dict:
         raise InputError(
             f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is not the output folder of a finished run."
         )
+    with machine_faults_told(path):
+        content = path.read_bytes()
     try:
-        pair = json.loads(path.read_text(encoding="utf-8"))
+        pair = json.loads(content.decode())
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file again.") from error
     found = pair.get("format_version") if isinstance(pair, dict) else None

@@ -171,6 +171,30 @@ def test_the_policy_forbids_other_servers(served):
         assert "fonts.googleapis" not in reply.read().decode()
 
 
+@pytest.mark.parametrize(
+    "proxies",
+    [
+        {"http_proxy": "http://127.0.0.1:9"},
+        {"HTTP_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        {"all_proxy": "http://127.0.0.1:9", "no_proxy": "example.org"},
+        {"https_proxy": "no proxy at all"},
+        {"http_proxy": ""},
+    ],
+    ids=lambda proxies: " ".join(proxies),
+)
+def test_a_proxy_does_not_stop_the_page_and_stays_set(monkeypatch, proxies):
+    gr = demo_app.load_gradio()
+    pages = []
+    monkeypatch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    demo_app.serve("user/name")
+    assert {name: os.environ[name] for name in proxies} == proxies
+    pages[0].close()
+
+
 def test_a_port_that_is_taken_is_an_input_error(served, monkeypatch):
     monkeypatch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
     with pytest.raises(InputError, match="--port: expected a free port"):

@@ -3,6 +3,8 @@
 Left out: what the model is used for (generator.py), making and saving adapters (lora.py).
 """
 
+from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -18,6 +20,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.lora import load_adapter, read_adapter
 from cozyrag.models.smollm2 import HINT, SMOLLM2, load_smollm2
 from cozyrag.models.token_losses import TokenLosses
+from cozyrag.runtime.machine_faults import check_readable, fault_sentence, is_environment
 
 ALTERNATIVES = f"use {HINT} or --generator scratch, a small untrained GPT-2"
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout")
@@ -98,7 +101,13 @@ def _check_head(model: PreTrainedModel) -> None:
 
 
 def not_loaded(option: str, kind: str, name: str, error: Exception, otherwise: str) -> InputError:
-    """The error for a model that cannot be loaded; `otherwise`: the last of its remedies."""
+    """The error for a model that cannot be loaded; `otherwise`: the last of its remedies.
+
+    Raises InputError itself for a file that may not be read.
+    """
+    check_readable(sorted(Path(name).rglob("*")) if Path(name).is_dir() else ())
+    if is_environment(error):
+        return InputError(f"{option} {name!r} could not be loaded: {fault_sentence(error)}")
     cause = " ".join(str(error).split())[:200]
     return InputError(
         f"Expected {option} to be a {kind} or a model on the Hub that can be reached; {name!r} could not be loaded "

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -47,15 +48,16 @@ def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> 
     from starlette.middleware import Middleware
 
     try:
-        page.launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            inbrowser=open_browser,
-            share=False,
-            prevent_thread_lock=True,
-            app_kwargs={"middleware": [Middleware(_Policy)]},
-            **look(gr),
-        )
+        with _without_proxies():
+            page.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                inbrowser=open_browser,
+                share=False,
+                prevent_thread_lock=True,
+                app_kwargs={"middleware": [Middleware(_Policy)]},
+                **look(gr),
+            )
     except OSError as error:
         taken = port or "7860 and the next hundred"
         raise InputError(f"--port: expected a free port, found {taken} taken ({error}). Give another one.") from error
@@ -63,11 +65,27 @@ def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> 
     page.block_thread()
 
 
+@contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Hide the proxies of the environment: Gradio asks its own server, on this machine, whether it runs.
+
+    No proxy answers for this machine, and NO_PROXY does not help where a proxy is malformed or needs another package.
+    """
+    hidden = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 def load_gradio() -> ModuleType:
     """Gradio without its analytics, which must be off before the import. Raises InputError if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        import gradio
+        with _without_proxies():  # the import makes clients that a malformed proxy stops
+            import gradio
     except ImportError as error:
         raise InputError(
             f'Expected Gradio for the page, found none ({error}). Install it with: pip install "cozyrag[demo]"'

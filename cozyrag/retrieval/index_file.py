@@ -10,6 +10,7 @@ from cozyrag.data.sentences import RULES
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import FLOAT32
 from cozyrag.retrieval.faiss_index import Tuned, is_known, listed
+from cozyrag.runtime.machine_faults import check_readable
 
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 LISTS = "lists.safetensors"  # only for an index with lists
@@ -21,7 +22,7 @@ def read_facts(folder: str | Path) -> dict:
     """The contents of index.json; empty if the file is missing or damaged."""
     try:
         facts = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return facts if isinstance(facts, dict) and "retriever_fingerprint" in facts else {}
 
@@ -82,6 +83,7 @@ def checked_facts(folder: Path, fingerprint: str) -> dict:
     vectors, or if the kind of FAISS index is unknown.
     """
     path = folder / "index.json"
+    check_readable(folder / name for name in (*FILES, LISTS))
     if missing := [name for name in NEEDED if not (folder / name).exists()]:
         raise InputError(f"Expected an index in {folder}, but {missing[0]} is missing. {COPY_AGAIN}")
     facts = read_facts(folder)

@@ -4,8 +4,9 @@ Only this module owns the Dataset with the attached FAISS index, because `map`, 
 fail. Left out: encoding (retriever.py), index.json (index_file.py), and the use of the passages found (contexts.py).
 """
 
-import glob
+import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ import datasets
 import faiss
 import numpy as np
 import pyarrow
+import pyarrow.parquet as pq
 from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets.table import InMemoryTable
 from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -42,6 +44,10 @@ from cozyrag.retrieval.faiss_index import (
     tune,
 )
 from cozyrag.retrieval.index_file import COPY_AGAIN, FILES, LISTS, checked_facts, keeps_sentences, write_facts
+from cozyrag.runtime.machine_faults import fault_sentence, is_environment
+
+PASSAGES = "passages.parquet"
+FIELDS = ["id", "title", "text"]
 
 
 def passage_text(title: str, text: str) -> str:
@@ -85,7 +91,7 @@ class Passages:
     @classmethod
     def of(cls, table: Dataset, *, mapped: bool = False) -> "Passages":
         columns = table.data.column if mapped else table[:].__getitem__
-        return cls(*(TextColumn(columns(name)) if mapped else columns(name) for name in ("id", "title", "text")))
+        return cls(*(TextColumn(columns(name)) if mapped else columns(name) for name in FIELDS))
 
     def to_read(self) -> list[str]:
         """The input of the retriever for every passage."""
@@ -184,9 +190,10 @@ class PassageIndex:
         """Write passages, vectors, FAISS file and index.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        columns = {"id": self.passages.ids, "title": self.passages.titles, "text": self.passages.texts}
-        table = Dataset.from_dict({name: list(column) for name, column in columns.items()})
-        table.to_parquet(str(folder / "passages.parquet"))
+        columns = (self.passages.ids, self.passages.titles, self.passages.texts)
+        table = Dataset.from_dict({name: list(column) for name, column in zip(FIELDS, columns, strict=True)})
+        with open(folder / PASSAGES, "wb") as file:  # a name would be read as an address: "a::b" is none
+            table.to_parquet(file)
         tensors = {COLUMN: np.ascontiguousarray(self.vectors)}
         if self.sentences is not None:
             tensors |= {SENTENCE_VECTORS: self.sentences.vectors, SENTENCE_ENDS: self.sentences.ends}
@@ -223,14 +230,22 @@ class PassageIndex:
         facts = checked_facts(folder, fingerprint)
         factory = facts.get("factory", "Flat")
         try:
-            with _no_bars():
-                path = glob.escape(str(folder / "passages.parquet"))  # `datasets` takes names for patterns
-                table = Dataset.from_parquet(path, keep_in_memory=factory == "Flat")
+            table = _mapped(folder / PASSAGES) if factory != "Flat" else _in_memory(folder / PASSAGES)
             tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
             vectors = tensors[COLUMN]
             lists = Lists.load(folder / LISTS, factory, vectors.shape)
             tuned = Tuned(**facts["search"]) if lists else None
-        except (SafetensorError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            SafetensorError,
+            pyarrow.ArrowException,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            MemoryError,
+        ) as error:
+            if is_environment(error):
+                raise InputError(f"The index cannot be read. {fault_sentence(error, folder)}") from error
             raise InputError(
                 f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
                 f"{COPY_AGAIN}"
@@ -256,6 +271,40 @@ class PassageIndex:
             lists=lists,
             tuned=tuned,
         )
+
+
+def _in_memory(path: Path) -> Dataset:
+    """The passages of a Parquet file. `Dataset.from_parquet` takes a path for a pattern and writes into a cache."""
+    return Dataset(InMemoryTable(pq.ParquetFile(path).read().select(FIELDS)))
+
+
+def _mapped(path: Path) -> Dataset:
+    """The same, memory-mapped from an Arrow file in the cache of `datasets`, or, if that is read-only, a temporary
+    one."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "cozyrag" / f"{key}.arrow"
+    if kept.exists():
+        return Dataset.from_file(str(kept))
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
+            os.replace(_as_arrow(path, Path(beside)), kept)
+        return Dataset.from_file(str(kept))
+    except OSError:
+        # Without its name the file stays readable while it is mapped.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as beside:
+            return Dataset.from_file(str(_as_arrow(path, Path(beside))))
+
+
+def _as_arrow(path: Path, folder: Path) -> Path:
+    """Write the passages of a Parquet file as Arrow, some at a time; returns the file."""
+    file = pq.ParquetFile(path, memory_map=True)
+    schema = pyarrow.schema([file.schema_arrow.field(name) for name in FIELDS])
+    with pyarrow.ipc.new_stream(folder / "passages.arrow", schema) as writer:
+        for batch in file.iter_batches(columns=FIELDS):
+            writer.write_batch(batch.select(FIELDS).cast(schema) if batch.schema != schema else batch)
+    return folder / "passages.arrow"
 
 
 def write_index(

@@ -5,7 +5,6 @@ does not exist. Left out: what the files are; nothing here knows a model or a ru
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -16,13 +15,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.machine_faults import FORBIDDEN, NO_SPACE, is_environment, machine_faults_told
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
 NEXT = "pair.next"  # a complete new pair that is being moved to its place
 OLD = "pair.old"  # files of the pair before it, to be deleted
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 # How safetensors, torch and FAISS report a full disk; torch names no cause, only a position that it did not reach.
 FULL = ("No space left", "os error 27", "os error 28", "os error 122", "inline_container.cc", "write error in")
 SPARE = 1 << 20  # bytes reserved for the small files beside the big ones
@@ -134,7 +132,15 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """The first file of a sealed folder that is missing or changed, in words; None if the folder is intact."""
+    """The first file of a sealed folder that is missing or changed, in words; None if the folder is intact.
+
+    Raises InputError if the machine does not let it read, which says nothing about the content.
+    """
+    with machine_faults_told(folder):
+        return _damage(folder)
+
+
+def _damage(folder: Path) -> str | None:
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, fact in facts.items():
@@ -146,6 +152,8 @@ def damage(folder: Path) -> str | None:
             if _sha256(path) != fact["sha256"]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if is_environment(error):
+            raise
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
