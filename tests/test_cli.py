@@ -359,7 +359,7 @@ def test_data_commands_pass_their_arguments_on(call, tmp_path):
     (tmp_path / "qa.tsv").write_text("How deep is the well?\televen metres\n")
     passages, asked = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
     code, out, _ = call("passages", tmp_path / "note.md", "--output", passages, "--workers", 1)
-    assert code == 0 and "1 passages" in out and read_passages(str(passages))[0]["title"][:] == ["Well"]
+    assert code == 0 and "1 passage, " in out and read_passages(str(passages))[0]["title"][:] == ["Well"]
     code, out, _ = call("questions", tmp_path / "qa.tsv", "--passages", passages, "--output", asked)
     assert code == 0 and "1 questions read, 1 written" in out and asked.exists()
 

@@ -129,7 +129,7 @@ def test_a_file_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch, form
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "reason"), [("SECONDS", 0.001, "no end after"), ("MEMORY", "1m", "cannot be read")]
+    ("name", "value", "why"), [("SECONDS", 0.001, "no end after"), ("MEMORY", "1m", "cannot be read")]
 )
 def test_time_and_memory_of_a_file_are_limited(tmp_path, monkeypatch, name, value, why):
     path = made(tmp_path / "a.docx", "docx", TEXT + "word " * 50_000)

@@ -308,7 +308,7 @@ BAD = {
     "row without a question": (["--questions", "noquestion.tsv", "--passages", "p.jsonl"], "line 2"),
     "wrong column": (["--questions", "column.csv", "--passages", "p.jsonl"], "--columns question="),
     "duplicate id": (["--questions", "twice.jsonl", "--passages", "p.jsonl"], "line 2"),
-    "bytes that are not UTF-8": (["--questions", "latin.tsv", "--passages", "p.jsonl"], "line 2"),
+    "bytes that are not UTF-8 below lines that are": (["--questions", "mixed.tsv", "--passages", "p.jsonl"], "line 2"),
     "unknown setting on the command line": (["--learning_speed", "3"], "learning_speed"),
     "unknown setting in YAML": (["--config", "bad.yaml"], "bad.yaml, line 2"),
     "no such generator": (
@@ -335,7 +335,7 @@ def bad_files(tmp_path_factory):
     (folder / "noquestion.tsv").write_text("What is it?\tParis\n\tParis\n")
     (folder / "column.csv").write_text("q,answer\nWhat is it?,Paris\n")
     (folder / "twice.jsonl").write_text('{"id": "a", "question": "What?", "answers": ["x"]}\n' * 2)
-    (folder / "latin.tsv").write_bytes("What is it?\tParis\nWhere is it?\tLi\xe8ge\n".encode("latin-1"))
+    (folder / "mixed.tsv").write_bytes("Où est-il ?\tParis\n".encode() + "Where is it?\tLi\xe8ge\n".encode("latin-1"))
     (folder / "bad.yaml").write_text("rounds: 1\nlearning_speed: 3\n")
     return folder
 

@@ -36,6 +36,8 @@ EXTRAS = {  # of setup.cfg, with a module of each
     "demo": "gradio",
     "plots": "matplotlib",
     "pdf": "pypdf",
+    "web": "trafilatura",
+    "office": "pypandoc",
     "lora": "peft",
     "int8": "onnxruntime",
     "mlflow": "mlflow",
