@@ -80,8 +80,10 @@ def workbook(path, sheets):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("[Content_Types].xml", f'<Types xmlns="{NAMES}/package/2006/content-types"/>')
         file.writestr("xl/workbook.xml", book)
-        relations = f'<Relationships xmlns="{NAMES}/package/2006/relationships">{links}</Relationships>'
-        file.writestr("xl/_rels/workbook.xml.rels", relations)
+        root = f'<Relationship Id="r0" Type="{kind}/officeDocument" Target="/xl/workbook.xml"/>'
+        for place, entries in (("_rels/.rels", root), ("xl/_rels/workbook.xml.rels", links)):
+            relations = f'<Relationships xmlns="{NAMES}/package/2006/relationships">{entries}</Relationships>'
+            file.writestr(place, relations)
         for i, text in enumerate(sheets.values(), 1):
             file.writestr(f"xl/worksheets/sheet{i}.xml", text)
     return path
