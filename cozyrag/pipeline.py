@@ -3,8 +3,9 @@
 Left out: training, evaluation, and any way to change the pair.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from huggingface_hub import snapshot_download
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Decoding, Generator
-from cozyrag.models.int8_encoding import reading_precision
+from cozyrag.models.int8_encoding import BF16, FLOAT32, reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import PAIR_FILE, read_pair, starts_text
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
@@ -121,9 +122,11 @@ class CozyRAG:
             precision: of inference, "float32" or "bf16"; None: bf16 if the machine has it and it is faster.
 
         Raises:
-            InputError: the name has no usable pair, or generator, retriever and index do not belong together.
+            InputError: the name has no usable pair, generator, retriever and index do not belong together, or this
+                machine has no such device.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_machine(device, precision)
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
         pair = read_pair(folder)
         place = str(_piece(folder, pair["generator"], "model", token))
@@ -155,13 +158,17 @@ class CozyRAG:
         return self.answers([question], top_k=top_k)[0]
 
     def answers(self, questions: Sequence[str], *, top_k: int | None = None) -> list[Answer]:
-        """Answer questions from the passages, greedily, each with its sources."""
-        questions = [" ".join(question.split()) for question in questions]
-        if not all(questions):
-            raise InputError("Expected a question, found an empty text.")
+        """Answer questions from the passages, greedily, each with its sources.
+
+        Raises TypeError for anything but texts, InputError for an empty one.
+        """
+        questions = _checked(questions)
         k = self.top_k if top_k is None else top_k
+        if not isinstance(k, Integral):
+            raise TypeError(f"expected top_k as a whole number, found {k!r}")
         if k < 1:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
+        k = int(k)  # FAISS takes no integer of NumPy
         found = self.searcher.search(questions, k)
         rows = found.rows.tolist()
         chosen = self._builder.chosen(questions, rows, found.vectors, top_k=k)
@@ -186,6 +193,34 @@ class CozyRAG:
             places = tuple(spans[number] for number in used.get(rank, ()))
             sources.append(Source(passages.ids[row], passages.titles[row], passages.texts[row], score, places))
         return tuple(sources)
+
+
+def _checked(questions: Sequence[str]) -> list[str]:
+    """The questions without superfluous spaces. Raises TypeError, or InputError for an empty one."""
+    if isinstance(questions, str | bytes) or not isinstance(questions, Iterable):
+        raise TypeError(f"expected a list of questions, found {questions!r}; `answer` takes a single question")
+    questions = list(questions)
+    for question in questions:
+        if not isinstance(question, str):
+            raise TypeError(f"expected a question as a text (str), found {question!r}")
+    questions = [" ".join(question.split()) for question in questions]
+    if not all(questions):
+        raise InputError("Expected a question, found an empty text.")
+    return questions
+
+
+def _check_machine(device: str, precision: str | None) -> None:
+    """Raise InputError for a device that PyTorch does not find, or a precision of another name."""
+    if precision not in (None, FLOAT32, BF16):
+        raise InputError(f"precision: expected {FLOAT32!r}, {BF16!r} or None, found {precision!r}.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"device: expected one that PyTorch has on this machine, such as 'cpu', 'cuda' or 'cuda:1', found "
+            f"{device!r} ({cause}). Give another one, or none: a GPU is then used if there is one."
+        ) from error
 
 
 def _piece(folder: Path, piece: dict, repo_type: str, token: str | None) -> Path:

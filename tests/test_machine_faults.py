@@ -116,15 +116,14 @@ def test_other_errors_keep_their_traceback(error):
         cli.entry_point(command)
 
 
-@pytest.mark.parametrize("command", ["index", "space", "passages"])
-def test_a_command_that_cannot_write_says_so(command, tmp_path, retriever_path, corpus_files, pair_folder, capsys):
+@pytest.mark.parametrize("command", ["index", "passages"])
+def test_a_command_that_cannot_write_says_so(command, tmp_path, retriever_path, corpus_files, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.md").write_text("The fox is red.")
     place = str(tmp_path / "file" / "out.jsonl")
     arguments = {
         "index": [str(corpus_files["passages"]), "--retriever", str(retriever_path), "--output", place],
-        "space": [str(pair_folder), place],
         "passages": [str(tmp_path / "notes"), "--output", place, "--workers", "1"],
     }
     with pytest.raises(SystemExit) as ended:

@@ -87,6 +87,46 @@ def copy(folder, tmp_path):
 # ---- answers
 
 
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        ("What?", r"a list of questions, found 'What\?'"),
+        (b"What?", "a list of questions"),
+        (None, "a list of questions, found None"),
+        (3, "a list of questions"),
+        (["What?", None], "as a text .*found None"),
+        ([1], "as a text .*found 1"),
+        ([["What?"]], "as a text"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_a_type_error(pair, questions, message):
+    with pytest.raises(TypeError, match=message):
+        pair.answers(questions)
+
+
+@pytest.mark.parametrize("top_k", ["3", 2.5, [2], b"1", {}])
+def test_top_k_is_a_whole_number(pair, top_k):
+    with pytest.raises(TypeError, match="top_k as a whole number"):
+        pair.answer("What?", top_k=top_k)
+    assert pair.answer("What?", top_k=np.int64(2)).passages == pair.answer("What?", top_k=2).passages
+
+
+def test_no_questions_have_no_answers(pair):
+    assert pair.answers([]) == [] == pair.answers(question for question in ())
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps:7", "CPU1", " "])
+def test_a_device_that_is_not_there_is_one_sentence(folder, device):
+    with pytest.raises(InputError, match="device: expected one that PyTorch has"):
+        CozyRAG.from_pretrained(folder, device=device)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "", "float16", "BF16"])
+def test_a_precision_of_another_name_is_one_sentence(folder, precision):
+    with pytest.raises(InputError, match="precision: expected 'float32', 'bf16'"):
+        CozyRAG.from_pretrained(folder, precision=precision)
+
+
 def test_the_folder_records_how_the_pieces_work_together(folder, pair):
     assert sorted(path.name for path in folder.iterdir()) == ["cozyrag.json", "generator", "index", "retriever"]
     assert (pair.top_k, pair.decoding.context_tokens, pair.decoding.answer_tokens) == (3, 60, 7)
