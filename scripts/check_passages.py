@@ -41,9 +41,9 @@ def without_residue(text: str) -> str:
     )
     usual = "div span p small big center font table tr td th ul ol li"
     names = rf"(?:{own} maplink timeline dfn br)\b|(?:{usual})\s".replace(" ", "|")
-    text = re.sub(rf"</?(?:{names})[^<>\n]*>", " ", text, flags=re.I)
-    text = re.sub(r"\b(?:formula|codice)_\d+\b", "", text)
-    return re.sub(r"(?m)(^|[^\S\n])\(\s*(?:[;,:][\s;,:]*(?:from|or|and)?\s*)?\)", r"\1", text)
+    text = re.sub(rf"[^\S\n]*</?(?:{names})[^<>\n]*>", " ", text, flags=re.I)
+    text = re.sub(r"[^\S\n]*\b(?:formula|codice)_\d+\b", "", text)
+    return re.sub(r"(?m)(^|[^\S\n])\(\s*(?:[;,:][\s;,:]*(?:from|or|and)?\s*)?\)", "", text)
 
 
 def without_title(title: str, text: str) -> str:

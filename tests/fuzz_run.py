@@ -18,10 +18,13 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,8 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.strategies import SearchStrategy  # noqa: E402
 
 from cozyrag.config import KINDS, parse_settings  # noqa: E402
-from cozyrag.data.documents import InputSource, read_container  # noqa: E402
+from cozyrag.data.documents import InputSource, read_container, read_document  # noqa: E402
+from cozyrag.data.ingest_worker import one_bad_row  # noqa: E402
 from cozyrag.data.passages import read_passages  # noqa: E402
 from cozyrag.data.questions import read_questions  # noqa: E402
 from cozyrag.data.readers import read_rows  # noqa: E402
@@ -404,7 +408,175 @@ WIKI = st.one_of(
 )
 
 
+WORD = st.integers(0, 99).map("w{}".format)
+MARKDOWN_PIECES = [
+    *(
+        "# ",
+        "### ",
+        "- ",
+        "* ",
+        "1. ",
+        "> ",
+        "    ",
+        "\t",
+        "  ",
+        "**",
+        "*",
+        "_",
+        "~~",
+        "`",
+        "```",
+        "~~~",
+        "[",
+        "]",
+        "](x)",
+    ),
+    *(
+        "![",
+        "[[",
+        "]]",
+        "|",
+        "\n|---|---|\n",
+        "---\n",
+        "===\n",
+        "+++",
+        "<!--",
+        "-->",
+        "<b>",
+        "<div>\n",
+        "</div>",
+        "<w1>",
+    ),
+    *(
+        "<script>",
+        "<pre>",
+        "<?php",
+        "<![CDATA[",
+        "&amp;",
+        "&#xD800;",
+        "&#0;",
+        "\\",
+        "\n",
+        "\n\n",
+        "  \n",
+        "[^1]",
+        "[^1]: ",
+    ),
+    *("[a]: ", "title: ", "\r", "\r\n", "\u2028", "\ufeff", "\x0c", "<https://x.org>", "维也纳", "((", "!", "="),
+]
+MARKDOWN = st.lists(st.one_of(WORD, WORD, st.sampled_from(MARKDOWN_PIECES), PLAIN), max_size=60).map(" ".join)
+REPEATED = st.builds(lambda piece, times: piece * times, st.sampled_from(MARKDOWN_PIECES), st.integers(1, 2000))
+HTML_TAGS = (
+    "html head title body h1 h2 h6 p div span br hr a b i code pre ul ol li dl dt dd table tr td th tbody thead nav"
+    " footer aside main article section form select option button script style template noscript svg math iframe"
+    " textarea sup blockquote details summary img input meta frameset frame plaintext xmp x-y"
+).split()
+HTML_PIECES = st.one_of(
+    WORD,
+    st.sampled_from(HTML_TAGS).map("<{}>".format),
+    st.sampled_from(HTML_TAGS).map("</{}>".format),
+    st.sampled_from(
+        ['<div class="comment">', '<a href="x', "<!--", "-->", "<![CDATA[", "<!doctype html>", "&amp;", "&#xD800;"]
+    ),
+    st.sampled_from(
+        ["&#0;", "&#x110000;", "<?xml version='1.0' encoding='x'?>", "<meta charset=utf-16>", "\0", "\n", "<", ">"]
+    ),
+    st.sampled_from(
+        ["<meta charset=shift_jis>", "<meta charset=iso-2022-jp>", "\ufeff", "\x0c", "<svg/onload>", "<td colspan=9>"]
+    ),
+    PLAIN,
+)
+HTML = st.lists(HTML_PIECES, max_size=60).map("".join)
+LONG_HTML = st.builds(
+    lambda tag, times, word: f"<{tag}>" * times + word, st.sampled_from(HTML_TAGS), st.integers(1, 3000), WORD
+)
+
+
+def text_file(name: str, texts: SearchStrategy[str]) -> SearchStrategy[Case]:
+    """Texts of a format as files, also in other encodings, damaged, and arbitrary bytes under its name."""
+    encodings = st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16", "cp1252", "gb18030"])
+    whole = st.builds(lambda text, encoding: Case(name, text.encode(encoding, "replace")), texts, encodings)
+    return st.one_of(whole, with_damage(whole), BYTES.map(lambda content: Case(name, content)))
+
+
+def damaged_zip(content: bytes, member: float, places: list[tuple[float, int]], kept: float) -> Case:
+    """A file of Word with one of its files damaged and packed again."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        names = source.namelist()
+        for number, name in enumerate(names):
+            inner = Case(name, source.read(name))
+            hit = number == int(member * (len(names) - 1)) or name == "word/document.xml"
+            out.writestr(name, (damaged(inner, places, kept) if hit else inner).content)
+    return Case("a.docx", packed.getvalue())
+
+
+def docx_files() -> SearchStrategy[Case]:
+    """A file of Word from pandoc: one part of it damaged, or the whole."""
+    import pypandoc
+
+    text = b"# Pump\n\nIt **stands** here[^1].\n\n- a\n- b\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[^1]: Note.\n"
+    words = [pypandoc.get_pandoc_path(), "-f", "markdown", "-t", "docx"]
+    content = subprocess.run(words, input=text, capture_output=True, check=True).stdout
+    place = st.tuples(st.floats(0, 1), st.integers(0, 255))
+    parts = st.builds(
+        damaged_zip, st.just(content), st.floats(0, 1), st.lists(place, max_size=3), st.sampled_from([1.0, 0.7])
+    )
+    return st.one_of(parts, parts, with_damage(st.just(Case("a.docx", content))))
+
+
+def pdf_files(folder: Path) -> SearchStrategy[Case]:
+    """A small PDF with bytes changed, or with words of its syntax put in."""
+    from test_markup import make_pdf
+
+    content = Path(make_pdf(folder / "whole.pdf", ["A barrel for rain", "that stands here"], "Barrel")).read_bytes()
+    words = [
+        b"<<",
+        b">>",
+        b"[",
+        b"]",
+        b"null",
+        b"9 0 R",
+        b"1 0 R",
+        b"/Kids",
+        b"/Filter /FlateDecode",
+        b"-1",
+        b"stream",
+        b"/Encrypt 2 0 R",
+    ]
+    put = st.lists(st.tuples(st.floats(0, 1), st.sampled_from(words)), max_size=4)
+
+    def with_words(places: list[tuple[float, bytes]]) -> Case:
+        changed = content
+        for place, word in places:
+            at = int(place * len(changed))
+            changed = changed[:at] + word + changed[at + len(word) * (len(places) % 2) :]
+        return Case("a.pdf", changed)
+
+    return st.one_of(put.map(with_words), with_damage(st.just(Case("a.pdf", content))))
+
+
 # ---- checks of other inputs
+
+
+def check_document(folder: Path, case: Case, kind: str) -> None:
+    """A document is read, or refused in one sentence; its text can be written; plain words of Markdown are kept.
+
+    pypdf raises anything for damaged files, which the worker turns into one named row.
+    """
+    source, bad = InputSource(str(written(folder, case.name, case.content)), kind), BadRows()
+    article = None
+    with one_bad_row(source, bad) if kind == "pdf" else nullcontext():
+        article = taken(lambda: read_document(source, bad.note))
+    for words in [*bad.first, *bad.notes]:
+        printable(words)
+    if article is None:
+        return
+    text = " ".join([article.title, *(each for path, body in article.sections for each in (*path, body))])
+    text.encode("utf-8")
+    given = case.content.decode("utf-8", "replace")
+    if kind == "markdown" and not re.search(r"[<\ufffd\0`|]|\]\(|\]:|~~~|\[\[|^\W*---|[^\x00-\x7f]", given):
+        assert not (lost := set(re.findall(r"\bw\d+\b", given)) - set(re.findall(r"w\d+", text))), lost
 
 
 OPENING = re.compile(r'<doc .*title=".*">')
@@ -550,6 +722,8 @@ def target(name: str, folder: Path) -> tuple[SearchStrategy, Callable[[Any], Non
         return PROMPTS, prompt_checker(folder)
     if name == "yaml":
         return YAML, lambda content: check_yaml(folder, content)
+    if name in DOCUMENTS:
+        return DOCUMENTS[name](folder), lambda case: check_document(folder, case, name)
     if name == "wikiextractor":
         return WIKI, lambda case: check_wiki(folder, case)
     cases = TABLES[name]
@@ -577,13 +751,19 @@ TABLES = {
     "layouts": layout_files(),
     "parquet": parquet_files(),
 }
-READERS = (*TABLES, "wikiextractor", "prompts", "yaml")
+DOCUMENTS: dict[str, Callable[[Path], SearchStrategy[Case]]] = {
+    "markdown": lambda folder: text_file("a.md", st.one_of(MARKDOWN, MARKDOWN, REPEATED)),
+    "html": lambda folder: text_file("a.html", st.one_of(HTML, HTML, LONG_HTML)),
+    "docx": lambda folder: docx_files(),
+    "pdf": pdf_files,
+}
+READERS = (*TABLES, *DOCUMENTS, "wikiextractor", "prompts", "yaml")
 
 
-def fuzz(name: str, inputs: int, folder: Path, *, shrink: bool = False) -> int:
+def fuzz(name: str, inputs: int, folder: Path, *, shrink: bool = False, same: bool = False) -> int:
     """Draw and check inputs of one target; returns their number. Raises at the first that fails.
 
-    shrink: look for the smallest input that fails, which may take minutes.
+    shrink: look for the smallest input that fails, which may take minutes. same: the same inputs in every run.
     """
     strategy, check = target(name, folder)
     drawn = 0
@@ -595,7 +775,7 @@ def fuzz(name: str, inputs: int, folder: Path, *, shrink: bool = False) -> int:
 
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
     lenient = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    limits = settings(max_examples=inputs, phases=phases, report_multiple_bugs=False, **lenient)
+    limits = settings(derandomize=same, max_examples=inputs, phases=phases, report_multiple_bugs=False, **lenient)
     limits(given(strategy)(counted))()
     return drawn
 

@@ -268,3 +268,8 @@ def test_an_encrypted_pdf_without_cryptography_names_the_extra(tmp_path, monkeyp
 
 def test_names_become_titles():
     assert name_as_title("x/2024-05-01_rain  barrel.final.md") == "2024 05 01 rain barrel.final"
+
+
+def test_a_broken_declaration_within_markdown_is_no_fault():
+    article = markdown_article("# Pump\n\n<![CD\x05TA[ one\n\nIt stands here.", "a.md")
+    assert article.title == "Pump" and "It stands here." in article.sections[0][1]

@@ -115,6 +115,12 @@ class _Markup(HTMLParser):
         if not self._hidden:
             self._held.append("^" + data if self._raised and data[:1].isdigit() else data)
 
+    def parse_html_declaration(self, i: int) -> int:
+        try:
+            return super().parse_html_declaration(i)
+        except AssertionError:  # html.parser gives up on an unknown <![...
+            return self.parse_bogus_comment(i)
+
     def close(self) -> None:
         super().close()
         self._flush()

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as pq
 from datasets import Dataset
-from datasets.table import InMemoryTable
 from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -275,6 +274,8 @@ class PassageIndex:
 
 def _in_memory(path: Path) -> Dataset:
     """The passages of a Parquet file. `Dataset.from_parquet` takes a path for a pattern and writes into a cache."""
+    from datasets.table import InMemoryTable  # imported here: the benchmarks of speed run without datasets
+
     return Dataset(InMemoryTable(pq.ParquetFile(path).read().select(FIELDS)))
 
 
