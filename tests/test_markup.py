@@ -273,3 +273,9 @@ def test_names_become_titles():
 def test_a_broken_declaration_within_markdown_is_no_fault():
     article = markdown_article("# Pump\n\n<![CD\x05TA[ one\n\nIt stands here.", "a.md")
     assert article.title == "Pump" and "It stands here." in article.sections[0][1]
+
+
+def test_control_characters_in_a_page_are_no_fault():
+    page = "<body>&#1;<h1>Pump</h1><nav>Home</nav>\x13&#2;<p>It stands on the square.</p><style>p {}</style>\x01</body>"
+    article = html_article(page, "a.html")
+    assert article.title == "Pump" and "It stands on the square." in str(article) and "Home" not in str(article)

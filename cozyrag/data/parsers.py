@@ -302,7 +302,7 @@ def html_article(text: str, where: str) -> Article:
     if page is None:
         found.html(text)
         return found.article(where, None, name_as_title(where))
-    with suppress(RecursionError):  # a page of thousands of nested elements
+    with suppress(RecursionError, ValueError):  # a page of thousands of nested elements, control characters
         found = _main_outline(page)
     whole = _outline_of(_without_margins(page))
     complete = ENOUGH * whole.size() <= found.size() <= whole.size()  # for short pages it takes menus as well
@@ -341,11 +341,11 @@ def _without_margins(page: Any) -> Any:
     body = page.find("body")
     body = page if body is None else body
     for element in list(body.iter(*_HIDDEN)):
-        element.drop_tree()
+        element.clear(keep_tail=True)  # drop_tree would refuse control characters in the text that follows
     size = len(body.text_content())
     for element in list(body.iter(*_MARGINS)):
-        if element.getparent() is not None and len(element.text_content()) < size / 2:
-            element.drop_tree()
+        if len(element.text_content()) < size / 2:
+            element.clear(keep_tail=True)
     return body
 
 
