@@ -146,14 +146,35 @@ FOX, OWL = "The fox lives in the old forest behind the mill.", "The owl sleeps i
         f"<h1>T</h1><section><p>{FOX}</p></section><footer>Imprint</footer><section><h2>H</h2>{OWL}</section>",
         "<div>" * 3000 + f"<h1>T</h1>{FOX}<h2>H</h2>{OWL}",
         f"<h1>T</h1><details><summary>{FOX}</summary><h2>H</h2><p>{OWL}</p></details>",
+        f"<h1>T\1</h1><p>{FOX}\x1f<p>&#2;</p><h2>H</h2><template></template>{OWL}",
+        "<table>" * 3000 + f"<h1>T</h1>{FOX}<h2>H</h2>{OWL}",
+        f"<h1>T</h1><p>{FOX}</p><table><tr>{'<td>x' * 5000}</table><h2>H</h2>{OWL}",
     ],
-    ids="form aside select nav layout unclosed xml sections deep details".split(),
+    ids="form aside select nav layout unclosed xml sections deep details control tables cells".split(),
 )
 def test_html_keeps_its_main_text_under_its_headings(page):
     pytest.importorskip("trafilatura")
     sections = html_article(page, "a.html").sections
     assert any(FOX in text for path, text in sections if path != ("H",))
     assert any(OWL in text for path, text in sections if path[-1:] == ("H",))
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("10<sup>6</sup> litres", "10^6 litres"),
+        ("here<sup><a href=#1>1</a></sup>.", "here^1."),
+        ("the 19<sup>th</sup> day", "the 19th day"),
+        ("a<sup>x</sup>5 b<sup></sup>7", "ax5 b7"),
+        ("H<sub>2</sub>O", "H2O"),
+    ],
+)
+def test_raised_numbers_stay_apart_from_the_number_before(page, text):
+    pytest.importorskip("trafilatura")
+    assert html_article(f"<p>{page}</p>", "a.html").sections == [((), text)]
+    menu = "<div class=comments><p>By the way, the pump is blue.</p></div>"
+    around = f"<article><h1>T</h1><p>{FOX} {OWL}</p><p>{page}</p><p>{OWL} {FOX}</p></article>{menu}"
+    assert text in html_article(around, "a.html").sections[0][1].split("\n")
 
 
 def test_html_tables_code_and_terms_have_lines_of_their_own():

@@ -1,14 +1,13 @@
 """Plain text, Markdown, HTML and PDF as articles: a title, and sections with their headings.
 
 Headings become part of a passage's title, so that it shows its subject. Formatting marks are removed, wrapped lines are
-joined. Left out: finding files, other formats (word processors can save HTML), pictures, and guessing which part of a
-web page matters beyond its tags.
+joined. Left out: finding files, office files (office.py), pictures.
 """
 
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -88,7 +87,7 @@ class _Markup(HTMLParser):
         self._hidden, self._verbatim, self._raised = "", False, False
 
     def handle_starttag(self, tag: str, attrs: Sequence = ()) -> None:
-        self._raised = tag == "sup"
+        self._raised = tag == "sup" or (self._raised and tag == "a")
         if tag in _HIDDEN:
             self._hidden = tag
         elif tag in _BLOCK_TAGS:
@@ -102,6 +101,7 @@ class _Markup(HTMLParser):
                 self._cells.append("")
 
     def handle_endtag(self, tag: str) -> None:
+        self._raised = False
         if tag == self._hidden:
             self._hidden = ""
         elif tag in _BLOCK_TAGS:
@@ -112,8 +112,9 @@ class _Markup(HTMLParser):
                 self._end_row()
 
     def handle_data(self, data: str) -> None:
-        if not self._hidden:
+        if data and not self._hidden:
             self._held.append("^" + data if self._raised and data[:1].isdigit() else data)
+            self._raised = False
 
     def parse_html_declaration(self, i: int) -> int:
         try:
@@ -305,7 +306,8 @@ def html_article(text: str, where: str) -> Article:
     with suppress(RecursionError, ValueError):  # a page of thousands of nested elements, control characters
         found = _main_outline(page)
     whole = _outline_of(_without_margins(page))
-    complete = ENOUGH * whole.size() <= found.size() <= whole.size()  # for short pages it takes menus as well
+    # Of short pages it takes menus as well, and parts words such as H<sub>2</sub>O.
+    complete = ENOUGH * whole.size() <= found.size() < whole.size()
     flat = len(found.sections) == 1 < len(whole.sections)
     outline = found if complete and not flat else whole
     tops = [" ".join(top.text_content().split()) for top in page.iter("h1")]
@@ -314,13 +316,13 @@ def html_article(text: str, where: str) -> Article:
 
 
 def _html_tree(text: str, where: str) -> Any:
-    """The elements of a page, None if it is empty, or so deep that the parser gives up."""
+    """The elements of a page, None if it is empty, or too large or deep (256) for the parser."""
     try:
         import trafilatura  # noqa: F401
         from lxml import etree, html
     except ImportError as error:
         raise missing_extra(where, "trafilatura", "web pages", "web") from error
-    parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
+    parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
     try:
         page = html.document_fromstring(text.encode("utf-8", "replace"), parser=parser)
     except etree.LxmlError:
@@ -332,7 +334,9 @@ def _main_outline(page: Any) -> Outline:
     from trafilatura import bare_extraction
 
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
-    found: Any = bare_extraction(copy.deepcopy(page), favor_recall=True, include_comments=False)
+    found: Any = bare_extraction(
+        copy.deepcopy(page), favor_recall=True, include_comments=False, include_formatting=True
+    )
     return Outline() if found is None or found.body is None else _outline_of(found.body)
 
 
@@ -355,8 +359,9 @@ def _outline_of(tree: Any) -> Outline:
 
     outline = Outline()
     markup = _Markup(outline)
+    facts = {row for row in tree.iter("tr", "row") if _is_row_of_facts(row)}
     for event, element in etree.iterwalk(tree, events=("start", "end")):
-        tag = _tag_of(element)
+        tag = _tag_of(element, facts)
         if event == "start":
             markup.handle_starttag(tag)
             markup.handle_data(element.text or "")
@@ -367,17 +372,20 @@ def _outline_of(tree: Any) -> Outline:
     return outline
 
 
-def _tag_of(element: Any) -> str:
-    """The tag that says what an element is for: a heading, a block of code, a row of facts."""
+def _is_row_of_facts(row: Any) -> bool:
+    """Whether a row of a table is no part of the layout of a page."""
+    return next(row.iter(*_NO_CELL), None) is None and len("".join(row.itertext())) < LONGEST_ROW
+
+
+def _tag_of(element: Any, facts: Set[Any]) -> str:
+    """The tag that says what an element is for: a heading, a block of code, one of the rows of `facts`."""
     tag = _OWN_TAGS.get(element.tag, element.tag)
-    if tag == "head":
-        return element.get("rend") or "p"
+    if tag in ("head", "hi"):
+        return (element.get("rend") or "p").lstrip("#")
     if tag == "code" and "\n" in "".join(element.itertext()):
         return "pre"
     if tag in ("tr", "td", "th"):
-        row = element if tag == "tr" else element.getparent()
-        words = "".join(row.itertext()) if row is not None else ""
-        return tag if len(words) < LONGEST_ROW and next(row.iter(*_NO_CELL), None) is None else "div"
+        return tag if (element if tag == "tr" else element.getparent()) in facts else "div"
     return tag
 
 
