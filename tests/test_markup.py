@@ -5,7 +5,9 @@ import sys
 import pytest
 
 from cozyrag.data.documents import InputSource, read_document
-from cozyrag.data.parsers import html_article, markdown_article, name_as_title, pdf_article, plain_article, unwrap
+from cozyrag.data.outline import name_as_title
+from cozyrag.data.parsers import markdown_article, pdf_article, plain_article, unwrap
+from cozyrag.data.web_pages import html_article
 from cozyrag.errors import InputError
 
 

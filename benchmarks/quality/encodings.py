@@ -270,6 +270,7 @@ def right(found: str | None, raw: bytes, text: str) -> bool:
 
 
 def main() -> None:
+    """Print a row for each language and encoding, and a row for each length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="texts per encoding and length (default: %(default)s)")
     arguments = parser.parse_args()

@@ -254,7 +254,7 @@ KINDS: tuple[Callable[[Writer], Page], ...] = (
 
 def ours(html: str) -> str:
     """The reader of `cozyrag passages`."""
-    from cozyrag.data.parsers import html_article
+    from cozyrag.data.web_pages import html_article
 
     found = html_article(html, "page.html")
     return "\n".join([found.title] + [line for path, text in found.sections for line in (*path[-1:], text)])

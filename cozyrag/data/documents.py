@@ -1,7 +1,7 @@
 """Files, folders, WikiExtractor output, tables and Hub datasets as a stream of articles, one shape for the cutting.
 
 The format follows from the name of a file, or from its first bytes if the name does not show it (`wiki_00`). Left out:
-the formats of single documents (parsers.py), tables (readers.py).
+the formats of single documents (parsers.py, web_pages.py, office.py), tables (readers.py).
 """
 
 import html
@@ -11,20 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cozyrag.data.office import OFFICE, office_article
-from cozyrag.data.parsers import Article, html_article, markdown_article, missing_extra, pdf_article, plain_article
+from cozyrag.data.outline import Article
+from cozyrag.data.parsers import markdown_article, pdf_article, plain_article
 from cozyrag.data.readers import is_hub_id, kind_of, read_rows
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, printable, text_of
-from cozyrag.data.streams import (
-    PACKED,
-    InputFile,
-    Note,
-    Progress,
-    detected_encoding,
-    keeps_ascii,
-    open_file,
-    read_lines,
-    text_lines,
-)
+from cozyrag.data.streams import PACKED, InputFile, Note, Progress, read_lines, text_lines
+from cozyrag.data.web_pages import html_article, html_text
 from cozyrag.errors import InputError
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
@@ -163,28 +155,9 @@ def _read_document(source: InputSource, note: Note | None) -> Article:
     if source.format in OFFICE:
         return office_article(file, source.format)
     if source.format == "html":
-        return html_article(_html_text(file), source.name)
+        return html_article(html_text(file), source.name)
     text = "".join(text_lines(file)).replace("\r\n", "\n")
     return (markdown_article if source.format == "markdown" else plain_article)(text, source.name)
-
-
-def _html_text(file: InputFile) -> str:
-    """The text of a web page, which may name its own encoding; labels mean what they mean to browsers."""
-    try:
-        from w3lib.encoding import html_body_declared_encoding, html_to_unicode
-    except ImportError as error:
-        raise missing_extra(file.source, "w3lib", "web pages", "web") from error
-    with open_file(file) as opened:
-        raw = opened.read()
-    declared = html_body_declared_encoding(raw)
-    # UTF-8 is often a wrong label, UTF-16 cannot declare itself, and some codecs of Python are no encodings.
-    if declared in (None, "utf-8") or not keeps_ascii(declared):
-        declared = detected_encoding(file, raw)
-    declared, text = html_to_unicode(f"text/html; charset={declared}", raw)
-    if file.note is not None and (lost := text.count("\ufffd")):
-        characters = "character" if lost == 1 else "characters"
-        file.note(f"{file.source}: {lost:,} {characters} could not be read as {declared} and became \ufffd")
-    return text.replace("\r\n", "\n")
 
 
 def read_container(

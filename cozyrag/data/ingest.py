@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cozyrag.data.documents import HUB, InputSource, read_container
 from cozyrag.data.ingest_worker import Cutting, WorkBatch, make_part, one_bad_row
-from cozyrag.data.parsers import Article
+from cozyrag.data.outline import Article
 from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from cozyrag.data.chunking import LONGEST_WORD, cut, join_sections, latin_length, without_long_words
 from cozyrag.data.deduplication import BINS, signatures, text_hash
 from cozyrag.data.documents import InputSource, read_document
-from cozyrag.data.parsers import Article
+from cozyrag.data.outline import Article
 from cozyrag.data.rows import COLUMNS, BadRows, Columns
 from cozyrag.errors import InputError
 
@@ -122,7 +122,7 @@ def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[
             counts.long_words += long_words
         title = " > ".join((article.title, *path) if article.title else path)
         for passage in cut(text, words=cutting.words, overlap=cutting.overlap):
-            if latin_length(passage) >= cutting.min_characters:
+            if cutting.min_characters <= len(passage) or cutting.min_characters <= latin_length(passage):
                 made.append((title, passage))
             else:
                 counts.short_passages += 1

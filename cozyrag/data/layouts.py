@@ -6,11 +6,11 @@ Left out: reading files (readers.py), BEIR folders (beir.py), offsets of answers
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.rows import BadValue, Columns
 from cozyrag.errors import InputError
 
@@ -102,8 +102,9 @@ def _paragraphs(values: Values) -> Found | None:
 def _gold_first(texts: list[tuple[str, str]], gold: set, answer: object) -> Found:
     usable = [(title, text) for title, text in texts if text.strip()]
     supporting = [pair for pair in usable if pair[0] in gold]
-    words = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.I) if isinstance(answer, str) and answer else None
-    first = next((pair for pair in supporting if words and words.search(pair[1])), (supporting or [("", "")])[0])
+    answers = [answer] if isinstance(answer, str) else []
+    answering = (pair for pair in supporting if contains_answer(matching_form(pair[1]), answers))
+    first = next(answering, (supporting or [("", "")])[0])
     others = [{"title": title, "text": text} for title, text in usable if (title, text) != first]
     return [("", {"title": first[0], "context": first[1], "ctxs": others})]
 

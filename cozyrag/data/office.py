@@ -10,7 +10,7 @@ import subprocess
 import zipfile
 from typing import Any
 
-from cozyrag.data.parsers import Article, Outline, missing_extra, name_as_title
+from cozyrag.data.outline import Article, Outline, missing_extra, name_as_title
 from cozyrag.data.streams import InputFile, open_file, text_lines
 from cozyrag.errors import InputError
 
@@ -61,21 +61,8 @@ def _pandoc(file: InputFile, format: str, raw: bytes) -> str:
         program = pypandoc.get_pandoc_path()
     except (ImportError, OSError) as error:
         raise missing_extra(file.source, "pypandoc_binary", f"{format} files", "office") from error
-    words = [
-        program,
-        "+RTS",
-        f"-M{MEMORY}",
-        "-RTS",
-        "--sandbox",
-        "-s",
-        "-f",
-        format,
-        "-t",
-        "html",
-        "--wrap=none",
-        "-M",
-        "date=",
-    ]
+    limits, form = ["+RTS", f"-M{MEMORY}", "-RTS", "--sandbox"], ["-t", "html", "--wrap=none", "-M", "date="]
+    words = [program, *limits, "-s", "-f", format, *form]
     try:
         done = subprocess.run(words, input=raw, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -92,8 +92,10 @@ def read_questions(
     occurs twice, without any usable row, and for bad rows unless `skip_bad_rows`.
     """
     bad, places, repeats, kept = BadRows(), dict[str, str](), Counter[str](), list[Question]()
-    options = {"split": split, "columns": columns, "needs_answer": needs_answer, "delimiter": delimiter}
-    for row, question in stream_questions(source, **options, bad=bad):  # type: ignore[arg-type]
+    rows = stream_questions(
+        source, split=split, columns=columns, needs_answer=needs_answer, delimiter=delimiter, bad=bad
+    )
+    for row, question in rows:
         key = question.id or _generated_id(question, repeats)
         if key in places:
             raise InputError(

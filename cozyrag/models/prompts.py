@@ -2,9 +2,8 @@
 
 A prompt is the context, the question and the cue for the answer, after BOS if the tokenizer begins texts with it; in
 training, the answer and an end token follow. With a chat template, context and question are the user's message and the
-answer is the assistant's. Only the context is ever
-truncated: a question or an answer without its end would train the wrong thing. Left out: which passages and sentences
-form the context (contexts.py), padding and tensors (batching.py).
+answer is the assistant's. Only the context is ever truncated: a question or an answer without its end would train the
+wrong thing. Left out: which passages and sentences form the context (contexts.py), padding and tensors (batching.py).
 """
 
 import re
