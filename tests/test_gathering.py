@@ -275,7 +275,26 @@ def test_two_workers_give_the_same_as_one(tmp_path, monkeypatch):
 )
 def test_what_wikiextractor_leaves_is_removed(tmp_path, left, clean):
     (tmp_path / "wiki_00").write_text(f'<doc id="1" url="u" title="T">\nT\n\n{left} {long("fox", 5)}\n</doc>\n')
-    assert " ".join(run(tmp_path, tmp_path / "wiki_00")[0]["text"].split()) == f"{clean} {long('fox', 5)}"
+    row = {"id": "1", "url": "https://en.wikipedia.org/wiki?curid=1", "title": "T"}
+    row["text"] = f"{left} {long('fox', 5)}"
+    (tmp_path / "wiki_01").write_text(json.dumps(row) + "\n")  # with --json
+    for name in ("wiki_00", "wiki_01"):
+        assert " ".join(run(tmp_path, tmp_path / name)[0]["text"].split()) == f"{clean} {long('fox', 5)}"
+
+
+def test_tables_that_others_wrote_keep_what_looks_like_residue(tmp_path):
+    text = f"Call main () with formula_1. {long('fox', 5)}"
+    row = {"url": "https://example.org/a", "title": "T", "text": text}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(tmp_path, tmp_path / "a.jsonl")[0]["text"] == text
+
+
+@pytest.mark.parametrize(("delimiter", "given"), [("^", "^"), ("|", "pipe"), (";", "semicolon"), ("\t", "tab")])
+def test_a_table_is_read_with_the_delimiter_that_is_given(tmp_path, delimiter, given):
+    text = f"{long('fox', 5)} a, b; c"
+    quoted = f'"{text}"' if delimiter in text else text
+    (tmp_path / "a.csv").write_text(f"title{delimiter}text\nT{delimiter}{quoted}\n")
+    assert [row["text"] for row in run(tmp_path, tmp_path / "a.csv", "--delimiter", given)] == [text]
 
 
 @pytest.mark.parametrize("run_of", ["QUJD" * 300, "ab12" * 100_000, "data:image/png;base64," + "A" * 2000, "x," * 900])

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
@@ -362,6 +363,22 @@ def test_a_model_with_an_unusual_head_is_refused(monkeypatch, sharp_path, family
         return
     with pytest.raises(InputError, match=rf"{family.__name__} computes something else.*Choose another --generator"):
         Generator.load(sharp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm", "xlnet"])
+def test_a_model_that_reads_ahead_is_refused(generator_path, tmp_path, family):
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 2},
+        "xlnet": {"d_model": 32, "d_inner": 64, "n_layer": 2, "n_head": 2},
+    }
+    tokenizer = Generator.load(str(generator_path)).tokenizer
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes.get(family, small))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="Expected a causal generator.*Choose another --generator"):
+        Generator.load(str(tmp_path))
 
 
 def test_a_checkpoint_with_nan_is_refused(generator_path, tmp_path):

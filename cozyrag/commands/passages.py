@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cozyrag.commands.options import add_columns, at_least, columns_of
+from cozyrag.commands.options import add_columns, add_delimiter, at_least, columns_of
 from cozyrag.data.documents import FORMATS, find_sources
 from cozyrag.data.ingest import gather
 from cozyrag.data.ingest_assemble import Summary, assemble, check_destination, summary_path
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep_duplicates", action="store_true", help="keep repeated texts; later ones get numbered ids")
     add("--split", default="train", help="split of Hub datasets")
     add_columns(parser, "title", "text")
+    add_delimiter(parser)
     add("--skip_bad_rows", action="store_true", help="count, list and skip unusable rows instead of stopping")
     add("--workers", type=at_least(1), default=cores, metavar="N", help="processes")
 
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     ignored = [options.output, str(summary_path(options.output)), *map(str, folder.glob("*"))]
     sources, unknown = find_sources(options.inputs, format=options.format, ignore=ignored)
     signed, columns = options.near_duplicates is not None, columns_of(options)
-    cutting = Cutting(options.words, options.overlap, options.min_characters, signed, options.split, columns)
+    cutting = Cutting(
+        options.words, options.overlap, options.min_characters, signed, options.split, columns, options.delimiter
+    )
     bad = BadRows()
     parts = gather(sources, folder, cutting, workers=options.workers, bad=bad)
     for counts in map(read_counts, parts):

@@ -165,12 +165,13 @@ def read_container(
     *,
     split: str = "train",
     columns: Columns = COLUMNS,
+    delimiter: str | None = None,
     bad: BadRows,
     progress: Progress | None = None,
 ) -> Iterator[Article]:
     """The articles of a file or Hub dataset that holds many, one at a time; unusable rows go to `bad`.
 
-    A first line that repeats the title (as in WikiExtractor output) is left out.
+    A first line that repeats the title (as in WikiExtractor output) is left out. delimiter: see `read_rows`.
 
     Raises InputError for a source that cannot be read at all.
     """
@@ -178,9 +179,17 @@ def read_container(
         yield from _extracted(source, bad, progress)
         return
     hub = source.format == HUB
-    kind = None if hub else f".{source.format}"
-    known = (columns.title, columns.text)
-    for row in read_rows(source.name, split=split, known=known, bad=bad, kind=kind, streaming=hub, progress=progress):
+    rows = read_rows(
+        source.name,
+        split=split,
+        known=(columns.title, columns.text),
+        delimiter=delimiter,
+        bad=bad,
+        kind=None if hub else f".{source.format}",
+        streaming=hub,
+        progress=progress,
+    )
+    for row in rows:
         try:
             title = line_of(row.values, columns.title)
             text = text_of(row.values.get(columns.text), columns.text)
@@ -188,7 +197,8 @@ def read_container(
             bad.add(row.where, str(error))
             continue
         if columns.text in row.values:
-            yield _article(row.where, title, text)
+            extracted = "?curid=" in str(row.values.get("url"))  # as WikiExtractor --json writes it
+            yield _article(row.where, title, _without_residue(html.unescape(text)) if extracted else text)
         else:
             found = ", ".join(row.values)
             bad.add(row.where, f'no column "{columns.text}" (found: {found}); give it with --columns text=COLUMN')

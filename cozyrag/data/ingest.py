@@ -24,7 +24,7 @@ from cozyrag.errors import InputError
 
 CHARACTERS = 2_000_000  # of text in one batch
 FILES = 2_000  # in one batch at most
-VERSION = 2  # of the content of a part: parts of another version are not reused
+VERSION = 3  # of the content of a part: parts of another version are not reused
 
 
 def gather(sources: Sequence[InputSource], folder: Path, cutting: Cutting, *, workers: int, bad: BadRows) -> list[Path]:
@@ -100,7 +100,14 @@ def _of_files(files: list[InputSource], cutting: Cutting) -> WorkBatch:
 
 def _of_container(source: InputSource, cutting: Cutting, bad: BadRows) -> Iterator[WorkBatch]:
     read: list[int] = []  # bytes since the last batch; they count as done when its part is
-    articles = read_container(source, split=cutting.split, columns=cutting.columns, bad=bad, progress=read.append)
+    articles = read_container(
+        source,
+        split=cutting.split,
+        columns=cutting.columns,
+        delimiter=cutting.delimiter,
+        bad=bad,
+        progress=read.append,
+    )
     if source.format != HUB:  # a connection that breaks is no bad row: the command ends and can be resumed
         articles = _to_its_fault(source, articles, bad)
     for number, held in enumerate(_grouped(articles)):

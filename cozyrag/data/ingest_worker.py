@@ -37,6 +37,7 @@ class Cutting:
     signed: bool = False  # add signatures, which find near duplicates
     split: str = "train"
     columns: Columns = COLUMNS
+    delimiter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

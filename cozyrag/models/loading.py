@@ -81,7 +81,7 @@ def training_config(config: PretrainedConfig, dropout: float) -> PretrainedConfi
 
 @torch.inference_mode()
 def _check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits `TokenLosses` does not reproduce: it would silently train another model."""
+    """Refuse a model that reads ahead, or whose logits `TokenLosses` does not reproduce: its loss would be wrong."""
     ids = torch.arange(1, 9).unsqueeze(0) % model.config.vocab_size
     mask = torch.ones_like(ids)
     model.eval()
@@ -91,6 +91,13 @@ def _check_head(model: PreTrainedModel) -> None:
         raise InputError(
             "Expected a generator with finite logits, found NaN: its weights are damaged, for example by training that "
             "diverged. Resume from an earlier checkpoint, or choose another --generator."
+        )
+    half = model(input_ids=ids[:, :4], attention_mask=mask[:, :4]).logits[0]
+    if not torch.allclose(half, theirs[:4], rtol=1e-3, atol=1e-4):
+        raise InputError(
+            "Expected a causal generator, whose logits depend on earlier tokens alone; those of "
+            f"{type(model).__name__} change with the tokens that follow, so it would be trained to copy and could not "
+            "answer. Choose another --generator (GPT-2, Llama, SmolLM2, ...)."
         )
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
         raise InputError(
