@@ -66,6 +66,7 @@ def test_underlined_headings_and_rules():
         ),
         ("cd <your-folder> or Vec<String> stay", "cd <your-folder> or Vec<String> stay"),
         ("H<sub>2</sub>O and <b>bold</b>", "H2O and bold"),
+        ("10<sup>6</sup> m<sup>2</sup>, the 19<sup>th</sup>, a<sup></sup>7", "10^6 m^2, the 19th, a7"),
         ("<https://x.org/a_b> <anna@example.org>", "https://x.org/a_b anna@example.org"),
         ("AT&amp;T if a < b and b > c", "AT&T if a < b and b > c"),
         ("first<br>second  \nthird\\\nfourth\nfifth", "first\nsecond\nthird\nfourth fifth"),

@@ -121,7 +121,11 @@ def _inline_text(token: Any) -> str:
 
 def _inline_parts(token: Any) -> Iterator[str]:
     """The text of each part; "\\n" for a wrapped line, "\\f" for a hard break."""
+    raised = False  # after <sup>: 10<sup>6</sup> is 10^6, as in HTML (outline.py)
     for part in token.children or ():
+        if raised and part.content[:1].isdigit():
+            yield "^"
+        raised = part.type == "html_inline" and part.content.lower() == "<sup>"
         if part.type == "image":
             yield from _inline_parts(part)
         elif part.type == "html_inline":
