@@ -106,11 +106,11 @@ class Bench:
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
-    def load(cls, options: argparse.Namespace) -> tuple["Bench", Pair]:
-        """Load the tables and MODEL. Raises InputError for unusable input."""
+    def load(cls, options: argparse.Namespace, precision: str | None = None) -> tuple["Bench", Pair]:
+        """Load the tables and MODEL, which infers in `precision`. Raises InputError for unusable input."""
         options.index = options.index or options.json.parent / "vectors"
         accelerator = accelerator_of(options.threads)
-        pair, reading = load_pair(options.model, accelerator.device)
+        pair, reading = load_pair(options.model, accelerator.device, precision)
         task = load_task(options, pair.index)
         passages = Passages.of(task.passages)
         builder = ContextBuilder(

@@ -49,14 +49,14 @@ class Pair:
     index: PassageIndex | None = None
 
 
-def load_pair(model: str, device: torch.device) -> tuple[Pair, ReadingSettings]:
-    """Load MODEL. Raises InputError if there is no usable pair under that name."""
+def load_pair(model: str, device: torch.device, precision: str | None = None) -> tuple[Pair, ReadingSettings]:
+    """Load MODEL. precision: see `CozyRAG.from_pretrained`. Raises InputError if there is no usable pair there."""
     if model == EMBEDDED:
         chosen = parse_settings([]).contexts
         retriever = load_retriever(EMBEDDED, chosen.passage_tokens, device)
         pair = Pair(EMBEDDED, load_generator(EMBEDDED, device), retriever, chosen.retrieval)
         return pair, _reading_settings(vars(chosen))
-    made = CozyRAG.from_pretrained(model, device=str(device))
+    made = CozyRAG.from_pretrained(model, device=str(device), precision=precision)
     pair = Pair(
         Path(model).name, made.generator, made.retriever, made.searcher.mode, made.searcher.weights,
         made.no_answer_threshold, made.index,
