@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from cozyrag.config import Settings, parse_settings
 from cozyrag.config_checks import QUICKSTART, SCRATCH
 from cozyrag.data.corpus import Corpus
-from cozyrag.evaluation.evaluation import examples
+from cozyrag.evaluation.evaluation import examples, few_sentence
 from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.push import refusal
@@ -193,8 +193,9 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
         rounds.log.info(f"{rounds.folder} holds this run, interrupted. Resuming from {rounds.resumed_from.name}.")
     elif resuming:
         rounds.log.info(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting again.")
-    if precision.note:
-        rounds.log.info(f"Note: {precision.note}")
+    for note in (precision.note, few_sentence(len(rounds.corpus.eval_questions))):
+        if note:
+            rounds.log.info(f"Note: {note}")
     if rounds.accelerator.device.type == "cpu" and precision.name == "no" and not rounds.resumed_from:
         _log_expected_time(rounds)
 

@@ -245,7 +245,9 @@ class Rounds:
 
     def _held_out_contexts(self) -> Dataset:
         return self.retrieval.contexts(
-            self.corpus.eval_questions, f"round {self.progress.round}: retrieving for validation questions"
+            self.corpus.eval_questions,
+            f"round {self.progress.round}: retrieving for validation questions",
+            measured=True,
         )
 
     def _evaluate(self, contexts: Dataset, desc: str) -> tuple[dict, list[dict]]:
