@@ -206,16 +206,15 @@ def retrieval_table(summaries: Sequence[tuple[str, dict]]) -> str:
     return "\n".join([*lines, "", f"{foot}, which is how the pair searches."])
 
 
-def few_sentence(questions: int) -> str:
-    """What it means that there are fewer than FEW questions, and the remedy; "" if there are more."""
+def few_questions(questions: int) -> str:
+    """What it means that there are fewer than FEW questions, as a clause; "" if there are more."""
     if questions >= FEW:
         return ""
     reach = min(50, round(98 / questions**0.5))  # 1.96 standard errors of a share of one half, in percent
+    subject = f"{questions} validation questions are" if questions > 1 else "1 validation question is"
     return (
-        f"{questions} validation question{'s' if questions > 1 else ''} {'are' if questions > 1 else 'is'} few: the "
-        f"scores are uncertain by up to {reach} points to each side, one question moves them by "
-        f"{100 / questions:.0f}, and whether a model is kept or rolled back may be chance; give {FEW} or more with "
-        "--eval_questions or a larger --eval_share."
+        f"{subject} few: the scores are uncertain by up to {reach} points to each side, and one question moves them by "
+        f"{100 / questions:.3g}"
     )
 
 
