@@ -437,9 +437,8 @@ def test_only_changed_settings_stand_open(tmp_path):
 
 
 def test_few_questions_are_called_few(tmp_path):
-    assert "8 validation questions are few: the scores are uncertain by up to 35 points" in str(
-        card(tmp_path, "generator")
-    )
+    said = "8 validation questions are few: the scores are uncertain by up to 35 points to each side, and one question "
+    assert f"\n\n{said}moves them by 12.5.\n\n" in str(card(tmp_path, "generator"))
     many = [row | ({"questions": 50} if row["kind"] == "evaluation" else {}) for row in rows(BEFORE, AFTER)]
     assert " are few" not in str(card(tmp_path, "generator", metrics=many))
 
