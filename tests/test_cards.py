@@ -380,6 +380,12 @@ def test_a_retriever_that_was_never_measured_alone_claims_nothing(tmp_path):
     assert card(tmp_path, "generator", metrics=older).data.eval_results
 
 
+def test_rounds_of_an_older_version_are_left_out_of_the_retrievers_table(tmp_path):
+    before = {name: value for name, value in BEFORE.items() if "dense" not in name}
+    text = str(card(tmp_path, "retriever", metrics=rows(before, AFTER)))
+    assert "| after round 1 | 50.0" in text and "| untuned baseline | 12.5" not in text
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
@@ -447,7 +453,7 @@ def test_few_questions_are_called_few(tmp_path):
 
 
 def code(text):
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_the_code_of_the_cards_runs_on_an_output_folder(
