@@ -94,7 +94,7 @@ def apart(row, dense):
 
 def test_what_the_retriever_learns_is_plotted_and_listed(tmp_path):
     rounds = [[apart(row, n < 6) for n, row in enumerate(BEFORE)], [apart(row, n < 24) for n, row in enumerate(AFTER)]]
-    page = written(tmp_path / "run", rounds, retrieval="hybrid")
+    page = written(tmp_path / "run", rounds)
     assert (tmp_path / "run" / "plots" / "searches.png").stat().st_size > 5_000
     assert re.search(
         r"The retriever by itself: recall@1 20\.0 to 80\.0 \(\+60\.0, \+\d.*; recall@5 20\.0 to 80\.0", page

@@ -1,4 +1,4 @@
-"""The scores on the retriever's card, computed again from the saved folder alone, after runs in every retrieval mode."""
+"""The scores on the retriever's card, computed again from the saved folder alone, after runs in every mode."""
 
 import json
 
@@ -45,7 +45,7 @@ def ranks(retriever, passages, questions):
 
 
 def test_the_retrievers_card_is_what_the_saved_folder_does_by_itself(
-    folder, evaluated, corpus_files, retriever_path, request
+    folder, evaluated, corpus_files, retriever_path
 ):
     passages = pq.read_table(folder / "index" / "passages.parquet").to_pydict()
     questions = [json.loads(line) for line in corpus_files["eval_questions"].read_text().splitlines()]

@@ -152,6 +152,8 @@ def test_the_screen_shows_before_and_after(one_process):
         "| after round 1 |",
         "| after round 2 |",
         "| change |",
+        "16 validation questions are few",
+        "so whether a model is kept or rolled back may be chance; give 50 or more",
         "| recall | dense@1 | dense@5 | sparse@1 | sparse@5 | hybrid@1 | hybrid@5 |",
         "QA pairs/s",
         "cozyrag ask",
