@@ -44,9 +44,7 @@ def ranks(retriever, passages, questions):
     return np.array([1 + list(rows).index(passages["id"].index(row["passage_id"])) for rows, row in found])
 
 
-def test_the_retrievers_card_is_what_the_saved_folder_does_by_itself(
-    folder, evaluated, corpus_files, retriever_path
-):
+def test_the_retrievers_card_is_what_the_saved_folder_does_by_itself(folder, evaluated, corpus_files, retriever_path):
     passages = pq.read_table(folder / "index" / "passages.parquet").to_pydict()
     questions = [json.loads(line) for line in corpus_files["eval_questions"].read_text().splitlines()]
     tuned = ranks(folder / "retriever", passages, questions)

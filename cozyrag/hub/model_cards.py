@@ -29,11 +29,12 @@ CARD = "README.md"
 ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"
 PICTURE = "training.png"
 FOLDER_NOTE = "FOLDER is the output folder of the run.\n"
+EMBEDDED = "embedded"  # as a base: the small generator; the embedded retriever has the name MINILM
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 # of base models; a model from another base gets no licence unless one is given
 LICENCES = {
     ("retriever", MINILM): "apache-2.0",
-    ("generator", "embedded"): "cc-by-sa-4.0",
+    ("generator", EMBEDDED): "cc-by-sa-4.0",
     ("generator", SMOLLM2): "apache-2.0",
     ("generator", "distilgpt2"): "apache-2.0",
     ("generator", "distilbert/distilgpt2"): "apache-2.0",
@@ -137,7 +138,7 @@ def write_cards(
         base = _base(role, settings)
         evaluated = [row for row in rows if row["kind"] == "evaluation" and COLUMNS[role][0] in row]
         own = facts | {
-            "base": _public(base),
+            "base": "embedded, the small GPT-2 of CoZyRAG" if base == EMBEDDED else _public(base),
             "prompts": prompts,
             "picture": PICTURE if draw_curves(rows, folder / role / PICTURE, role) else "",
             "results": results_table([(_round_name(row["round"]), row) for row in evaluated], COLUMNS[role]),
@@ -325,7 +326,7 @@ def _licences(role: str, settings: Mapping, base: str) -> str:
     if role == "index":
         return data
     model = f"- This model: {_model_licence(role, settings, base) or f'{UNSTATED} it'}."
-    alike = [SHARE_ALIKE] if (role, settings[role]) == ("generator", "embedded") else []
+    alike = [SHARE_ALIKE] if base == EMBEDDED else []
     return "\n".join([model, *alike, data, "- The program CoZyRAG: apache-2.0."])
 
 
