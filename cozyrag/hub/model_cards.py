@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
@@ -137,7 +138,7 @@ def write_cards(
     for role in ("generator", "retriever"):
         base = _base(role, settings)
         evaluated = [row for row in rows if row["kind"] == "evaluation" and COLUMNS[role][0] in row]
-        own = facts | {
+        own: dict[str, Any] = facts | {
             "base": "embedded, the small GPT-2 of CoZyRAG" if base == EMBEDDED else _public(base),
             "prompts": prompts,
             "picture": PICTURE if draw_curves(rows, folder / role / PICTURE, role) else "",
@@ -151,7 +152,7 @@ def write_cards(
         data = _model_data(role, settings, base, evaluated[-1:])
         card = ModelCard.from_template(data, template_path=str(templates / f"{role}.md"), **own)
         card.save(folder / role / CARD)
-    own = facts | {"fingerprint": str(made_by(folder / "index")), "licences": _licences("index", settings, "")}
+    own = {**facts, "fingerprint": str(made_by(folder / "index")), "licences": _licences("index", settings, "")}
     index = DatasetCard.from_template(_index_data(settings, run), template_path=str(templates / "index.md"), **own)
     index.save(folder / "index" / CARD)
 
