@@ -57,5 +57,5 @@ def _draw_scores(panel: "Axes", evaluated: Sequence[Mapping], scores: Mapping[st
         ends = [row.get(f"{name}_interval") or (row[name], row[name]) for row in evaluated]
         panel.vlines(places, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.5)
     panel.set(title="held-out questions, percent", xlabel="round (0: untuned baseline)", xticks=rounds)
-    panel.margins(0.15, 0.2)
+    panel.margins(0.15, 0.35)  # room for the legend
     panel.legend(loc="best", frameon=False)
