@@ -349,6 +349,9 @@ class Settings(NamedTuple):
 GROUPS = (DataSettings, ModelSettings, ContextSettings, TrainingSettings, OutputSettings)
 KINDS = {f.name: f.type for group in GROUPS for f in dataclasses.fields(group)}
 NAMES = list(KINDS)
+DEFAULTS = Settings(
+    DataSettings(), ModelSettings(), ContextSettings(), TrainingSettings(), OutputSettings()
+).to_dict()  # for your own questions; the quickstart set changes some
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

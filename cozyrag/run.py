@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from cozyrag.config import Settings, parse_settings
 from cozyrag.config_checks import QUICKSTART, SCRATCH
 from cozyrag.data.corpus import Corpus
-from cozyrag.evaluation.evaluation import examples
+from cozyrag.evaluation.evaluation import FEW, examples, few_questions
 from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, part_scores
 from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.push import refusal
@@ -195,6 +195,11 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
         rounds.log.info(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting again.")
     if precision.note:
         rounds.log.info(f"Note: {precision.note}")
+    if few := few_questions(len(rounds.corpus.eval_questions)):
+        rounds.log.info(
+            f"Note: {few}, so whether a model is kept or rolled back may be chance; give {FEW} or more with "
+            "--eval_questions, --max_eval_questions or --eval_share."
+        )
     if rounds.accelerator.device.type == "cpu" and precision.name == "no" and not rounds.resumed_from:
         _log_expected_time(rounds)
 
@@ -252,12 +257,11 @@ def audit_overlap(rounds: Rounds, rows: list[dict] | None = None) -> None:
     part."""
     models = rounds.settings.models
     found = audit_corpus(rounds.corpus, retriever=models.retriever, generator=models.generator)
-    rounds.leaks = [brief(found)]
+    rounds.audit = found
     if rows is None:
         rounds.log.info(brief(found))
     else:
         found["parts"] = part_scores(found, rows)
-        rounds.leaks.append(audit_table(found["parts"]))
         rounds.log.info(f"Scores by overlap with the training data (audit.json):\n\n{audit_table(found['parts'])}\n")
     if rounds.accelerator.is_main_process:
         write_json(rounds.folder / "audit.json", found)

@@ -1,5 +1,6 @@
 """The cards of a run: whole, readable by huggingface_hub, true to the numbers, and runnable where they show code."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -12,12 +13,13 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from cozyrag.config import parse_settings
+from cozyrag.config import DEFAULTS, parse_settings
 from cozyrag.data.passages import read_passages
-from cozyrag.evaluation.evaluation import summarize
+from cozyrag.evaluation.evaluation import RETRIEVAL, summarize
+from cozyrag.evaluation.overlap_audit import audit
 from cozyrag.hub import card_plot, model_cards
 from cozyrag.hub.card_plot import draw_curves
-from cozyrag.hub.model_cards import card_for_hub, write_cards
+from cozyrag.hub.model_cards import Example, card_for_hub, write_cards
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair
@@ -45,21 +47,30 @@ PRECISION = {
 }
 TIMES = "| seconds | index | evaluation |\n|---|---:|---:|\n| untuned baseline | 1.5 | 2.5 |\n\nPeak memory: 0.50 GiB."
 PROMPT = f"Some context.{QUESTION_CUE}Your question?{ANSWER_CUE}"
+EXAMPLE = Example("How old is the `fox`?", "Fox: It is 7.\nOwl: It is old.", "7", 0.875, ("Fox", "It is 7. " * 100))
+AUDIT = audit(
+    {"id": ["t"], "question": ["How old is it?"], "answers": [["7"]], "passage_id": ["p"]},
+    {"id": ["a", "b"], "question": ["How old is it?", "Why?"], "answers": [["x"], ["7"]], "passage_id": [None, None]},
+    {},
+    bases={"retriever": {"model": "base", "trained_on": "books", "source": "a page"}},
+)
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", flags=re.DOTALL)
 
 
+def apart(found):
+    """The scores of each search alone on one question: the vectors and BM25 find less than both together."""
+    return {f"{search}_{name}": float(found) for search in ("dense", "sparse") for name in RETRIEVAL}
+
+
 def evaluated(hits, number=1):
-    """A row of metrics.jsonl for an evaluation on 8 questions, `hits` of which are answered and found."""
-    row = {
-        "em": 1.0,
-        "f1": 1.0,
-        "recall@1": 1.0,
-        "recall@5": 1.0,
-        "recall@20": 1.0,
-        "mrr@10": 1.0,
-        "answer_in_context": 1.0,
-    }
-    rows = [row if number < hits else dict.fromkeys(row, 0.0) | {"f1": 0.5, "mrr@10": 0.25} for number in range(8)]
+    """A row of metrics.jsonl for an evaluation on 8 questions, `hits` of which the pair answers and finds.
+
+    The vectors alone find one less.
+    """
+    row = dict.fromkeys(("em", "f1", *RETRIEVAL, "answer_in_context"), 1.0)
+    missed = dict.fromkeys(row, 0.0) | {"f1": 0.5, "mrr@10": 0.25}
+    rows = [row if number < hits else missed for number in range(8)]
+    rows = [row | apart(number < hits - 1) for number, row in enumerate(rows)]
     return {"kind": "evaluation", "round": number} | summarize(rows)
 
 
@@ -70,7 +81,7 @@ BEFORE, AFTER = evaluated(2, number=0), evaluated(5)
 def drawing(request, monkeypatch):
     """A plot takes a second, so only the tests of plots draw them."""
     if "plot" not in request.node.name:
-        monkeypatch.setattr(model_cards, "draw_curves", lambda rows, path: not path.write_bytes(b""))
+        monkeypatch.setattr(model_cards, "draw_curves", lambda rows, path, role: not path.write_bytes(b""))
 
 
 def rows(*evaluations):
@@ -92,13 +103,14 @@ def rows(*evaluations):
     return [run, *times, *steps, *evaluations]
 
 
-def cards(folder, *arguments, metrics=None, **options):
+def cards(folder, *arguments, metrics=None, index=None, **options):
     """Write the cards of a run with these arguments; returns its settings."""
     settings = parse_settings(["--questions", "data/my.tsv", *arguments]).to_dict()
     for piece in PIECES:
         (folder / piece).mkdir(exist_ok=True)
-    (folder / "index" / "index.json").write_text(json.dumps({"retriever_fingerprint": FINGERPRINT}))
-    write_cards(folder, settings=settings, rows=metrics or rows(BEFORE, AFTER), times=TIMES, prompt=PROMPT, **options)
+    (folder / "index" / "index.json").write_text(json.dumps({"retriever_fingerprint": FINGERPRINT} | (index or {})))
+    facts = {"settings": settings, "defaults": DEFAULTS, "rows": metrics or rows(BEFORE, AFTER), "times": TIMES}
+    write_cards(folder, **facts, prompt=PROMPT, **options)
     return settings
 
 
@@ -111,9 +123,10 @@ def card(folder, role, *arguments, **options):
 @pytest.mark.parametrize("role", ROLES)
 def test_a_card_is_complete(role, tmp_path):
     """Every line, from the settings, the rows and the machine above."""
-    settings = cards(tmp_path, "--generator", "distilgpt2", leaks=["Nothing leaked."])
+    settings = cards(tmp_path, "--rounds", "1", audit=AUDIT, example=EXAMPLE)
     expected = (Path(__file__).parent / "cards" / f"{role}.md").read_text(encoding="utf-8")
-    expected = expected.replace("SETTINGS", "\n".join(f"| {name} | {value} |" for name, value in listed(settings)))
+    unchanged = [(name, value) for name, value in listed(settings) if name not in ("questions", "rounds")]
+    expected = expected.replace("SETTINGS", "\n".join(f"| {name} | {value} |" for name, value in unchanged))
     assert (tmp_path / role / "README.md").read_text(encoding="utf-8") == expected
 
 
@@ -146,16 +159,19 @@ def test_the_card_of_the_index_is_complete(tmp_path):
 )
 def test_no_placeholder_is_left(role, arguments, tmp_path):
     text = str(card(tmp_path, role, *arguments))
+    folded = ("n<1K", "<details>", "</details>", "<summary>", "</summary>")
+    bare = functools.reduce(lambda left, tag: left.replace(tag, ""), folded, text)
     for leftover in ("None", "{{", "}}", "{%", "More Information Needed", "TODO", "<"):
-        assert leftover not in text.replace("n<1K", ""), leftover
+        assert leftover not in bare, leftover
+    assert "\n\n\n" not in text
     assert not re.search(r"\bnan\b", text)
     assert "FOLDER is the output folder of the run" in text
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_without_an_audit_there_is_no_section_and_without_matplotlib_no_image(role, tmp_path, monkeypatch):
-    assert "## Leak audit\n\nSeen: 3.\n\n| a |\n" in str(card(tmp_path, role, leaks=["Seen: 3.", "| a |"]))
-    assert "![Losses by step, scores by round](training.png)" in str(card(tmp_path, role))
+    assert "## Leak audit\n\nOf the 2 questions" in str(card(tmp_path, role, audit=AUDIT))
+    assert f"![Loss of the {role} by step" in str(card(tmp_path, role))
     assert "Leak audit" not in str(card(tmp_path, role))
     monkeypatch.setattr(model_cards, "draw_curves", draw_curves)
     monkeypatch.setattr(card_plot.importlib.util, "find_spec", lambda _: None)
@@ -167,7 +183,8 @@ def test_without_an_audit_there_is_no_section_and_without_matplotlib_no_image(ro
 def test_the_table_has_a_row_for_each_round(role, tmp_path):
     lines = [line for line in str(card(tmp_path, role)).splitlines() if re.match(r"\| (untuned|after).*\(", line)]
     assert [line.split(" | ")[0] for line in lines] == ["| untuned baseline", "| after round 1"]
-    assert lines[1].split(" | ")[1] == "62.5 ({:.1f} to {:.1f})".format(*AFTER["em_interval"])
+    value, metric = {"generator": ("62.5", "em"), "retriever": ("50.0", "dense_recall@1")}[role]
+    assert lines[1].split(" | ")[1] == f"{value} ({{:.1f}} to {{:.1f}})".format(*AFTER[f"{metric}_interval"])
 
 
 def test_the_energy_is_the_result_of_its_formula():
@@ -185,16 +202,22 @@ def test_this_machine_can_be_described():
     assert machine["versions"]["torch"] == torch.__version__ and "1 of " in machine_sentence(machine)
 
 
-def test_the_plot_is_the_same_png_in_both_cards_and_each_time(tmp_path):
+def test_the_plot_of_a_card_is_of_its_own_model_and_the_same_png_each_time(tmp_path):
     cards(tmp_path)
     drawn = [(tmp_path / role / "training.png").read_bytes() for role in ROLES]
-    assert drawn[0].startswith(b"\x89PNG") and len(drawn[0]) > 5_000
-    assert draw_curves(rows(BEFORE, AFTER), tmp_path / "again.png")
-    assert {*drawn, (tmp_path / "again.png").read_bytes()} == {drawn[0]}
+    assert drawn[0] != drawn[1] and all(each.startswith(b"\x89PNG") and len(each) > 5_000 for each in drawn)
+    assert draw_curves(rows(BEFORE, AFTER), tmp_path / "again.png", "retriever")
+    assert (tmp_path / "again.png").read_bytes() == drawn[1]
 
 
-def test_without_training_there_is_no_plot(tmp_path):
-    assert not draw_curves([BEFORE], tmp_path / "x.png") and not (tmp_path / "x.png").exists()
+@pytest.mark.parametrize("role", ROLES)
+def test_a_model_that_was_not_trained_or_not_measured_alone_has_no_plot(role, tmp_path):
+    assert not draw_curves([BEFORE], tmp_path / "x.png", role)
+    others = [row for row in rows(BEFORE, AFTER) if row.get("phase") != role]
+    assert not draw_curves(others, tmp_path / "x.png", role)
+    older = [{name: value for name, value in row.items() if "dense" not in name} for row in rows(BEFORE, AFTER)]
+    assert draw_curves(older, tmp_path / "y.png", role) is (role == "generator")
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +280,7 @@ def test_the_metadata_is_what_the_hub_expects(role, tmp_path):
     ("role", "names"),
     [
         ("generator", {"exact_match": "em", "f1": "f1"}),
-        ("retriever", {"recall@1": "recall@1", "recall@5": "recall@5", "mrr@10": "mrr@10"}),
+        ("retriever", {"recall@1": "dense_recall@1", "recall@5": "dense_recall@5", "mrr@10": "dense_mrr@10"}),
     ],
 )
 def test_the_metrics_are_those_of_the_last_evaluation(role, names, tmp_path):
@@ -271,6 +294,7 @@ def test_the_metrics_are_those_of_the_last_evaluation(role, names, tmp_path):
 
 def test_the_numbers_of_the_test_are_hand_worked():
     assert (AFTER["em"], AFTER["f1"], AFTER["mrr@10"]) == (62.5, 81.25, 71.88)  # 5/8, (5 + 3/2)/8, (5 + 3/4)/8
+    assert (AFTER["recall@1"], AFTER["dense_recall@1"]) == (62.5, 50.0)  # 5/8, 4/8
 
 
 def test_the_file_of_the_evaluation_is_named_in_the_results(tmp_path):
@@ -320,11 +344,116 @@ def test_the_folder_of_the_run_and_its_repository_are_private(role, tmp_path):
     assert "secret-place" not in text and "private-name" not in text
 
 
+# ---- each model by itself, the example and the licences
+
+
+def test_no_number_of_the_pair_stands_on_the_retrievers_card_except_in_the_sentence_that_names_the_pair(tmp_path):
+    loaded = card(tmp_path, "retriever", audit=AUDIT, example=EXAMPLE)
+    [sentence] = [line for line in str(loaded).splitlines() if "62.5 %" in line]
+    assert sentence.startswith("The pair's hybrid search") and sentence.endswith("of the pair, not of this model.")
+    others = str(loaded).replace(sentence, "")
+    assert "| em |" not in others and not re.search(r"value: 62\.5|\| 62\.5", others)
+    assert {result.metric_value for result in loaded.data.eval_results} == {50.0}
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("hybrid", "The pair's hybrid search, by the retriever's vectors and BM25 together, finds"),
+        ("bm25", "The pair's sparse search, by words (BM25) alone, finds"),
+        ("dense", "The pair searches by these vectors alone, so its search has the same scores."),
+    ],
+)
+def test_the_pairs_search_is_named(mode, said, tmp_path):
+    assert said in str(card(tmp_path, "retriever", "--retrieval", mode))
+    answers = card(tmp_path, "generator", "--retrieval", mode)
+    assert {result.metric_name for result in answers.data.eval_results} == {
+        f"{name} (contexts found by the pair's {mode} search)" for name in ("exact match", "f1")
+    }
+
+
+def test_a_retriever_that_was_never_measured_alone_claims_nothing(tmp_path):
+    """A run of an older version that resumed after its last evaluation."""
+    older = [{name: value for name, value in row.items() if "dense" not in name} for row in rows(BEFORE, AFTER)]
+    loaded = card(tmp_path, "retriever", metrics=older)
+    assert loaded.data.eval_results is None and "The run did not measure this model by itself." in str(loaded)
+    assert card(tmp_path, "generator", metrics=older).data.eval_results
+
+
+def test_rounds_of_an_older_version_are_left_out_of_the_retrievers_table(tmp_path):
+    before = {name: value for name, value in BEFORE.items() if "dense" not in name}
+    text = str(card(tmp_path, "retriever", metrics=rows(before, AFTER)))
+    assert "| after round 1 | 50.0" in text and "| untuned baseline | 12.5" not in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, "vectors computed in float32 and compared exactly"),
+        ({"factory": "SQ8", "precision": "int8"}, "vectors computed in int8 and searched approximately (SQ8)"),
+    ],
+)
+def test_the_retrievers_card_says_what_the_vectors_went_through(facts, said, tmp_path):
+    assert said in str(card(tmp_path, "retriever", index=facts))
+
+
+def test_the_example_is_the_most_certain_correct_answer_whose_passage_the_vectors_find():
+    row = {"question": "?", "context": "c", "prediction": "x", "verdict": "correct", "answer_in_context": 1.0}
+    candidates = [
+        row | {"id": "wrong", "verdict": "reader error", "score": 1.0, "dense_recall@1": 1.0},
+        row | {"id": "lucky", "answer_in_context": 0.0, "score": 1.0, "dense_recall@1": 1.0},
+        row | {"id": "sparse", "score": 0.9, "dense_recall@1": 0.0},
+        row | {"id": "dense", "score": 0.5, "dense_recall@1": 1.0, "prediction": "y"},
+    ]
+    passages = {"dense": ("Title", "Text."), "sparse": ("Other", "Text.")}
+    assert Example.of(candidates, passages.get) == Example("?", "c", "y", 0.5, ("Title", "Text."))
+    assert Example.of(candidates[:3], passages.get).passage is None  # another passage is first by the vectors
+    assert Example.of(candidates[:2], passages.get) is None and Example.of([], passages.get) is None
+
+
+def test_an_example_cannot_break_out_of_its_block(tmp_path):
+    evil = '```\n# <b>big</b> {{ 7 * 7 }} "FOLDER"'
+    text = str(card(tmp_path, "generator", example=Example(evil, evil, evil, 0.5)))
+    assert text.count("\n````text\n") == text.count("\n````\n") == 1 and "49" not in text
+    for block in code(text):
+        compile(block, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "alike"),
+    [
+        (("--questions", "quickstart", "--generator", "embedded"), "cc-by-sa-4.0", True),
+        (("--generator", "embedded", "--model_license", "mit"), "mit", True),
+        (("--questions", "quickstart"), "apache-2.0", False),
+        (("--generator", "some/model"), "not stated by who trained this; ask before you use it", False),
+    ],
+)
+def test_the_licence_section_says_what_the_weights_are_under(arguments, model, alike, tmp_path):
+    text = str(card(tmp_path, "generator", *arguments))
+    section = text.split("## Licence\n")[1].split("\n## ")[0]
+    assert f"- This model: {model}.\n" in section and ("under CC BY-SA 4.0" in section) is alike
+    assert "CC BY-SA" not in str(card(tmp_path, "retriever", *arguments))
+
+
+def test_only_changed_settings_stand_open(tmp_path):
+    text = str(card(tmp_path, "retriever", "--rounds", "7", "--top_k", "4"))
+    shown, folded = text.split("<details>")
+    assert "| rounds | 7 |" in shown and "| questions | my.tsv |" in shown and "| top_k |" not in shown
+    assert "| top_k | 4 |" in folded and "| rounds |" not in folded
+
+
+def test_few_questions_are_called_few(tmp_path):
+    said = "8 validation questions are few: the scores are uncertain by up to 35 points to each side, and one question "
+    assert f"\n\n{said}moves them by 12.5.\n\n" in str(card(tmp_path, "generator"))
+    many = [row | ({"questions": 50} if row["kind"] == "evaluation" else {}) for row in rows(BEFORE, AFTER)]
+    assert " are few" not in str(card(tmp_path, "generator", metrics=many))
+
+
 # ---- the code shown
 
 
 def code(text):
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_the_code_of_the_cards_runs_on_an_output_folder(
@@ -375,9 +504,13 @@ def test_a_card_names_the_hub_on_the_hub_and_nothing_else_changes(role, tmp_path
     if role == "generator":
         assert after.pop("datasets") == ["rajpurkar/squad", "me/rag-index"]
         before.pop("datasets")
+    if role != "index":
+        assert after["model-index"][0].pop("name") == {"generator": "rag", "retriever": "rag-retriever"}[role]
+        assert before["model-index"][0].pop("name") == f"CoZyRAG {role}"
     assert before == after
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if "FOLDER" not in line]
-    assert [line for line in kept[kept.index("## Data") :] if line not in text.splitlines()] == []
+    start = kept.index("## Data" if role == "index" else "## Results")
+    assert [line for line in kept[start:] if line not in text.splitlines()] == []
 
 
 def test_edits_of_a_card_are_uploaded(tmp_path):
@@ -387,8 +520,9 @@ def test_edits_of_a_card_are_uploaded(tmp_path):
         "## Limits", "## A word from me\n\nAsk it about cheese.\n\n## Limits"
     )
     path.write_text(text.replace("library_name", "inference: false\nlibrary_name"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("- name: CoZyRAG generator", "- name: Mine"))
     pushed = card_for_hub(path, "generator", "me/rag")
-    assert "Ask it about cheese." in pushed and "inference: false" in pushed
+    assert "- name: Mine\n" in pushed and "Ask it about cheese." in pushed and "inference: false" in pushed
 
 
 @pytest.mark.parametrize("role", PIECES)

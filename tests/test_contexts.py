@@ -19,8 +19,15 @@ from cozyrag.data.questions import FEATURES, read_questions
 from cozyrag.data.sentences import split_sentences
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.retrieval.bm25 import SentenceWords
-from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.contexts import (
+    CONTEXT_FEATURES,
+    MEASURED_FEATURES,
+    SEARCH_DEPTH,
+    ContextBuilder,
+    attach_contexts,
+    sentence_source,
+)
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.training.training_pairs import retriever_batch, training_pairs
@@ -441,6 +448,45 @@ def test_table_by_hand():
     assert columns["context"][0] == "Fox: The fox is red."  # 4 words and 3 for the title leave no room
     assert columns["context"][1] == "The garden is green."  # found 7 and 6: 4 words, and 4 more
     assert columns["answer_in_context"] == [True, False, False, False]
+
+
+def test_a_measured_table_has_the_rank_of_the_positive_in_each_search():
+    index, encode = index_of(), lambda texts: on_circle([ANGLES[text] for text in texts])
+    searcher = Searcher(index, LexicalIndex(index.passages.to_read()), encode=encode, mode="hybrid")
+    builder = ContextBuilder(index.passages, count_words, top_k=2, budget=6, hard_negatives=2)
+    options = {"builder": builder, "fingerprint": "name"}
+    table = attach_contexts(questions(), search=lambda t: searcher.each_search(t, 60), measured=True, **options)
+    assert table.features == MEASURED_FEATURES
+    plain = attach_contexts(questions(), search=lambda texts: searcher.search(texts, 60), **options)
+    shared = [name for name in CONTEXT_FEATURES if name != "negatives"]
+    assert {name: table[name][:] for name in shared} == {name: plain[name][:] for name in shared}
+    asked, ranks = questions()[:], table["ranks"][:]
+    lists = searcher.each_search(asked["question"], 60).lists
+    for number, (answers, gold) in enumerate(zip(asked["answers"], asked["passage_id"], strict=True)):
+        for name, rows in lists.items():
+            relevant = [
+                f"p{row}" == gold if gold else contains_answer(matching_form(index.passages.texts[row]), answers)
+                for row in rows[number]
+            ]
+            assert ranks[number][name] == (relevant.index(True) + 1 if any(relevant) else 0)
+    assert [row["dense"] for row in ranks][:3] == [1, 3, 0]  # the angles by hand: see test_table_by_hand
+    empty = attach_contexts(
+        questions().select([]), search=lambda t: searcher.each_search(t, 60), measured=True, **options
+    )
+    assert empty.features == MEASURED_FEATURES
+
+
+def test_a_search_that_was_not_made_has_no_rank():
+    index = index_of()
+    searcher = Searcher(index, None, encode=lambda texts: on_circle([ANGLES[text] for text in texts]), mode="dense")
+    table = attach_contexts(
+        questions(),
+        search=lambda texts: searcher.each_search(texts, 60),
+        builder=ContextBuilder(index.passages, count_words, top_k=2, budget=6),
+        fingerprint="name",
+        measured=True,
+    )
+    assert [row["sparse"] for row in table["ranks"]] == [row["hybrid"] for row in table["ranks"]] == [None] * 4
 
 
 def test_scores_are_cosines_best_first():

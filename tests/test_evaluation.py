@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 import cozyrag.evaluation.evaluation
 from cozyrag.evaluation.evaluation import VERDICTS as VERDICTS_KNOWN
-from cozyrag.evaluation.evaluation import choose_threshold, evaluate_pair, prompt_key, summarize, table
+from cozyrag.evaluation.evaluation import (
+    choose_threshold,
+    evaluate_pair,
+    few_questions,
+    prompt_key,
+    retrieval_table,
+    summarize,
+    table,
+)
 from cozyrag.evaluation.metrics import bootstrap_interval
 from cozyrag.models.generator import Decoding, Written
 from cozyrag.retrieval.contexts import CONTEXT_FEATURES
@@ -206,6 +214,69 @@ def test_the_summary_is_computed_from_the_rows():
     assert summarize(rows[:1])["f1"] == 100.0
     assert summarize(rows[:2])["f1"] == 90.0
     assert summarize(rows[:3])["f1"] == 82.22
+
+
+def test_each_search_is_scored_by_its_own_rank():
+    ranks = [{"dense": 1, "sparse": 0, "hybrid": None}, {"dense": 6, "sparse": 2, "hybrid": None}]
+    table = contexts_of(CASES[:2]).add_column("ranks", ranks)
+    summary, rows = evaluate_pair(Accelerator(cpu=True), FixedAnswers(), table, **OPTIONS)
+    assert [row["dense_recall@1"] for row in rows] == [1.0, 0.0] and [row["dense_recall@5"] for row in rows] == [
+        1.0,
+        0.0,
+    ]
+    assert rows[1]["dense_mrr@10"] == pytest.approx(1 / 6) and rows[1]["dense_recall@20"] == 1.0
+    assert [row["sparse_mrr@10"] for row in rows] == [0.0, 0.5]
+    assert rows[1]["sparse_ndcg@10"] == pytest.approx(1 / math.log2(3))
+    assert not [name for row in (*rows, summary) for name in row if name.startswith("hybrid")]
+    assert (summary["dense_recall@1"], summary["sparse_recall@5"]) == (50.0, 50.0)
+    assert summary["dense_recall@1_interval"] == [0.0, 100.0] and "sparse_recall@1_interval" not in summary
+    _, plain = evaluate_pair(Accelerator(cpu=True), FixedAnswers(), contexts_of(CASES[:2]), **OPTIONS)
+    assert [{name: row[name] for name in plain[0]} for row in rows] == plain  # the pair's scores are as before
+
+
+def test_table_of_the_searches_by_hand():
+    def summary(**values):
+        return {
+            f"{name}_recall@{depth}": value
+            for name, given in values.items()
+            for depth, value in zip((1, 5), given, strict=True)
+        }
+
+    before, after = (summary(dense=(d, 80.0), sparse=(70.0, 90.0), hybrid=(95.0, 99.96)) for d in (60.04, 65.0))
+    assert retrieval_table([("before", before), ("after", after)]).split("\n") == [
+        "| recall | dense@1 | dense@5 | sparse@1 | sparse@5 | hybrid@1 | hybrid@5 |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| before | 60.0 | 80.0 | 70.0 | 90.0 | 95.0 | 100.0 |",
+        "| after | 65.0 | 80.0 | 70.0 | 90.0 | 95.0 | 100.0 |",
+        "| change | +5.0 | +0.0 | +0.0 | +0.0 | +0.0 | +0.0 |",
+        "",
+        "dense: the retriever's vectors alone; sparse: BM25 alone; hybrid: both, which is how the pair searches.",
+    ]
+    two = retrieval_table([("before", summary(dense=(1.0, 2.0), sparse=(3.0, 4.0)))])
+    assert "change" not in two and two.endswith("sparse: BM25 alone, which is how the pair searches.")
+    assert retrieval_table([("older", {"recall@1": 1.0}), ("before", before)]).count("\n") == 4
+    assert max(map(len, two.split("\n"))) <= 105
+
+
+def test_one_search_or_an_older_run_has_no_such_table():
+    assert retrieval_table([("before", {"dense_recall@1": 1.0, "dense_recall@5": 2.0})]) == ""
+    assert retrieval_table([("before", {"recall@1": 1.0})]) == retrieval_table([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("questions", "reach", "moves"), [(1, 50, "100"), (5, 44, "20"), (16, 24, "6.25"), (49, 14, "2.04")]
+)
+def test_few_questions_are_said_to_be_few(questions, reach, moves):
+    sentence = few_questions(questions)
+    assert f"up to {reach} points to each side, and one question moves them by {moves}" in sentence
+    assert sentence.startswith(f"{questions} validation question{'s are' if questions > 1 else ' is'} few")
+    assert few_questions(50) == few_questions(10_000) == ""
+
+
+def test_the_reach_of_few_questions_is_that_of_the_bootstrap():
+    half = np.array([0.0, 1.0] * 8)
+    low, high = bootstrap_interval(half)
+    assert (high - low) / 2 * 100 == pytest.approx(24, abs=2)
 
 
 def test_table_by_hand():

@@ -86,6 +86,30 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     assert "nothing is trained yet" in page and "<h2>Rollback" not in page
 
 
+def apart(row, dense):
+    """A row with the scores of each search alone."""
+    found = {"dense": dense, "sparse": 0.0, "hybrid": 1.0}
+    return row | {f"{search}_recall@{depth}": float(value) for search, value in found.items() for depth in (1, 5)}
+
+
+def test_what_the_retriever_learns_is_plotted_and_listed(tmp_path):
+    rounds = [[apart(row, n < 6) for n, row in enumerate(BEFORE)], [apart(row, n < 24) for n, row in enumerate(AFTER)]]
+    page = written(tmp_path / "run", rounds)
+    assert (tmp_path / "run" / "plots" / "searches.png").stat().st_size > 5_000
+    assert re.search(
+        r"The retriever by itself: recall@1 20\.0 to 80\.0 \(\+60\.0, \+\d.*; recall@5 20\.0 to 80\.0", page
+    )
+    cells = re.findall(r'<td class="number">([\d.]+)', page.split("<h3>Each search by itself</h3>\n<div class")[1])
+    assert cells == ["20.0", "20.0", "0.0", "0.0", "100.0", "100.0", "80.0", "80.0", "0.0", "0.0", "100.0", "100.0"]
+    assert "which searches by both together." in page and "30 validation questions are few" in page
+
+
+def test_a_run_whose_first_rounds_are_of_an_older_version_shows_the_searches_of_the_later_ones(tmp_path):
+    page = written(tmp_path / "run", [BEFORE, [apart(row, True) for row in AFTER]])
+    assert (tmp_path / "run" / "plots" / "searches.png").exists() and "The retriever by itself" not in page
+    assert '<td>untuned baseline</td><td class="number"></td>' in page
+
+
 def test_samples_show_each_verdict_and_the_answer_of_the_baseline(tmp_path):
     verdicts = ["retrieval miss"] * 50 + ["reader error"] * 2 + ["new"] + ["correct"] * 50
     after = [evaluated.row(n, em=verdict == "correct", verdict=verdict) for n, verdict in enumerate(verdicts)]

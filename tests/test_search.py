@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from cozyrag.data.sentences import SentenceVectors, split_sentences
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.hybrid import CANDIDATES, SHARPNESS, TRUST, Searcher, Weights
+from cozyrag.retrieval.hybrid import CANDIDATES, MODES, SHARPNESS, TRUST, Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex
 
 TEXTS = [
@@ -79,6 +79,37 @@ def test_each_mode_ranks_by_its_own_scores():
 def test_hybrid_search_returns_both_rankings_for_mining():
     found = searcher("hybrid").search(["Vitamin C"], 3)
     assert [ranking.tolist()[0] for ranking in found.rankings] == [[0, 1, 2], [2, 0, 1]]
+
+
+def test_each_search_has_a_list_of_its_own_to_be_measured():
+    vectors, words = [0, 1, 2, 3, 4], [2, 0, 1, 3, 4]
+    both = searcher("hybrid").search(["Vitamin C"], 5).rows.tolist()[0]
+    expected = {
+        "dense": {"dense": vectors},
+        "bm25": {"dense": vectors, "sparse": words},
+        "hybrid": {"dense": vectors, "sparse": words, "hybrid": both},
+    }
+    for mode, lists in expected.items():
+        plain, found = (getattr(searcher(mode), name)(["Vitamin C"], 5) for name in ("search", "each_search"))
+        assert {name: rows.tolist()[0] for name, rows in found.lists.items()} == lists
+        assert found.rows.tolist() == plain.rows.tolist() and found.scores.tolist() == plain.scores.tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_measuring_each_search_searches_no_index_twice(mode, monkeypatch):
+    counts = {"dense": 0, "sparse": 0}
+
+    def counted(name, real):
+        def search(*given):
+            counts[name] += 1
+            return real(*given)
+
+        return search
+
+    monkeypatch.setattr(PassageIndex, "search", counted("dense", PassageIndex.search))
+    monkeypatch.setattr(LexicalIndex, "search", counted("sparse", LexicalIndex.search))
+    searcher(mode).each_search(["Vitamin C"], 5)
+    assert counts == {"dense": 1, "sparse": int(mode != "dense")}
 
 
 def sentence_searcher(words=True, weights=None):

@@ -122,8 +122,8 @@ def test_a_run_ends_with_its_report(one_process):
     pytest.importorskip("matplotlib")
     folder, screen = one_process
     assert f"{folder / 'report.html'} shows this run as a page with plots." in screen
-    assert (folder / "report.html").read_text(encoding="utf-8").count("<svg") == 5
-    names = ["calibration", "losses", "scores", "times", "verdicts"]
+    assert (folder / "report.html").read_text(encoding="utf-8").count("<svg") == 6
+    names = ["calibration", "losses", "scores", "searches", "times", "verdicts"]
     assert sorted(path.stem for path in (folder / "plots").iterdir()) == names
 
 
@@ -152,6 +152,9 @@ def test_the_screen_shows_before_and_after(one_process):
         "| after round 1 |",
         "| after round 2 |",
         "| change |",
+        "16 validation questions are few",
+        "so whether a model is kept or rolled back may be chance; give 50 or more",
+        "| recall | dense@1 | dense@5 | sparse@1 | sparse@5 | hybrid@1 | hybrid@5 |",
         "QA pairs/s",
         "cozyrag ask",
         "generator phase",

@@ -17,7 +17,16 @@ from cozyrag.models.generator import Decoding, Generator, Written
 
 RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
-SUMMED = (*SHOWN, "ndcg@10")
+BY = {"dense": "the retriever's vectors alone", "sparse": "BM25 alone", "hybrid": "both"}  # what a search goes by
+SEARCHES = tuple(BY)
+RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10")
+# Retrieval metrics without a prefix are of the pair's own search; "dense_recall@1" is of the vectors alone.
+APART = tuple(f"{search}_{metric}" for search in SEARCHES for metric in RETRIEVAL)
+DENSE_INDEXED = ("dense_recall@1", "dense_recall@5", "dense_mrr@10")
+COMPARED = (*SHOWN, *DENSE_INDEXED[:2])
+SUMMED = (*SHOWN, "ndcg@10", *APART)
+INTERVALS = ("em", "f1", *DENSE_INDEXED)
+FEW = 50  # below it the 95 % interval of a share near one half reaches more than 14 points to each side
 UNANSWERABLE = "answered an unanswerable question"
 VERDICTS = ("correct", "format mismatch", "reader error", "abstained", "context miss", "retrieval miss", UNANSWERABLE)
 
@@ -92,6 +101,7 @@ def _scored(question: dict, written: Written, top_k: int) -> dict:
     """Scores of one prediction, 0 to 1, and its verdict."""
     prediction, answers = written.text, question["answers"]
     ranks = metrics.ranks_of(question["rows"], {question["positive"]})
+    apart = {search: rank for search, rank in (question.get("ranks") or {}).items() if rank is not None}
     row = {
         "id": question["id"],
         "question": question["question"],
@@ -101,13 +111,21 @@ def _scored(question: dict, written: Written, top_k: int) -> dict:
         "silence": written.silence,
         "em": metrics.exact_match(prediction, answers),
         "f1": metrics.f1(prediction, answers),
-        **{f"recall@{depth}": metrics.recall_at(ranks, depth) for depth in RECALL_DEPTHS},
-        "mrr@10": metrics.reciprocal_rank(ranks, cutoff=10),
-        "ndcg@10": metrics.ndcg_at(ranks, 10),
+        **_retrieval_scores(ranks),
         "answer_in_context": float(question["answer_in_context"]),
         "context": question["context"],
     }
+    for search, rank in apart.items():
+        scores = _retrieval_scores([rank] if rank else [])
+        row |= {f"{search}_{metric}": value for metric, value in scores.items()}
     return row | {"verdict": _verdict(row, found=metrics.hit_at(ranks, top_k) > 0)}
+
+
+def _retrieval_scores(ranks: Sequence[int]) -> dict[str, float]:
+    """RETRIEVAL from the ranks of the positive."""
+    values = [metrics.recall_at(ranks, depth) for depth in RECALL_DEPTHS]
+    values += [metrics.reciprocal_rank(ranks, cutoff=10), metrics.ndcg_at(ranks, 10)]
+    return dict(zip(RETRIEVAL, values, strict=True))
 
 
 def _verdict(row: dict, *, found: bool) -> str:
@@ -146,12 +164,12 @@ def choose_threshold(
 
 
 def summarize(rows: Sequence[dict]) -> dict:
-    """Means in percent over the questions, with 95 % intervals of EM and F1 (percentile bootstrap)."""
+    """Means in percent over the questions, with 95 % intervals of INTERVALS (percentile bootstrap)."""
     summary: dict = {"questions": len(rows)}
     for name in (each for each in SUMMED if each in rows[0]):  # rows of an older version lack some
         values = np.array([row[name] for row in rows])
         summary[name] = round(100 * float(values.mean()), 2)
-        if name in ("em", "f1"):
+        if name in INTERVALS:
             summary[f"{name}_interval"] = [round(100 * float(end), 2) for end in metrics.bootstrap_interval(values)]
     return summary
 
@@ -167,6 +185,37 @@ def table(summaries: Sequence[tuple[str, dict]]) -> str:
     em, f1 = ("{:.1f} to {:.1f}".format(*last[f"{name}_interval"]) for name in ("em", "f1"))
     foot = f"Percent of {last['questions']} questions; 95 % intervals of the last line: EM {em}, F1 {f1}."
     return "\n".join([*lines, "", foot])
+
+
+def retrieval_table(summaries: Sequence[tuple[str, dict]]) -> str:
+    """A Markdown table of recall@1 and @5 of each search alone; "" unless two or more searches were measured."""
+    known = [(name, summary) for name, summary in summaries if "dense_recall@1" in summary]
+    searches = [search for search in SEARCHES if known and all(f"{search}_recall@1" in each for _, each in known)]
+    if len(searches) < 2:
+        return ""
+    metrics_shown = [f"{search}_recall@{depth}" for search in searches for depth in (1, 5)]
+    heads = [name.replace("_recall", "") for name in metrics_shown]
+    lines = ["| recall | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for name, summary in known:
+        lines.append(f"| {name} | " + " | ".join(f"{summary[metric]:.1f}" for metric in metrics_shown) + " |")
+    if len(known) > 1:
+        (_, first), (_, last) = known[0], known[-1]
+        changes = (f"{last[metric] - first[metric]:+.1f}" for metric in metrics_shown)
+        lines.append("| change | " + " | ".join(changes) + " |")
+    foot = "; ".join(f"{search}: {BY[search]}" for search in searches)
+    return "\n".join([*lines, "", f"{foot}, which is how the pair searches."])
+
+
+def few_questions(questions: int) -> str:
+    """What it means that there are fewer than FEW questions, as a clause; "" if there are more."""
+    if questions >= FEW:
+        return ""
+    reach = min(50, round(98 / questions**0.5))  # 1.96 standard errors of a share of one half, in percent
+    subject = f"{questions} validation questions are" if questions > 1 else "1 validation question is"
+    return (
+        f"{subject} few: the scores are uncertain by up to {reach} points to each side, and one question moves them by "
+        f"{100 / questions:.3g}"
+    )
 
 
 def examples(rows: Sequence[dict], count: int = 3) -> str:

@@ -186,7 +186,7 @@ def part_scores(found: Mapping, rows: Sequence[dict]) -> dict[str, dict]:
 def brief(found: Mapping) -> str:
     """The audit in a line or two."""
     total = found["questions"]
-    share = {kind: f"{count} ({100 * count / total:.1f} %)" for kind, count in found["counts"].items()}
+    share = {kind: f"{count} ({_percent(count, total)})" for kind, count in found["counts"].items()}
     lines = [
         f"Leak audit of {total} questions against {found['train_questions']} of training: {share['question']} have "
         f"nearly the same question (word pairs {100 * found['similarity']:.0f} % similar), {share['passage']} the same "
@@ -199,11 +199,35 @@ def brief(found: Mapping) -> str:
     return "\n".join(lines)
 
 
-def audit_table(scores: Mapping[str, Mapping]) -> str:
-    """The result of `part_scores` as a Markdown table, with 95 % intervals of EM and F1."""
-    lines = ["| part of the questions | questions | " + " | ".join(SHOWN) + " |", "|---|" + "---:|" * (len(SHOWN) + 1)]
+def audit_list(found: Mapping, role: str) -> str:
+    """The audit as a Markdown list, with the note on the base of one model, "generator" or "retriever"."""
+    labels = {
+        "question": f"nearly a question of training (word pairs {100 * found['similarity']:.0f} % similar)",
+        "passage": "the same gold passage as a question of training",
+        "answer": "an answer seen in training",
+        "nothing seen": "none of these",
+    }
+    total = found["questions"]
+    lines = [f"Of the {total} questions, compared with the {found['train_questions']} of training:", ""]
+    lines += [
+        f"- {label}: {found['counts'][kind]} ({_percent(found['counts'][kind], total)})"
+        for kind, label in labels.items()
+    ]
+    if note := found["bases"].get(role):
+        lines.append(f"- The base, {note['model']}, was itself trained on {note['trained_on']} ({note['source']}).")
+    return "\n".join(lines)
+
+
+def _percent(count: int, total: int) -> str:
+    return f"{100 * count / total:.1f} %"
+
+
+def audit_table(scores: Mapping[str, Mapping], shown: Sequence[str] = SHOWN) -> str:
+    """The result of `part_scores` as a Markdown table, with the 95 % intervals that it carries."""
+    heads = " | ".join(shown)
+    lines = [f"| part of the questions | questions | {heads} |", "|---|" + "---:|" * (len(shown) + 1)]
     for part, summary in scores.items():
-        intervals = {name: summary.get(f"{name}_interval") for name in SHOWN}
+        intervals = {name: summary.get(f"{name}_interval") for name in shown}
         cells = [
             f"{summary[name]:.1f}" + (" ({:.1f} to {:.1f})".format(*ends) if ends else "")
             for name, ends in intervals.items()

@@ -1,23 +1,27 @@
 """Cards of the three repositories: facts of a run, filled into the templates of model_cards/.
 
-A card states what was measured, on what, and with which settings. It is written for the output folder and names its
-pieces FOLDER/...; a push replaces these names with those on the Hub and keeps the edits of the card's owner.
-Left out: judging the facts.
+A card states what its own model does by itself, on what it was measured, and with which settings; what only the pair
+does is called the pair's. It is written for the output folder and names its pieces FOLDER/...; a push replaces these
+names with those on the Hub and keeps the edits of the card's owner. Left out: judging the facts.
 """
 
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from cozyrag.evaluation.evaluation import DENSE_INDEXED, RETRIEVAL, few_questions
+from cozyrag.evaluation.overlap_audit import audit_list, audit_table
 from cozyrag.hub.card_plot import draw_curves
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
-from cozyrag.retrieval.index_file import made_by
+from cozyrag.retrieval.index_file import made_by, precision_of, read_facts
 from cozyrag.runtime.assets import shipped_folder
 from cozyrag.runtime.hardware import energy_sentence, machine_sentence
 from cozyrag.runtime.precision import MEASURED, display_name
@@ -26,11 +30,12 @@ CARD = "README.md"
 ADAPTER_NOTE = ", a LoRA adapter of its base (needs `peft`; `cozyrag merge` makes one model of the two)"
 PICTURE = "training.png"
 FOLDER_NOTE = "FOLDER is the output folder of the run.\n"
+EMBEDDED = "embedded"  # as a base: the small generator; the embedded retriever has the name MINILM
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 # of base models; a model from another base gets no licence unless one is given
 LICENCES = {
     ("retriever", MINILM): "apache-2.0",
-    ("generator", "embedded"): "cc-by-sa-4.0",
+    ("generator", EMBEDDED): "cc-by-sa-4.0",
     ("generator", SMOLLM2): "apache-2.0",
     ("generator", "distilgpt2"): "apache-2.0",
     ("generator", "distilbert/distilgpt2"): "apache-2.0",
@@ -39,55 +44,141 @@ LICENCES = {
 }
 QUICKSTART_LICENCE = "apache-2.0"
 TABLE_FILES = {".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".gz", ".bz2"}
-COLUMNS = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
+# the scores of each model by itself: of the generator from the contexts it is given, of the retriever by its vectors
+COLUMNS = {
+    "generator": ("em", "f1", "answer_in_context"),
+    "retriever": tuple(f"dense_{name}" for name in RETRIEVAL),
+}
 # metric -> its name in the model index
 INDEXED = {
     "generator": {"em": "exact_match", "f1": "f1"},
-    "retriever": {name: name for name in ("recall@1", "recall@5", "mrr@10")},
+    "retriever": {name: name.removeprefix("dense_") for name in DENSE_INDEXED},
 }
+MEASURED_WITH = {"generator": "contexts found by the pair's {} search", "retriever": "dense search, vectors alone"}
+PARTS_SHOWN = {"generator": ("em", "f1"), "retriever": DENSE_INDEXED[:2]}  # in the leak audit
+PAIR_SEARCHES = {
+    "dense": "dense search, by the retriever's vectors alone,",
+    "bm25": "sparse search, by words (BM25) alone,",
+    "hybrid": "hybrid search, by the retriever's vectors and BM25 together,",
+}
+NAMELESS = "CoZyRAG {}"  # a model before it has a repository
+SHARE_ALIKE = (
+    "- Its base, the small generator of CoZyRAG, is under CC BY-SA 4.0, because it was trained on Wikipedia and SQuAD "
+    "1.1. Weights made from it must name this source and stay under the same licence."
+)
+UNSTATED = "not stated by who trained this; ask before you use"
+QUOTED = 600  # characters of a passage that a card quotes
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 
+@dataclass(frozen=True)
+class Example:
+    """A validation question of the run with the answer that the pair gave, which is correct.
+
+    passage: title and text of its gold passage, if the vectors alone place it first.
+    """
+
+    question: str
+    context: str
+    answer: str
+    certainty: float
+    passage: tuple[str, str] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping], gold: Callable[[str], tuple[str, str] | None]) -> "Example | None":
+        """The most certain correct answer among evaluated rows; preferred are those whose passage the vectors find.
+
+        Args:
+            gold: the id of a question -> title and text of its gold passage, if it is known.
+        """
+        correct = [
+            row for row in rows if row["verdict"] == "correct" and row["prediction"] and row["answer_in_context"]
+        ]
+        best = max(correct, key=lambda row: (row.get("dense_recall@1", 0), row.get("score", 0)), default=None)
+        if best is None:
+            return None
+        passage = gold(best["id"]) if best.get("dense_recall@1") else None
+        return cls(best["question"], best["context"], best["prediction"], best.get("score", 0.0), passage)
+
+    def quoted(self, role: str) -> str:
+        """The example as a fenced block of text: what a reader may type in, and what comes of it."""
+        lines = [f"question  {self.question}"]
+        if role == "generator":
+            lines += [f"context   {line}" for line in self.context.split("\n")]
+            lines += [f"answer    {self.answer}", f"certainty {self.certainty:.2f}"]
+        elif self.passage:
+            title, text = self.passage
+            lines += [f"passage   {title}", " " * 10 + textwrap.shorten(text, QUOTED, placeholder=" ...")]
+        text = "\n".join(textwrap.fill(line, 96, subsequent_indent=" " * 10) for line in lines)
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        return f"{fence}text\n{text}\n{fence}"
+
+
 def write_cards(
-    folder: Path, *, settings: Mapping, rows: Sequence[Mapping], times: str, prompt: str, leaks: Sequence[str] = ()
+    folder: Path,
+    *,
+    settings: Mapping,
+    defaults: Mapping,
+    rows: Sequence[Mapping],
+    times: str,
+    prompt: str,
+    audit: Mapping | None = None,
+    example: Example | None = None,
 ) -> None:
-    """Write README.md into generator/, retriever/ and index/ of an output folder, and the plot of the training.
+    """Write README.md into generator/, retriever/ and index/ of an output folder, and the plots of the training.
 
     Args:
-        settings: the run's settings, flat. rows: metrics.jsonl, with a row of kind "run" and an evaluation.
-        times: Markdown table of seconds. prompt: the generator's input for "Some context." and "Your question?".
-        leaks: paragraphs of the leak audit; without any, the cards have no such section.
+        settings: the run's settings, flat. defaults: their default values. rows: metrics.jsonl, with a row of kind
+            "run" and an evaluation. times: Markdown table of seconds. prompt: the generator's input for "Some
+            context." and "Your question?". audit: of overlap_audit.py; without it, the cards have no such section.
     """
-    evaluated = [row for row in rows if row["kind"] == "evaluation"]
     run = [row for row in rows if row["kind"] == "run"][-1]
+    facts = _facts(settings, defaults, rows, run) | {"prompt": json.dumps(prompt, ensure_ascii=False), "times": times}
+    templates, prompts = shipped_folder("model_cards"), _retriever_prompts(folder / "retriever")
+    for role in ("generator", "retriever"):
+        base = _base(role, settings)
+        evaluated = [row for row in rows if row["kind"] == "evaluation" and COLUMNS[role][0] in row]
+        own: dict[str, Any] = facts | {
+            "base": "embedded, the small GPT-2 of CoZyRAG" if base == EMBEDDED else _public(base),
+            "prompts": prompts,
+            "picture": PICTURE if draw_curves(rows, folder / role / PICTURE, role) else "",
+            "results": results_table([(_round_name(row["round"]), row) for row in evaluated], COLUMNS[role]),
+            "vectors": _vectors(folder / "index"),
+            "leaks": _leaks(audit, role),
+            "example": example.quoted(role) if example and (role == "generator" or example.passage) else "",
+            "question": json.dumps(example.question if example else "Your question?", ensure_ascii=False),
+            "licences": _licences(role, settings, base),
+        }
+        data = _model_data(role, settings, base, evaluated[-1:])
+        card = ModelCard.from_template(data, template_path=str(templates / f"{role}.md"), **own)
+        card.save(folder / role / CARD)
+    own = {**facts, "fingerprint": str(made_by(folder / "index")), "licences": _licences("index", settings, "")}
+    index = DatasetCard.from_template(_index_data(settings, run), template_path=str(templates / "index.md"), **own)
+    index.save(folder / "index" / CARD)
+
+
+def _facts(settings: Mapping, defaults: Mapping, rows: Sequence[Mapping], run: Mapping) -> dict[str, str]:
+    """What the cards of both models say."""
     machine, precision = run["machine"], run.get("precision")
-    facts = {
+    last = [row for row in rows if row["kind"] == "evaluation"][-1]
+    shown = public_settings(settings)
+    changed = {name: value for name, value in shown.items() if settings[name] != defaults.get(name)}
+    kept = {name: value for name, value in shown.items() if name not in changed}
+    return {
         "questions": _public_names(settings["questions"]),
+        "passages": f"{run['passages']:,}",
         "data": _data_lines(settings, run),
-        "results": results_table([(_round_name(row["round"]), row) for row in evaluated]),
-        "leaks": "\n\n".join(leaks),
-        "prompt": json.dumps(prompt, ensure_ascii=False),
+        "pair": pair_sentence(last, settings["retrieval"]),
+        "mode": settings["retrieval"],
+        "few": few_questions(last["questions"]),
         "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
-        "times": times,
         "machine": machine_sentence(machine),
         "precision": f"{display_name(precision['name'])}, {precision['reason']}" if precision else "",
         "energy": energy_sentence(machine, sum(row["seconds"] for row in rows if row["kind"] == "time")),
         "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        "settings": "\n".join(f"| {name} | {value} |" for name, value in public_settings(settings).items()),
+        "changed": "\n".join(f"| {name} | {value} |" for name, value in changed.items()),
+        "kept": "\n".join(f"| {name} | {value} |" for name, value in kept.items()),
     }
-    drawn = draw_curves(rows, folder / "generator" / PICTURE)
-    if drawn:
-        shutil.copyfile(folder / "generator" / PICTURE, folder / "retriever" / PICTURE)
-    templates, prompts = shipped_folder("model_cards"), _retriever_prompts(folder / "retriever")
-    for role in ("generator", "retriever"):
-        base = _base(role, settings)
-        data = _model_data(role, settings, base, evaluated[-1])
-        own = facts | {"picture": PICTURE if drawn else "", "base": _public(base), "prompts": prompts}
-        card = ModelCard.from_template(data, template_path=str(templates / f"{role}.md"), **own)
-        card.save(folder / role / CARD)
-    own = facts | {"passages": str(run["passages"]), "fingerprint": str(made_by(folder / "index"))}
-    index = DatasetCard.from_template(_index_data(settings, run), template_path=str(templates / "index.md"), **own)
-    index.save(folder / "index" / CARD)
 
 
 # ---- the metadata of a card
@@ -100,13 +191,14 @@ def _base(role: str, settings: Mapping) -> str:
     return MINILM if settings[role] == "embedded" else settings[role]
 
 
-def _model_data(role: str, settings: Mapping, base: str, summary: Mapping) -> ModelCardData:
+def _model_data(role: str, settings: Mapping, base: str, measured: Sequence[Mapping]) -> ModelCardData:
+    """The metadata of a model; `measured`: the last evaluation that measured it, if any did."""
     generator = role == "generator"
     on_hub = base.count("/") <= 1 and not Path(base).exists() and base not in ("embedded", "scratch")
     relation = "adapter" if generator and settings["lora_rank"] else "finetune"
     return ModelCardData(
         language=_language(settings),
-        license=settings["model_license"] or LICENCES.get((role, base)),
+        license=_model_licence(role, settings, base),
         library_name="transformers" if generator else "sentence-transformers",
         pipeline_tag="text-generation" if generator else "sentence-similarity",
         tags=["cozyrag", "rag", "retrieval-augmented-generation", "generated_from_trainer"],
@@ -114,8 +206,8 @@ def _model_data(role: str, settings: Mapping, base: str, summary: Mapping) -> Mo
         metrics=list(INDEXED[role].values()) if generator else None,
         base_model=base if on_hub else None,
         base_model_relation=relation if on_hub else None,
-        model_name=f"CoZyRAG {role}",
-        eval_results=_eval_results(role, settings, summary),
+        model_name=NAMELESS.format(role) if measured else None,
+        eval_results=[each for summary in measured for each in _eval_results(role, settings, summary)] or None,
     )
 
 
@@ -133,6 +225,10 @@ def _index_data(settings: Mapping, run: Mapping) -> DatasetCardData:
 
 def _language(settings: Mapping) -> str | None:
     return "en" if settings["questions"] == "quickstart" else None
+
+
+def _model_licence(role: str, settings: Mapping, base: str) -> str | None:
+    return settings["model_license"] or LICENCES.get((role, base))
 
 
 def _data_licence(settings: Mapping) -> str | None:
@@ -161,12 +257,14 @@ def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalRe
     """The entries of the model index, with the 95 % intervals that the summary carries."""
     source = settings["eval_questions"] or settings["questions"]
     ends = {name: summary.get(f"{name}_interval") for name in INDEXED[role]}
+    how = MEASURED_WITH[role].format(settings["retrieval"])
     return [
         EvalResult(
-            task_type="question-answering" if role == "generator" else "sentence-similarity",
+            task_type="question-answering" if role == "generator" else "information-retrieval",
             dataset_type=source if isinstance(source, str) and _is_hub_dataset(source) else "custom",
             dataset_name=f"{summary['questions']} questions of {_public_names(source)}",
             metric_type=kind,
+            metric_name=f"{kind.replace('_', ' ')} ({how})",
             metric_value=summary[name],
             metric_args={"interval_95": ends[name]} if ends[name] else None,
         )
@@ -177,10 +275,16 @@ def _eval_results(role: str, settings: Mapping, summary: Mapping) -> list[EvalRe
 # ---- the text of a card
 
 
-def results_table(summaries: Sequence[tuple[str, Mapping]]) -> str:
-    """A Markdown table with a row for each (name, summary), in percent, with the 95 % intervals that they carry."""
-    shown = [name for name in COLUMNS if all(name in summary for _, summary in summaries)]
-    lines = ["| | " + " | ".join(name.replace("_", " ") for name in shown) + " |", "|---|" + "---:|" * len(shown)]
+def results_table(summaries: Sequence[tuple[str, Mapping]], columns: Sequence[str]) -> str:
+    """A Markdown table with a row for each (name, summary), in percent, with the 95 % intervals that they carry.
+
+    "" without a summary.
+    """
+    if not summaries:
+        return ""
+    shown = [name for name in columns if all(name in summary for _, summary in summaries)]
+    heads = [name.removeprefix("dense_").replace("_", " ") for name in shown]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(shown)]
     lines += [
         f"| {name} | " + " | ".join(_cell(summary, metric) for metric in shown) + " |" for name, summary in summaries
     ]
@@ -191,6 +295,40 @@ def results_table(summaries: Sequence[tuple[str, Mapping]]) -> str:
 def _cell(summary: Mapping, metric: str) -> str:
     ends = summary.get(f"{metric}_interval")
     return f"{summary[metric]:.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
+
+
+def pair_sentence(summary: Mapping, mode: str) -> str:
+    """What the pair finds with its own search, named as the pair's."""
+    return (
+        f"The pair's {PAIR_SEARCHES[mode]} finds the passage with the answer first for {summary['recall@1']:.1f} % of "
+        f"the questions, and among the first five for {summary['recall@5']:.1f} %."
+    )
+
+
+def _vectors(index: Path) -> str:
+    """How the vectors of the passages were computed and searched, since that may change the scores of the retriever."""
+    factory = read_facts(index).get("factory", "Flat")
+    how = "compared exactly" if factory in ("Flat", "Mapped") else f"searched approximately ({factory})"
+    return f"vectors computed in {precision_of(index)} and {how}"
+
+
+def _leaks(audit: Mapping | None, role: str) -> str:
+    """The leak audit, with the scores of this model on each part of the questions."""
+    if audit is None:
+        return ""
+    shown = [name for name in PARTS_SHOWN[role] if all(name in each for each in audit.get("parts", {}).values())]
+    parts = [audit_list(audit, role)] + ([audit_table(audit["parts"], shown)] if "parts" in audit and shown else [])
+    return "\n\n".join(parts)
+
+
+def _licences(role: str, settings: Mapping, base: str) -> str:
+    """The licences of what a repository holds."""
+    data = f"- Questions and passages: {_data_licence(settings) or f'{UNSTATED} them'}."
+    if role == "index":
+        return data
+    model = f"- This model: {_model_licence(role, settings, base) or f'{UNSTATED} it'}."
+    alike = [SHARE_ALIKE] if base == EMBEDDED else []
+    return "\n".join([model, *alike, data, "- The program CoZyRAG: apache-2.0."])
 
 
 def _retriever_prompts(folder: Path) -> dict[str, str]:
@@ -206,7 +344,7 @@ def _round_name(number: int) -> str:
 
 
 def _data_lines(settings: Mapping, run: Mapping) -> str:
-    """What the pair was trained and evaluated on, what it searches, and the licence of these data."""
+    """What the pair was trained and evaluated on, and what it searches."""
     questions, held, source = (settings[name] for name in ("questions", "eval_questions", "passages"))
     if held and held != "quickstart":
         evaluated = f"of `{_public_names(held)}`"
@@ -215,12 +353,10 @@ def _data_lines(settings: Mapping, run: Mapping) -> str:
     else:
         evaluated = f"held out from `{_public_names(questions)}`"
     found = f"of `{_public_names(source)}`" if source and source != "quickstart" else "that come with the questions"
-    licence = _data_licence(settings) or "not stated by who trained this; ask before you use them"
     return (
         f"- Trained on {run['questions']} questions of `{_public_names(questions)}`.\n"
         f"- Evaluated on {run['eval_questions']} questions {evaluated}.\n"
-        f"- Answers come from {run['passages']} passages {found}.\n"
-        f"- Licence of questions and passages: {licence}."
+        f"- Answers come from {run['passages']} passages {found}."
     )
 
 
@@ -262,6 +398,8 @@ def card_for_hub(source: Path | None, role: str, repo_id: str) -> str:
     for old, new in _names_on_hub(repo_id):
         text = text.replace(old, new)
     card = (DatasetCard if role == "index" else ModelCard)(text)
+    if role != "index" and card.data.get("model_name") == NAMELESS.format(role):
+        card.data["model_name"] = repo_id.split("/")[-1] + ("-retriever" if role == "retriever" else "")
     added = {"tags": "cozyrag"} | ({"datasets": f"{repo_id}-index"} if role == "generator" else {})
     for name, value in added.items():
         card.data[name] = list(dict.fromkeys([*(card.data.get(name) or []), value]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cozyrag.errors import InputError
-from cozyrag.evaluation.evaluation import SHOWN
+from cozyrag.evaluation.evaluation import COMPARED
 from cozyrag.evaluation.metrics import paired_bootstrap
 from cozyrag.hub.model_cards import public_settings
 from cozyrag.reporting import plots
@@ -115,7 +115,7 @@ def _asked_once(rows: Sequence[dict]) -> dict[str, dict]:
     return {row["question"]: row for row in rows if row["question"] not in repeated}
 
 
-def differences(pairs: Sequence[Pair], metrics: Sequence[str] = SHOWN) -> list[Difference]:
+def differences(pairs: Sequence[Pair], metrics: Sequence[str] = COMPARED) -> list[Difference]:
     """Each metric that all rows have, second minus first, with paired bootstrap intervals."""
     found = []
     for metric in metrics:

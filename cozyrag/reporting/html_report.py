@@ -14,7 +14,7 @@ from accelerate.utils import tqdm
 from markupsafe import Markup
 
 from cozyrag import __version__
-from cozyrag.evaluation.evaluation import SHOWN, summarize
+from cozyrag.evaluation.evaluation import SEARCHES, SHOWN, few_questions, summarize
 from cozyrag.hub.model_cards import public_settings
 from cozyrag.pipeline import CozyRAG
 from cozyrag.reporting import plots
@@ -92,6 +92,7 @@ def measure_latency(pair: CozyRAG, rows: Sequence[dict], count: int) -> np.ndarr
 def write_report(run: FinishedRun, *, seconds: np.ndarray | None = None) -> Path:
     """Write report.html and plots/ into the run's folder. `seconds`: see `measure_latency`; None: left out."""
     rows = run.evaluated[run.last]
+    summaries = [(plots.round_name(number), summarize(run.evaluated[number])) for number in sorted(run.evaluated)]
     changes = differences(matched(run.evaluated[min(run.evaluated)], rows))
     text = render(
         "report.html",
@@ -101,9 +102,11 @@ def write_report(run: FinishedRun, *, seconds: np.ndarray | None = None) -> Path
         run=run,
         conclusion=_conclusion(run, changes),
         changes={each.metric: each for each in changes},
-        plots=_plots(run, certainties(rows), seconds),
+        plots=_plots(run, changes, certainties(rows), seconds),
         metrics=SHOWN,
-        summaries=[(plots.round_name(number), summarize(run.evaluated[number])) for number in sorted(run.evaluated)],
+        summaries=summaries,
+        searches=[name for name in SEARCHES if any(f"{name}_recall@1" in each for _, each in summaries)],
+        few=few_questions(len(rows)),
         rollbacks=run.rows("rollback"),
         samples=samples(run),
         settings=public_settings(run.settings),
@@ -132,25 +135,35 @@ def samples(run: FinishedRun) -> list[dict]:
     return [row | {"baseline": baseline.get(id(row))} for row in chosen]
 
 
-def _plots(run: FinishedRun, scores: tuple[np.ndarray, np.ndarray] | None, seconds: np.ndarray | None) -> list[Plot]:
+def _plots(
+    run: FinishedRun,
+    changes: Sequence[Difference],
+    scores: tuple[np.ndarray, np.ndarray] | None,
+    seconds: np.ndarray | None,
+) -> list[Plot]:
     """The plots of the page, in its order; each is saved as PNG too."""
     folder = run.folder / "plots"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
     made = []
-    for name, figure, finding in _drawn(run, scores, seconds):
+    for name, figure, finding in _drawn(run, changes, scores, seconds):
         plots.save_png(figure, folder / f"{name}.png")
         made.append(Plot(name, plots.as_svg(figure), finding))
     return made
 
 
 def _drawn(
-    run: FinishedRun, scores: tuple[np.ndarray, np.ndarray] | None, seconds: np.ndarray | None
+    run: FinishedRun,
+    changes: Sequence[Difference],
+    scores: tuple[np.ndarray, np.ndarray] | None,
+    seconds: np.ndarray | None,
 ) -> Iterator[tuple[str, "Figure", str]]:
     """(name, figure, finding) of every plot for which the run has data."""
     questions = len(run.evaluated[run.last])
     yield "scores", plots.scores_by_round(run.evaluated), f"{questions} held-out questions."
+    if (searches := plots.searches_by_round(run.evaluated)) is not None:
+        yield "searches", searches, _dense_finding(changes)
     yield "verdicts", plots.verdict_bars(run.evaluated), _most_frequent_error(run)
     if scores is not None:
         yield "calibration", plots.calibration(*scores), _calibration_finding(*scores)
@@ -161,6 +174,17 @@ def _drawn(
     if times := run.rows("time"):
         minutes = sum(row["seconds"] for row in times) / 60
         yield "times", plots.time_bars(times), f"{minutes:.1f} minutes in all."
+
+
+def _dense_finding(changes: Sequence[Difference]) -> str:
+    """How much better the retriever finds by itself."""
+    found = [
+        f"{each.metric.removeprefix('dense_')} {each.a:.1f} to {each.b:.1f} "
+        f"({each.points:+.1f}, {each.low:+.1f} to {each.high:+.1f})"
+        for each in changes
+        if each.metric.startswith("dense_")
+    ]
+    return f"The retriever by itself: {'; '.join(found)}." if found else ""
 
 
 def _most_frequent_error(run: FinishedRun) -> str:

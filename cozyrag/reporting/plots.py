@@ -18,6 +18,7 @@ from markupsafe import Markup
 from scipy.stats import binomtest
 
 from cozyrag.errors import InputError
+from cozyrag.evaluation.evaluation import BY, SEARCHES
 from cozyrag.evaluation.metrics import bootstrap_interval
 
 if TYPE_CHECKING:
@@ -68,16 +69,43 @@ def scores_by_round(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":
     figure, [axes] = _figure()
     rounds = sorted(evaluated)
     for number, (metric, name) in enumerate(METRICS.items()):
-        values = [np.array([row[metric] for row in evaluated[each]], dtype=np.float64) for each in rounds]
-        means = 100 * np.array([column.mean() for column in values])
-        ends = 100 * np.array([bootstrap_interval(column) for column in values]).T
-        places = np.arange(len(rounds)) + 0.06 * (number - 1)
-        errors, mark = np.abs(ends - means), "os^"[number]
-        axes.errorbar(places, means, errors, color=SERIES[number], marker=mark, capsize=3, linewidth=1.6, label=name)
+        columns = [np.array([row[metric] for row in evaluated[each]], dtype=np.float64) for each in rounds]
+        _means(axes, columns, number, name)
     axes.set_xticks(range(len(rounds)), [round_name(each) for each in rounds])
     axes.set(ylim=(-2, 102), ylabel="percent of questions")
     _legend(axes, len(METRICS))
     return figure
+
+
+def searches_by_round(evaluated: Mapping[int, Sequence[dict]]) -> "Figure | None":
+    """recall@1 and recall@5 of each search alone after each round, a panel each; None if only one was measured.
+
+    The axes do not begin at 0: the retriever changes by points where the hybrid search is near its ceiling.
+    """
+    rounds = [each for each in sorted(evaluated) if all("dense_recall@1" in row for row in evaluated[each])]
+    rows = [row for each in rounds for row in evaluated[each]]
+    searches = [name for name in SEARCHES if rows and all(f"{name}_recall@1" in row for row in rows)]
+    if len(searches) < 2:
+        return None
+    figure, panels = _figure(height=4.6, rows=2)
+    for axes, depth in zip(panels, (1, 5), strict=True):
+        for number, search in enumerate(searches):
+            columns = [np.array([row[f"{search}_recall@{depth}"] for row in evaluated[each]]) for each in rounds]
+            _means(axes, columns, number, f"{search}: {BY[search]}")
+        axes.set(ylabel=f"recall@{depth}, percent")
+        axes.margins(0.12, 0.1)
+    panels[-1].set_xticks(range(len(rounds)), [round_name(each) for each in rounds])
+    _legend(panels[0], 1)
+    return figure
+
+
+def _means(axes: "Axes", columns: Sequence[np.ndarray], number: int, label: str) -> None:
+    """A line of means in percent, one for each column (n_questions,), with 95 % intervals; lines stand side by side."""
+    means = 100 * np.array([column.mean() for column in columns])
+    ends = 100 * np.array([bootstrap_interval(column) for column in columns]).T
+    places, errors = np.arange(len(columns)) + 0.06 * (number - 1), np.abs(ends - means)
+    mark = "os^"[number]
+    axes.errorbar(places, means, errors, color=SERIES[number], marker=mark, capsize=3, linewidth=1.6, label=label)
 
 
 def in_order(verdicts: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.sentences import split_sentences
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
-from cozyrag.retrieval.hybrid import Found
+from cozyrag.retrieval.hybrid import SEARCHES, Found
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 
 FILTERS = ("sparse", "dense", "hybrid")
@@ -45,6 +45,8 @@ CONTEXT_FEATURES = Features(
         "negatives": List(Value("int64")),
     }
 )
+# Of each search the rank of the positive, 0 if it is not in the list; None for a search that was not made.
+MEASURED_FEATURES = Features(CONTEXT_FEATURES | {"ranks": dict.fromkeys(SEARCHES, Value("int64"))})
 
 
 def sentence_source(index: PassageIndex, retriever: Retriever) -> SentenceSource:
@@ -232,6 +234,14 @@ class ContextBuilder:
             return gold_row
         return next((int(row) for row in rows if self.holds_answer(row, answers)), -1)
 
+    def rank(self, gold_row: int, rows: Sequence[int], answers: Sequence[str]) -> int:
+        """The rank, from 1, of the positive in a list of rows; 0 if it is not there.
+
+        Without a known gold passage each list has a positive of its own: its first passage that holds an answer.
+        """
+        positive = self.positive(gold_row, rows, answers)
+        return next((rank for rank, row in enumerate(rows, 1) if row == positive), 0)
+
     def negatives(
         self, positive: int, rankings: Sequence[Sequence[int]], answers: Sequence[str], given: Sequence[int] = ()
     ) -> list[int]:
@@ -257,6 +267,7 @@ def attach_contexts(
     noise_seed: str = "",
     batch_size: int = 512,
     progress: Callable[[int], object] = lambda rows: None,
+    measured: bool = False,
 ) -> Dataset:
     """The contexts table: questions with the passages found, their context, positive and hard negatives.
 
@@ -266,12 +277,14 @@ def attach_contexts(
         noise: share of the questions, drawn by id and `noise_seed`, whose context is made of passages found that are
             not gold and hold no answer, so that the generator learns not to trust blindly; `noised` marks them.
         progress: called after each batch with its number of questions.
+        measured: add the column `ranks`, which tells how well each search did; see `Searcher.each_search`.
     """
+    features = MEASURED_FEATURES if measured else CONTEXT_FEATURES
 
     def retrieve(batch: dict) -> dict:
         result = search(batch["question"])
         rankings = [ranking.tolist() for ranking in result.rankings]
-        columns: dict[str, list] = {name: [] for name in CONTEXT_FEATURES if name not in questions.column_names}
+        columns: dict[str, list] = {name: [] for name in features if name not in questions.column_names}
         rows = result.rows.tolist()
         named = batch.get("negative_ids") or [()] * len(rows)
         golds = [builder.row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
@@ -295,17 +308,20 @@ def attach_contexts(
             columns["negatives"].append(
                 builder.negatives(positive, mined_from, answers, given) if positive >= 0 else []
             )
+            if measured:
+                ranks = {name: builder.rank(gold, rows[i].tolist(), answers) for name, rows in result.lists.items()}
+                columns["ranks"].append(dict.fromkeys(SEARCHES) | ranks)
         progress(len(batch["question"]))
         return columns
 
     if not len(questions):  # map would return an empty table without the new columns
-        return Dataset.from_dict({name: [] for name in CONTEXT_FEATURES}, features=CONTEXT_FEATURES)
+        return Dataset.from_dict({name: [] for name in features}, features=features)
     return questions.map(
         retrieve,
         batched=True,
         batch_size=batch_size,
-        features=CONTEXT_FEATURES,
-        remove_columns=[name for name in questions.column_names if name not in CONTEXT_FEATURES],
+        features=features,
+        remove_columns=[name for name in questions.column_names if name not in features],
         new_fingerprint=fingerprint,
         keep_in_memory=True,
     )

@@ -18,6 +18,7 @@ from cozyrag.retrieval.faiss_index import best
 from cozyrag.retrieval.passage_index import PassageIndex
 
 MODES = ("dense", "bm25", "hybrid")
+SEARCHES = DENSE, SPARSE, HYBRID = ("dense", "sparse", "hybrid")  # names of results; sparse is mode bm25
 CANDIDATES = 60  # best passages of each search that compete in the sum
 SHARPNESS = 0.25  # of the softmax over BM25 points with which fitting begins
 TRUST = 10.0  # number of questions that the default weights count as in fitting
@@ -43,14 +44,19 @@ class Weights:
 class Found:
     """The result of a search for n questions.
 
-    scores: (n, k) float32, descending. rows: (n, k) int64. rankings: (n, k) each, from which negatives are mined.
-    vectors: (n, dim) float32 of the questions, which the context filter needs in every mode.
+    scores: (n, k) float32, descending. rows: (n, k) int64. lists: (n, k) int64 of each search that was made, by its
+    name. vectors: (n, dim) float32 of the questions, which the context filter needs in every mode.
     """
 
     scores: np.ndarray
     rows: np.ndarray
-    rankings: tuple[np.ndarray, ...]
+    lists: dict[str, np.ndarray]
     vectors: np.ndarray
+
+    @property
+    def rankings(self) -> tuple[np.ndarray, ...]:
+        """The lists from which negatives are mined."""
+        return tuple(self.lists.values())
 
 
 @dataclass(frozen=True)
@@ -95,15 +101,28 @@ class Searcher:
         vectors = self.encode(questions)
         if self.mode == "dense" or self.lexical is None:
             scores, rows = self.index.search(vectors, k)
-            return Found(scores, rows, (rows,), vectors)
+            return Found(scores, rows, {DENSE: rows}, vectors)
         if self.mode == "bm25":
             scores, rows = self.lexical.search(questions, k)
-            return Found(scores, rows, (rows,), vectors)
+            return Found(scores, rows, {SPARSE: rows}, vectors)
         pool = self._pool(self.lexical, questions, vectors, max(k, CANDIDATES))
         weights = _as_array(self.fusion_weights)
         ranked = [best(points @ weights, rows, k) for rows, points in pool.candidates]
         scores, rows = np.stack([each[0] for each in ranked]).astype(np.float32), np.stack([each[1] for each in ranked])
-        return Found(scores, rows, (pool.dense_rows[:, :k], pool.lexical_rows[:, :k]), vectors)
+        return Found(scores, rows, {DENSE: pool.dense_rows[:, :k], SPARSE: pool.lexical_rows[:, :k]}, vectors)
+
+    def each_search(self, questions: Sequence[str], k: int) -> Found:
+        """`search` with the lists to measure: dense search in every mode, and the hybrid result as a list of its own.
+
+        Only in bm25 mode is that one more search, of vectors that are there already.
+        """
+        found = self.search(questions, k)
+        lists = dict(found.lists)
+        if self.mode == "bm25":
+            lists[DENSE] = self.index.search(found.vectors, k)[1]
+        if self.mode == "hybrid":
+            lists[HYBRID] = found.rows
+        return replace(found, lists=lists)
 
     def fitted(self, questions: Sequence[str], relevant: Sequence[int]) -> tuple["Searcher", dict[str, float]]:
         """This search with weights that rank the relevant row of each question above its other candidates.

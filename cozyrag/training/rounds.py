@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 
-from cozyrag.config import Settings
+from cozyrag.config import DEFAULTS, Settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.evaluation.evaluation import choose_threshold, evaluate_pair
 from cozyrag.hub.background_push import BackgroundPush
-from cozyrag.hub.model_cards import write_cards
+from cozyrag.hub.model_cards import Example, write_cards
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair
@@ -61,7 +61,7 @@ class Rounds:
         self.checkpoints, self.progress, self.resumed_from = checkpoints, progress, resumed_from
         self.interrupts, self.pusher = interrupts, pusher
         self.folder = Path(settings.output.output_dir)
-        self.leaks: list[str] = []  # paragraphs of the overlap audit, for the cards
+        self.audit: dict | None = None  # the overlap audit, for the cards
         self.held_out: Dataset | None = None  # contexts of the validation questions at the last evaluation
         self.evaluated: list[dict] | None = None  # and its rows
         self.threshold: float | None = None  # probability of an empty answer above which the pair abstains
@@ -245,7 +245,9 @@ class Rounds:
 
     def _held_out_contexts(self) -> Dataset:
         return self.retrieval.contexts(
-            self.corpus.eval_questions, f"round {self.progress.round}: retrieving for validation questions"
+            self.corpus.eval_questions,
+            f"round {self.progress.round}: retrieving for validation questions",
+            measured=True,
         )
 
     def _evaluate(self, contexts: Dataset, desc: str) -> tuple[dict, list[dict]]:
@@ -326,11 +328,20 @@ class Rounds:
         write_cards(
             self.folder,
             settings=self.settings.to_dict(),
+            defaults=DEFAULTS,
             rows=self.log.rows,
             times=self.log.times(),
-            leaks=self.leaks,
             prompt=self.generator.prompt("Some context.", "Your question?"),
+            audit=self.audit,
+            example=Example.of(read_evaluation(list(evaluation_files(self.folder).values())[-1]), self._gold_passage),
         )
+
+    def _gold_passage(self, question_id: str) -> tuple[str, str] | None:
+        """Title and text of the gold passage of a validation question, if it is known."""
+        asked, passages = self.corpus.eval_questions[:], self.retrieval.passages
+        gold = asked["passage_id"][asked["id"].index(question_id)]
+        row = passages.ids.index(gold) if gold in passages.ids else None
+        return None if row is None else (passages.titles[row], passages.texts[row])
 
     def _push_round(self, number: int) -> None:
         """Push the pair of this round; that of the last round is pushed at the end, with its final cards."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from cozyrag.evaluation.evaluation import table
+from cozyrag.evaluation.evaluation import retrieval_table, table
 from cozyrag.runtime.atomic_files import write_jsonl
 
 
@@ -83,8 +83,8 @@ class RunLog:
         return [("untuned baseline" if row["round"] == 0 else f"after round {row['round']}", row) for row in rows]
 
     def results(self) -> str:
-        """The table of evaluations, from the untuned baseline to the last round."""
-        return table(self.evaluated())
+        """The tables of evaluations, from the untuned baseline to the last round."""
+        return "\n\n".join(filter(None, (table(self.evaluated()), retrieval_table(self.evaluated()))))
 
     def times(self) -> str:
         """A Markdown table of the seconds of each part of each round, and the peak memory of this process."""

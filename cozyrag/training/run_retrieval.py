@@ -22,13 +22,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import (
-    CONTEXT_FEATURES,
-    SEARCH_DEPTH,
-    ContextBuilder,
-    attach_contexts,
-    sentence_source,
-)
+from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.index_file import made_by
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
@@ -96,15 +90,19 @@ class Retrieval:
         self._index: PassageIndex | None = None
         self._snapshot: Snapshot | None = None
 
-    def contexts(self, questions: Dataset, desc: str, *, noise: float = 0.0) -> Dataset:
-        """Retrieve for a table of questions. Each process takes a share, and all get the whole table."""
+    def contexts(self, questions: Dataset, desc: str, *, noise: float = 0.0, measured: bool = False) -> Dataset:
+        """Retrieve for a table of questions. Each process takes a share, and all get the whole table.
+
+        `measured`: with the rank of the positive in each search, for an evaluation.
+        """
         snapshot = self.snapshot()
+        search = snapshot.searcher.each_search if measured else snapshot.searcher.search
         with self.log.timed("retrieve", self.log.round):
             share = questions.shard(self.accelerator.num_processes, self.accelerator.process_index, contiguous=True)
             bar = tqdm(total=len(share), desc=desc, unit="question")
             contexts = attach_contexts(
                 share,
-                search=lambda texts: snapshot.searcher.search(texts, SEARCH_DEPTH),
+                search=lambda texts: search(texts, SEARCH_DEPTH),
                 builder=snapshot.builder,
                 fingerprint=_digest(
                     snapshot.fingerprint,
@@ -115,18 +113,19 @@ class Retrieval:
                     str(self.log.round),
                     str(self.accelerator.process_index),
                     str(noise),
+                    str(measured),
                 ),
                 noise=noise,
                 noise_seed=f"{self.settings.training.seed}|{self.log.round}",
                 batch_size=RETRIEVE_TOGETHER,
                 progress=bar.update,
+                measured=measured,
             )
             bar.close()
             if self.accelerator.num_processes > 1:
-                parts = gather_object([contexts[:]])
+                parts, features = gather_object([contexts[:]]), contexts.features
                 contexts = Dataset.from_dict(
-                    {name: [value for part in parts for value in part[name]] for name in CONTEXT_FEATURES},
-                    features=CONTEXT_FEATURES,
+                    {name: [value for part in parts for value in part[name]] for name in features}, features=features
                 )
         return contexts
 
