@@ -1,4 +1,4 @@
-"""Training, saving, evaluating and pushing from Python, as in a notebook: rows of any form, repeated, off the main thread."""
+"""Training from Python, as in a notebook: rows of any form, calls repeated, off the main thread; wrong values."""
 
 import json
 import signal
@@ -52,9 +52,10 @@ def test_rows_train_the_same_pair_as_files_on_the_command_line(small, undisturbe
     assert not datasets.are_progress_bars_disabled() and transformers.utils.logging.is_progress_bar_enabled()
 
 
-def test_a_notebook_can_train_twice_with_other_precisions_and_off_the_main_thread(small, tmp_path):
+def test_a_notebook_can_train_twice_with_other_precisions_and_off_the_main_thread(small, tmp_path, monkeypatch):
     """Accelerate's state of the first run would refuse the second; signals are the main thread's."""
     AcceleratorState._reset_state(reset_partial_state=True)  # other tests of this process leave theirs
+    monkeypatch.setattr("cozyrag.runtime.precision.native_bf16", lambda device: True)
     before, made = signal.getsignal(signal.SIGINT), []
 
     def work(precision):
@@ -127,7 +128,10 @@ def test_a_setting_that_cannot_be_used_is_one_sentence_and_nothing_is_written(gi
         ("", "questions: expected a path or a Hub name, found ''"),
         ([], "at least one row or path, found an empty list"),
         ({"question": "a?"}, "found a dict. Put the rows into a list"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(TRAIN)), r"DatasetDict. Choose a split, such as questions"),
+        (
+            datasets.DatasetDict(train=datasets.Dataset.from_list(TRAIN)),
+            r"DatasetDict. Choose a split, such as questions",
+        ),
         (pd.DataFrame(TRAIN), "DataFrame. Give Dataset.from_pandas"),
         (["qa.tsv", {"question": "a?"}], "questions, row 1: expected a dictionary .*found 'qa.tsv'"),
         ([TRAIN[0], ("a?", "b")], "questions, row 2: expected a dictionary"),
@@ -141,7 +145,9 @@ def test_questions_of_another_kind_are_refused(given, message, tmp_path):
 
 
 def test_values_of_arrow_numpy_and_calendars_become_text_numbers_and_lists():
-    table = datasets.Dataset.from_dict({"question": ["a?"], "answers": [["b", "c"]], "when": [np.datetime64("2020-01-01", "s")]})
+    table = datasets.Dataset.from_dict(
+        {"question": ["a?"], "answers": [["b", "c"]], "when": [np.datetime64("2020-01-01", "s")]}
+    )
     assert json.loads(lines_of("questions", table))["when"].startswith("2020-01-01")
     rows = [{"question": "a\u2028b\ud800?", "answers": np.array(["b"]), "n": np.int64(3)}]
     text = lines_of("questions", rows)

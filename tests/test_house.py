@@ -31,8 +31,9 @@ FLOORS = (
     "evaluation",
     "retrieval",
     "pair_file",
-    "pipeline",
+    "pair_evaluation",
     "hub",
+    "pipeline",
     "reporting",
     "config_checks",
     "config",
@@ -228,7 +229,8 @@ def test_no_file_has_a_name_that_says_nothing_or_hides_a_package():
         for path in folder.rglob("*.py")
     ]
     sources += ROOT.glob("*.py")
-    assert [str(path) for path in sources if path.name in FORBIDDEN_NAMES] == []
+    named_by_users = PACKAGE / "commands"  # as they are called, in a package, so that they hide nothing
+    assert [str(path) for path in sources if path.name in FORBIDDEN_NAMES and path.parent != named_by_users] == []
     assert not {name.split(".")[-1] for name in MODULES if "." not in name} & (
         set(sys.stdlib_module_names) | {"torch", "faiss", "datasets", "evaluate", "accelerate", "transformers"}
     )

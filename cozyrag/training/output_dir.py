@@ -56,7 +56,9 @@ def check_output(folder: Path, settings: Mapping) -> bool:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir: expected a folder, {place} is a file. Give another name.")
     _check_writable(folder)
-    content = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, GIVEN)) if folder.is_dir() else []
+    content = (
+        sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, GIVEN)) if folder.is_dir() else []
+    )
     if settings["overwrite_output_dir"]:
         _check_foreign_files(folder, content)
         return False
