@@ -159,9 +159,14 @@ def questions_for(given: Any, builder: ContextBuilder, *, limit: int | None, **h
     read = _read(given, how)
     passages = builder.passages
     table = gold_ids(read.table, read.passages, passages.ids, passages.texts)
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise InputError(f"limit: expected a whole number of at least 1, or None, found {limit!r:.80}.")
     return take(table, limit, 0)
+
+
+def check_counts(*, limit: int | None, batch_size: int) -> None:
+    """Raise InputError for anything but whole numbers of at least 1, or None as limit."""
+    for name, value in {"limit": 1 if limit is None else limit, "batch_size": batch_size}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}: expected a whole number of at least 1, found {value!r:.80}.")
 
 
 def _read(given: Any, how: Mapping[str, Any]) -> Questions:

@@ -21,7 +21,7 @@ from cozyrag.hub.background_push import push_run
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.int8_encoding import BF16, FLOAT32, reading_precision
 from cozyrag.models.retriever import Retriever
-from cozyrag.pair_evaluation import Evaluated, Evaluation, questions_for
+from cozyrag.pair_evaluation import Evaluated, Evaluation, check_counts, questions_for
 from cozyrag.pair_file import PAIR_FILE, SavedPair, read_pair, starts_text
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
@@ -189,6 +189,7 @@ class CozyRAG:
 
         Raises TypeError for anything but texts, InputError for an empty one.
         """
+        check_least(self.min_certainty)
         questions = _checked(questions)
         k = self.top_k if top_k is None else top_k
         if not isinstance(k, Integral):
@@ -235,6 +236,7 @@ class CozyRAG:
         how: dict[str, Any] = {"needs_answer": self.no_answer_threshold is None}
         if columns:
             how["columns"] = _columns(columns)
+        check_counts(limit=limit, batch_size=batch_size)
         table = questions_for(questions, self._builder, limit=limit, **how)
         with own_state():
             return self.evaluated().on(table, PartialState(), batch_size=batch_size, baselines=baselines)

@@ -5,12 +5,11 @@ tables (cozyrag/evaluation/scoring.py).
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import combinations
 
 import numpy as np
 
-from cozyrag.evaluation.metrics import paired_bootstrap, rouge_l
+from cozyrag.evaluation.metrics import computable, paired_bootstrap, rouge_l
 from cozyrag.evaluation.scoring import NAMES
 
 ANSWERS = ("em", "f1", "rouge_l", "bleu", "answer_in_context")
@@ -19,8 +18,7 @@ TESTED = ("em", "f1")
 
 def answer_metrics() -> tuple[str, ...]:
     """ANSWERS, without ROUGE-L and BLEU where their packages (the extra `benchmarks`) are not installed."""
-    needs = {"rouge_l": "rouge_score", "bleu": "sacrebleu"}
-    return tuple(name for name in ANSWERS if name not in needs or find_spec(needs[name]))
+    return computable(ANSWERS)
 
 
 def with_rouge_l(rows: Sequence[dict]) -> list[dict]:
