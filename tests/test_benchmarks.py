@@ -447,6 +447,16 @@ def test_empty_predictions_and_questions_without_answer_have_their_scores():
     assert (scores["em"]["mean"], scores["rouge_l"]["mean"], scores["bleu"]["mean"]) == (50.0, 50.0, 0.0)
 
 
+def test_without_their_packages_rouge_l_and_bleu_are_left_out_and_named(monkeypatch):
+    for name in ("rouge_score", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert benchmark("shared.scoring").answer_metrics() == ("em", "f1", "answer_in_context")
+    rows = [{"prediction": "a", "answers": ["a"]}]
+    assert benchmark("shared.scoring").with_rouge_l(rows) == rows
+    report = benchmark("shared.qa_report")
+    assert report.metrics_of("closed book") == ("em", "f1") and "Without ROUGE-L and BLEU" in report._without()
+
+
 def test_tables_by_hand():
     scores = {"one": {"em": {"mean": 12.345, "interval": [10.0, 14.06]}}}
     assert scoring.score_table(scores, ("em", "f1"), [{"name": "theirs", "em": 28.12}]).splitlines() == [

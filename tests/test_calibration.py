@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
+from benchmarks.quality import calibration as methods
+from cozyrag import cli
 from cozyrag.errors import InputError
 from cozyrag.evaluation import calibration
 from cozyrag.evaluation.calibration import Calibration, calibrated, certainty_of, coverage_table, sentence
@@ -202,3 +204,33 @@ def test_a_saved_copy_is_the_same_pair_with_its_present_settings(folder, tmp_pat
     )  # fmt: skip
     with pytest.raises(InputError, match="found one made in memory"):
         made.save_pretrained(tmp_path / "third")
+
+
+def test_the_command_prints_and_writes_what_evaluate_returns(folder, corpus_files, tmp_path, monkeypatch, capsys):
+    questions, out = str(corpus_files["eval_questions"]), tmp_path / "scores.json"
+    words = ["cozyrag", "evaluate", str(folder), "--questions", questions, "--limit", "6", "--output", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    cli.main()
+    found = CozyRAG.from_pretrained(folder).evaluate(questions, limit=6)
+    shown = capsys.readouterr().out
+    assert str(found) in shown and "scores.questions.jsonl" in shown
+    assert json.loads(out.read_text()) == json.loads(json.dumps(found.summary()))
+    written = [json.loads(line) for line in (tmp_path / "scores.questions.jsonl").read_text().splitlines()]
+    assert written == json.loads(json.dumps(found.rows))
+
+
+def test_ask_says_that_it_does_not_know(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cozyrag", "ask", str(folder), "--min_certainty", "1", ASKED[0]])
+    cli.main()
+    assert capsys.readouterr().out.startswith("I do not know   (certainty 0.")
+
+
+def test_methods_are_compared_on_other_questions(tmp_path, monkeypatch, capsys):
+    files = [tmp_path / "fit.jsonl", tmp_path / "test.jsonl"]
+    for seed, path in enumerate(files):
+        tiny.write_jsonl(path, rows(400, seed))
+    monkeypatch.setattr("sys.argv", ["calibration", "--fit", str(files[0]), "--test", str(files[1])])
+    methods.main()
+    cells = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    errors = {name.strip(): float(cell.split()[0]) for name, cell in cells[1:5]}
+    assert errors["Platt scaling (used)"] < errors["temperature scaling"] < errors["confidence of the generator"]

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Print each answer with its passages."""
     add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # questions may come after options
     logging.disable_progress_bar()  # "Loading weights" adds nothing to the answer
     pair = CozyRAG.from_pretrained(options.model, min_certainty=options.min_certainty)
     for question in options.questions or (line.strip() for line in sys.stdin if line.strip()):
