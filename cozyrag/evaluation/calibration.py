@@ -9,6 +9,7 @@ numbers; benchmarks/quality/calibration.py compares it with temperature scaling 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Calibration:
         return 1 / (1 + np.exp(-(self.slope * logit(scores) + self.intercept)))
 
     @classmethod
-    def read(cls, facts: object, where: object) -> "Calibration | None":
+    def read(cls, facts: Any, where: object) -> "Calibration | None":
         """The calibration in cozyrag.json, None if there is none. Raises InputError for numbers that make no sense."""
         if facts is None:
             return None
