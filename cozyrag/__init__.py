@@ -9,7 +9,7 @@ if sys.platform == "darwin":
     # PyTorch and FAISS each bring an OpenMP runtime; on macOS the second one to load aborts the process without this.
     os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
 
-__all__ = ["Answer", "CozyRAG", "Source", "__version__"]
+__all__ = ["Answer", "CozyRAG", "Source", "__version__", "train"]
 
 
 def __getattr__(name: str):
@@ -18,4 +18,8 @@ def __getattr__(name: str):
         from cozyrag import pipeline
 
         return vars(pipeline)[name]
+    if name == "train":
+        from cozyrag import api
+
+        return api.train
     raise AttributeError(f"module 'cozyrag' has no attribute {name!r}")

@@ -22,6 +22,7 @@ COMMANDS = {
     "questions": "merge files of questions, and check them against the passages",
     "index": "encode passages on all processes and build their index",
     "ask": "ask a trained pair questions and see its sources",
+    "evaluate": "score a trained pair on questions with known answers",
     "demo": "try a trained pair in the browser",
     "space": "write the demo page as a folder for Hugging Face Spaces",
     "report": "show the numbers of a run as a page with plots",

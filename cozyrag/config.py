@@ -1,8 +1,9 @@
 """All settings: names, units, defaults and help texts, parsed and checked once.
 
-Settings come from the command line and from one YAML file (`--config FILE.yaml`); the command line wins. An unknown
-setting is an error in both places. The quickstart set brings its own settings file, which both override. Left out:
-which values are refused (config_checks.py), and what the settings do. Only the modules that run things know this file.
+Settings come from the command line and from one YAML file (`--config FILE.yaml`), where the command line wins, or from
+keywords in Python. An unknown setting is an error everywhere. The quickstart set brings its own settings file, which
+all of them override. Left out: which values are refused (config_checks.py), and what the settings do. Only the modules
+that run things know this file.
 """
 
 import dataclasses
@@ -10,8 +11,9 @@ import difflib
 import os
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, cast, get_args, get_origin
 
@@ -404,20 +406,36 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
         parser.show_first()
     words = ["--help" if word == "--help-all" else word for word in arguments]
     known, _ = parser.parse_known_args(words)  # --help exits here, with the defaults for your own questions
-    chosen = _read_yaml(Path(known.config)) if known.config else {}
+    return _settled(parser, arguments, _read_yaml(Path(known.config)) if known.config else {})
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Settings from Python values by name, checked like those of a YAML file.
+
+    Raises:
+        InputError: an unknown setting, a value of the wrong kind or out of range.
+    """
+    chosen: dict[str, Any] = {}
+    for key, value in given.items():
+        name = old_names.SETTINGS.get(key, key)
+        if name not in NAMES:
+            raise InputError(f"train: unknown setting {key!r}{_did_you_mean(key)}. docs/settings.md lists them all.")
+        chosen[name] = _python_value(name, old_names.current_value(name, value))
+    return _settled(_parser(), [], chosen)
+
+
+def _settled(parser: "_Parser", arguments: list[str], chosen: Mapping[str, Any]) -> Settings:
+    """The checked settings: the command line, before the `chosen` values, before the defaults."""
     parser.set_defaults(**chosen)
     wished = parser.parse_known_args(arguments)[0]
     if wished.questions == QUICKSTART:
         own = _read_yaml(QUICKSTART_EMBEDDED) if wished.generator == EMBEDDED else {}
         parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | own | chosen)
-    *groups, leftovers, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
+    found = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    if unknown := found[-1]:
         name = unknown[0].split("=")[0]  # what follows may be a secret
         raise InputError(f"Command line: unknown setting {name!r}{_did_you_mean(name.lstrip('-'))}. See --help.")
-    del leftovers  # only --config, already used
-    settings = Settings(*groups)
+    settings = Settings(*found[: len(GROUPS)])  # before the unknown words, there may be --config, already used
     training = settings.training
     training.generator_sharding = training.generator_sharding or launched(os.environ)
     asked = training.mixed_precision or asked_at_launch(os.environ)
@@ -514,6 +532,38 @@ def _yaml_value(name: str, node: yaml.Node, where: str):
         return vars(checker.parse_known_args([f"--{name}={node.value}"])[0])[name]
     except InputError as error:
         raise InputError(str(error).replace("Command line", where)) from error
+
+
+def _python_value(name: str, value: object) -> Any:
+    """One value given in Python, checked by the same argparse types as the command line."""
+    kinds = {KINDS[name], *get_args(KINDS[name])}
+    several = name in SEVERAL or get_origin(KINDS[name]) is list
+    if value is None and type(None) in kinds:
+        return None
+    if several and isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_word(name, each) for each in value]
+    if several and name not in SEVERAL:
+        return [_word(name, value)]
+    text = isinstance(value, str | os.PathLike)
+    if not (text if {str, Files} & kinds else text or isinstance(value, Real)):
+        raise _wrong_kind(name, value)
+    try:
+        return vars(_parser().parse_known_args([f"--{name}={value}"])[0])[name]
+    except InputError as error:
+        plain = str(error).replace("Command line", "train").replace("Run with --help-all to see every setting.", "")
+        raise InputError(f"{plain.strip()} docs/settings.md explains it.") from error
+
+
+def _word(name: str, value: object) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise _wrong_kind(name, value)
+    return os.fspath(value)
+
+
+def _wrong_kind(name: str, value: object) -> InputError:
+    kind = KINDS[name]
+    wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    return InputError(f"train: expected a value of the kind {wanted} for {name}, found {value!r:.80}.")
 
 
 def _did_you_mean(name: str) -> str:

@@ -1,26 +1,33 @@
 """Inference with a trained pair: `CozyRAG.from_pretrained(folder or repo).answer("...")` gives an answer with sources.
 
-Left out: training, evaluation, and any way to change the pair.
+Left out: training (api.py), the arithmetic of evaluating and calibrating (pair_evaluation.py, calibration.py).
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
+from cozyrag.data.rows import Columns
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
+from cozyrag.evaluation.calibration import Calibration, certainty_of, check_least
+from cozyrag.hub.background_push import push_run
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.int8_encoding import BF16, FLOAT32, reading_precision
 from cozyrag.models.retriever import Retriever
-from cozyrag.pair_file import PAIR_FILE, read_pair, starts_text
+from cozyrag.pair_evaluation import Evaluated, Evaluation, check_counts, questions_for
+from cozyrag.pair_file import PAIR_FILE, SavedPair, read_pair, starts_text
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.runtime.distributed import own_state
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
 from cozyrag.runtime.precision import fitting
@@ -46,8 +53,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Answer:
-    """`text` (empty if the pair abstains), `score` (0 to 1, the geometric mean of the token probabilities), the context
-    that the generator read, and the passages found."""
+    """`text` (empty if the pair abstains), `score` (its certainty, 0 to 1), the context that the generator read, and
+    the passages found.
+
+    `score` is the estimated probability that the answer is right if the pair is calibrated (`CozyRAG.calibration`),
+    else the geometric mean of the token probabilities.
+    """
 
     text: str
     score: float
@@ -64,7 +75,11 @@ class CozyRAG:
         decoding: limits of contexts and answers.
         context_filter: how sentences are chosen; see `ContextBuilder`.
         no_answer_threshold: the probability of an empty answer above which the pair abstains; None: it never does.
+        calibration: of the certainty of answers, as its run measured it; None: it is the generator's own.
+        min_certainty: answers that are less certain become empty. An attribute that can be set at any time; None: off.
     """
+
+    saved: SavedPair | None = None  # where it was loaded from
 
     def __init__(
         self,
@@ -79,10 +94,14 @@ class CozyRAG:
         decoding: Decoding,
         context_filter: str = "sparse",
         no_answer_threshold: float | None = None,
+        calibration: Calibration | None = None,
+        min_certainty: float | None = None,
     ):
+        check_least(min_certainty)
         generator.only_read()
         self.generator, self.retriever, self.index = generator, retriever, index
         self.top_k, self.decoding, self.no_answer_threshold = top_k, decoding, no_answer_threshold
+        self.calibration, self.min_certainty = calibration, min_certainty
         lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)
         words = SentenceWords(index.passages.titles, index.passages.sentences(), stemmer=stemmer)
         self.searcher = Searcher(
@@ -112,6 +131,7 @@ class CozyRAG:
         token: str | None = None,
         device: str | None = None,
         precision: str | None = None,
+        min_certainty: float | None = None,
     ) -> "CozyRAG":
         """Load the output folder of train.py, or a pair that was pushed as `user/name`.
 
@@ -120,6 +140,7 @@ class CozyRAG:
 
         Args:
             precision: of inference, "float32" or "bf16"; None: bf16 if the machine has it and it is faster.
+            min_certainty: answers that are less certain, from 0 to 1, become empty: "I do not know".
 
         Raises:
             InputError: the name has no usable pair, generator, retriever and index do not belong together, or this
@@ -127,10 +148,13 @@ class CozyRAG:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         _check_machine(device, precision)
+        check_least(min_certainty)
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
         pair = read_pair(folder)
-        place = str(_piece(folder, pair["generator"], "model", token))
-        generator = Generator.load(place, start_of_text=starts_text(pair))
+        calibration = Calibration.read(pair.get("calibration"), folder / PAIR_FILE)
+        kinds = {"generator": "model", "retriever": "model", "index": "dataset"}
+        pieces = {role: _piece(folder, pair[role], kind, token) for role, kind in kinds.items()}
+        generator = Generator.load(str(pieces["generator"]), start_of_text=starts_text(pair))
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
         if expected not in (None, found):
             raise InputError(
@@ -139,9 +163,9 @@ class CozyRAG:
             )
         generator.model.to(device).eval()  # type: ignore[arg-type]  # a decorator of transformers hides `self`
         generator.precision = precision or reading_precision(fitting(torch.device(device).type).name)
-        retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
+        retriever = Retriever.load(str(pieces["retriever"]), device=device)
         found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]
-        index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
+        index = PassageIndex.load(pieces["index"], fingerprint=found)
         if found != named:
             raise InputError(
                 f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they belong to "
@@ -151,7 +175,10 @@ class CozyRAG:
         decoding = Decoding(
             **{each.name: contexts.pop(each.name) for each in fields(Decoding) if each.name in contexts}
         )
-        return cls(generator, retriever, index, **pair["retrieval"], decoding=decoding, **contexts)
+        certain = {"calibration": calibration, "min_certainty": min_certainty}
+        made = cls(generator, retriever, index, **pair["retrieval"], decoding=decoding, **certain, **contexts)
+        made.saved = SavedPair(folder, pair, pieces)
+        return made
 
     def answer(self, question: str, *, top_k: int | None = None) -> Answer:
         """Answer one question; see `answers`."""
@@ -162,6 +189,7 @@ class CozyRAG:
 
         Raises TypeError for anything but texts, InputError for an empty one.
         """
+        check_least(self.min_certainty)
         questions = _checked(questions)
         k = self.top_k if top_k is None else top_k
         if not isinstance(k, Integral):
@@ -176,10 +204,68 @@ class CozyRAG:
         written = self.generator.write(questions, contexts, **self.decoding.limits(self.no_answer_threshold is None))
         written = [each.kept_above(self.no_answer_threshold) for each in written]
         sources = [self._sources(*each) for each in zip(rows, found.scores.tolist(), chosen, strict=True)]
+        certain = certainty_of(self.calibration, [each.text for each in written], [each.score for each in written])
+        least = self.min_certainty or 0.0
         return [
-            Answer(each.text, each.score, context, source)
-            for each, context, source in zip(written, contexts, sources, strict=True)
+            Answer(each.text if certainty >= least else "", certainty, context, source)
+            for each, certainty, context, source in zip(written, certain, contexts, sources, strict=True)
         ]
+
+    def evaluate(
+        self,
+        questions: Any,
+        *,
+        columns: dict[str, str] | None = None,
+        limit: int | None = None,
+        batch_size: int = 32,
+        baselines: bool = False,
+    ) -> Evaluation:
+        """The scores of the pair on questions with known answers, as `cozyrag evaluate` prints them.
+
+        `min_certainty` plays no part: the table shows what each value would do.
+
+        Args:
+            questions: paths, a list of dictionaries or a Dataset, as for `cozyrag.train`.
+            columns: other names of the columns, such as {"question": "q"}.
+            limit: a fixed sample of so many questions; None: all.
+            baselines: also answer without context, and with the gold passage, which takes three times as long.
+
+        Raises:
+            InputError: the questions cannot be read.
+        """
+        how: dict[str, Any] = {"needs_answer": self.no_answer_threshold is None}
+        if columns:
+            how["columns"] = _columns(columns)
+        check_counts(limit=limit, batch_size=batch_size)
+        table = questions_for(questions, self._builder, limit=limit, **how)
+        with own_state():
+            return self.evaluated().on(table, PartialState(), batch_size=batch_size, baselines=baselines)
+
+    def evaluated(self) -> Evaluated:
+        """The pair as `evaluate` and `cozyrag evaluate` see it."""
+        return Evaluated(
+            self.generator, self.searcher, self._builder, self.decoding, self.no_answer_threshold, self.calibration
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the pair into a new folder, which `from_pretrained` loads, with its cards and its present `top_k` and
+        `no_answer_threshold`. Raises InputError if the folder holds something."""
+        self._saved().copy(Path(folder), top_k=self.top_k, no_answer_threshold=self.no_answer_threshold)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, tag: str | None = None) -> str:
+        """Upload the pair as it was loaded, like `cozyrag push`; returns its address. Raises PushError, InputError."""
+        saved = self._saved()
+        if not saved.is_whole:
+            raise InputError(
+                f"push_to_hub: expected a pair in a folder, found one from the Hub. Write it with "
+                f"save_pretrained(FOLDER), then `cozyrag push FOLDER {repo}`."
+            )
+        return push_run(saved.folder, repo, private=private, tag=tag)
+
+    def _saved(self) -> SavedPair:
+        if self.saved is None:
+            raise InputError("Expected a pair that from_pretrained or cozyrag.train made, found one made in memory.")
+        return self.saved
 
     def _sources(self, rows: Sequence[int], scores: Sequence[float], chosen: Sequence[Chosen]) -> tuple[Source, ...]:
         """The passages of one answer, best first, with the places of their sentences in the context."""
@@ -193,6 +279,20 @@ class CozyRAG:
             places = tuple(spans[number] for number in used.get(rank, ()))
             sources.append(Source(passages.ids[row], passages.titles[row], passages.texts[row], score, places))
         return tuple(sources)
+
+
+def _columns(names: dict[str, str]) -> Columns:
+    """Columns by their names. Raises InputError for an unknown one."""
+    known = [each.name for each in fields(Columns)]
+    if (
+        not isinstance(names, dict)
+        or not set(names) <= set(known)
+        or not all(isinstance(v, str) for v in names.values())
+    ):
+        raise InputError(
+            f"columns: expected names among {', '.join(known)} with those of your file, found {names!r:.80}."
+        )
+    return Columns(**names)
 
 
 def _checked(questions: Sequence[str]) -> list[str]:

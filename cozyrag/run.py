@@ -5,9 +5,11 @@ Left out: every detail, which is in the module that a step calls.
 
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from shlex import quote
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +45,7 @@ from cozyrag.training.output_dir import (
     locked,
     mark_finished,
     settings_before,
+    write_given,
 )
 from cozyrag.training.rounds import Rounds
 from cozyrag.training.setup import load_models, load_tables, peers_lost, training_accelerator
@@ -53,11 +56,20 @@ LONG = 300  # seconds above which the expected time is logged
 
 
 def train(arguments: list[str] | None = None, *, description: str | None = None) -> None:
-    """Train a pair. Raises InputError for faults that the user can correct, Interrupted after Ctrl-C or SIGTERM."""
-    started = time.perf_counter()
+    """Train a pair as the command line says. Raises as `run`."""
     settings = parse_settings(arguments, description=description)
     if settings.output.plan:
         return show_plan(settings)
+    run(settings)
+
+
+def run(settings: Settings, files: Mapping[Path, str] = MappingProxyType({})) -> None:
+    """Train a pair. Raises InputError for faults that the user can correct, Interrupted after Ctrl-C or SIGTERM.
+
+    Args:
+        files: texts of files named by the settings, which are written when the output folder is this run's.
+    """
+    started = time.perf_counter()
     folder = Path(settings.output.output_dir)
     resuming = check_output(folder, settings.to_dict()) and complete_checkpoints(folder)
     kept = Precision.began_with(settings_before(folder)) if resuming else None
@@ -65,6 +77,7 @@ def train(arguments: list[str] | None = None, *, description: str | None = None)
     interrupts = Interrupts()
     try:
         with locked(accelerator, folder), interrupts.watched(), peers_lost():
+            main_decides(accelerator, lambda: write_given(files, begun=bool(resuming)))
             finish(train_rounds(accelerator, settings, interrupts, precision), started)
     except Interrupted as interrupted:
         for tracker in accelerator.trackers:

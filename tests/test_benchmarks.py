@@ -20,10 +20,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from tiny import corpus, write_jsonl
 
+from cozyrag.data.corpus import gold_ids
 from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
+from cozyrag.evaluation import scoring
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair
@@ -339,10 +341,10 @@ def test_vectors_are_encoded_in_parts_resumed_and_equal_for_any_processes(retrie
 def test_gold_passages_are_found_by_id_and_by_text_else_unknown(files):
     asked = read_questions(str(files[0]))
     renamed = asked.passages.select(range(6)).map(lambda row: {"id": "new-" + row["id"]}, load_from_cache_file=False)
-    found = benchmark("shared.corpus").gold_ids(asked.table, asked.passages, renamed)["passage_id"][:]
+    found = gold_ids(asked.table, asked.passages, renamed["id"][:], renamed["text"][:])["passage_id"][:]
     wanted = {old: new for old, new in zip(asked.passages["id"][:], renamed["id"][:], strict=False)}
     assert found == [wanted.get(key) for key in asked.table["passage_id"][:]] and None in found
-    assert benchmark("shared.corpus").gold_ids(asked.table, None, asked.passages)[:] == asked.table[:]
+    assert gold_ids(asked.table, None, asked.passages["id"][:], asked.passages["text"][:])[:] == asked.table[:]
 
 
 # ---- suites ----
@@ -438,16 +440,24 @@ def test_paired_tests_report_first_minus_second():
 
 
 def test_empty_predictions_and_questions_without_answer_have_their_scores():
-    scoring = benchmark("shared.scoring")
-    rows = scoring.with_rouge_l(
+    rows = benchmark("shared.scoring").with_rouge_l(
         [{"prediction": "", "answers": ["fox"], "em": 0.0}, {"prediction": "", "answers": [], "em": 1.0}]
     )
     scores = scoring.scores_of(rows, ("em", "rouge_l", "bleu"))
     assert (scores["em"]["mean"], scores["rouge_l"]["mean"], scores["bleu"]["mean"]) == (50.0, 50.0, 0.0)
 
 
+def test_without_their_packages_rouge_l_and_bleu_are_left_out_and_named(monkeypatch):
+    for name in ("rouge_score", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert benchmark("shared.scoring").answer_metrics() == ("em", "f1", "answer_in_context")
+    rows = [{"prediction": "a", "answers": ["a"]}]
+    assert benchmark("shared.scoring").with_rouge_l(rows) == rows
+    report = benchmark("shared.qa_report")
+    assert report.metrics_of("closed book") == ("em", "f1") and "Without ROUGE-L and BLEU" in report._without()
+
+
 def test_tables_by_hand():
-    scoring = benchmark("shared.scoring")
     scores = {"one": {"em": {"mean": 12.345, "interval": [10.0, 14.06]}}}
     assert scoring.score_table(scores, ("em", "f1"), [{"name": "theirs", "em": 28.12}]).splitlines() == [
         "| | EM | F1 |", "|---|---:|---:|", "| one | 12.3 (10.0 to 14.1) | - |", "| theirs | 28.12 | - |",

@@ -48,6 +48,15 @@ def test_qa_returns_the_means_of_the_metrics_of_training(qa):
     assert "answer_in_context" not in scores
 
 
+def test_scores_that_need_no_package_are_computed_without_those_of_the_others(qa, monkeypatch):
+    """The install of the README has neither rouge-score nor sacrebleu."""
+    for name in ("rouge_score", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, name, None)
+    scores = qa.compute(predictions=PREDICTIONS, references=REFERENCES, intervals=True)
+    assert scores["exact_match"] == 40.0 and "f1_interval" in scores
+    assert not [name for name in scores if name.startswith(("rouge_l", "bleu"))]
+
+
 def test_qa_with_contexts():
     metric = evaluate.load(metric_module("cozyrag_qa"), "contexts")
     for prediction, reference, context in (

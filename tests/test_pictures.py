@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from cozyrag.errors import InputError  # noqa: E402
+from cozyrag.evaluation.calibration import calibration_bins, calibration_error
 from cozyrag.reporting import plots  # noqa: E402
 
 EVALUATED = {
@@ -65,17 +66,17 @@ def test_a_run_that_trained_one_model_has_one_panel_of_losses():
 
 def test_calibration_groups_are_equal_sorted_and_at_least_five():
     scores = np.random.default_rng(0).random(43)
-    bins = plots.calibration_bins(scores, np.ones(43))
+    bins = calibration_bins(scores, np.ones(43))
     assert len(bins) == 8 and min(len(rows) for _, _, rows in bins) >= 5
     assert sorted(np.concatenate([rows for _, _, rows in bins])) == list(range(43))
     assert [mean for mean, _, _ in bins] == sorted(mean for mean, _, _ in bins)
-    assert len(plots.calibration_bins(scores[:3], np.ones(3))) == 1
+    assert len(calibration_bins(scores[:3], np.ones(3))) == 1
 
 
 def test_calibration_error_by_hand():
     scores, correct = np.repeat([0.2, 0.9], 5), np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0], dtype=float)
-    assert plots.calibration_error(scores, correct) == pytest.approx((0.0 + 0.3) / 2)
-    assert plots.calibration_error(np.ones(10), np.ones(10)) == 0
+    assert calibration_error(scores, correct) == pytest.approx((0.0 + 0.3) / 2)
+    assert calibration_error(np.ones(10), np.ones(10)) == 0
 
 
 def test_intervals_of_small_groups_have_a_width():

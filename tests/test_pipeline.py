@@ -67,7 +67,7 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
         },
         context_filter="hybrid",
     )
-    run.threshold = None
+    run.threshold, run.calibration = None, None
     run._describe = lambda path: Rounds._describe(run, path)
     Rounds._save_pair(run)
     return root

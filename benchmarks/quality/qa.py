@@ -15,7 +15,8 @@ Output files:
   OUT.questions.jsonl   every question with the predictions, scores, and verdicts of all rows
   OUT.timings.json      seconds, questions/s, latency of single questions (p50, p95), memory of this machine
 (OUT without its .json.) Vectors of passages are cached in --index and shared with retrieval.py; an interrupted run
-resumes. Left out: training, and search modes other than the pair's own (retrieval.py).
+resumes. ROUGE-L and BLEU need their packages (pip install "cozyrag[benchmarks]"); without them they are left out.
+Left out: training, and search modes other than the pair's own (retrieval.py).
 """
 
 import argparse
@@ -24,18 +25,18 @@ from dataclasses import asdict
 
 from benchmarks.shared.bench import Bench, add_model_arguments, latencies, machine_facts, write_json
 from benchmarks.shared.pairs import UNTUNED, Pair, load_base
-from benchmarks.shared.qa_report import BM25, CLOSED, GOLD, MODEL, summarise, tables_of, write_questions
-from benchmarks.shared.scoring import check_packages, with_rouge_l
+from benchmarks.shared.qa_report import BM25, summarise, tables_of, write_questions
+from benchmarks.shared.scoring import with_rouge_l
 from benchmarks.shared.suites import add_task_arguments
 from cozyrag.cli import entry_point
 from cozyrag.models.generator import Decoding
+from cozyrag.pair_evaluation import CLOSED, GOLD, MODEL, with_passages
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex
 
 
 def compare(options: argparse.Namespace) -> None:
     """Load, search, answer, score, and report."""
-    check_packages()
     bench, pair = Bench.load(options)
     bench.introduce(pair, len(bench.task.questions))
     index = bench.index(pair)
@@ -88,9 +89,9 @@ def answer_all(
     builder = bench.builder(pair, index)
     own = bench.contexts(searcher, builder, MODEL)
     best = [[row] if row >= 0 else [] for row in own["positive"]]
-    tables = {MODEL: own, GOLD: bench.with_passages(own, builder, searcher.encode, best)}
+    tables = {MODEL: own, GOLD: with_passages(own, builder, searcher.encode, best)}
     tables[BM25] = bench.contexts(bench.searcher(pair, index, "bm25"), bench.sparse_builder, BM25)
-    tables[CLOSED] = bench.with_passages(own, bench.sparse_builder, None, [[] for _ in best])
+    tables[CLOSED] = with_passages(own, bench.sparse_builder, None, [[] for _ in best])
     weights: dict[str, dict | str] = {MODEL: asdict(searcher.fusion_weights)}
     untuned = load_base(bench.options.model, pair, bench.base_names(), bench.accelerator.device)
     if isinstance(untuned, Pair):

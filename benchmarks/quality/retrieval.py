@@ -22,14 +22,16 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 
-from benchmarks.shared.bench import BLOCK, Bench, add_model_arguments, machine_facts, write_json
+from benchmarks.shared.bench import Bench, add_model_arguments, machine_facts, write_json
 from benchmarks.shared.pairs import Pair, load_base
-from benchmarks.shared.scoring import FOUND, paired_tests, score_table, scores_of, test_table
+from benchmarks.shared.scoring import paired_tests, test_table
 from benchmarks.shared.suites import add_task_arguments
 from cozyrag.cli import entry_point
 from cozyrag.config_checks import EMBEDDED
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import hit_at, ndcg_at, ranks_of, recall_at, reciprocal_rank
+from cozyrag.evaluation.scoring import FOUND, score_table, scores_of
+from cozyrag.pair_evaluation import BLOCK
 from cozyrag.retrieval.hybrid import CANDIDATES
 
 DEPTH = 20

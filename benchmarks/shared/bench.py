@@ -17,22 +17,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
 
 from benchmarks.shared.corpus import accelerator_of, stored_index
 from benchmarks.shared.pairs import Pair, ReadingSettings, base_names, load_pair
 from benchmarks.shared.suites import Task, load_task
-from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.evaluation.evaluation import evaluate_pair
 from cozyrag.models.generator import Decoding, Generator
+from cozyrag.pair_evaluation import contexts_of
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.contexts import CONTEXT_FEATURES, SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
+from cozyrag.retrieval.contexts import ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.training.run_log import peak_memory
 
-BLOCK = 256  # questions searched at once
 WARM_UP = 3  # questions that are not timed
 
 
@@ -172,51 +171,9 @@ class Bench:
 
     def contexts(self, searcher: Searcher, builder: ContextBuilder, name: str) -> Dataset:
         """The contexts table of all questions. Every process makes some blocks of it, and all get the whole table."""
-        questions, accelerator = self.task.questions, self.accelerator
-        starts = range(0, len(questions), BLOCK)[accelerator.process_index :: accelerator.num_processes]
-        mine = [row for start in starts for row in range(start, min(start + BLOCK, len(questions)))]
         step = f"retrieving: {name}"
-        with tqdm(total=len(mine), desc=step, unit="question") as bar, self.clock.timed(step):
-            made = attach_contexts(
-                questions.select(mine),
-                search=lambda texts: searcher.search(texts, SEARCH_DEPTH),
-                builder=builder,
-                fingerprint=f"benchmark-{name.split()[0]}-{accelerator.process_index}",
-                batch_size=BLOCK,
-                progress=bar.update,
-            )
-            parts = gather_object([(mine, made[:])])
-        table: dict[str, list] = {column: [None] * len(questions) for column in CONTEXT_FEATURES}
-        for rows, columns in parts:
-            for column, values in columns.items():
-                for row, value in zip(rows, values, strict=True):
-                    table[column][row] = value
-        return Dataset.from_dict(table, features=CONTEXT_FEATURES)
-
-    def with_passages(
-        self,
-        contexts: Dataset,
-        builder: ContextBuilder,
-        encode: Callable[[Sequence[str]], np.ndarray] | None,
-        rows: list[list[int]],
-    ) -> Dataset:
-        """The contexts table with contexts built from the passages `rows` of each question instead of those found.
-
-        `encode`: questions to vectors; a sparse builder does not need it.
-        """
-        columns = contexts[:]
-        questions = columns["question"]
-        made: list[str] = []
-        for start in range(0, len(rows), BLOCK):
-            block = slice(start, start + BLOCK)
-            made += builder.contexts(questions[block], rows[block], encode(questions[block]) if encode else None)
-        held = [
-            contains_answer(matching_form(text), answers)
-            for text, answers in zip(made, columns["answers"], strict=True)
-        ]
-        return Dataset.from_dict(
-            columns | {"rows": rows, "context": made, "answer_in_context": held}, features=CONTEXT_FEATURES
-        )
+        with self.clock.timed(step):
+            return contexts_of(self.accelerator, self.task.questions, searcher, builder, step)
 
     def answer(self, generator: Generator, contexts: Dataset, name: str, threshold: float | None) -> list[dict]:
         """The evaluated rows of one system."""

@@ -67,20 +67,6 @@ def accelerator_of(threads: int | None) -> Accelerator:
     return make_accelerator(parse_settings(["--threads", str(threads)] if threads else []))
 
 
-def gold_ids(questions: Dataset, own: Dataset | None, passages: Dataset) -> Dataset:
-    """The questions with the ids of their gold passages in `passages`: matched by id, else by text, else None.
-
-    Args:
-        own: the passages that the question file contains, if any.
-    """
-    columns, pool = questions[:], passages[:]
-    known, by_text = set(pool["id"]), dict(zip(pool["text"], pool["id"], strict=True))
-    carried = own[:] if own is not None else {"id": [], "text": []}
-    place = {key: by_text.get(text) for key, text in zip(carried["id"], carried["text"], strict=True)}
-    columns["passage_id"] = [key if key in known else place.get(key) for key in columns["passage_id"]]
-    return Dataset.from_dict(columns, features=questions.features)
-
-
 def fewer(passages: Dataset, limit: int | None, keep: set[str]) -> Dataset:
     """At most `limit` passages in their order: those with the ids to keep, and a random sample of the others.
 

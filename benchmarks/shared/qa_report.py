@@ -9,23 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.shared.pairs import UNTUNED, ReadingSettings
-from benchmarks.shared.scoring import (
-    ANSWERS,
-    FOUND,
-    TESTED,
-    paired_tests,
-    score_table,
-    scores_of,
-    test_table,
-    verdict_counts,
-    verdict_table,
-)
+from benchmarks.shared.scoring import ANSWERS, TESTED, answer_metrics, paired_tests, test_table
 from benchmarks.shared.suites import Task
 from cozyrag.evaluation.overlap_audit import PARTS, audit, base_notes, brief, examples_alike, part_of
+from cozyrag.evaluation.scoring import NAMES, score_table, scores_of, verdict_counts, verdict_table
+from cozyrag.pair_evaluation import CLOSED, GOLD, MODEL, SEARCHED
 
-MODEL, BM25, CLOSED, GOLD = "this model", "BM25 + generator", "closed book", "gold context"
-SEARCHED = FOUND[:-1]
-METRICS = {CLOSED: ANSWERS[:-1], GOLD: ANSWERS}
+BM25 = "BM25 + generator"
 PART_METRICS = ("em", "f1", "recall@5")
 KEPT = ("prediction", "em", "f1", "rouge_l", "recall@5", "mrr@10", "answer_in_context", "verdict")
 
@@ -51,7 +41,7 @@ def summarise(
         "passages": len(task.passages),
         "reading": asdict(reading),
         "weights": dict(weights),
-        "scores": {name: scores_of(rows, METRICS.get(name, (*ANSWERS, *SEARCHED))) for name, rows in systems.items()},
+        "scores": {name: scores_of(rows, metrics_of(name)) for name, rows in systems.items()},
         "tests": paired_tests(systems),
         "verdicts": {name: verdict_counts(rows) for name, rows in systems.items() if name != CLOSED},
         "audit": audited
@@ -60,6 +50,12 @@ def summarise(
         "published": list(task.published),
         "notes": task.notes,
     }
+
+
+def metrics_of(system: str) -> tuple[str, ...]:
+    """The metrics that have a meaning for a system: one without search is not scored by what it found."""
+    answers = answer_metrics()
+    return {CLOSED: answers[:-1], GOLD: answers}.get(system, (*answers, *SEARCHED))
 
 
 def _name(base: str | None) -> str | None:
@@ -77,7 +73,7 @@ def audit_of(task: Task, bases: tuple[str | None, str | None]) -> dict | None:
 
 def parts_of(audited: Mapping, rows: Sequence[Mapping], system: str) -> dict[str, dict]:
     """Scores of one system for each part of the questions, by their overlap with training."""
-    names = TESTED if system in METRICS else PART_METRICS
+    names = TESTED if system in (CLOSED, GOLD) else PART_METRICS
     parts: dict[str, list] = {part: [] for part in PARTS[1:]}
     for row in rows:
         parts[part_of(audited["overlaps"].get(row["id"], ()))].append(row)
@@ -92,7 +88,10 @@ def write_questions(path: Path, task: Task, systems: Mapping[str, Sequence[Mappi
             line = {name: columns[name][number] for name in ("id", "question", "answers", "passage_id")}
             line["context"] = systems[MODEL][number]["context"]
             line["verdict"] = systems[MODEL][number]["verdict"]
-            line["systems"] = {name: {each: rows[number][each] for each in KEPT} for name, rows in systems.items()}
+            line["systems"] = {
+                name: {each: rows[number][each] for each in KEPT if each in rows[number]}
+                for name, rows in systems.items()
+            }
             assert systems[MODEL][number]["id"] == key
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -100,12 +99,12 @@ def write_questions(path: Path, task: Task, systems: Mapping[str, Sequence[Mappi
 def tables_of(results: Mapping) -> str:
     """The results as Markdown tables."""
     scores = results["scores"]
-    found = {name: own for name, own in scores.items() if name not in METRICS}
+    found = {name: own for name, own in scores.items() if name not in (CLOSED, GOLD)}
     parts = [
         f"# {results['model']} on {results['task']}",
         f"{results['questions']} questions, {results['passages']} passages. Percent, with 95 % bootstrap intervals "
         "over the questions.",
-        "Answers:\n\n" + score_table(scores, ANSWERS, results["published"]),
+        "Answers:\n\n" + score_table(scores, answer_metrics(), results["published"]) + _without(),
         "Retrieval:\n\n" + score_table(found, SEARCHED),
         f"Difference in points, its 95 % interval, and the share p of the resamples in which {MODEL} is not better "
         f"(paired bootstrap):\n\n{test_table(results['tests'], MODEL)}",
@@ -118,6 +117,12 @@ def tables_of(results: Mapping) -> str:
     reason = results["weights"].get(UNTUNED)
     parts.append(f"Not in the tables: {UNTUNED}, because {reason}." if isinstance(reason, str) else "")
     return "\n\n".join(part for part in [*parts, *results["notes"]] if part) + "\n"
+
+
+def _without() -> str:
+    missing = [name for name in ANSWERS if name not in answer_metrics()]
+    needs = 'their packages are not installed (pip install "cozyrag[benchmarks]")'
+    return f"\n\nWithout {' and '.join(NAMES[name] for name in missing)}: {needs}." if missing else ""
 
 
 def _parts_table(parts: Mapping[str, Mapping]) -> str:

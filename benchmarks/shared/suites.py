@@ -13,9 +13,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from benchmarks.shared.corpus import fewer, gold_ids
+from benchmarks.shared.corpus import fewer
 from benchmarks.shared.pairs import UNTUNED, run_settings
 from benchmarks.shared.wiki import COVERAGE, RUN, Articles
+from cozyrag.data.corpus import gold_ids
 from cozyrag.data.passages import FEATURES, merge_passages, read_passages
 from cozyrag.data.questions import Questions, read_questions, take
 from cozyrag.errors import InputError
@@ -166,8 +167,9 @@ def _own_files(options: argparse.Namespace, own: PassageIndex | None) -> Task:
     noted = QUICKSTART["questions"] if noted == "quickstart" else noted
     source = options.train or (noted if noted and Path(noted).is_file() else None)
     read = read_questions(source) if source else None
-    train = gold_ids(read.table, read.passages, passages) if read else None
-    questions = gold_ids(asked.table, asked.passages, passages)
+    known = (passages["id"][:], passages["text"][:])
+    train = gold_ids(read.table, read.passages, *known) if read else None
+    questions = gold_ids(asked.table, asked.passages, *known)
     return Task(Path(options.questions).name, questions, passages, train, _sample(train) if train else None)
 
 

@@ -4,7 +4,7 @@ Passages come from a file of their own or from the contexts that questions carry
 a share of the training questions is held out. Left out: the file formats (readers.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +108,19 @@ def _with_known(questions: Questions, passages: Dataset, source: str, info: Call
     if lost := sum(key is None for keys in negatives for key in keys):
         info(f"{source}: {lost} hard negatives are not among the passages and are not used.")
     return Dataset.from_dict(columns, features=questions.table.features)
+
+
+def gold_ids(questions: Dataset, own: Dataset | None, ids: Sequence[str], texts: Sequence[str]) -> Dataset:
+    """The questions with the ids of their gold passages among others: matched by id, else by text, else None.
+
+    Unlike in a run, gold passages that are not there are no error: the questions may be of another corpus.
+
+    Args:
+        own: the passages that the question file contains, if any. ids, texts: of the passages searched.
+    """
+    columns = questions[:]
+    known, by_text = set(ids), dict(zip(texts, ids, strict=True))
+    carried = own[:] if own is not None else {"id": [], "text": []}
+    place = {key: by_text.get(text) for key, text in zip(carried["id"], carried["text"], strict=True)}
+    columns["passage_id"] = [key if key in known else place.get(key) for key in columns["passage_id"]]
+    return Dataset.from_dict(columns, features=questions.features)

@@ -13,11 +13,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PACKAGES = {"rouge_l": "rouge_score", "bleu": "sacrebleu"}  # those of the extra `benchmarks`; others need none
 _DRAWS = 4_000_000  # row numbers drawn at once: limits the memory of a bootstrap to about 50 MB
 
 
@@ -72,6 +74,11 @@ def same_letters(prediction: str, references: Sequence[str]) -> bool:
 def _letters(text: str) -> str:
     decomposed = unicodedata.normalize("NFKD", _ARTICLES.sub(" ", text.casefold()))
     return "".join(char for char in decomposed if unicodedata.category(char)[0] in "LN")
+
+
+def computable(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the metrics whose packages are installed: all but "rouge_l" and "bleu" need none."""
+    return tuple(name for name in names if name not in _PACKAGES or find_spec(_PACKAGES[name]) is not None)
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:

@@ -14,6 +14,7 @@ from accelerate.utils import tqdm
 from markupsafe import Markup
 
 from cozyrag import __version__
+from cozyrag.evaluation.calibration import calibration_error
 from cozyrag.evaluation.evaluation import SEARCHES, SHOWN, few_questions, summarize
 from cozyrag.hub.model_cards import public_settings
 from cozyrag.pipeline import CozyRAG
@@ -70,7 +71,7 @@ def report_at_end(folder: Path) -> str:
 def certainties(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray] | None:
     """(certainty, correct), both (n,), of the answers of a round; None for a run of a version that did not save them.
 
-    Certainty is `Answer.score`: the geometric mean of the probabilities of the answer's tokens.
+    Certainty is the generator's, before calibration: the geometric mean of the probabilities of the answer's tokens.
     """
     if any("score" not in row for row in rows):
         return None
@@ -166,7 +167,7 @@ def _drawn(
         yield "searches", searches, _dense_finding(changes)
     yield "verdicts", plots.verdict_bars(run.evaluated), _most_frequent_error(run)
     if scores is not None:
-        yield "calibration", plots.calibration(*scores), _calibration_finding(*scores)
+        yield "calibration", plots.calibration(*scores), _calibration_finding(run, *scores)
     if seconds is not None:
         yield "latency", plots.latencies(seconds), f"{len(seconds)} questions; the height of a dot has no meaning."
     if steps := run.rows("step"):
@@ -195,9 +196,11 @@ def _most_frequent_error(run: FinishedRun) -> str:
     return f"After the last round the most frequent error is: {most} ({wrong.count(most)} of {len(wrong)})."
 
 
-def _calibration_finding(scores: np.ndarray, correct: np.ndarray) -> str:
+def _calibration_finding(run: FinishedRun, scores: np.ndarray, correct: np.ndarray) -> str:
+    fitted = [row for row in run.rows("calibration") if row["calibration"] and row["round"] == run.last]
+    after = f" Calibrated, as the pair answers: {fitted[-1]['after']:.2f} (cross-validated)." if fitted else ""
     side = "overconfident" if scores.mean() > correct.mean() else "underconfident"
     return (
         f"{len(scores)} answers; mean certainty {scores.mean():.2f}, {correct.mean():.2f} correct: {side}; "
-        f"expected calibration error {plots.calibration_error(scores, correct):.2f}."
+        f"expected calibration error {calibration_error(scores, correct):.2f}.{after}"
     )

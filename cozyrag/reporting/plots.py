@@ -18,6 +18,7 @@ from markupsafe import Markup
 from scipy.stats import binomtest
 
 from cozyrag.errors import InputError
+from cozyrag.evaluation.calibration import calibration_bins
 from cozyrag.evaluation.evaluation import BY, SEARCHES
 from cozyrag.evaluation.metrics import bootstrap_interval
 
@@ -50,7 +51,6 @@ STYLE: "dict[RcKeyType, object]" = {
     "svg.fonttype": "none", "svg.hashsalt": "cozyrag",
 }  # fmt: skip
 WIDTH = 5.2  # inches: text stays readable on a phone
-BINS = 8
 
 
 def plots_are_possible() -> bool:
@@ -196,18 +196,6 @@ def _wilson(correct: np.ndarray) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927), which has a width even if none or all of a small group are correct."""
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, method="wilson")
     return interval.low, interval.high
-
-
-def calibration_bins(scores: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, np.ndarray]]:
-    """(mean certainty, share correct, rows) of groups of similar certainty and equal size, at least five answers."""
-    groups = np.array_split(np.argsort(scores, kind="stable"), max(1, min(BINS, len(scores) // 5)))
-    return [(float(scores[rows].mean()), float(correct[rows].mean()), rows) for rows in groups]
-
-
-def calibration_error(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error over `calibration_bins`, 0 to 1 (Guo et al. 2017)."""
-    gaps = [abs(mean - share) * len(rows) for mean, share, rows in calibration_bins(scores, correct)]
-    return float(sum(gaps) / len(scores))
 
 
 def latencies(seconds: np.ndarray) -> "Figure":

@@ -3,15 +3,32 @@
 Left out: what is decided. Nothing here starts or ends a process.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cozyrag.errors import InputError
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def own_state() -> Iterator[None]:
+    """Forget Accelerate's state at the end if there was none before.
+
+    Otherwise the first run of a Python process would fix device and precision of every later one.
+    """
+    others = bool(PartialState._shared_state)
+    try:
+        yield
+    finally:
+        if not others:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
 
 
 def main_decides(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from cozyrag.errors import InputError
-from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, writing
+from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, write_text, writing
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.old_names import EVALUATIONS, OLD_EVALUATIONS, current_settings, evaluation_files
 from cozyrag.runtime.precision import asked_at_launch
 
 LOCK = ".lock"
+GIVEN = "given"  # questions and passages that `cozyrag.train` was given as rows: written first, and never cleared
 SETTINGS = "settings.json"
 FINISHED = "finished.json"  # written last, after a push
 OURS = (
@@ -55,7 +56,9 @@ def check_output(folder: Path, settings: Mapping) -> bool:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir: expected a folder, {place} is a file. Give another name.")
     _check_writable(folder)
-    content = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else []
+    content = (
+        sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, GIVEN)) if folder.is_dir() else []
+    )
     if settings["overwrite_output_dir"]:
         _check_foreign_files(folder, content)
         return False
@@ -136,6 +139,17 @@ def _check_foreign_files(folder: Path, content: list[str]) -> None:
             f"--overwrite_output_dir deletes the files of an earlier run, but {folder.absolute()} also holds "
             f"{foreign[0]!r}, which no run wrote; nothing was changed. Move it away or give another --output_dir."
         )
+
+
+def write_given(files: Mapping[Path, str], *, begun: bool) -> None:
+    """Write the rows that a run was given instead of files. Raises InputError if a `begun` run had others."""
+    for path, text in files.items():
+        if begun and path.exists() and path.read_text(encoding="utf-8") != text:
+            raise InputError(
+                f"Expected the {path.stem} that the interrupted run was given, which {path.absolute()} holds, found "
+                "others. Give the same rows, another output_dir, or overwrite_output_dir=True to start again."
+            )
+        write_text(path, text)
 
 
 def clear_output(folder: Path) -> None:

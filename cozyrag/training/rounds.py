@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from cozyrag.config import DEFAULTS, Settings
 from cozyrag.data.corpus import Corpus
+from cozyrag.evaluation.calibration import Calibration, calibrated, sentence
 from cozyrag.evaluation.evaluation import choose_threshold, evaluate_pair
 from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.model_cards import Example, write_cards
@@ -65,6 +66,7 @@ class Rounds:
         self.held_out: Dataset | None = None  # contexts of the validation questions at the last evaluation
         self.evaluated: list[dict] | None = None  # and its rows
         self.threshold: float | None = None  # probability of an empty answer above which the pair abstains
+        self.calibration: Calibration | None = None  # of the certainty of answers, by the last evaluation
         self.log = RunLog(accelerator, self.folder, progress.metrics, steps=progress.steps_so_far, spent=progress.spent)
         self.log.round = progress.round
         self.retrieval = self._search(retriever)
@@ -193,6 +195,7 @@ class Rounds:
         self.held_out, self.evaluated = contexts, rows
         self.log.record({"kind": "evaluation", "round": round_number} | summary)
         log_numbers(self.accelerator, summary, step=self.log.steps, prefix="evaluation")
+        self._calibrate(rows)
         if self.accelerator.is_main_process:
             write_jsonl(self._evaluation_path(round_number), rows)
         main_decides(self.accelerator, self._save_pair)
@@ -200,6 +203,14 @@ class Rounds:
         if round_number < self.settings.training.rounds:  # the last table is logged with the times
             self.log.info(f"\n{self.log.results()}\n")
         self._advance(self.progress.following(round_number + 1, "generator"))
+
+    def _calibrate(self, rows: list[dict]) -> None:
+        """Calibrate the certainty of answers on the evaluated questions, or leave it if they do not suffice."""
+        self.calibration, facts = calibrated(rows)
+        made = asdict(self.calibration) if self.calibration else None
+        self.log.record({"kind": "calibration", "round": self.progress.round, "calibration": made} | facts)
+        if self.progress.round == self.settings.training.rounds:
+            self.log.info(sentence(facts, self.calibration))
 
     # ---- rollback ----
 
@@ -315,6 +326,7 @@ class Rounds:
                 fingerprint=self.retrieval.index().fingerprint,
                 generator=weights_fingerprint(self.generator.model),
                 prompt=self.generator.prompt_facts,
+                calibration=asdict(self.calibration) if self.calibration else None,
                 retrieval=self.retrieval.description(),
                 top_k=contexts.top_k,
                 **asdict(Decoding.of(contexts)),

@@ -146,6 +146,19 @@ def _make_accelerator(settings: Settings, state: PartialState) -> Accelerator:
     return accelerator
 
 
+@contextlib.contextmanager
+def bars_restored() -> Iterator[None]:
+    """Show the progress bars of transformers and datasets again afterwards, if they were shown before."""
+    loading, mapping = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    try:
+        yield
+    finally:
+        if loading:
+            transformers.utils.logging.enable_progress_bar()
+        if not mapping:
+            datasets.enable_progress_bars()
+
+
 def _set_threads(threads: int | None) -> None:
     """Give the thread pools of PyTorch and FAISS this process's share of the cores.
 

@@ -13,6 +13,7 @@ from cozyrag.evaluation.metrics import (
     bleu_interval,
     bleu_statistics,
     bootstrap_interval,
+    computable,
     exact_match,
     f1,
     rouge_l,
@@ -55,7 +56,8 @@ Args:
 
 Returns:
     dict: exact_match, f1, rouge_l, bleu and, in the configuration "contexts", answer_in_context: floats from 0 to 100;
-    with intervals each also as NAME_interval; questions: their number.
+    with intervals each also as NAME_interval; questions: their number. Without the package rouge-score there is no
+    rouge_l, without sacrebleu no bleu.
 
 Raises:
     ValueError: no question, or a prediction, reference or context that is not a string.
@@ -93,25 +95,23 @@ class CozyragQA(evaluate.Metric):
     def _compute(self, predictions, references, contexts=None, intervals=False):
         _check(predictions, references, contexts)
         pairs = list(zip(predictions, references, strict=True))
-        values = {
-            "exact_match": [exact_match(*pair) for pair in pairs],
-            "f1": [f1(*pair) for pair in pairs],
-            "rouge_l": [rouge_l(*pair) for pair in pairs],
-        }
+        functions = {"exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}
+        values = {name: [functions[name](*pair) for pair in pairs] for name in computable(tuple(functions))}
         if contexts is not None:
             values["answer_in_context"] = [
                 float(contains_answer(matching_form(context), wanted))
                 for context, wanted in zip(contexts, references, strict=True)
             ]
-        statistics = np.stack([bleu_statistics(*pair) for pair in pairs])
         scores = {name: 100 * float(np.mean(each)) for name, each in values.items()}
-        scores["bleu"] = bleu(statistics.sum(axis=0))
         if intervals:
             scores |= {
                 f"{name}_interval": [100 * end for end in bootstrap_interval(np.array(each))]
                 for name, each in values.items()
             }
-            scores["bleu_interval"] = list(bleu_interval(statistics))
+        if computable(["bleu"]):
+            statistics = np.stack([bleu_statistics(*pair) for pair in pairs])
+            scores["bleu"] = bleu(statistics.sum(axis=0))
+            scores |= {"bleu_interval": list(bleu_interval(statistics))} if intervals else {}
         return scores | {"questions": len(pairs)}
 
 
