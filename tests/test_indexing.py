@@ -67,6 +67,7 @@ def test_the_folder_is_read_by_the_package(tmp_path, retriever_path, capsys):
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
         "index.faiss", "index.json", "passages.parquet", "vectors.safetensors",
     ]  # fmt: skip
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "index").iterdir()} == {passages.stat().st_mode & 0o777}
     assert "50 passages, index Flat" in capsys.readouterr().out
 
 

@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from safetensors.numpy import save_file
 
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
@@ -34,7 +33,7 @@ from cozyrag.models.fsdp import held_bytes
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.preflight.loss_check import left_as_found
-from cozyrag.runtime.atomic_files import replacing
+from cozyrag.runtime.atomic_files import replacing, save_tensors
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.training.lm_feedback import answer_likelihoods
 from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, retriever_usable, train_retriever
@@ -174,7 +173,7 @@ class Probe:
     def _write(self) -> None:
         """Write a file as a checkpoint is written."""
         with replacing(self.folder / "written") as partly:
-            save_file({"block": np.zeros(WRITTEN // 4, dtype=np.float32)}, partly / "block.safetensors")
+            save_tensors({"block": np.zeros(WRITTEN // 4, dtype=np.float32)}, partly / "block.safetensors")
 
     # ---- index and search
 
