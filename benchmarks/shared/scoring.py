@@ -37,7 +37,7 @@ def check_packages() -> None:
         bleu_statistics("a", ["a"])
     except ImportError as error:
         raise InputError(
-            f"Expected the package {error.name}, which is not installed. Run `pip install cozyrag[benchmarks]`."
+            f'Expected the package {error.name}, which is not installed. Run `pip install "cozyrag[benchmarks]"`.'
         ) from error
 
 
