@@ -11,7 +11,7 @@ LINK = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_page_markdown(markdown, page, config, files):
-    """The text of a page with absolute links to the repository. Raises FileNotFoundError for a file that is not in it."""
+    """The text of a page with absolute links to the repository. Raises FileNotFoundError for a file that is missing."""
 
     def absolute(found):
         if not (ROOT / found[1]).exists():
