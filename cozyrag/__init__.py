@@ -3,7 +3,7 @@
 import os
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if sys.platform == "darwin":
     # PyTorch and FAISS each bring an OpenMP runtime; on macOS the second one to load aborts the process without this.

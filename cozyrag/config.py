@@ -312,7 +312,7 @@ class OutputSettings(_Group):
         "Their batch is written to OUTPUT/skipped-steps.",
     )
     logging_steps: int = setting(10, "Optimizer steps between log lines.")
-    report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard.")
+    report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard trackio.")
     project_name: str = setting("cozyrag", "Project or experiment of the run in the trackers.")
     run_name: str | None = setting(None, "Name of the run in the trackers. None: the name of --output_dir.")
     push_to_hub: bool = setting(False, "Upload both models and the index to the Hugging Face Hub.")

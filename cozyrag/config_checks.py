@@ -22,7 +22,7 @@ EMBEDDED = "embedded"
 SCRATCH = "scratch"
 QUICKSTART = "quickstart"
 COLUMNS = tuple(each.name for each in fields(Columns))
-TRACKERS = ("mlflow", "wandb", "tensorboard")
+TRACKERS = ("mlflow", "wandb", "tensorboard", "trackio")
 # Lowest and highest value, None for no limit.
 RANGES: dict[tuple[float, float | None], str] = {
     (0.0, 0.5): "eval_share",

@@ -327,7 +327,7 @@ def finish(rounds: Rounds, started: float) -> None:
         minutes = (time.perf_counter() - started) / 60
         rounds.log.info(
             f"Done in {minutes:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
-            f'  cozyrag ask {quote(str(folder))} "{rows[0]["question"]}"\n'
+            f"  cozyrag ask {quote(str(folder))} {quote(rows[0]['question'])}\n"
             "  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir "
             "my-rag"
         )

@@ -8,6 +8,7 @@ In FOLDER the module imports the metrics from a file beside it instead of from t
 """
 
 import argparse
+import shlex
 import shutil
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="new or empty output folder")
     options = parser.parse_args()
     entry_point(lambda: assemble(options.name, options.folder))
-    print(f"Written. Upload it with `hf upload USER/{options.name} {options.folder} --repo-type space`.")
+    upload = shlex.join(["hf", "upload", f"USER/{options.name}", str(options.folder), "--repo-type", "space"])
+    print(f"Written. Upload it with `{upload}`.")
 
 
 if __name__ == "__main__":

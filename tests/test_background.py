@@ -9,7 +9,7 @@ import pytest
 from test_hub import FILES, FINGERPRINT, REPO, commits, folder, hub, switch  # noqa: F401  (fixtures too)
 
 from cozyrag.config import parse_settings
-from cozyrag.errors import PushError
+from cozyrag.errors import InputError, PushError
 from cozyrag.hub import background_push
 from cozyrag.hub.background_push import AT_MOST, WAITING, BackgroundPush, push_run, waiting
 from cozyrag.hub.push import push_pair
@@ -53,7 +53,7 @@ def test_each_round_gets_a_commit_and_a_tag_and_the_last_one_loads(hub, folder, 
         trained(folder, number)
         pusher.push(f"round-{number}")
     trained(folder, 3)
-    assert pusher.finish("round-3").endswith(REPO)
+    assert f"/{REPO} " in pusher.finish("round-3")
     assert list(hub.repo(REPO).tags) == ["round-1", "round-2", "round-3"] and commits(hub) == [3, 3, 3]
     assert [held(hub, f"round-{number}") for number in (1, 2, 3)] == [{"1"}, {"2"}, {"3"}]
     assert hub.repo(REPO).main == hub.repo(REPO).tags["round-3"] and not waiting(folder)
@@ -125,8 +125,17 @@ def test_the_copy_under_upload_is_not_deleted(hub, folder, pusher, monkeypatch):
     assert (folder / WAITING / "round-1").exists() and not (folder / WAITING / "round-2").exists()
 
 
+def test_a_copy_does_not_follow_links_so_that_the_push_refuses_them(hub, folder, pusher, tmp_path):  # noqa: F811
+    (tmp_path / "private.json").write_text("secret")
+    (folder / "generator" / "tokenizer.json").symlink_to(tmp_path / "private.json")
+    pusher.push("round-1")
+    with pytest.raises(InputError, match="found the link generator/tokenizer.json to "):
+        pusher.finish("round-2")
+    assert commits(hub) == [0, 0, 0]
+
+
 def test_a_full_disk_costs_the_copy_and_not_the_run(hub, folder, pusher, monkeypatch):  # noqa: F811
-    def full(source, target):
+    def full(source, target, **_):
         target.mkdir(parents=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -103,11 +103,10 @@ def test_demo_shows_the_page(call, called):
 
 
 def test_space_writes_a_folder_and_names_it(call, called):
-    assert call("space", "my-run", "my-space", "--title", "T")[:2] == (
-        0,
-        "my-space/ is ready; its README.md explains how to try it and upload it.\n",
-    )
-    assert called == [("write_space", ("my-run", "my-space"), {"title": "T"})]
+    code, out, _ = call("space", "my-run", "my space", "--title", "T")
+    assert code == 0 and out.startswith("my space/ is ready; its README.md explains how to try it and upload it.")
+    assert "hf upload USER/NAME 'my space' . --repo-type space\n" in out and "/spaces/USER/NAME, open to anyone" in out
+    assert called == [("write_space", ("my-run", "my space"), {"title": "T"})]
 
 
 def test_report_prints_its_path(call, called):

@@ -105,7 +105,7 @@ def test_the_memory_of_a_container_counts(tmp_path):
 def test_extras_are_those_of_the_setup_file():
     setup = configparser.ConfigParser()
     setup.read(Path(environment.__file__).parents[2] / "setup.cfg")
-    assert set(EXTRAS) == set(setup["options.extras_require"]) - {"test"}
+    assert set(EXTRAS) == set(setup["options.extras_require"]) - {"test", "docs", "all", "trackers"}
 
 
 class _Answering(BaseHTTPRequestHandler):

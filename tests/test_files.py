@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
 from cozyrag.runtime import atomic_files
@@ -19,6 +20,7 @@ from cozyrag.runtime.atomic_files import (
     check_room,
     damage,
     replacing,
+    save_tensors,
     seal,
     switch,
     write_json,
@@ -134,6 +136,34 @@ def test_a_write_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
 def test_a_folder_without_write_permission_is_named():
     with pytest.raises(InputError, match="/sys/cozyrag.json, but that is not allowed"):
         write_json(Path("/sys/cozyrag.json"), {})
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=["022", "077", "002"])
+def umask(request):
+    """The umask of the process during a test."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_of_a_new_folder_have_the_permissions_of_the_umask(name, tmp_path, umask):
+    """Safetensors leaves its files to their owner alone, so that nobody else could load a pair."""
+    with replacing(tmp_path / "kept") as coming:
+        (coming / "deep").mkdir()
+        WRITERS[name](coming / "deep" / "file")
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert len(files) == 2 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    assert (tmp_path / "kept" / "deep").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_tensors_outside_such_a_folder_too_and_only_there_are_they_written(tmp_path, umask):
+    for _ in range(2):  # a file that exists keeps its permissions
+        save_tensors({"a": np.arange(3)}, tmp_path / "a.safetensors", {"made": "by hand"})
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2]
+    sources = Path(atomic_files.__file__).parents[1].rglob("*.py")
+    assert [path.name for path in sources if "safetensors.numpy import save" in path.read_text()] == ["atomic_files.py"]
 
 
 NAMES = ("cozyrag.json", "generator", "index", "retriever")

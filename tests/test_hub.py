@@ -1,6 +1,7 @@
 """A push through the real client to a Hub on loopback: the order of the uploads, and that faults cost only time."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -96,7 +97,10 @@ def switch(hub, revision="main"):
 
 
 def test_retriever_and_index_go_first_and_the_generator_last_each_in_one_commit(hub, folder):
-    assert push_pair(folder, REPO) == f"{hub.endpoint}/me/rag"
+    told = push_pair(folder, REPO)
+    assert re.findall(r"http\S+", told) == [
+        f"{hub.endpoint}/{path}" for path in ("me/rag", "me/rag-retriever", "datasets/me/rag-index")
+    ]
     order = [path for method, path, _ in hub.asked("/commit/", method="POST")]
     assert order == [f"/api/{kind}/{name}/commit/main" for kind, name in REPOS] and commits(hub) == [1, 1, 1]
 
@@ -129,7 +133,7 @@ def test_all_three_are_private_or_none(hub, folder, private):
 
 
 def test_a_name_without_a_user_is_the_users_own(hub, folder):
-    assert push_pair(folder, "rag").endswith("/me/rag") and switch(hub)["index"]["repo"] == "me/rag-index"
+    assert "/me/rag " in push_pair(folder, "rag") and switch(hub)["index"]["repo"] == "me/rag-index"
 
 
 def test_every_card_gets_the_tag_of_a_pair_even_if_there_was_no_card(hub, folder):
@@ -192,6 +196,74 @@ def test_a_tag_is_set_in_all_three_and_moves_when_it_is_given_again(hub, folder)
     ]
 
 
+# ---- what goes up, and who can read it
+
+
+def test_only_the_files_of_a_pair_are_uploaded_and_the_others_are_named(hub, folder):
+    """Whatever lies in the folders: settings of an editor, code, notes, whole folders."""
+    strange = [".env", "evil.py", "notes.txt", "private.json", ".git/config.json", "deep/.hidden/model.safetensors",
+               "pytorch_model.bin", "passwords.safetensors"]  # fmt: skip
+    for piece in FILES:
+        for name in strange:
+            (folder / piece / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / piece / name).write_bytes(b"secret")
+    lines = []
+    push_pair(folder, REPO, info=lines.append)
+    for (kind, name), piece in zip(REPOS, ("retriever", "index", "generator"), strict=True):
+        held = set(hub.repo(name, kind).commits[hub.repo(name, kind).main])
+        assert held - {".gitattributes", "README.md", "cozyrag.json"} == set(FILES[piece]) - {"README.md"}
+    [told] = [line for line in lines if line.startswith("Not uploaded")]
+    assert "retriever/.env" in told and f"and {3 * len(strange) - 8} more." in told
+
+
+@pytest.mark.parametrize("place", ["generator/tokenizer.json", "retriever/2_Dense", "index"])
+def test_a_link_is_not_followed(hub, folder, tmp_path, place):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "config.json").write_text("secret")
+    target = tmp_path / "private" if place != "generator/tokenizer.json" else tmp_path / "private" / "config.json"
+    if place == "index":
+        target = folder / "index"
+        target = target.rename(tmp_path / "elsewhere")
+    (folder / place).symlink_to(target)
+    lines, refused = [], place != "retriever/2_Dense"
+    if refused:
+        with pytest.raises(InputError, match=f"found the link {place} to "):
+            push_pair(folder, REPO, info=lines.append)
+        assert hub.requests == []
+    else:  # no name of a file of a pair
+        push_pair(folder, REPO, info=lines.append)
+        assert "retriever/2_Dense" in lines[0] and not hub.asked("2_Dense")
+
+
+def test_what_becomes_public_is_said_before_anything_is_uploaded(hub, folder):
+    lines, commits_then = [], []
+    push_pair(folder, REPO, info=lambda line: (lines.append(line), commits_then.append(commits(hub))))
+    assert commits_then == [[0, 0, 0]] and "Anyone can read" in lines[0] and "--private" in lines[0]
+    assert f"the full text of all passages with their vectors ({hub.endpoint}/datasets/me/rag-index)" in lines[0]
+    before = []
+    assert refusal("me/other", info=before.append) is None  # the start of a run with --push_to_hub
+    assert "Anyone can read" in before[0] and "--hub_private" in before[0]
+
+
+def test_of_a_private_pair_nothing_is_called_public(hub, folder):
+    lines = []
+    push_pair(folder, REPO, private=True, info=lines.append)
+    assert lines == []
+
+
+def test_a_tag_that_fails_is_not_told_as_a_failed_upload(hub, folder):
+    hub.fail("me/rag-index/tag", "403", times=99)
+    with pytest.raises(PushError) as caught:
+        push_pair(folder, REPO, tag="v1")
+    message = str(caught.value)
+    assert message.startswith(f"The pair is uploaded to {hub.endpoint}/me/rag ") and "upload to" not in message
+    assert "not all of it has the tag 'v1'" in message and "your token may not write" in message
+    assert commits(hub) == [1, 1, 1]
+    hub.heal()
+    push_pair(*shlex.split(message.split("`")[-2])[2:4], tag="v1")
+    assert {hub.repo(name, kind).tags["v1"] == hub.repo(name, kind).main for kind, name in REPOS} == {True}
+
+
 # ---- temporary faults
 
 
@@ -230,7 +302,8 @@ def test_waits_double_and_are_logged(hub, folder):
     hub.fail("me/rag/commit", "503", times=4)
     push_pair(folder, REPO, info=lines.append)
     assert hub.waited == [1, 2, 4, 8]
-    assert len(lines) == 4 and "503" in lines[0] and "trying again in 1 s" in lines[0]
+    again = [line for line in lines if "trying again" in line]
+    assert len(again) == 4 and "503" in again[0] and "trying again in 1 s" in again[0]
 
 
 def test_a_commit_in_between_is_noticed_and_built_upon(hub, folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_the_folder_is_read_by_the_package(tmp_path, retriever_path, capsys):
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
         "index.faiss", "index.json", "passages.parquet", "vectors.safetensors",
     ]  # fmt: skip
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "index").iterdir()} == {passages.stat().st_mode & 0o777}
     assert "50 passages, index Flat" in capsys.readouterr().out
 
 
@@ -237,6 +239,18 @@ def test_a_folder_with_other_files_is_refused(tmp_path, retriever_path):
     (tmp_path / "photos" / "cat.jpg").write_text("")
     with pytest.raises(InputError, match="found cat.jpg in it"):
         run(passages, tmp_path / "photos", retriever_path)
+
+
+def test_the_index_of_a_run_is_updated_and_its_card_stays(tmp_path, retriever_path, pair_folder):
+    """Every file that a run, git or a download of the Hub leaves in OUTPUT/index is no reason to refuse the folder."""
+    shutil.copytree(pair_folder, tmp_path / "my-rag")
+    folder = tmp_path / "my-rag" / "index"
+    left = {"README.md": "# a card\n", ".gitattributes": "*.bin filter=lfs\n", ".DS_Store": ""}
+    for name, text in left.items():
+        (folder / name).write_text(text)
+    run(tiny.write_jsonl(tmp_path / "p.jsonl", rows(5)), folder, tmp_path / "my-rag" / "retriever")
+    assert len(loaded(folder, tmp_path / "my-rag" / "retriever")) == 5
+    assert {name: (folder / name).read_text() for name in left} == left
 
 
 @pytest.mark.parametrize(("name", "value"), [("--shard_size", "0"), ("--passage_tokens", "3")])

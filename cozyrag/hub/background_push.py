@@ -79,7 +79,7 @@ class BackgroundPush:
             self._thread.start()
 
     def finish(self, tag: str | None) -> str:
-        """Push the waiting rounds and then the pair as `tag`; returns its address. Raises PushError as `push_run`."""
+        """Push the waiting rounds and then the pair as `tag`; returns its addresses. Raises PushError as `push_run`."""
         if self._thread is not None:
             self._finished.set()
             self._wake.set()
@@ -95,7 +95,7 @@ class BackgroundPush:
         for stale in (partial, final):
             shutil.rmtree(stale, ignore_errors=True)
         for piece in PIECES:
-            shutil.copytree(self.folder / piece, partial / piece)
+            shutil.copytree(self.folder / piece, partial / piece, symlinks=True)  # which a push refuses
         shutil.copy2(self.folder / PAIR_FILE, partial / PAIR_FILE)
         partial.rename(final)
 

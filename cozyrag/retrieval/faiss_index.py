@@ -15,9 +15,9 @@ from typing import Literal
 
 import faiss
 import numpy as np
-from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.atomic_files import save_tensors
 
 SPARE = 16  # candidates beyond k, among which ties are broken by row
 COLUMN = "vectors"
@@ -164,7 +164,7 @@ class Lists:
 
     def save(self, path: Path) -> None:
         """Write the arrays as safetensors."""
-        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, path)
+        save_tensors({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, path)
 
     @classmethod
     def load(cls, path: Path, factory: str, shape: tuple[int, ...]) -> "Lists | None":

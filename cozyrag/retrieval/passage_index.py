@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from cozyrag.data.sentences import SentenceVectors, Span, sentence_spans, split_sentences
 from cozyrag.errors import InputError
@@ -43,6 +42,7 @@ from cozyrag.retrieval.faiss_index import (
     tune,
 )
 from cozyrag.retrieval.index_file import COPY_AGAIN, FILES, LISTS, checked_facts, keeps_sentences, write_facts
+from cozyrag.runtime.atomic_files import save_tensors
 from cozyrag.runtime.machine_faults import fault_sentence, is_environment
 
 PASSAGES = "passages.parquet"
@@ -197,7 +197,7 @@ class PassageIndex:
         if self.sentences is not None:
             tensors |= {SENTENCE_VECTORS: self.sentences.vectors, SENTENCE_ENDS: self.sentences.ends}
         # A new file, moved at the end: the vectors may be memory-mapped from the old one.
-        save_file(tensors, folder / "vectors.safetensors.new")
+        save_tensors(tensors, folder / "vectors.safetensors.new")
         os.replace(folder / "vectors.safetensors.new", folder / "vectors.safetensors")
         (folder / LISTS).unlink(missing_ok=True)  # arrays that are mapped from it stay readable
         if self.lists:

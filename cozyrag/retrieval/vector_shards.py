@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from cozyrag.data.deduplication import repeats, text_hash
 from cozyrag.data.sentences import RULES, SentenceVectors, places_of
@@ -25,6 +24,7 @@ from cozyrag.errors import InputError
 from cozyrag.retrieval.faiss_index import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
 from cozyrag.retrieval.index_file import keeps_sentences, made_by, precision_of
 from cozyrag.retrieval.passage_index import Passages, passage_text
+from cozyrag.runtime.atomic_files import save_tensors
 
 ROWS = 4096  # passages in a row group, which are read together
 COPIED = 8192  # passages whose vectors are copied at once: some 50 MB with their sentence vectors
@@ -162,7 +162,7 @@ def encode_shards(
             tensors |= {SENTENCE_VECTORS: sentences.vectors, SENTENCE_ENDS: sentences.ends}
         name = hashlib.sha256(fingerprint.encode() + hashes[mine].tobytes()).hexdigest()[:20]
         beside = shards / f"{name}.{os.getpid()}"
-        save_file(tensors, beside, metadata=_facts_of(fingerprint, precision, sentences is not None))
+        save_tensors(tensors, beside, metadata=_facts_of(fingerprint, precision, sentences is not None))
         os.replace(beside, shards / f"{name}.safetensors")
         done(len(mine))
 

@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.machine_faults import FORBIDDEN, NO_SPACE, is_environment, machine_faults_told
@@ -43,6 +45,14 @@ def write_text(path: Path, text: str) -> None:
         beside = path.with_name(path.name + PARTIAL)
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that may be read by whom the umask allows; the library leaves it to its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -104,8 +114,13 @@ def replacing(folder: Path, *, needed: int = 0) -> Iterator[Path]:
 
 
 def settle(partial: Path, folder: Path) -> None:
-    """Flush a folder to disk, then give it its final name."""
+    """Flush a folder to disk, then give it its final name. Its files get the permissions that the umask gave to it:
+    safetensors would leave weights to their owner alone.
+    """
+    mode = partial.stat().st_mode & 0o666
     for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
         _flush(path)
     _flush(partial)
     shutil.rmtree(folder, ignore_errors=True)

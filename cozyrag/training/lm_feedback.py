@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import FLOAT32
 from cozyrag.retrieval.contexts import ContextBuilder
-from cozyrag.runtime.atomic_files import writing
+from cozyrag.runtime.atomic_files import save_tensors, writing
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 
@@ -95,7 +94,7 @@ def _keep(path: Path, likelihoods: np.ndarray) -> None:
     with writing(path, needed=likelihoods.nbytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".partial")
-        save_file({"likelihoods": likelihoods}, aside, metadata={"sha256": _digest(likelihoods)})
+        save_tensors({"likelihoods": likelihoods}, aside, metadata={"sha256": _digest(likelihoods)})
         aside.replace(path)
 
 

@@ -1,4 +1,4 @@
-"""Experiment trackers: MLflow, Weights & Biases and TensorBoard, through Accelerate, all usable without a network.
+"""Experiment trackers: MLflow, Weights & Biases, TensorBoard and Trackio, through Accelerate, usable without a network.
 
 They receive only the settings and numbers of a run, never the environment or a token. Left out: metrics.jsonl
 (run_log.py).
@@ -25,7 +25,7 @@ def wanted_trackers(report_to: Sequence[str]) -> list[str]:
         if importlib.util.find_spec(name) is None:
             raise InputError(
                 f"--report_to {name}: expected the package {name}, which is not installed. "
-                f"Run `pip install {name}` or omit this tracker."
+                f'Run `pip install "cozyrag[{name}]"` or omit this tracker.'
             )
     return names
 
@@ -45,8 +45,8 @@ def start_trackers(
     A resumed run continues its tracker runs, whose ids are in `folder`/runs.json: `resumed_at` is its last optimizer
     step, and TensorBoard drops what was written after it.
 
-    MLFLOW_TRACKING_URI, WANDB_MODE and WANDB_API_KEY are respected; by default MLflow writes a local database and W&B
-    works offline (`wandb sync` uploads it later).
+    MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_API_KEY and TRACKIO_DIR are respected; by default MLflow and Trackio write
+    local databases and W&B works offline (`wandb sync` uploads it later).
     """
     if not names or not accelerator.is_main_process:
         return
@@ -75,6 +75,8 @@ def _set_environment(names: Sequence[str], folder: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         if "WANDB_API_KEY" not in os.environ:
             os.environ.setdefault("WANDB_MODE", "offline")
+    if "trackio" in names:
+        os.environ.setdefault("TRACKIO_DIR", str(folder.absolute() / "trackio"))  # read when it is imported
 
 
 def _options(run_name: str, folder: Path, resumed_at: int | None) -> dict[str, dict]:
@@ -86,6 +88,7 @@ def _options(run_name: str, folder: Path, resumed_at: int | None) -> dict[str, d
             "dir": str(folder),
             "settings": {"x_disable_meta": True, "console": "off"},  # no command line, host or screen output
         },
+        "trackio": {"name": run_name, "resume": "never" if resumed_at is None else "allow", "embed": False},
     }
     if resumed_at is not None:
         path = folder / RUN_IDS
