@@ -12,9 +12,10 @@ import argparse
 from benchmarks.shared.bench import Bench, add_model_arguments, write_json
 from benchmarks.shared.corpus import stored_index
 from benchmarks.shared.pairs import Pair, load_pair
-from benchmarks.shared.scoring import paired_tests, score_table, scores_of, test_table
+from benchmarks.shared.scoring import paired_tests, test_table
 from benchmarks.shared.suites import add_task_arguments
 from cozyrag.cli import entry_point
+from cozyrag.evaluation.scoring import score_table, scores_of
 from cozyrag.models.int8_encoding import BF16, FLOAT32
 
 METRICS = ("em", "f1", "recall@1", "recall@5", "answer_in_context")
