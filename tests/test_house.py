@@ -32,6 +32,7 @@ FLOORS = (
     "retrieval",
     "pair_file",
     "pipeline",
+    "serving",
     "hub",
     "reporting",
     "config_checks",
