@@ -137,7 +137,7 @@ def test_an_answer_has_its_sources_spans_and_metadata():
     ("path", "request_", "status"),
     [
         ("/ask", {"content": b"{"}, 422),
-        ("/ask", {"content": b"\xff\xfe"}, 400),
+        ("/ask", {"content": b"\xff\xfe"}, 422),
         ("/ask", {"json": {}}, 422),
         ("/ask", {"json": []}, 422),
         ("/ask", {"json": {"question": ""}}, 422),
