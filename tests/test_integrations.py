@@ -1,5 +1,6 @@
 """The retrievers of examples/ for other libraries find what the pair finds, and docs/serving.md shows the same code."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import tiny
 
 from cozyrag.pipeline import CozyRAG
 
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # before its import: it would report to its makers
 ROOT = Path(__file__).parents[1]
 QUESTION = tiny.corpus()[1][0]["question"]
 NAMES = ("langchain", "llama_index", "haystack")

@@ -146,6 +146,11 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
     def ask(question: str, top_k: int | None = None) -> dict:
         return answer_data(pair, question, top_k)
 
+    def opened(request):
+        """The question of a link (?q=...) with its answer; without one the page stays as it is."""
+        asked = request.query_params.get("q", "").strip()
+        return (asked, *show(asked, min(pair.top_k, count))) if asked else [gr.skip()] * 3
+
     with gr.Blocks(title=f"{name} · CoZyRAG", analytics_enabled=False) as page:
         gr.HTML(render("masthead.html", name=name, passages=count, trained=pair.top_k))
         with gr.Row(equal_height=True):
@@ -175,9 +180,8 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
         depth_button.click(compare, [question], [table], **one_at_a_time)
         gr.api(ask, api_name="ask", concurrency_id="pair", concurrency_limit=1)
         page.queue(max_size=WAITING)
-        asked_in_address = lambda request: request.query_params.get("q", "")[:LONGEST]  # noqa: E731
-        asked_in_address.__annotations__ = {"request": gr.Request}
-        page.load(asked_in_address, None, [question], api_visibility="private").then(**wiring)
+        opened.__annotations__ = {"request": gr.Request}  # by which Gradio knows what to give
+        page.load(opened, None, [question, answer, sources], **one_at_a_time)
     return page
 
 
