@@ -180,7 +180,7 @@ class CozyRAG:
             return self._answers(questions, k)
 
     @overload
-    def retrieve(self, question: str, top_k: int | None = None) -> tuple[Source, ...]: ...
+    def retrieve(self, question: str, top_k: int | None = None) -> tuple[Source, ...]: ...  # type: ignore[overload-overlap]
 
     @overload
     def retrieve(self, question: Sequence[str], top_k: int | None = None) -> list[tuple[Source, ...]]: ...

@@ -187,14 +187,14 @@ def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
     size = size_of(options.passages)
     with tqdm(total=size, desc="reading passages", unit="B", unit_scale=True) as bar:
         rows = read(bad=bad, progress=bar.update if size else None)
-        ids, contents = store_passages(((*passage, others.of(row)) for row, *passage in rows), path)
+        ids, contents = store_passages(((key, title, text, others.of(row)) for row, key, title, text in rows), path)
     others.report(bad, described(options.passages))
     again = _repeated(options, ids, contents, bad)
     if report := bad.finish(described(options.passages), options.skip_bad_rows):
         print(report)
     if again.any():
         rows = (row for repeat, row in zip(again, read(bad=BadRows()), strict=True) if not repeat)
-        contents = store_passages(((*passage, others.of(row)) for row, *passage in rows), path)[1]
+        contents = store_passages(((key, title, text, others.of(row)) for row, key, title, text in rows), path)[1]
     if not len(contents):
         raise no_rows(described(options.passages), "text")
     return contents

@@ -96,11 +96,11 @@ class Passages:
     @classmethod
     def of(cls, table: Dataset, *, mapped: bool = False) -> "Passages":
         columns = table.data.column if mapped else table.select_columns(FIELDS)[:].__getitem__
-        own = [TextColumn(columns(name)) if mapped else columns(name) for name in FIELDS]
+        ids, titles, texts = (TextColumn(columns(name)) if mapped else columns(name) for name in FIELDS)
         if METADATA not in table.column_names:
-            return cls(*own)
+            return cls(ids, titles, texts)
         others = table.select_columns([METADATA]).with_format("arrow")[:].column(METADATA)
-        return cls(*own, TextColumn(others) if others.null_count < len(others) else None)
+        return cls(ids, titles, texts, TextColumn(others) if others.null_count < len(others) else None)
 
     def metadata_of(self, row: int) -> dict[str, str | int | float | bool]:
         """The other columns of a passage, such as its url."""

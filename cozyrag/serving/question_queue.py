@@ -69,7 +69,8 @@ class QuestionQueue:
         if not group:
             return
         call = asyncio.to_thread(group[0].call, [each.question for each in group], top_k=group[0].top_k)
-        [found] = await asyncio.gather(call, return_exceptions=True)
+        results: list[Any] = await asyncio.gather(call, return_exceptions=True)
+        found = results[0]
         if isinstance(found, InputError) and len(group) > 1:
             for each in group:
                 await self._settle([each])
