@@ -24,6 +24,7 @@ COMMANDS = {
     "ask": "ask a trained pair questions and see its sources",
     "evaluate": "score a trained pair on questions with known answers",
     "demo": "try a trained pair in the browser",
+    "serve": "serve a trained pair to programs: OpenAI's protocol, plain HTTP, MCP",
     "space": "write the demo page as a folder for Hugging Face Spaces",
     "report": "show the numbers of a run as a page with plots",
     "compare": "compare two runs, and test whether they differ by more than noise",

@@ -3,11 +3,12 @@
 Left out: training (api.py), the arithmetic of evaluating and calibrating (pair_evaluation.py, calibration.py).
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from accelerate import PartialState
@@ -38,10 +39,11 @@ FETCHED = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", 
 
 @dataclass(frozen=True)
 class Source:
-    """A passage that was retrieved for an answer.
+    """A passage that was retrieved for a question.
 
     `score`: its cosine with the question, its BM25 score, or the weighted sum of hybrid.py. `used`: (start, end), in
-    characters of `text`, of each sentence in the context.
+    characters of `text`, of each sentence in the context. `metadata`: its other columns in the file of passages, such
+    as url or page.
     """
 
     id: str
@@ -49,6 +51,12 @@ class Source:
     text: str
     score: float
     used: tuple[tuple[int, int], ...] = ()
+    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict, hash=False)
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The sentences that the generator read."""
+        return tuple(self.text[start:end] for start, end in self.used)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,10 @@ class Answer:
 
 
 class CozyRAG:
-    """A generator, a retriever and their index, ready to answer. Threads can share it.
+    """A generator, a retriever and their index, ready to answer.
+
+    Threads can share it; their calls are answered one after another, since tokenizers and stemmers have state of their
+    own, and one call uses all cores already. Many questions are answered fastest in one call.
 
     Args:
         mode, weights, stemmer: of the search; see `Searcher`.
@@ -99,6 +110,7 @@ class CozyRAG:
     ):
         check_least(min_certainty)
         generator.only_read()
+        self._one_at_a_time = threading.Lock()
         self.generator, self.retriever, self.index = generator, retriever, index
         self.top_k, self.decoding, self.no_answer_threshold = top_k, decoding, no_answer_threshold
         self.calibration, self.min_certainty = calibration, min_certainty
@@ -190,13 +202,39 @@ class CozyRAG:
         Raises TypeError for anything but texts, InputError for an empty one.
         """
         check_least(self.min_certainty)
-        questions = _checked(questions)
+        questions, k = _checked(questions), self._passages_to_find(top_k)
+        with self._one_at_a_time:
+            return self._answers(questions, k)
+
+    @overload
+    def retrieve(self, question: str, top_k: int | None = None) -> tuple[Source, ...]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def retrieve(self, question: Sequence[str], top_k: int | None = None) -> list[tuple[Source, ...]]: ...
+
+    def retrieve(
+        self, question: str | Sequence[str], top_k: int | None = None
+    ) -> tuple[Source, ...] | list[tuple[Source, ...]]:
+        """The best passages for a question, best first, without an answer; for a list of questions, a list of those.
+
+        Raises as `answers`.
+        """
+        questions, k = _checked([question] if isinstance(question, str) else question), self._passages_to_find(top_k)
+        with self._one_at_a_time:
+            found = self.searcher.search(questions, k)
+        sources = [self._sources(*each, ()) for each in zip(found.rows.tolist(), found.scores.tolist(), strict=True)]
+        return sources[0] if isinstance(question, str) else sources
+
+    def _passages_to_find(self, top_k: int | None) -> int:
+        """A checked `top_k`; None: the pair's own."""
         k = self.top_k if top_k is None else top_k
         if not isinstance(k, Integral):
             raise TypeError(f"expected top_k as a whole number, found {k!r}")
         if k < 1:
             raise InputError(f"Expected top_k to be at least 1, found {k}.")
-        k = int(k)  # FAISS takes no integer of NumPy
+        return int(k)  # FAISS takes no integer of NumPy
+
+    def _answers(self, questions: list[str], k: int) -> list[Answer]:
         found = self.searcher.search(questions, k)
         rows = found.rows.tolist()
         chosen = self._builder.chosen(questions, rows, found.vectors, top_k=k)
@@ -277,7 +315,8 @@ class CozyRAG:
         for rank, (row, score) in enumerate(zip(rows, scores, strict=True)):
             spans = sentence_spans(passages.texts[row]) if rank in used else []
             places = tuple(spans[number] for number in used.get(rank, ()))
-            sources.append(Source(passages.ids[row], passages.titles[row], passages.texts[row], score, places))
+            own = passages.ids[row], passages.titles[row], passages.texts[row]
+            sources.append(Source(*own, score, places, passages.metadata_of(row)))
         return tuple(sources)
 
 

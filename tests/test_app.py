@@ -163,6 +163,40 @@ def test_it_answers_on_this_machine_only_and_resolves_no_other_name(served):
     }
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("", {}, 200),
+        ("", {"Host": "evil.example.org"}, 403),
+        ("", {"Origin": "http://evil.example.org"}, 403),
+        ("gradio_api/upload", {}, 403),
+    ],
+)
+def test_only_its_own_pages_are_answered_and_nothing_is_uploaded(served, path, headers, status):
+    httpx = pytest.importorskip("httpx")
+    send = httpx.post if path else httpx.get
+    assert send(served[0] + path, headers=headers, timeout=60).status_code == status
+
+
+def test_a_question_that_is_too_long_is_refused():
+    long = "x" * (demo_app.LONGEST + 1)
+    assert "at most 4,000 characters" in answer_data(FakePair(), long)["error"]
+    assert "at most 4,000" in answer_html(FakePair(), long, 1)[0] and "at most 4,000" in depths_html(FakePair(), long)
+
+
+@pytest.mark.parametrize(
+    ("url", "linked"),
+    [("https://x.org/<b>", True), ("HTTP://x.org", True), ("javascript:alert(1)", False), ("", False), (7, False)],
+)
+def test_a_source_is_linked_only_to_a_web_address(url, linked):
+    class Linked(FakePair):
+        def answer(self, question, *, top_k=None):
+            return Answer("red", 0.5, "c", (Source("p0", "Fox", TEXT, 0.9, ((0, 15),), {"url": url}),))
+
+    page = answer_html(Linked(), "what?", 1)[1]
+    assert ("<a href=" in page) == linked and "<b>" not in page and "javascript:" not in page
+
+
 def test_the_policy_forbids_other_servers(served):
     from urllib.request import urlopen
 
@@ -246,4 +280,16 @@ def test_a_question_is_typed_and_its_answer_read(served, browser, scheme, width)
     assert page.title().startswith("{{y}} ${1} <b>rag")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert hosts - {"data:", "blob:"} == {served[0].split("/")[2]} and faults == []
+    page.goto(f"{served[0]}?q=what%3F")  # a link to a question answers it
+    page.get_by_text("red", exact=True).first.wait_for()
+    colours = "(e) => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
+    assert contrast(*page.get_by_role("button", name="Ask", exact=True).evaluate(colours)) >= 4.5
     page.close()
+
+
+def contrast(*colours):
+    """The contrast of two colours as CSS computes them: WCAG 2, of "rgb(r, g, b)"."""
+    values = [[int(part) / 255 for part in re.findall(r"\d+", colour)[:3]] for colour in colours]
+    linear = [[c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in each] for each in values]
+    dark, light = sorted(0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear)
+    return (light + 0.05) / (dark + 0.05)

@@ -4,6 +4,7 @@ import configparser
 import importlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import cozyrag
 from cozyrag import cli
+from cozyrag.commands import ask
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
 from cozyrag.models.generator import Generator
@@ -59,7 +61,7 @@ class FakePair:
             question.upper(),
             0.876,
             "context",
-            (Source("p1", "Title", "Short text.", 0.91234), Source("p2", "", "x" * 161, -0.5)),
+            (Source("p1", "Title", "A. Short text. B.", 0.91234, ((3, 14),)), Source("p2", "", "x" * 81, -0.5)),
         )
 
 
@@ -70,7 +72,7 @@ def fake_pair(monkeypatch):
     return FakePair
 
 
-SHOWN = f"{{}}   (certainty 0.88)\n  [1] 0.912 Title: Short text.\n  [2] -0.500 p2: {'x' * 157}...\n"
+SHOWN = f"{{}}   (certainty 0.88)\n  [1] 0.912 Title: ... Short text. ...\n  [2] -0.500 p2: (not read) {'x' * 77}...\n"
 
 
 # ---- cozyrag demo, space, report, compare
@@ -165,11 +167,44 @@ def test_questions_given_as_arguments_leave_standard_input_alone(call, fake_pair
     assert fake_pair.asked == [("who?", None)]
 
 
-def test_a_text_of_160_characters_is_shown_whole(call, fake_pair, monkeypatch):
-    monkeypatch.setattr(
-        FakePair, "answer", lambda self, question, *, top_k: Answer("a", 0.5, "", (Source("p", "T", "y" * 160, 0.0),))
-    )
-    assert call("ask", "my-run", "q?")[1].endswith(f"T: {'y' * 160}\n")
+@pytest.mark.parametrize(
+    ("used", "metadata", "line"),
+    [
+        (((0, 2),), {}, "T: A. ..."),
+        (((0, 2), (3, 5)), {}, "T: A. B. ..."),
+        (((3, 5), (9, 11)), {}, "T: ... B. ... D."),
+        (((0, 2), (3, 5), (6, 8), (9, 11)), {"url": "https://x.org"}, "T <https://x.org>: A. B. C. D."),
+        ((), {"page": 3}, "T: (not read) A. B. C. D."),
+    ],
+)
+def test_of_a_passage_what_was_read_is_shown(used, metadata, line):
+    source = Source("p", "T", "A. B. C.\nD.", 0.0, used, metadata)
+    assert ask.shown(Answer("a", 0.5, "", (source,))).splitlines()[1] == f"  [1] 0.000 {line}"
+
+
+def test_what_was_read_is_cut_when_it_is_long():
+    source = Source("p", "T", "y" * 500, 0.0, ((0, 500),))
+    assert ask.shown(Answer("a", 0.5, "", (source,))).endswith(f"T: {'y' * 317}...")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_in_a_terminal_it_asks_for_questions_until_an_empty_line(fake_pair, monkeypatch, capsys):
+    for typed in ("who?\nbad\nwhen?\n\nnever?\n", "who?\nbad\nwhen?\n"):
+        fake_pair.asked.clear()
+        monkeypatch.setattr(sys, "stdin", Terminal(typed))
+        cli.run("ask", ["my-run"])
+        assert [question for question, _ in fake_pair.asked] == ["who?", "when?"]
+        assert "The question is bad. Ask another.\n" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_it_without_traceback(call, fake_pair, monkeypatch):
+    monkeypatch.setattr(FakePair, "answer", lambda *given, **named: signal.raise_signal(signal.SIGINT))
+    code, _, err = call("ask", "my-run", "who?")
+    assert code == 130 and "Traceback" not in err
 
 
 def test_ask_on_a_real_pair(call, generator_path, retriever_path, corpus_files, tmp_path):

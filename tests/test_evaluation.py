@@ -358,3 +358,18 @@ def test_a_correct_answer_in_another_form_is_a_format_mismatch():
 def test_rows_of_an_older_version_are_summarized_without_missing_metrics():
     rows = [{name: value for name, value in row.items() if name != "ndcg@10"} for row in evaluated()[2]]
     assert summarize(rows) == {name: value for name, value in evaluated()[1].items() if name != "ndcg@10"}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "source"),
+    [
+        ("the Fox", "A fox is red."),
+        ("RED", "A fox is red."),
+        ("re", "(not in the context)"),
+        ("", "(not in the context)"),
+    ],
+)
+def test_an_answer_is_in_the_context_by_the_rule_for_matching(prediction, source):
+    row = {"question": "q", "prediction": prediction, "answers": ["fox"], "verdict": "correct", "f1": 1.0}
+    shown = cozyrag.evaluation.evaluation.examples([row | {"context": "T: One. A fox is red.\nU: Two."}])
+    assert shown.endswith(f"source: {source}")

@@ -34,6 +34,7 @@ FLOORS = (
     "pair_evaluation",
     "hub",
     "pipeline",
+    "serving",
     "reporting",
     "config_checks",
     "config",

@@ -72,6 +72,18 @@ def test_the_folder_is_read_by_the_package(tmp_path, retriever_path, capsys):
     assert "50 passages, index Flat" in capsys.readouterr().out
 
 
+def test_other_columns_go_into_the_index(tmp_path, retriever_path, capsys):
+    passages = [row | {"url": f"https://x.org/{row['id']}", "list": [1]} for row in rows(9)]
+    passages[3] = {name: passages[3][name] for name in ("id", "title", "text")}
+    run(tiny.write_jsonl(tmp_path / "p.jsonl", passages), tmp_path / "index", retriever_path)
+    made = loaded(tmp_path / "index", retriever_path).passages
+    assert [made.metadata_of(row).get("url") for row in range(9)] == [each.get("url") for each in passages]
+    assert 'some values of "list"' in capsys.readouterr().out
+    run(tiny.write_jsonl(tmp_path / "p.jsonl", rows(9)), tmp_path / "index", retriever_path)
+    assert loaded(tmp_path / "index", retriever_path).passages.metadata is None
+    assert "9 passages, 0 to encode" in capsys.readouterr().out
+
+
 def same_sentences(one, other):
     """Both keep the same vectors of sentences."""
     assert one.sentences.ends.tolist() == other.sentences.ends.tolist()

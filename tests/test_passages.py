@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cozyrag.data.passages import FEATURES, merge_passages, passage_id, passages_from_contexts, read_passages
+from cozyrag.data.passages import (
+    FEATURES,
+    merge_passages,
+    metadata_in,
+    passage_id,
+    passages_from_contexts,
+    read_passages,
+)
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 
@@ -30,12 +37,44 @@ def test_passage_id():
 def test_columns_and_defaults(tmp_path):
     source = jsonl(tmp_path / "p.jsonl", [{"id": 7, "title": " A \n b", "text": " x "}, {"text": "y", "more": 1}])
     passages, report = read_passages(source)
-    assert passages.features == FEATURES
+    assert passages.select_columns(list(FEATURES)).features == FEATURES
     assert passages.to_list() == [
-        {"id": "7", "title": "A b", "text": " x "},
-        {"id": passage_id("y"), "title": "", "text": "y"},
+        {"id": "7", "title": "A b", "text": " x ", "metadata": ""},
+        {"id": passage_id("y"), "title": "", "text": "y", "metadata": '{"more": 1}'},
     ]
     assert report is None
+    assert read_passages(jsonl(tmp_path / "q.jsonl", [{"text": "x"}]))[0].features == FEATURES
+
+
+@pytest.mark.parametrize(
+    ("others", "kept"),
+    [
+        ({"url": "https://x.org/ä", "page": 3, "share": 0.5, "new": True}, None),
+        ({"page": 3.0}, {"page": 3}),
+        ({"metadata": {"url": "u"}, "source": "s"}, {"source": "s", "url": "u"}),
+        ({"metadata": '{"url": "u"}'}, {"url": "u"}),
+        ({"metadata": "plain"}, None),
+        ({"url": "", "page": None, "other": "  "}, {}),
+        ({"share": float("nan")}, {}),
+    ],
+    ids=str,
+)
+def test_other_columns_are_kept_as_metadata(tmp_path, others, kept):
+    table, report = read_passages(jsonl(tmp_path / "p.jsonl", [{"text": "x"} | others, {"text": "y", "url": "z"}]))
+    assert metadata_in(table[0]["metadata"]) == (others if kept is None else kept)
+    assert metadata_in(table[1]["metadata"]) == {"url": "z"} and report is None
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, "long " * 300], ids=["list", "object", "text"])
+def test_what_is_no_metadata_is_left_out_and_named(tmp_path, value):
+    table, report = read_passages(jsonl(tmp_path / "p.jsonl", [{"text": "x", "vector": value}]))
+    assert table.column_names == ["id", "title", "text"]
+    assert 'some values of "vector"' in report and "not kept" in report
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "7", '{"a": [1], "b": null}', "[" * 9999])
+def test_metadata_of_another_form_is_none(text):
+    assert metadata_in(text) == {}
 
 
 def test_named_columns_and_delimited_files(tmp_path):

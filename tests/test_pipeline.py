@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from cozyrag.config import parse_settings
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError
 from cozyrag.hub.push import push_pair
+from cozyrag.models import token_losses
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import PAIR_FILE, read_pair
@@ -585,6 +587,71 @@ def test_threads_with_different_top_k_share_one_pair(folder):
         found = list(pool.map(lambda each: pair.answer(each[0], top_k=each[1]), asked))
     for each, right in zip(found, expected, strict=True):
         assert (each.text, each.context, each.passages) == (right.text, right.context, right.passages)
+
+
+def test_calls_of_threads_are_answered_one_after_another(folder, monkeypatch):
+    """Tokenizers keep the padding of their last call, and raise "Already borrowed" if it changes during another."""
+    pair, inside, most = CozyRAG.from_pretrained(folder), [], []
+
+    def counted(real, *given, **named):
+        inside.append(1)
+        most.append(len(inside))
+        found = real(*given, **named)
+        inside.pop()
+        return found
+
+    for owner, name in ((pair.retriever, "encode"), (pair.retriever, "encode_passages"), (pair.generator, "write")):
+        monkeypatch.setattr(owner, name, partial(counted, getattr(owner, name)))
+    jobs = [(number, number % 3) for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        calls = [lambda n: pair.answer(f"Fox {n}?"), lambda n: pair.retrieve(f"Fox {n}?", 1 + n % 5), lambda n: pair]
+        list(pool.map(lambda job: calls[job[1]](job[0]), jobs))
+    assert max(most) == 1 and len(most) >= 24
+
+
+def test_inference_leaves_the_modules_of_the_generator_as_they_are(folder, monkeypatch):
+    """Only losses are computed with a replaced last block: answers of two threads would share the replacement."""
+
+    def refused(*given):
+        raise AssertionError("the last block was replaced")
+
+    pair = CozyRAG.from_pretrained(folder)
+    monkeypatch.setattr(token_losses, "read_only_at", refused)
+    assert len(pair.answers(ASKED)) == len(ASKED)
+
+
+# ---- passages alone, and their metadata
+
+
+def test_retrieved_passages_are_those_of_the_answer(pair):
+    for k in (None, 1, 5):
+        found = pair.retrieve(ASKED, k)
+        assert [[each.id for each in own] for own in found] == [
+            [each.id for each in answer.passages] for answer in pair.answers(ASKED, top_k=k)
+        ]
+        assert pair.retrieve(ASKED[0], k) == pair.retrieve([ASKED[0]], k)[0]
+        assert all(source.used == () and source.read == () for own in found for source in own)
+    assert pair.retrieve([]) == []
+
+
+@pytest.mark.parametrize(("question", "top_k"), [("", 1), ([" "], 1), ("What?", 0), (None, 1), ([1], 1), ("x", "1")])
+def test_retrieval_checks_its_arguments_as_answers_are_checked(pair, question, top_k):
+    with pytest.raises((InputError, TypeError)):
+        pair.retrieve(question, top_k)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8"])
+def test_metadata_go_from_the_passage_file_to_the_sources(copy, pair, tmp_path, factory):
+    rows = [row | {"url": f"https://x.org/{row['id']}", "page": n} for n, row in enumerate(PASSAGES)]
+    table = read_passages(str(tiny.write_jsonl(tmp_path / "p.jsonl", rows)))[0]
+    index = PassageIndex(table, pair.index.vectors, fingerprint=pair.index.fingerprint, factory=factory)
+    assert index.passages == pair.index.passages and pair.index.passages.metadata is None
+    index.save(copy / "index")
+    CozyRAG.from_pretrained(copy).index.save(copy / "index")  # what was loaded is saved again
+    for source in CozyRAG.from_pretrained(copy).answer(ASKED[0]).passages:
+        assert source.metadata == {"url": f"https://x.org/{source.id}", "page": int(source.id[1:])}
+    assert all(source.metadata == {} for source in pair.answer(ASKED[0]).passages)
+    assert hash(source) == hash(source)
 
 
 # ---- earlier versions

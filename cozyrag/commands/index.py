@@ -39,7 +39,7 @@ from tqdm import tqdm
 from cozyrag.commands.options import add_columns, add_delimiter, at_least, columns_of
 from cozyrag.config import ContextSettings, DataSettings, ModelSettings, OutputSettings, Settings, TrainingSettings
 from cozyrag.config_checks import EMBEDDED
-from cozyrag.data.passages import stream_passages
+from cozyrag.data.passages import OtherColumns, stream_passages
 from cozyrag.data.readers import described, size_of
 from cozyrag.data.rows import SHOWN, BadRows, Row, no_rows
 from cozyrag.data.sentences import SentenceVectors
@@ -184,18 +184,19 @@ def _load(options: argparse.Namespace, device: str) -> Retriever:
 
 def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
     """Write the passages for all processes; returns the hashes of their contents. Raises InputError for bad rows."""
-    bad = BadRows()
+    bad, others = BadRows(), OtherColumns(columns_of(options))
     read = _reader(options)
     size = size_of(options.passages)
     with tqdm(total=size, desc="reading passages", unit="B", unit_scale=True) as bar:
         rows = read(bad=bad, progress=bar.update if size else None)
-        ids, contents = store_passages(((key, title, text) for _, key, title, text in rows), path)
+        ids, contents = store_passages(((key, title, text, others.of(row)) for row, key, title, text in rows), path)
+    others.report(bad, described(options.passages))
     again = _repeated(options, ids, contents, bad)
     if report := bad.finish(described(options.passages), options.skip_bad_rows):
         print(report)
     if again.any():
         rows = (row for repeat, row in zip(again, read(bad=BadRows()), strict=True) if not repeat)
-        contents = store_passages(((key, title, text) for _, key, title, text in rows), path)[1]
+        contents = store_passages(((key, title, text, others.of(row)) for row, key, title, text in rows), path)[1]
     if not len(contents):
         raise no_rows(described(options.passages), "text")
     return contents

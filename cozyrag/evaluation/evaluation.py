@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 
+from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.sentences import split_sentences
 from cozyrag.evaluation import metrics
 from cozyrag.models.generator import Decoding, Generator, Written
@@ -225,7 +226,7 @@ def examples(rows: Sequence[dict], count: int = 3) -> str:
     for row in better[:: max(1, len(better) // count)][:count]:
         sentences = [text for part in row["context"].split("\n") for text in split_sentences(part)]
         prediction, reference = row["prediction"], row["answers"][0] if row["answers"] else "none"
-        source = next((text for text in sentences if prediction and prediction in text), "(not in the context)")
+        source = next((s for s in sentences if contains_answer(matching_form(s), [prediction])), "(not in the context)")
         answer = f"{prediction}   [{row['verdict']}; reference: {reference}]"
         lines.append(f"  Q: {row['question']}\n  A: {answer}\n  source: {source}")
     return "\n\n".join(lines)

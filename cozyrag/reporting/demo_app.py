@@ -19,6 +19,7 @@ from cozyrag.pipeline import CozyRAG, Source
 from cozyrag.reporting.run_reader import read_lines, spread
 from cozyrag.reporting.templates import render, stylesheet
 from cozyrag.runtime.old_names import evaluation_files
+from cozyrag.serving.known_hosts import KnownHosts
 
 if TYPE_CHECKING:
     import gradio
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 EXAMPLES = 6
 MOST_PASSAGES = 20  # end of the slider
 DEPTHS = (1, 2, 4, 8, 16)
+LONGEST = 4_000  # characters of a question
+WAITING = 32  # questions; the next ones are refused
+UPLOADS = ("/gradio_api/upload", "/upload")  # the page has no files to take
 POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
@@ -55,7 +59,7 @@ def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> 
                 inbrowser=open_browser,
                 share=False,
                 prevent_thread_lock=True,
-                app_kwargs={"middleware": [Middleware(_Policy)]},
+                app_kwargs={"middleware": [Middleware(KnownHosts, closed=UPLOADS), Middleware(_Policy)]},
                 **look(gr),
             )
     except OSError as error:
@@ -105,6 +109,15 @@ def look(gr: ModuleType) -> dict:
     """Arguments of `launch` for the appearance: system fonts, no links of Gradio."""
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
     theme = gr.themes.Default(primary_hue="teal", **fonts)
+    # White on the theme's teal has a contrast of 2.5; WCAG's level AA asks for 4.5, which its darker shades reach.
+    theme = theme.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+    )
     return {"theme": theme, "css": stylesheet("demo.css"), "footer_links": [], "quiet": True, "ssr_mode": False}
 
 
@@ -133,11 +146,21 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
     def ask(question: str, top_k: int | None = None) -> dict:
         return answer_data(pair, question, top_k)
 
+    def opened(request):
+        """The question of a link (?q=...) with its answer; without one the page stays as it is."""
+        asked = request.query_params.get("q", "").strip()
+        return (asked, *show(asked, min(pair.top_k, count))) if asked else [gr.skip()] * 3
+
     with gr.Blocks(title=f"{name} · CoZyRAG", analytics_enabled=False) as page:
         gr.HTML(render("masthead.html", name=name, passages=count, trained=pair.top_k))
         with gr.Row(equal_height=True):
             question = gr.Textbox(
-                label="Question", placeholder="Ask about the passages", scale=5, min_width=300, autofocus=True
+                label="Question",
+                placeholder="Ask about the passages",
+                scale=5,
+                min_width=300,
+                autofocus=True,
+                max_length=LONGEST,
             )
             button = gr.Button("Ask", variant="primary", scale=1, min_width=90)
         limits = (1, min(MOST_PASSAGES, count))
@@ -156,18 +179,21 @@ def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gr
             shelf.load_input_event.then(**wiring)
         depth_button.click(compare, [question], [table], **one_at_a_time)
         gr.api(ask, api_name="ask", concurrency_id="pair", concurrency_limit=1)
+        page.queue(max_size=WAITING)
+        opened.__annotations__ = {"request": gr.Request}  # by which Gradio knows what to give
+        page.load(opened, None, [question, answer, sources], **one_at_a_time)
     return page
 
 
 def answer_data(pair: CozyRAG, question: str, top_k: int | None = None) -> dict:
     """An answer as plain data: text, score, and its sources with the sentences that the generator read."""
     try:
-        answer = pair.answer(question, top_k=top_k)
+        answer = pair.answer(_bounded(question), top_k=top_k)
     except InputError as error:
         return {"error": str(error)}
     sources = [
         {name: getattr(source, name) for name in ("id", "title", "score", "text")}
-        | {"read": [source.text[start:end] for start, end in source.used]}
+        | {"read": list(source.read), "metadata": dict(source.metadata)}
         for source in answer.passages
     ]
     return {"answer": answer.text, "score": answer.score, "sources": sources}
@@ -179,13 +205,27 @@ def answer_html(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str]:
         return render("refusal.html", message="Type a question, or choose one of the examples."), ""
     started = time.perf_counter()
     try:
-        answer = pair.answer(question, top_k=top_k)
+        answer = pair.answer(_bounded(question), top_k=top_k)
     except InputError as error:
         return render("refusal.html", message=str(error)), ""
     seconds = time.perf_counter() - started
     best = max((source.score for source in answer.passages), default=0.0)
-    sources = render("sources.html", answer=answer, best=best, pieces=pieces, meaning=MEANING[pair.searcher.mode])
+    how = {"pieces": pieces, "address": address, "meaning": MEANING[pair.searcher.mode]}
+    sources = render("sources.html", answer=answer, best=best, **how)
     return render("answer.html", answer=answer, seconds=seconds), sources
+
+
+def _bounded(question: str) -> str:
+    """The question. Raises InputError for one that is too long; the page's own field does not take it."""
+    if len(question) > LONGEST:
+        raise InputError(f"Expected a question of at most {LONGEST:,} characters, found {len(question):,}. Shorten it.")
+    return question
+
+
+def address(source: Source) -> str:
+    """Where a source can be read, if its metadata have a web address; else ""."""
+    url = str(source.metadata.get("url", ""))
+    return url if url.lower().startswith(("https://", "http://")) else ""
 
 
 def pieces(source: Source, answer: str) -> Iterator[tuple[str, str]]:
@@ -206,7 +246,7 @@ def depths_html(pair: CozyRAG, question: str) -> str:
         return render("refusal.html", message="Type a question first.")
     depths = [depth for depth in DEPTHS if depth <= len(pair.index.passages.ids)]
     try:
-        rows = [(depth, pair.answer(question, top_k=depth)) for depth in depths]
+        rows = [(depth, pair.answer(_bounded(question), top_k=depth)) for depth in depths]
     except InputError as error:
         return render("refusal.html", message=str(error))
     return render("depths.html", rows=rows, context_tokens=pair.decoding.context_tokens)

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -22,6 +22,7 @@ from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
 
+from cozyrag.data.passages import METADATA, metadata_in, with_metadata
 from cozyrag.data.sentences import SentenceVectors, Span, sentence_spans, split_sentences
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import FLOAT32
@@ -81,16 +82,29 @@ class Passages:
     """The columns of the passages table, for fast reading of rows; row i belongs to row i of the vectors.
 
     They are plain lists, or columns that stay on the disk beside an index that saves memory.
+
+    Args:
+        metadata: the other columns of each passage as JSON, in Arrow's memory, where short texts take a third of what
+            Python's take; None: there are none, as in indexes of earlier versions. Passages are the same without them.
     """
 
     ids: Sequence[str]
     titles: Sequence[str]
     texts: Sequence[str]
+    metadata: Sequence[str] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, table: Dataset, *, mapped: bool = False) -> "Passages":
-        columns = table.data.column if mapped else table[:].__getitem__
-        return cls(*(TextColumn(columns(name)) if mapped else columns(name) for name in FIELDS))
+        columns = table.data.column if mapped else table.select_columns(FIELDS)[:].__getitem__
+        ids, titles, texts = (TextColumn(columns(name)) if mapped else columns(name) for name in FIELDS)
+        if METADATA not in table.column_names:
+            return cls(ids, titles, texts)
+        others = table.select_columns([METADATA]).with_format("arrow")[:].column(METADATA)
+        return cls(ids, titles, texts, TextColumn(others) if others.null_count < len(others) else None)
+
+    def metadata_of(self, row: int) -> dict[str, str | int | float | bool]:
+        """The other columns of a passage, such as its url."""
+        return {} if self.metadata is None else metadata_in(self.metadata[row] or "")
 
     def to_read(self) -> list[str]:
         """The input of the retriever for every passage."""
@@ -191,6 +205,8 @@ class PassageIndex:
         folder.mkdir(parents=True, exist_ok=True)
         columns = (self.passages.ids, self.passages.titles, self.passages.texts)
         table = Dataset.from_dict({name: list(column) for name, column in zip(FIELDS, columns, strict=True)})
+        if self.passages.metadata is not None:
+            table = with_metadata(table, list(self.passages.metadata))
         with open(folder / PASSAGES, "wb") as file:  # a name would be read as an address: "a::b" is none
             table.to_parquet(file)
         tensors = {COLUMN: np.ascontiguousarray(self.vectors)}
@@ -276,7 +292,15 @@ def _in_memory(path: Path) -> Dataset:
     """The passages of a Parquet file. `Dataset.from_parquet` takes a path for a pattern and writes into a cache."""
     from datasets.table import InMemoryTable  # imported here: the benchmarks of speed run without datasets
 
-    return Dataset(InMemoryTable(pq.ParquetFile(path).read().select(FIELDS)))
+    file = pq.ParquetFile(path)
+    return Dataset(InMemoryTable(file.read(columns=_kept_columns(file)).select(_kept_columns(file))))
+
+
+def _kept_columns(file: pq.ParquetFile) -> list[str]:
+    """The columns that are read from a file of passages: with the metadata, if it has them as text."""
+    schema = file.schema_arrow
+    own = schema.field(METADATA).type if METADATA in schema.names else None
+    return [*FIELDS, METADATA] if own in (pyarrow.string(), pyarrow.large_string()) else FIELDS
 
 
 def _mapped(path: Path) -> Dataset:
@@ -301,10 +325,11 @@ def _mapped(path: Path) -> Dataset:
 def _as_arrow(path: Path, folder: Path) -> Path:
     """Write the passages of a Parquet file as Arrow, some at a time; returns the file."""
     file = pq.ParquetFile(path, memory_map=True)
-    schema = pyarrow.schema([file.schema_arrow.field(name) for name in FIELDS])
+    names = _kept_columns(file)
+    schema = pyarrow.schema([file.schema_arrow.field(name) for name in names])
     with pyarrow.ipc.new_stream(folder / "passages.arrow", schema) as writer:
-        for batch in file.iter_batches(columns=FIELDS):
-            writer.write_batch(batch.select(FIELDS).cast(schema) if batch.schema != schema else batch)
+        for batch in file.iter_batches(columns=names):
+            writer.write_batch(batch.select(names).cast(schema) if batch.schema != schema else batch)
     return folder / "passages.arrow"
 
 

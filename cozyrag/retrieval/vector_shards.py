@@ -19,16 +19,17 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from cozyrag.data.deduplication import repeats, text_hash
+from cozyrag.data.passages import METADATA
 from cozyrag.data.sentences import RULES, SentenceVectors, places_of
 from cozyrag.errors import InputError
 from cozyrag.retrieval.faiss_index import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
 from cozyrag.retrieval.index_file import keeps_sentences, made_by, precision_of
-from cozyrag.retrieval.passage_index import Passages, passage_text
+from cozyrag.retrieval.passage_index import FIELDS, Passages, passage_text
 from cozyrag.runtime.atomic_files import save_tensors
 
 ROWS = 4096  # passages in a row group, which are read together
 COPIED = 8192  # passages whose vectors are copied at once: some 50 MB with their sentence vectors
-SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+SCHEMA = pa.schema([(name, pa.string()) for name in (*FIELDS, METADATA)])
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ class Known:
                 yield start + mine, file, places[mine] - (ends[file] - len(self.arrays[file]))
 
 
-def store_passages(rows: Iterable[tuple[str, str, str]], path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Write (id, title, text) rows as Parquet; returns the hashes (n,) of the ids and of the retriever's inputs."""
+def store_passages(rows: Iterable[tuple[str, str, str, str]], path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write (id, title, text, metadata) rows as Parquet; returns the hashes (n,) of ids and of retriever inputs."""
     keys, contents, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)], iter(rows)
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
         while group := list(islice(rows, ROWS)):
-            ids, titles, texts = (list(column) for column in zip(*group, strict=True))
-            writer.write_table(pa.table([pa.array(column, pa.string()) for column in (ids, titles, texts)], SCHEMA))
+            ids, titles, texts, others = (list(column) for column in zip(*group, strict=True))
+            cells = ids, titles, texts, [other or None for other in others]
+            writer.write_table(pa.table([pa.array(column, pa.string()) for column in cells], SCHEMA))
             keys.append(np.array([text_hash(key) for key in ids], dtype=np.uint64))
             contents.append(_hashes(titles, texts))
     return np.concatenate(keys), np.concatenate(contents)
