@@ -217,6 +217,44 @@ def test_no_pickles_are_read_or_written():
     )
 
 
+LOADERS = ("from_pretrained", "from_config", "SentenceTransformer")
+OURS = ("CozyRAG", "PeftModel", "cls")  # ours passes it on; PEFT loads only weights, into a model that is there
+PLACES = [*(path for name in ("cozyrag", "scripts", "benchmarks") for path in sorted((ROOT / name).rglob("*.py")))]
+
+
+def trusting(tree):
+    """Lines of calls that load a model, a tokenizer or a configuration without the words trust_remote_code=False."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = ast.unparse(node.func).rpartition(".")[0]
+        said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        from_files = name != "SentenceTransformer" or "modules" not in said
+        if name in LOADERS and owner not in OURS and from_files and said.get("trust_remote_code") != "False":
+            yield f"line {node.lineno}: {ast.unparse(node.func)}"
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_load_of_a_model_says_that_it_trusts_no_code(path):
+    # Left out, it is None for transformers: then a `y` on standard input runs the code.
+    assert list(trusting(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "faults"),
+    [
+        ("AutoConfig.from_pretrained(name)", 1),
+        ("AutoTokenizer.from_pretrained(name, **source)", 1),
+        ("SentenceTransformer(name, trust_remote_code=True)", 1),
+        ("SentenceTransformer(modules=parts)", 0),
+        ("AutoModel.from_pretrained(name, trust_remote_code=False)", 0),
+    ],
+)
+def test_a_load_that_trusts_code_is_found(line, faults):
+    assert len(list(trusting(ast.parse(line)))) == faults
+
+
 # ---- how files are written
 
 

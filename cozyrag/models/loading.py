@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from cozyrag.errors import InputError
+from cozyrag.models.foreign_files import refuse_foreign_code
 from cozyrag.models.lora import load_adapter, read_adapter
 from cozyrag.models.smollm2 import HINT, SMOLLM2, load_smollm2
 from cozyrag.models.token_losses import TokenLosses
@@ -46,13 +47,15 @@ def _load_checkpoint(
     """From a folder or the Hub: a whole model, or an adapter and the model it belongs to."""
     source = {"revision": revision, "token": token}
     try:
+        refuse_foreign_code(name, **source)
         adapter = read_adapter(name, **source)
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
         if adapter is None:
-            config = training_config(AutoConfig.from_pretrained(name, **source), dropout)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 name,
-                config=config,
+                config=training_config(config, dropout),
+                trust_remote_code=False,
                 dtype=torch.float32,
                 use_safetensors=True,  # a pytorch_model.bin is a pickle
                 **source,

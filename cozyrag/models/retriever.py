@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from cozyrag.data.sentences import SentenceVectors, Span
 from cozyrag.errors import InputError
+from cozyrag.models.foreign_files import refuse_foreign_code
 from cozyrag.models.int8_encoding import AUTO, BF16, FLOAT32, INT8, quantised
 from cozyrag.models.loading import not_loaded
 from cozyrag.models.retriever_prompts import choose_prompts
@@ -54,12 +55,13 @@ class Retriever:
     ) -> "Retriever":
         """Load a SentenceTransformer folder or Hub id in float32. Raises InputError, with alternatives, if it fails."""
         try:
-            _refuse_pickles(Path(name))
+            refuse_foreign_code(name, revision=revision, token=token)
             model = SentenceTransformer(
                 name,
                 revision=revision,
                 device=device,
                 token=token,
+                trust_remote_code=False,
                 model_kwargs={"dtype": torch.float32, "use_safetensors": True},  # a pytorch_model.bin is a pickle
             )
         except (OSError, ValueError, SafetensorError) as error:  # SafetensorError: a truncated file
@@ -306,13 +308,3 @@ def _check_finite(vectors: np.ndarray) -> None:
             "Expected finite vectors from the retriever, found NaN or infinity: its training has diverged. "
             "Lower --retriever_learning_rate, or resume from an earlier checkpoint."
         )
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Raise ValueError for a module of a model folder, such as 2_Dense, whose weights are only pickled.
-
-    `use_safetensors` applies only to the encoder; torch.load with weights_only would read the others.
-    """
-    for pickled in folder.rglob("pytorch_model.bin") if folder.is_dir() else ():
-        if not any(pickled.parent.glob("*.safetensors")):
-            raise ValueError(f"{pickled.relative_to(folder)} is a pickle, expected safetensors")
