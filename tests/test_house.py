@@ -258,6 +258,26 @@ def test_a_load_that_trusts_code_is_found(line, faults):
 # ---- how files are written
 
 
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_is_split_at_more_than_newlines(path):
+    # A text may hold U+2028: `splitlines` would cut its row of JSON in two.
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [
+        node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "splitlines"
+    ] == []
+
+
+def test_json_lines_are_written_and_read_in_one_place():
+    joined = [
+        f"{name}, line {node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp) and ast.unparse(node).endswith("+ '\\n'")
+        if "dumps" in ast.unparse(node) and "indent" not in ast.unparse(node)
+    ]
+    assert [place for place in joined if not place.startswith("runtime.json_lines")] == []
+
+
 def test_no_file_has_a_name_that_says_nothing_or_hides_a_package():
     sources = [
         path
