@@ -16,11 +16,11 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.int8_encoding import BF16, FLOAT32, reading_precision
 from cozyrag.models.retriever import Retriever
-from cozyrag.pair_file import PAIR_FILE, read_pair, starts_text
+from cozyrag.pair_file import PAIR_FILE, check_piece, read_pair, starts_text
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
-from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.retrieval.passage_index import PassageIndex, check_fits
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
 from cozyrag.runtime.precision import fitting
@@ -129,8 +129,9 @@ class CozyRAG:
         _check_machine(device, precision)
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
         pair = read_pair(folder)
-        place = str(_piece(folder, pair["generator"], "model", token))
-        generator = Generator.load(place, start_of_text=starts_text(pair))
+        place = _piece(folder, pair["generator"], "model", token)
+        check_piece(place, pair["generator"])
+        generator = Generator.load(str(place), start_of_text=starts_text(pair))
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
         if expected not in (None, found):
             raise InputError(
@@ -139,7 +140,9 @@ class CozyRAG:
             )
         generator.model.to(device).eval()  # type: ignore[arg-type]  # a decorator of transformers hides `self`
         generator.precision = precision or reading_precision(fitting(torch.device(device).type).name)
-        retriever = Retriever.load(str(_piece(folder, pair["retriever"], "model", token)), device=device)
+        place = _piece(folder, pair["retriever"], "model", token)
+        check_piece(place, pair["retriever"])
+        retriever = Retriever.load(str(place), device=device)
         found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]
         index = PassageIndex.load(_piece(folder, pair["index"], "dataset", token), fingerprint=found)
         if found != named:
@@ -147,6 +150,7 @@ class CozyRAG:
                 f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they belong to "
                 "different pairs. Load another revision, copy the folder again or run train.py again."
             )
+        check_fits(index, retriever.dimensions)
         contexts = dict(pair["contexts"])
         decoding = Decoding(
             **{each.name: contexts.pop(each.name) for each in fields(Decoding) if each.name in contexts}

@@ -42,7 +42,11 @@ FLOORS = (
     "commands",
     "cli",
 )
-FOREIGN_BYTES = {"data.ingest_worker"}  # where anything that a parser raises becomes a bad row
+FOREIGN_BYTES = {
+    "data.ingest_worker",  # where anything that a parser raises becomes a bad row
+    "models.loading",  # where anything that a library raises for a model's files becomes one sentence
+    "models.prompts",  # the same for a chat template, in a process of its own
+}
 KNOW_SETTINGS = {"training", "preflight", "run", "commands"}
 FORBIDDEN_NAMES = {
     "evaluate.py",

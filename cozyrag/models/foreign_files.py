@@ -6,9 +6,16 @@ Refused are code, pickles, what is no ordinary file, and sizes that the weights 
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
+
+from cozyrag.runtime.contents import check_ordinary
+from cozyrag.runtime.tensor_files import read_header
 
 LARGEST_JSON = 300_000_000  # bytes; the largest tokenizer.json of the Hub have some 40 MB
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -17,6 +24,8 @@ PERMISSIONS = ("allow_all_kernels", "use_kernels", "kernel_config")
 QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 CONFIGS = ("config.json", "sentence_bert_config.json", "adapter_config.json")
 WEIGHTS = "*.safetensors"
+MOST_LAYERS = 1000  # of a kind; the deepest models have some 200
+WASTE, SPARE = 2, 1 << 26  # a model may have so many times the weights of its files, and so many more: tied, or masks
 PICKLES = ("pytorch_model.bin", "adapter_model.bin")
 
 
@@ -46,6 +55,38 @@ def refuse_foreign_code(name: str, *, revision: str | None = None, token: str | 
     for pickled in (path for each in PICKLES for path in Path(name).rglob(each)) if Path(name).is_dir() else ():
         if not any(pickled.parent.glob(WEIGHTS)):
             raise ValueError(f"{pickled.relative_to(name)} is a pickle, expected safetensors")
+
+
+def refuse_sizes(folder: Path) -> None:
+    """Raise ValueError for a model in a folder whose configuration describes more weights than its files hold.
+
+    It would be built before its weights are read: a number in a small file must not take hours or all memory. Nothing
+    is checked for a model on the Hub, whose files are not here yet.
+    """
+    check_ordinary(sorted(folder.rglob("*")) if folder.is_dir() else ())
+    for path in sorted(folder.rglob("config.json")) if folder.is_dir() else ():
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path.name}: expected an object, found a {type(content).__name__}")
+        held = sum(prod(place.shape) for each in path.parent.glob(WEIGHTS) for place in read_header(each).values())
+        for key, value in _entries(content):
+            repeated = any(word in key for word in ("layer", "expert", "block")) and isinstance(value, int | float)
+            if repeated and not -1 <= value <= MOST_LAYERS:
+                raise ValueError(f"{path.name}: {key} is {value!r:.40}, expected at most {MOST_LAYERS:,}")
+        described = _described(path.parent, content) if held else 0
+        if described > WASTE * held + SPARE:
+            raise ValueError(f"{path.name} describes {described:,} weights, the files beside it hold {held:,}")
+
+
+def _described(folder: Path, content: dict) -> int:
+    """How many numbers a model of this configuration has; no memory is taken for them."""
+    sides = [content[name] for name in ("in_features", "out_features") if name in content]
+    if "model_type" not in content:  # a module of sentence-transformers
+        return prod(sides) if sides else 0
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"), no_init_weights():
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    return sum(each.numel() for each in (*model.parameters(), *model.buffers()))
 
 
 def read_json(path: Path) -> object:

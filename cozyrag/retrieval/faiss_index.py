@@ -6,10 +6,10 @@ nothing: an exact search reads all vectors from the disk. SQ8 and IVF find candi
 vectors on the disk. Left out: passages, and all files but that of the lists (passage_index.py).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.tensor_files import read_header
 
 SPARE = 16  # candidates beyond k, among which ties are broken by row
 COLUMN = "vectors"
@@ -188,14 +189,17 @@ class Lists:
 
 
 def open_vectors(path: str | Path, name: str = COLUMN, *, mode: Literal["r", "r+"] = "r") -> np.ndarray:
-    """A tensor of a safetensors file, by default the vectors (n, dim) float32, memory-mapped."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        facts = json.loads(file.read(length))[name]
-    kind, start = TYPES[facts["dtype"]], 8 + length + facts["data_offsets"][0]
-    if not np.prod(facts["shape"]):  # an empty tensor cannot be mapped
-        return np.zeros(facts["shape"], kind)
-    return np.memmap(path, kind, mode, offset=start, shape=tuple(facts["shape"]))
+    """A tensor of a safetensors file, by default the vectors (n, dim) float32, memory-mapped.
+
+    Raises ValueError or KeyError if the file has no such tensor.
+    """
+    place = read_header(path)[name]
+    kind = np.dtype(TYPES[place.dtype])
+    if prod(place.shape) * kind.itemsize != place.end - place.start:
+        raise ValueError(f"{name}: its shape {place.shape} does not have the size of its place in the file")
+    if not prod(place.shape):  # an empty tensor cannot be mapped
+        return np.zeros(place.shape, kind)
+    return np.memmap(path, kind, mode, offset=place.start, shape=place.shape)
 
 
 @dataclass(frozen=True)
