@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
-from cozyrag.runtime.tensor_files import read_header
+from cozyrag.runtime.tensor_files import TYPES, read_header
 
 SPARE = 16  # candidates beyond k, among which ties are broken by row
 COLUMN = "vectors"
@@ -35,7 +35,6 @@ PER_LIST = 64  # vectors on which each centroid is trained
 TARGET = 0.99  # share of the 10 nearest to be found
 MOVED = np.float32(1)  # distance of an imitated question from its passage, in differences of two passages
 FACTORS = (10, 20, 40)  # candidates for each passage wanted
-TYPES: dict[str, type] = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 _LISTED = re.compile(r"IVF([1-9]\d*),PQ([1-9]\d*)x4fs")
 
 

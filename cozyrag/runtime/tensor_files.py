@@ -8,6 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+TYPES: dict[str, type] = {
+    "F32": np.float32, "F16": np.float16, "U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64,
+}  # fmt: skip
 LONGEST_HEADER = 100_000_000  # bytes, as in the format's own reader
 
 
