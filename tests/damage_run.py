@@ -140,7 +140,8 @@ def verdict(code: int | None, said: str, errors: str) -> str:
 # ---- malformed pairs
 
 VALUES = (
-    None, "", "x", -1, 0, 10**9, 10**30, -(10**30), 0.5, float("nan"), float("inf"), True, [], {}, [[]], {"a": {}}, "\x1b[2J",
+    None, "", "x", -1, 0, 10**9, 10**30, -(10**30), 0.5, float("nan"), float("inf"), True, [], {}, [[]],
+    {"a": {}}, "\x1b[2J",
 )  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def change_header(folder: Path, chance: random.Random) -> str:
 
 
 TEMPLATES = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}",
     "{{ 'a' * 10000000000 }}",
     "{{ 10 ** 10 ** 9 }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
@@ -304,7 +305,6 @@ def change_vectors(folder: Path, chance: random.Random) -> str:
     array = tensors.pop(name)
     filled = {"NaN": np.nan, "zero": 0, "long": 3}
     if way in filled:
-        array = array.astype(array.dtype if name == "vectors" else array.dtype)
         array[:1] = filled[way] if array.dtype.kind == "f" else -1
     shaped = {"narrow": lambda: array[..., :-1], "fewer": lambda: array[:-1], "flat": lambda: array.ravel()}
     array = shaped[way]() if way in shaped else array.astype(np.float64) if way == "float64" else array

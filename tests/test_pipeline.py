@@ -68,7 +68,7 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
         context_filter="hybrid",
     )
     run.threshold = None
-    run._describe = lambda path: Rounds._describe(run, path)
+    run._description = lambda: Rounds._description(run)
     Rounds._save_pair(run)
     return root
 

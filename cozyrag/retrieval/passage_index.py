@@ -393,7 +393,7 @@ def _tensors(path: Path, *, mapped: bool) -> dict[str, np.ndarray]:
 def _check_tensors(tensors: dict[str, np.ndarray], count: int, facts: dict, *, evident: bool) -> None:
     """Raise ValueError for tensors of another kind or size than `count` passages need, or no vectors of length 1.
 
-    `evident`: the file has the hash that it was written with, so a vector of zeros is what the retriever said.
+    `evident`: the file has the hash that it was written with, so a vector of another length is what the retriever said.
     """
     vectors = tensors[COLUMN]
     shape = (facts.get("passages", count), facts.get("dimensions", vectors.shape[-1] if vectors.ndim else 0))
@@ -401,8 +401,8 @@ def _check_tensors(tensors: dict[str, np.ndarray], count: int, facts: dict, *, e
         raise ValueError(f"expected vectors {shape} in float32, found {vectors.shape} in {vectors.dtype}")
     for some in stretches(vectors) if len(vectors) <= CHECKED else stretches(vectors[evenly(vectors, CHECKED)]):
         lengths = np.sqrt(np.einsum("nd,nd->n", some, some))
-        right = np.abs(lengths - 1) <= UNIT  # false for NaN, too
-        if not (right | (lengths == 0) if evident else right).all():
+        right = np.isfinite(lengths) if evident else np.abs(lengths - 1) <= UNIT  # false for NaN, too
+        if not right.all():
             raise ValueError(f"expected vectors of length 1, found one of length {lengths[~right][0]:.4g}")
     if SENTENCE_VECTORS in tensors:
         _check_sentences(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS], *vectors.shape)
