@@ -23,7 +23,7 @@ from cozyrag.models.lora import read_adapter
 from cozyrag.pair_file import CONTENTS, MODELS, PAIR_FILE, check_piece, read_pair
 from cozyrag.retrieval.index_file import check_index_contents, made_by
 from cozyrag.runtime.assets import GENERATOR_FOLDER
-from cozyrag.runtime.contents import sealed
+from cozyrag.runtime.contents import CHECKSUM, sealed
 from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
 
 # piece of a pair -> ending of the name and type of its repository, in the order of the upload
@@ -68,7 +68,10 @@ def push_pair(
         }
         made = {role: repositories[role].publish(files[role], message) for role in ("retriever", "index")}
         on_hub = _on_hub(pair, {role: each.name for role, each in repositories.items()}, made)
-        last = {**files["generator"], PAIR_FILE: json.dumps(sealed(on_hub), indent=2).encode()}
+        last = {
+            **files["generator"],
+            PAIR_FILE: json.dumps(sealed(on_hub) if CHECKSUM in pair else on_hub, indent=2).encode(),
+        }
         made["generator"] = repositories["generator"].publish(last, message)
         if tag:
             for role, revision in made.items():
