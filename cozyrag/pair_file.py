@@ -3,22 +3,73 @@
 Left out: loading the models and the index (pipeline.py), writing them (training/rounds.py).
 """
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE, START
+from cozyrag.retrieval.bm25 import STEMMERS
+from cozyrag.retrieval.contexts import FILTERS
+from cozyrag.retrieval.hybrid import MODES
 from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, write_json
-from cozyrag.runtime.machine_faults import machine_faults_told
+from cozyrag.runtime.contents import check_contents, check_seal, contents_of, is_contents, read_object, sealed
+from cozyrag.runtime.json_fields import Kind, check_fields, each_of, number, one_of, or_null, text, whole
+from cozyrag.runtime.machine_faults import check_readable
 from cozyrag.runtime.old_names import current_settings
 
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 2
 STARTING = 3  # prompts begin with the tokenizer's BOS, which earlier versions of cozyrag would leave out
 READABLE = (1, FORMAT_VERSION, STARTING)
+MODELS = ("generator", "retriever")  # the index has the hashes of its files in its own index.json
+CONTENTS = "files"
+READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # files of a model that change what it does
+AGAIN = "Copy the whole folder again, or run train.py again."
+PLACE: dict[str, Kind | Mapping] = {
+    "folder": text(),
+    "repo": text(),
+    "revision": text(),
+    "fingerprint": text(),
+    CONTENTS: Kind("the bytes and hashes of files in its folder", is_contents),
+}
+FIELDS: dict[str, Kind | Mapping] = {
+    "generator": PLACE,
+    "retriever": PLACE,
+    "index": PLACE,
+    "prompt": {
+        "question_cue": text(),
+        "answer_cue": text(),
+        "chat_template": one_of((True,)),
+        START: each_of(text()),
+    },
+    "retrieval": {
+        "mode": one_of(MODES),
+        "stemmer": one_of(STEMMERS),
+        "weights": {"vectors": number(0, 1e6), "sentence_words": number(0, 1e6)},
+    },
+    "contexts": {
+        "top_k": whole(1, 10_000),
+        "context_tokens": whole(0, 1_000_000),
+        "answer_tokens": whole(1, 100_000),
+        "min_answer_tokens": whole(0, 100_000),
+        "no_repeat_ngram_size": whole(0, 1000),
+        "extractive": one_of((True, False)),
+        "context_filter": one_of(FILTERS),
+        "no_answer_threshold": or_null(number(0, 1)),
+    },
+}
+# What earlier versions did not write, or what only pairs on the Hub have.
+OPTIONAL = {
+    *(f"{role}.{name}" for role in (*MODELS, "index") for name in PLACE),
+    *("prompt", *(f"prompt.{name}" for name in ("question_cue", "answer_cue", "chat_template", START))),
+    "retrieval.weights.sentence_words",
+    *(f"contexts.{name}" for name in ("min_answer_tokens", "no_repeat_ngram_size", "extractive", "context_filter")),
+    "contexts.no_answer_threshold",
+}
+CLOSED = ("retrieval", "retrieval.weights", "contexts")  # their entries become arguments
 
 
 def describe_pair(
@@ -59,7 +110,7 @@ def starts_text(facts: dict) -> bool:
 
 
 def read_pair(folder: Path) -> dict:
-    """cozyrag.json of a folder. Raises InputError if there is none, or if it is of another format."""
+    """cozyrag.json of a folder. Raises InputError if there is none, if it is of another format, or if it is damaged."""
     path = folder / PAIR_FILE
     if (folder / NEXT).exists():
         raise InputError(
@@ -70,16 +121,45 @@ def read_pair(folder: Path) -> dict:
         raise InputError(
             f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is not the output folder of a finished run."
         )
-    with machine_faults_told(path):
-        content = path.read_bytes()
-    try:
-        pair = json.loads(content.decode())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Run train.py again or copy the file again.") from error
-    found = pair.get("format_version") if isinstance(pair, dict) else None
-    if found not in READABLE:
-        raise InputError(f"{path}: expected format_version {STARTING} or lower, found {found!r}. Update cozyrag.")
-    return pair | {"contexts": current_settings(pair["contexts"])} if "contexts" in pair else pair
+    check_readable([path])
+    pair = read_object(path, "Run train.py again or copy the file again.")
+    found = pair.get("format_version")
+    if type(found) is not int or found not in READABLE:
+        raise InputError(f"{path}: expected format_version {STARTING} or lower, found {found!r:.60}. Update cozyrag.")
+    known = pair | ({"contexts": current_settings(pair["contexts"])} if isinstance(pair.get("contexts"), dict) else {})
+    check_fields(known, FIELDS, path=path, remedy=AGAIN, optional=OPTIONAL, closed=CLOSED)
+    for role in FIELDS.keys() & {*MODELS, "index"}:
+        _check_place(path, role, known[role])
+    check_seal(path, pair, AGAIN)
+    return known
+
+
+def _check_place(path: Path, role: str, place: Mapping) -> None:
+    """Raise InputError for a piece without a place, a retriever without a fingerprint."""
+    needed = (("folder",) if "folder" in place else ("repo", "revision")) + ("fingerprint",) * (role == "retriever")
+    if missing := [name for name in needed if name not in place]:
+        raise InputError(f"{path}: expected an entry '{role}.{missing[0]}', found none. {AGAIN}")
+
+
+def write_pair(folder: Path, pair: Mapping) -> None:
+    """Write cozyrag.json with the hashes of the files of both models beside it, and of itself.
+
+    Raises InputError as `write_json`.
+    """
+    held = {}
+    for role in MODELS:
+        place = folder / role
+        names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.suffix in READ)
+        held[role] = pair[role] | {CONTENTS: contents_of(place, [name for name in names if (place / name).is_file()])}
+    write_json(folder / PAIR_FILE, sealed(pair | held))
+
+
+def check_piece(place: Path, piece: Mapping, *, whole: bool = False) -> None:
+    """Raise InputError if a file of a model is not the one that was saved with its pair.
+
+    `piece`: its entry of cozyrag.json; without hashes, as earlier versions wrote it, nothing is checked.
+    """
+    check_contents(place, piece.get(CONTENTS, {}), AGAIN, whole=whole)
 
 
 @dataclass(frozen=True)
@@ -108,4 +188,4 @@ class SavedPair:
                 shutil.copytree(piece, coming / role, ignore=shutil.ignore_patterns(PAIR_FILE, ".*"))
                 kept = {name: self.facts[role][name] for name in ("fingerprint",) if name in self.facts[role]}
                 facts[role] = {"folder": role} | kept
-            write_json(coming / PAIR_FILE, facts)
+            write_pair(coming, facts)

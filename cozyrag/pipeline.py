@@ -23,11 +23,11 @@ from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.int8_encoding import BF16, FLOAT32, reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_evaluation import Evaluated, Evaluation, check_counts, questions_for
-from cozyrag.pair_file import PAIR_FILE, SavedPair, read_pair, starts_text
+from cozyrag.pair_file import PAIR_FILE, SavedPair, check_piece, read_pair, starts_text
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
-from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.retrieval.passage_index import PassageIndex, check_fits
 from cozyrag.runtime.distributed import own_state
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
@@ -166,6 +166,8 @@ class CozyRAG:
         calibration = Calibration.read(pair.get("calibration"), folder / PAIR_FILE)
         kinds = {"generator": "model", "retriever": "model", "index": "dataset"}
         pieces = {role: _piece(folder, pair[role], kind, token) for role, kind in kinds.items()}
+        for role in ("generator", "retriever"):
+            check_piece(pieces[role], pair[role])
         generator = Generator.load(str(pieces["generator"]), start_of_text=starts_text(pair))
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
         if expected not in (None, found):
@@ -183,6 +185,7 @@ class CozyRAG:
                 f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they belong to "
                 "different pairs. Load another revision, copy the folder again or run train.py again."
             )
+        check_fits(index, retriever.dimensions)
         contexts = dict(pair["contexts"])
         decoding = Decoding(
             **{each.name: contexts.pop(each.name) for each in fields(Decoding) if each.name in contexts}

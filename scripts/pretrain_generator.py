@@ -68,7 +68,7 @@ def train(options: argparse.Namespace) -> None:
             f"--rows: expected a multiple of the {accelerator.num_processes} processes, found {options.rows}."
         )
     torch.set_float32_matmul_precision("high")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     generator = Generator(make_model(folder, tokenizer, options), tokenizer)
     progress = restore(output, generator) if options.resume else Progress()
     generator.model.to(accelerator.device)
@@ -107,7 +107,7 @@ def stages_of(
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> GPT2LMHeadModel:
     """The starting model that `prepare` wrote, or an untrained GPT-2."""
     if (folder / "start").exists() and not options.cold_start:
-        return GPT2LMHeadModel.from_pretrained(folder / "start", dtype=torch.float32)
+        return GPT2LMHeadModel.from_pretrained(folder / "start", dtype=torch.float32, trust_remote_code=False)
     return GPT2LMHeadModel(
         gpt2_config(tokenizer, width=options.width, layers=options.layers, heads=options.width // 64)
     )

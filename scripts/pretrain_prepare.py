@@ -85,7 +85,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> GPT2Tokenizer:
 def write_start(folder: Path, tokenizer: GPT2Tokenizer, options: argparse.Namespace) -> None:
     """Write the model that training starts from, made of the first layers of the retriever or of another BERT."""
     encoder = str(get_model_path()) if options.warm_start == "embedded" else options.warm_start
-    shape = AutoConfig.from_pretrained(encoder)
+    shape = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     config = gpt2_config(tokenizer, width=shape.hidden_size, layers=options.layers, heads=shape.num_attention_heads)
     tokens = np.load(folder / "text.npz")["tokens"].astype(np.int64)
     texts = min(START_TEXTS, len(tokens) // START_TOKENS)

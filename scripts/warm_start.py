@@ -55,12 +55,12 @@ def from_encoder(
     Returns:
         the model, and for each of its norms the share of the variance of BERT's hidden states that it reproduces (R2).
     """
-    bert = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
+    bert = AutoModel.from_pretrained(encoder, dtype=torch.float32, trust_remote_code=False).eval()
     model = GPT2LMHeadModel(config)
     new = model.transformer
     length = sample.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    hidden = _embeddings(bert, AutoTokenizer.from_pretrained(encoder), tokenizer, new, sample)
+    hidden = _embeddings(bert, AutoTokenizer.from_pretrained(encoder, trust_remote_code=False), tokenizer, new, sample)
     stream = new.wte(sample) + new.wpe.weight[:length]
     quality = []
     for old, block in zip(bert.encoder.layer, new.h, strict=False):

@@ -4,7 +4,8 @@ import evaluated
 import pytest
 
 from cozyrag.errors import InputError
-from cozyrag.reporting.run_reader import FinishedRun, read_lines, spread
+from cozyrag.reporting.run_reader import FinishedRun, spread
+from cozyrag.runtime.json_lines import read_json_lines
 from cozyrag.runtime.old_names import evaluation_files
 
 
@@ -34,7 +35,7 @@ def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2: expected a JSON object"):
-        read_lines(path)
+        read_json_lines(path)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,11 @@ FLOORS = (
     "commands",
     "cli",
 )
-FOREIGN_BYTES = {"data.ingest_worker"}  # where anything that a parser raises becomes a bad row
+FOREIGN_BYTES = {
+    "data.ingest_worker",  # where anything that a parser raises becomes a bad row
+    "models.loading",  # where anything that a library raises for a model's files becomes one sentence
+    "models.prompts",  # the same for a chat template, in a process of its own
+}
 KNOW_SETTINGS = {"training", "preflight", "run", "api", "commands"}
 FORBIDDEN_NAMES = {
     "evaluate.py",
@@ -220,7 +224,65 @@ def test_no_pickles_are_read_or_written():
     )
 
 
+LOADERS = ("from_pretrained", "from_config", "SentenceTransformer")
+OURS = ("CozyRAG", "PeftModel", "cls")  # ours passes it on; PEFT loads only weights, into a model that is there
+PLACES = [*(path for name in ("cozyrag", "scripts", "benchmarks") for path in sorted((ROOT / name).rglob("*.py")))]
+
+
+def trusting(tree):
+    """Lines of calls that load a model, a tokenizer or a configuration without the words trust_remote_code=False."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = ast.unparse(node.func).rpartition(".")[0]
+        said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        from_files = name != "SentenceTransformer" or "modules" not in said
+        if name in LOADERS and owner not in OURS and from_files and said.get("trust_remote_code") != "False":
+            yield f"line {node.lineno}: {ast.unparse(node.func)}"
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_load_of_a_model_says_that_it_trusts_no_code(path):
+    # Left out, it is None for transformers: then a `y` on standard input runs the code.
+    assert list(trusting(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "faults"),
+    [
+        ("AutoConfig.from_pretrained(name)", 1),
+        ("AutoTokenizer.from_pretrained(name, **source)", 1),
+        ("SentenceTransformer(name, trust_remote_code=True)", 1),
+        ("SentenceTransformer(modules=parts)", 0),
+        ("AutoModel.from_pretrained(name, trust_remote_code=False)", 0),
+    ],
+)
+def test_a_load_that_trusts_code_is_found(line, faults):
+    assert len(list(trusting(ast.parse(line)))) == faults
+
+
 # ---- how files are written
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_is_split_at_more_than_newlines(path):
+    # A text may hold U+2028: `splitlines` would cut its row of JSON in two.
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [
+        node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "splitlines"
+    ] == []
+
+
+def test_json_lines_are_written_and_read_in_one_place():
+    joined = [
+        f"{name}, line {node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp) and ast.unparse(node).endswith("+ '\\n'")
+        if "dumps" in ast.unparse(node) and "indent" not in ast.unparse(node)
+    ]
+    assert [place for place in joined if not place.startswith("runtime.json_lines")] == []
 
 
 def test_no_file_has_a_name_that_says_nothing_or_hides_a_package():

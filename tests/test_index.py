@@ -141,13 +141,17 @@ def test_other_libraries_can_read_the_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     scores, rows = faiss.read_index(str(tmp_path / "index.faiss")).search(drawn(5, seed=1), 9)
     np.testing.assert_array_equal(rows, index.search(drawn(5, seed=1), 9)[1])
-    assert json.loads((tmp_path / "index.json").read_text()) == {
+    facts = json.loads((tmp_path / "index.json").read_text())
+    assert {name: held["bytes"] for name, held in facts.pop("files").items()} == {
+        name: (tmp_path / name).stat().st_size for name in FILES[:-1]
+    }
+    assert len(facts.pop("checksum")) == 32
+    assert facts == {
         "retriever_fingerprint": "0123456789abcdef",
         "passages": 40,
         "dimensions": 8,
         "metric": "inner product",
         "factory": "Flat",
-        "bytes": {name: (tmp_path / name).stat().st_size for name in FILES[:-1]},
     }
     assert Dataset.from_parquet(str(tmp_path / "passages.parquet"), keep_in_memory=True)[3] == table(40)[3]
 

@@ -237,7 +237,7 @@ def test_damage_is_still_damage(tmp_path, factory, content):
     make_index(tmp_path, factory)
     (tmp_path / "passages.parquet").write_bytes(content)
     facts = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(facts | {"bytes": {}}))
+    (tmp_path / "index.json").write_text(json.dumps({"retriever_fingerprint": "0", "factory": facts["factory"]}))
     with pytest.raises(InputError, match=r"is damaged.*Copy the whole folder again"):
         PassageIndex.load(tmp_path, fingerprint="0")
 

@@ -186,7 +186,8 @@ def test_lists_that_do_not_fit_are_refused_before_faiss_reads_beyond_them(made, 
     made.save(tmp_path)
     save_file(change(load_file(tmp_path / LISTS)), tmp_path / LISTS)
     facts = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps({name: value for name, value in facts.items() if name != "bytes"}))
+    facts = {name: value for name, value in facts.items() if name not in ("files", "checksum")}
+    (tmp_path / "index.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match="is damaged"):
         PassageIndex.load(tmp_path, fingerprint="f")
 
@@ -196,7 +197,7 @@ def test_impossible_search_parameters_are_refused(made, tmp_path, search):
     made.save(tmp_path)
     facts = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(facts | {"search": search}))
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match="expected (an entry .)?search"):
         PassageIndex.load(tmp_path, fingerprint="f")
 
 

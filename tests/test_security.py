@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,138 @@ def test_a_model_that_brings_code_of_its_own_is_refused(generator_path, tmp_path
     with pytest.raises(InputError):
         Generator.load(str(folder))
     assert not (tmp_path / "sprung").exists()
+
+
+OWN = {"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoModel": "own.Own"}}
+
+
+def rewrite(path: Path, **changed) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def own_code(folder: Path, sprung: Path) -> Path:
+    """Code in a model's folder that makes a file as soon as it is imported."""
+    (folder / "own.py").write_text(f"import os; os.mkdir({str(sprung)!r})\nclass Own: pass\n")
+    return sprung
+
+
+def in_config(folder: Path) -> None:
+    rewrite(folder / "config.json", model_type="own", **OWN)
+
+
+def in_tokenizer(folder: Path) -> None:
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    rewrite(folder / "tokenizer_config.json", **own)
+
+
+def in_generation(folder: Path) -> None:
+    (folder / "custom_generate").mkdir()
+    shutil.copy(folder / "own.py", folder / "custom_generate" / "generate.py")
+
+
+def as_module(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = "own.Own"
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def as_module_on_the_path(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = "antigravity.Own"  # a module of Python that acts when it is imported
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def in_options_of_a_module(folder: Path) -> None:
+    in_config(folder)
+    trusting = {"trust_remote_code": True, "weights_only": False, "use_safetensors": False}
+    rewrite(folder / "sentence_bert_config.json", model_args=trusting, config_args=trusting, tokenizer_args=trusting)
+
+
+WAYS = {
+    "generator": (in_config, in_tokenizer, in_generation),
+    "retriever": (in_config, in_tokenizer, as_module, as_module_on_the_path, in_options_of_a_module),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(kind, way) for kind in WAYS for way in WAYS[kind]],
+    ids=lambda part: getattr(part, "__name__", part),
+)
+def test_code_in_the_folder_of_a_model_does_not_run_even_if_somebody_says_yes(
+    kind, way, request, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    folder = tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(f"{kind}_path"), folder)
+    sprung = own_code(folder, tmp_path / "sprung")
+    way(folder)
+    try:
+        (Generator if kind == "generator" else Retriever).load(str(folder))
+    except InputError as refused:
+        assert str(folder) in str(refused)
+    assert not asked and not sprung.exists()
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("where", ["pair", "base"])
+def test_a_pair_and_the_base_of_an_adapter_run_no_code(where, pair_folder, generator_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *words: "y")
+    shutil.copytree(pair_folder, tmp_path / "pair")
+    folder = tmp_path / "pair" / "generator"
+    if where == "base":
+        pytest.importorskip("peft")
+        shutil.copytree(generator_path, tmp_path / "base")
+        generator = Generator.load(str(tmp_path / "base"))
+        generator.add_adapter(str(tmp_path / "base"), rank=2, alpha=2.0, dropout=0.0, targets=[], revision=None, seed=0)
+        shutil.rmtree(folder)
+        generator.save(folder)
+        folder = tmp_path / "base"
+    sprung = own_code(folder, tmp_path / "sprung")
+    in_config(folder)
+    with pytest.raises(InputError):
+        CozyRAG.from_pretrained(tmp_path / "pair")
+    assert not sprung.exists()
+
+
+@pytest.fixture
+def adapter_folder(generator_path, tmp_path):
+    """An adapter of the tiny generator."""
+    pytest.importorskip("peft")
+    generator = Generator.load(str(generator_path))
+    generator.add_adapter(str(generator_path), rank=2, alpha=2.0, dropout=0.0, targets=[], revision=None, seed=0)
+    generator.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_pickled_weights_of_an_adapter_are_not_loaded(adapter_folder, tmp_path):
+    (adapter_folder / "adapter_model.safetensors").unlink()
+    sprung = planted(adapter_folder, "adapter_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        Generator.load(str(adapter_folder))
+    assert not sprung.exists()
+
+
+def test_an_adapter_imports_no_module_by_name(adapter_folder):
+    rewrite(adapter_folder / "adapter_config.json", megatron_config={}, megatron_core="antigravity")
+    with pytest.raises(InputError, match="megatron"):
+        Generator.load(str(adapter_folder))
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", ["generator", "retriever"])
+@pytest.mark.parametrize("options", [{"attn_implementation": "someone/kernel"}, {"allow_all_kernels": True}], ids=str)
+def test_a_model_names_no_kernel_that_would_be_downloaded_and_run(kind, options, request, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(f"{kind}_path"), folder)
+    if kind == "generator":
+        rewrite(folder / "config.json", **options)
+    else:
+        rewrite(folder / "sentence_bert_config.json", model_args=options)
+    with pytest.raises(InputError, match="kernel"):
+        (Generator if kind == "generator" else Retriever).load(str(folder))
 
 
 # ---- secrets

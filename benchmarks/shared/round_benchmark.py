@@ -111,9 +111,11 @@ class Benchmark:
         return make_prompts(
             asked,
             self.passages,
-            AutoTokenizer.from_pretrained(self.models.generator_folder),
+            AutoTokenizer.from_pretrained(self.models.generator_folder, trust_remote_code=False),
             context_tokens=self.options.context_tokens,
-            max_length=AutoConfig.from_pretrained(self.models.generator_folder).max_position_embeddings,
+            max_length=AutoConfig.from_pretrained(
+                self.models.generator_folder, trust_remote_code=False
+            ).max_position_embeddings,
         )
 
     def _generator(self) -> None:
@@ -122,7 +124,7 @@ class Benchmark:
         size = options.product_size or (8192 if device.type == "cuda" else 2048)
         sides = generator_sides(self.models, prompts, self.place, options)
         self._measure("generator", [*sides, matrix_products(size, options.products, device)])
-        config = AutoConfig.from_pretrained(self.models.generator_folder)
+        config = AutoConfig.from_pretrained(self.models.generator_folder, trust_remote_code=False)
         if config.model_type == "gpt2":  # training_flops knows the layers of GPT-2 only
             self.flops_per_pair = gpt2_flops(config, prompts.examples[: options.pairs]) / options.pairs
 

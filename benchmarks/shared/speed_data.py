@@ -166,7 +166,7 @@ class Models:
             return self.generator
         folder = Path(self._folder.name) / "generator"
         if self.tokenizer:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
         else:
             tokenizer = GPT2Tokenizer().train_new_from_iterator(
                 self.texts, vocab_size=self.shape.vocab_size, show_progress=False

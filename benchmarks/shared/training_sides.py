@@ -131,8 +131,10 @@ def reference_generator(
     """The reference loop over the first rows, with the dropout of the config."""
 
     def build(rows: int) -> Callable[[], Generator]:
-        model = AutoModelForCausalLM.from_pretrained(models.generator_folder, dtype=torch.float32).to(place.device)
-        generator = Generator(model, AutoTokenizer.from_pretrained(models.generator_folder))
+        model = AutoModelForCausalLM.from_pretrained(
+            models.generator_folder, dtype=torch.float32, trust_remote_code=False
+        ).to(place.device)
+        generator = Generator(model, AutoTokenizer.from_pretrained(models.generator_folder, trust_remote_code=False))
 
         def run() -> Generator:
             torch.manual_seed(options.seed)
@@ -158,8 +160,10 @@ def trainer_generator(models: Models, prompts: Prompts, place: Place, options: N
     """transformers.Trainer over the same token ids, padded to the longest of a batch, dropout as in the config."""
 
     def build(rows: int) -> Run:
-        model = AutoModelForCausalLM.from_pretrained(models.generator_folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(models.generator_folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            models.generator_folder, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(models.generator_folder, trust_remote_code=False)
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(

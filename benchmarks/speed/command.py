@@ -27,7 +27,7 @@ def tree(pid: int) -> list[int]:
 def memory(pid: int) -> dict[str, int]:
     """Kilobytes of a process, as RSS and PSS; {} if it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\n")
     except OSError:
         return {}
     return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("Rss", "Pss:"))}

@@ -52,7 +52,9 @@ from cozyrag.retrieval.index_file import FILES, LISTS, made_by
 from cozyrag.retrieval.passage_index import Passages, write_index
 from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors, store_passages, write_vectors
 from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.folder_lock import LOCK
 from cozyrag.runtime.precision import fitting
+from cozyrag.training.output_dir import locked
 from cozyrag.training.setup import make_accelerator
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -95,6 +97,15 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     sentences = not options.no_sentence_vectors and retriever.reads_sentences
     precision = retriever.reads_in(options.index_precision)
     work = _Workspace(Path(options.output), retriever.fingerprint(), precision, sentences)
+    with locked(accelerator, work.folder, "--output"):
+        _index(accelerator, retriever, work, options, started)
+    accelerator.end_training()
+
+
+def _index(
+    accelerator: Accelerator, retriever: Retriever, work: "_Workspace", options: argparse.Namespace, started: float
+) -> None:
+    """Everything between the lock and its release."""
     if accelerator.is_main_process:
         work.open()
         np.save(work.hashes, _stage(options, work.passages))
@@ -109,7 +120,6 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
         print(_finish(work, hashes, options.index_memory))
         print(f"{len(rows):,} passages encoded{speed}; {time.perf_counter() - started:.0f} s in total.")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 class _Workspace:
@@ -134,7 +144,7 @@ class _Workspace:
         """Create the folders. Raises InputError if the output folder holds other files."""
         if self.folder.exists() and not self.place.exists():
             names = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
-            foreign = sorted(names - {*FILES, LISTS, CARD})
+            foreign = sorted(names - {*FILES, LISTS, CARD, LOCK})
             if foreign:
                 raise InputError(
                     f"--output {self.folder}: expected a new folder or one with an index, found {foreign[0]} in it. "

@@ -21,8 +21,8 @@ from cozyrag.hub.model_cards import ADAPTER_NOTE, CARD
 from cozyrag.models.generator import Generator
 from cozyrag.models.loading import load_causal_lm
 from cozyrag.models.lora import merged, read_adapter
-from cozyrag.pair_file import PAIR_FILE, read_pair
-from cozyrag.runtime.atomic_files import replacing, write_json
+from cozyrag.pair_file import read_pair, write_pair
+from cozyrag.runtime.atomic_files import replacing
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -68,7 +68,7 @@ def merge(output: str, folder: str) -> Path:
             (coming / "generator" / name).unlink(missing_ok=True)
         generator.save(coming / "generator")
         pair["generator"]["fingerprint"] = weights_fingerprint(generator.model)
-        write_json(coming / PAIR_FILE, pair)
+        write_pair(coming, pair)
         card = coming / "generator" / CARD
         if card.exists():
             text = card.read_text(encoding="utf-8").replace(ADAPTER_NOTE, "")

@@ -34,6 +34,7 @@ from cozyrag.data.ingest_assemble import Summary, assemble, check_destination, s
 from cozyrag.data.ingest_worker import Cutting, read_counts
 from cozyrag.data.rows import SHOWN, BadRows, printable
 from cozyrag.errors import InputError
+from cozyrag.runtime.folder_lock import LOCK, held
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,18 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     started = time.perf_counter()
     check_destination(options.output, options.inputs)
     folder = Path(f"{options.output}.parts")
-    ignored = [options.output, str(summary_path(options.output)), *map(str, folder.glob("*"))]
+    with held(Path(f"{options.output}{LOCK}"), f"--output: another `cozyrag passages` is writing {options.output}"):
+        _passages(options, folder, started)
+
+
+def _passages(options: argparse.Namespace, folder: Path, started: float) -> None:
+    """Everything between the lock and its release."""
+    ignored = [
+        options.output,
+        str(summary_path(options.output)),
+        f"{options.output}{LOCK}",
+        *map(str, folder.glob("*")),
+    ]
     sources, unknown = find_sources(options.inputs, format=options.format, ignore=ignored)
     signed, columns = options.near_duplicates is not None, columns_of(options)
     cutting = Cutting(

@@ -46,6 +46,7 @@ from cozyrag.data.passages import stream_passages
 from cozyrag.data.questions import Question, stream_questions
 from cozyrag.data.readers import Sources, size_of
 from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows
+from cozyrag.runtime.json_lines import json_line
 
 OUTPUTS = (".jsonl", ".jsonl.gz")
 KINDS = ("repeated", "disagreeing", "no_words", "no_passage", "not_in_gold", "unknown_gold", "length")
@@ -270,7 +271,7 @@ def _write(output: str, kept: Sequence[Checked]) -> None:
     beside = f"{output}.{os.getpid()}"
     packed = output.lower().endswith(".gz")
     with gzip.open(beside, "wt", 6, "utf-8") if packed else open(beside, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(each.row(), ensure_ascii=False) + "\n" for each in kept)
+        file.writelines(json_line(each.row()) for each in kept)
     os.replace(beside, output)
 
 

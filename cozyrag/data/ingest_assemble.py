@@ -5,7 +5,6 @@ same ids. Left out: reading and cutting (ingest.py).
 """
 
 import gzip
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from cozyrag.data.passages import passage_id
 from cozyrag.data.readers import kind_of
 from cozyrag.data.streams import PACKED
 from cozyrag.errors import InputError
+from cozyrag.runtime.json_lines import json_line
 
 OUTPUTS = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS = 4096  # rows written together
@@ -178,4 +178,4 @@ def _writer(path: str, output: str) -> Iterator[Callable[[pa.Table], object]]:
         return
     packed = output.lower().endswith(".gz")
     with gzip.open(path, "wt", 6, "utf-8") if packed else open(path, "w", encoding="utf-8", newline="\n") as file:
-        yield lambda table: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+        yield lambda table: file.writelines(map(json_line, table.to_pylist()))

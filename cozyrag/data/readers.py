@@ -324,7 +324,7 @@ def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
         table = datasets.load_dataset(name, config or None, split=split, **options)
     # datasets reports a missing script, split, configuration, page or network by these four families of errors.
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
             f"{source}: expected a file at {os.path.abspath(source)} or a Hub dataset of that name with the split "
             f"{split}, found neither ({reason.rstrip('.')}). Give a local file ({' '.join(EXTENSIONS)}), or check the "

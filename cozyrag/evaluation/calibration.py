@@ -6,7 +6,6 @@ numbers; benchmarks/quality/calibration.py compares it with temperature scaling 
 (reporting/plots.py).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from cozyrag.errors import InputError
 BINS = 8
 ENOUGH, EACH = 100, 10  # answers to calibrate on, and those of them that are right, and wrong
 FOLDS = 5
+LARGEST = 1e9  # number of a calibration that is read
 NEAREST = 1e-6  # to 0 and 1: the logit is finite
 THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.9)
 
@@ -41,7 +41,7 @@ class Calibration:
             return None
         wanted = {"slope", "intercept", "questions"}
         values = [facts.get(name) for name in sorted(wanted)] if isinstance(facts, Mapping) else [None]
-        if not all(isinstance(each, int | float) and math.isfinite(each) for each in values) or facts["slope"] <= 0:
+        if not all(isinstance(each, int | float) and abs(each) < LARGEST for each in values) or facts["slope"] <= 0:
             raise InputError(
                 f"{where}: expected the calibration as three numbers, slope (above 0), intercept and questions, found "
                 f"{facts!r:.80}. Remove that field: certainty is then the generator's own."

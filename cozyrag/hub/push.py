@@ -21,9 +21,10 @@ from huggingface_hub.hf_api import RepoFile
 from cozyrag.errors import InputError, PushError
 from cozyrag.hub.model_cards import CARD, card_for_hub
 from cozyrag.models.lora import read_adapter
-from cozyrag.pair_file import PAIR_FILE, read_pair
-from cozyrag.retrieval.index_file import made_by
+from cozyrag.pair_file import CONTENTS, MODELS, PAIR_FILE, check_piece, read_pair
+from cozyrag.retrieval.index_file import check_index_contents, made_by
 from cozyrag.runtime.assets import GENERATOR_FOLDER
+from cozyrag.runtime.contents import CHECKSUM, sealed
 from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
 
 # piece of a pair -> ending of the name and type of its repository, in the order of the upload
@@ -87,7 +88,10 @@ def push_pair(
         }
         made = {role: repositories[role].publish(files[role], message) for role in ("retriever", "index")}
         on_hub = _on_hub(pair, {role: each.name for role, each in repositories.items()}, made)
-        last = {**files["generator"], PAIR_FILE: json.dumps(on_hub, indent=2).encode()}
+        last = {
+            **files["generator"],
+            PAIR_FILE: json.dumps(sealed(on_hub) if CHECKSUM in pair else on_hub, indent=2).encode(),
+        }
         made["generator"] = repositories["generator"].publish(last, message)
     except HUB_FAULTS as error:
         raise PushError(f"The pair is complete in {kept.absolute()}, but {_failed(error, repo_id, again)}") from error
@@ -177,6 +181,9 @@ def _pieces(folder: Path, pair: dict, info: Info | None) -> dict[str, dict[str, 
             "was interrupted or a piece was replaced, and a mixed pair is not pushed. Run train.py --resume, or copy "
             "the folder again."
         )
+    check_index_contents(folder / "index", whole=True)
+    for role in MODELS:
+        check_piece(folder / role, pair[role], whole=True)
     return pieces
 
 
@@ -214,6 +221,7 @@ def _belongs(path: Path, folder: Path) -> bool:
 def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> dict:
     """The content of cozyrag.json in the generator's repository."""
     named = {role: {"repo": names[role], "revision": made[role]} for role in ("retriever", "index")}
+    named["retriever"] |= {CONTENTS: pair["retriever"][CONTENTS]} if CONTENTS in pair["retriever"] else {}
     named["retriever"]["fingerprint"] = pair["retriever"]["fingerprint"]
     return pair | {"generator": pair["generator"] | {"folder": "."}} | named
 

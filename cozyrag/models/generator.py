@@ -22,7 +22,7 @@ from cozyrag.models.constrained_decoding import Spans
 from cozyrag.models.fsdp import Sharded
 from cozyrag.models.greedy_decoding import Limits, reads_past_padding, write_greedily
 from cozyrag.models.int8_encoding import BF16, FLOAT32
-from cozyrag.models.loading import load_causal_lm, training_config
+from cozyrag.models.loading import ALTERNATIVES, load_causal_lm, loading, training_config
 from cozyrag.models.prompts import (
     ANSWER_CUE,
     PLAIN,
@@ -122,7 +122,11 @@ class Generator:
         Raises InputError if it cannot be loaded or used; the message names the alternatives.
         """
         loaded = load_causal_lm(name, revision=revision, dropout=dropout, token=token, chat_template=chat_template)
-        return cls(*loaded, start_of_text=start_of_text)
+        with loading("--generator", "checkpoint folder", name, ALTERNATIVES):
+            generator = cls(*loaded, start_of_text=start_of_text)
+            if generator.max_length < 1:
+                raise ValueError(f"a maximum of {generator.max_length} tokens")
+        return generator
 
     @classmethod
     def from_scratch(

@@ -3,10 +3,11 @@
 Left out: what the model is used for (generator.py), making and saving adapters (lora.py).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from cozyrag.errors import InputError
+from cozyrag.models.foreign_files import refuse_foreign_code, refuse_sizes
 from cozyrag.models.lora import load_adapter, read_adapter
 from cozyrag.models.smollm2 import HINT, SMOLLM2, load_smollm2
 from cozyrag.models.token_losses import TokenLosses
@@ -45,20 +47,21 @@ def _load_checkpoint(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """From a folder or the Hub: a whole model, or an adapter and the model it belongs to."""
     source = {"revision": revision, "token": token}
-    try:
+    with loading("--generator", "checkpoint folder", name, ALTERNATIVES):
+        refuse_foreign_code(name, **source)
         adapter = read_adapter(name, **source)
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
         if adapter is None:
-            config = training_config(AutoConfig.from_pretrained(name, **source), dropout)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+            refuse_sizes(Path(name))
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 name,
-                config=config,
+                config=training_config(config, dropout),
+                trust_remote_code=False,
                 dtype=torch.float32,
                 use_safetensors=True,  # a pytorch_model.bin is a pickle
                 **source,
             )
-    except (OSError, ValueError, SafetensorError) as error:  # SafetensorError: a truncated file
-        raise not_loaded("--generator", "checkpoint folder", name, error, ALTERNATIVES) from error
     if adapter is None:
         _check_head(model)
     else:
@@ -107,7 +110,23 @@ def _check_head(model: PreTrainedModel) -> None:
         )
 
 
-def not_loaded(option: str, kind: str, name: str, error: Exception, otherwise: str) -> InputError:
+@contextlib.contextmanager
+def loading(option: str, kind: str, name: str, otherwise: str) -> Iterator[None]:
+    """Turn whatever the libraries raise for the files of a model into an InputError; see `not_loaded`.
+
+    tokenizers raises bare exceptions, and its panics are not even those; a malformed configuration becomes any error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        raise not_loaded(option, kind, name, error, otherwise) from error
+
+
+def not_loaded(option: str, kind: str, name: str, error: BaseException, otherwise: str) -> InputError:
     """The error for a model that cannot be loaded; `otherwise`: the last of its remedies.
 
     Raises InputError itself for a file that may not be read.

@@ -15,16 +15,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from cozyrag.errors import InputError
+from cozyrag.models.foreign_files import find_file
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHIPPED = GENERATOR_FOLDER.parts[-3:]  # the end of the packaged model's path, which depends on the installation
 NAME = "default"
-# cached_file then returns None; loading the model reports a repository that cannot be reached
-QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,8 @@ def read_adapter(name: str, *, revision: str | None = None, token: str | None = 
 
     Raises InputError if there is an adapter, but PEFT is not installed.
     """
-    cached = None if Path(name).is_dir() else cached_file(name, CONFIG, revision=revision, token=token, **QUIETLY)
-    path = Path(cached or Path(name) / CONFIG)
-    if not path.is_file():
+    path = find_file(name, CONFIG, revision=revision, token=token)
+    if path is None:
         return None
     _check_peft(f"{name} is a LoRA adapter")
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -111,6 +108,8 @@ def load_adapter(
 ) -> None:
     """Put a saved adapter into the model that it belongs to, for inference or further training."""
     try:
+        if find_file(name, WEIGHTS, revision=revision, token=token) is None:
+            raise OSError(f"no {WEIGHTS}; a pickle (.bin) is not loaded")
         with _quiet():
             model.load_adapter(name, NAME, adapter_kwargs={"revision": revision, "token": token}, is_trainable=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

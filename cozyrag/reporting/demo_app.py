@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
 from cozyrag.pipeline import CozyRAG, Source
-from cozyrag.reporting.run_reader import read_lines, spread
+from cozyrag.reporting.run_reader import spread
 from cozyrag.reporting.templates import render, stylesheet
+from cozyrag.runtime.json_lines import read_json_lines
 from cozyrag.runtime.old_names import evaluation_files
 from cozyrag.serving.known_hosts import KnownHosts
 
@@ -126,7 +127,7 @@ def evaluation_questions(folder: Path) -> list[str]:
     files = evaluation_files(folder)
     if not files:
         return []
-    rows = read_lines(files[max(files)])
+    rows = read_json_lines(files[max(files)])
     correct = spread([row for row in rows if row["em"]], EXAMPLES // 2)
     wrong = spread([row for row in rows if not row["em"]], EXAMPLES - len(correct))
     return [row["question"] for row in [*correct, *wrong]]

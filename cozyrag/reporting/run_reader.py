@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from cozyrag.errors import InputError
 from cozyrag.runtime import old_names
+from cozyrag.runtime.json_lines import read_json_lines
 
 Row = TypeVar("Row")
 
@@ -38,7 +39,7 @@ class FinishedRun:
         return cls(
             folder,
             settings=old_names.current_settings(json.loads(settings.read_text("utf-8"))) if settings.exists() else {},
-            metrics=[old_names.current_metrics(row) for row in read_lines(metrics)] if metrics.exists() else [],
+            metrics=[old_names.current_metrics(row) for row in read_json_lines(metrics)] if metrics.exists() else [],
             evaluated={number: read_evaluation(path) for number, path in found.items()},
         )
 
@@ -54,21 +55,7 @@ class FinishedRun:
 
 def read_evaluation(path: Path) -> list[dict]:
     """The rows of an evaluation file, one per question. Raises InputError for a broken line."""
-    return [old_names.current_evaluation(row) for row in read_lines(path)]
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file of a run. Raises InputError for a line that is not JSON."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(
-                f"{path}, line {number}: expected a JSON object as train.py writes it, found {line[:40]!r} ({error}). "
-                "Copy the file again."
-            ) from error
-    return rows
+    return [old_names.current_evaluation(row) for row in read_json_lines(path)]
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:

@@ -6,10 +6,10 @@ nothing: an exact search reads all vectors from the disk. SQ8 and IVF find candi
 vectors on the disk. Left out: passages, and all files but that of the lists (passage_index.py).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.atomic_files import save_tensors
+from cozyrag.runtime.tensor_files import TYPES, read_header
 
 SPARE = 16  # candidates beyond k, among which ties are broken by row
 COLUMN = "vectors"
@@ -34,7 +35,6 @@ PER_LIST = 64  # vectors on which each centroid is trained
 TARGET = 0.99  # share of the 10 nearest to be found
 MOVED = np.float32(1)  # distance of an imitated question from its passage, in differences of two passages
 FACTORS = (10, 20, 40)  # candidates for each passage wanted
-TYPES: dict[str, type] = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 _LISTED = re.compile(r"IVF([1-9]\d*),PQ([1-9]\d*)x4fs")
 
 
@@ -188,14 +188,17 @@ class Lists:
 
 
 def open_vectors(path: str | Path, name: str = COLUMN, *, mode: Literal["r", "r+"] = "r") -> np.ndarray:
-    """A tensor of a safetensors file, by default the vectors (n, dim) float32, memory-mapped."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        facts = json.loads(file.read(length))[name]
-    kind, start = TYPES[facts["dtype"]], 8 + length + facts["data_offsets"][0]
-    if not np.prod(facts["shape"]):  # an empty tensor cannot be mapped
-        return np.zeros(facts["shape"], kind)
-    return np.memmap(path, kind, mode, offset=start, shape=tuple(facts["shape"]))
+    """A tensor of a safetensors file, by default the vectors (n, dim) float32, memory-mapped.
+
+    Raises ValueError or KeyError if the file has no such tensor.
+    """
+    place = read_header(path)[name]
+    kind = np.dtype(TYPES[place.dtype])
+    if prod(place.shape) * kind.itemsize != place.end - place.start:
+        raise ValueError(f"{name}: its shape {place.shape} does not have the size of its place in the file")
+    if not prod(place.shape):  # an empty tensor cannot be mapped
+        return np.zeros(place.shape, kind)
+    return np.memmap(path, kind, mode, offset=place.start, shape=place.shape)
 
 
 @dataclass(frozen=True)

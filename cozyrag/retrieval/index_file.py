@@ -4,25 +4,51 @@ Left out: the contents of the other files (passage_index.py).
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from cozyrag.data.sentences import RULES
 from cozyrag.errors import InputError
-from cozyrag.models.int8_encoding import FLOAT32
+from cozyrag.models.int8_encoding import BF16, FLOAT32, INT8
 from cozyrag.retrieval.faiss_index import Tuned, is_known, listed
+from cozyrag.runtime.atomic_files import write_json
+from cozyrag.runtime.contents import (
+    check_contents,
+    check_ordinary,
+    check_seal,
+    contents_of,
+    is_contents,
+    read_object,
+    sealed,
+)
+from cozyrag.runtime.json_fields import Kind, check_fields, each_of, one_of, text, whole
 from cozyrag.runtime.machine_faults import check_readable
 
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 LISTS = "lists.safetensors"  # only for an index with lists
 NEEDED = tuple(name for name in FILES if name != "index.faiss")  # written for other programs, never read here
 COPY_AGAIN = "Copy the whole folder again, or run train.py again."
+CONTENTS = "files"  # bytes and hashes of the other files; earlier versions wrote only "bytes", or nothing
+FIELDS: dict[str, Kind | dict] = {
+    "retriever_fingerprint": text(),
+    "passages": whole(0, 2**40),
+    "dimensions": whole(1, 2**20),
+    "factory": text(),
+    "search": {"lists": whole(1, 2**31), "factor": whole(1, 2**20)},
+    "bytes": each_of(whole(0, 2**60)),
+    "sentence_rules": whole(0, 2**31),
+    "precision": one_of((FLOAT32, BF16, INT8)),
+    CONTENTS: Kind("the bytes and hashes of files in the folder", is_contents),
+}
+OPTIONAL = {*FIELDS} - {"retriever_fingerprint"}
 
 
 def read_facts(folder: str | Path) -> dict:
     """The contents of index.json; empty if the file is missing or damaged."""
+    check_ordinary([Path(folder) / "index.json"])
     try:
         facts = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) and "retriever_fingerprint" in facts else {}
 
@@ -51,15 +77,13 @@ def write_facts(
     tuned: Tuned | None,
     sentences: bool,
     precision: str,
-    sizes: dict[str, int] | None = None,
 ) -> None:
-    """Write index.json.
+    """Write index.json with the hashes of the other files, which must be in the folder.
 
     Args:
         fingerprint: of the retriever. shape: (n, dim) of the vectors. factory: kind of the FAISS index.
         tuned: how an index with lists is searched.
         sentences: whether the folder holds sentence vectors. precision: in which the passages were encoded.
-        sizes: bytes of the other files.
     """
     facts = {
         "retriever_fingerprint": fingerprint,
@@ -68,27 +92,26 @@ def write_facts(
         "metric": "inner product",
         "factory": factory,
         "search": vars(tuned) if listed(factory) else None,
-        "bytes": sizes,
         "sentence_rules": RULES if sentences else None,
         "precision": None if precision == FLOAT32 else precision,
     }
     known = {name: value for name, value in facts.items() if value is not None}
-    (folder / "index.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    held = [name for name in (*FILES[:-1], LISTS) if (folder / name).exists()]
+    write_json(folder / "index.json", sealed(known | {CONTENTS: contents_of(folder, held)}))
 
 
 def checked_facts(folder: Path, fingerprint: str) -> dict:
     """The contents of index.json.
 
-    Raises InputError if a file is missing or has another size, if another retriever than `fingerprint`'s encoded the
-    vectors, or if the kind of FAISS index is unknown.
+    Raises InputError if a file is missing or is not what was written, if another retriever than `fingerprint`'s encoded
+    the vectors, or if the kind of FAISS index is unknown.
     """
     path = folder / "index.json"
+    check_ordinary(folder / name for name in (*FILES, LISTS))
     check_readable(folder / name for name in (*FILES, LISTS))
     if missing := [name for name in NEEDED if not (folder / name).exists()]:
         raise InputError(f"Expected an index in {folder}, but {missing[0]} is missing. {COPY_AGAIN}")
-    facts = read_facts(folder)
-    if not facts:
-        raise InputError(f"{path} is damaged. {COPY_AGAIN}")
+    facts = _known_facts(path)
     for name, size in facts.get("bytes", {}).items():
         if (folder / name).exists() and (found := (folder / name).stat().st_size) != size:
             raise InputError(
@@ -106,4 +129,36 @@ def checked_facts(folder: Path, fingerprint: str) -> dict:
             f"{path}: expected a FAISS index such as Flat, SQ8, IVF1024,PQ96x4fs or Mapped, found "
             f"{facts['factory']!r}. Update cozyrag, or make the index again."
         )
+    check_seal(path, facts, COPY_AGAIN)
+    _check_held(folder, facts.get(CONTENTS, {}), NEEDED[:-1])
     return facts
+
+
+def _known_facts(path: Path) -> dict:
+    """index.json with its fields checked. Raises InputError."""
+    facts = read_object(path, COPY_AGAIN)
+    if "retriever_fingerprint" not in facts:
+        raise InputError(f"{path} is damaged: it names no retriever. {COPY_AGAIN}")
+    check_fields(facts, FIELDS, path=path, remedy=COPY_AGAIN, optional=OPTIONAL, closed=("search",))
+    return facts
+
+
+def _check_held(folder: Path, contents: dict, names: Iterable[str], *, entire: bool = False) -> None:
+    """Check the files that are read: index.faiss is for other programs, and the Hub does not download it."""
+    held = {name: contents[name] for name in (*names, LISTS) if name in contents}
+    check_contents(folder, held, COPY_AGAIN, whole=entire)
+
+
+def check_index_contents(folder: Path, *, whole: bool = False) -> None:
+    """Raise InputError if a file of an index is not what index.json says; without hashes there nothing is known.
+
+    `whole`: as of `check_contents`, and index.faiss too.
+    """
+    facts = read_facts(folder)
+    check_seal(folder / "index.json", facts, COPY_AGAIN)
+    _check_held(folder, facts.get(CONTENTS, {}), FILES[:-1] if whole else NEEDED[:-1], entire=whole)
+
+
+def hashed(folder: Path) -> bool:
+    """Whether index.json has the hashes of the other files."""
+    return CONTENTS in read_facts(folder)

@@ -36,17 +36,22 @@ from cozyrag.retrieval.faiss_index import (
     best,
     build_faiss,
     choose_index,
+    evenly,
     open_vectors,
     rescored,
     search_shards,
     stretches,
     tune,
 )
-from cozyrag.retrieval.index_file import COPY_AGAIN, FILES, LISTS, checked_facts, keeps_sentences, write_facts
+from cozyrag.retrieval.index_file import COPY_AGAIN, LISTS, checked_facts, hashed, keeps_sentences, write_facts
 from cozyrag.runtime.atomic_files import save_tensors
 from cozyrag.runtime.machine_faults import fault_sentence, is_environment
 
 PASSAGES = "passages.parquet"
+HARMLESS, UNPACKED = 1 << 28, 200  # passages may unpack to so many bytes, or to so many times the bytes of their file
+PART = 4096  # passages read at once
+UNIT = 1e-2  # tolerance of the length of a vector: bf16 and int8 round
+CHECKED = 65_536  # vectors whose length is checked if there are more, evenly spread, to load in time
 FIELDS = ["id", "title", "text"]
 
 
@@ -227,7 +232,6 @@ class PassageIndex:
             tuned=self.tuned,
             sentences=self.sentences is not None,
             precision=self.precision,
-            sizes={n: (folder / n).stat().st_size for n in (*FILES[:-1], *([LISTS] if self.lists else []))},
         )
 
     @classmethod
@@ -248,6 +252,7 @@ class PassageIndex:
             table = _mapped(folder / PASSAGES) if factory != "Flat" else _in_memory(folder / PASSAGES)
             tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
             vectors = tensors[COLUMN]
+            _check_tensors(tensors, len(table), facts, evident=hashed(folder))
             lists = Lists.load(folder / LISTS, factory, vectors.shape)
             tuned = Tuned(**facts["search"]) if lists else None
         except (
@@ -257,6 +262,7 @@ class PassageIndex:
             ValueError,
             KeyError,
             TypeError,
+            OverflowError,
             MemoryError,
         ) as error:
             if is_environment(error):
@@ -293,7 +299,8 @@ def _in_memory(path: Path) -> Dataset:
     from datasets.table import InMemoryTable  # imported here: the benchmarks of speed run without datasets
 
     file = pq.ParquetFile(path)
-    return Dataset(InMemoryTable(file.read(columns=_kept_columns(file)).select(_kept_columns(file))))
+    schema = pyarrow.schema([file.schema_arrow.field(name) for name in _kept_columns(file)])
+    return Dataset(InMemoryTable(pyarrow.Table.from_batches(_batches(path, file), schema)))
 
 
 def _kept_columns(file: pq.ParquetFile) -> list[str]:
@@ -301,6 +308,33 @@ def _kept_columns(file: pq.ParquetFile) -> list[str]:
     schema = file.schema_arrow
     own = schema.field(METADATA).type if METADATA in schema.names else None
     return [*FIELDS, METADATA] if own in (pyarrow.string(), pyarrow.large_string()) else FIELDS
+
+
+def _batches(path: Path, file: pq.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
+    """The passages of a Parquet file, some at a time. Raises ValueError for what are no texts, or unpack to too much.
+
+    A small file may stand for terabytes: its pages are packed, and a repeated text is stored once.
+    """
+    most, held = max(HARMLESS, UNPACKED * path.stat().st_size), 0
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    pages = [group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)]
+    rows = max(1, min(PART, HARMLESS // max([1, *pages])))  # of one text for each row
+    names = _kept_columns(file)
+    for batch in file.iter_batches(batch_size=rows, columns=names) if sum(pages) <= most else ():
+        batch = batch.select(names)
+        batch.validate(full=True)  # texts are valid UTF-8
+        held += batch.nbytes
+        if held > most:
+            break
+        if any(column.null_count or not _is_text(column.type) for column in batch.select(FIELDS).columns):
+            raise ValueError(f"expected texts in {', '.join(FIELDS)} of every passage, found others")
+        yield batch
+    if held > most or sum(pages) > most:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, and its passages more than {most:,}")
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
 def _mapped(path: Path) -> Dataset:
@@ -328,8 +362,8 @@ def _as_arrow(path: Path, folder: Path) -> Path:
     names = _kept_columns(file)
     schema = pyarrow.schema([file.schema_arrow.field(name) for name in names])
     with pyarrow.ipc.new_stream(folder / "passages.arrow", schema) as writer:
-        for batch in file.iter_batches(columns=names):
-            writer.write_batch(batch.select(names).cast(schema) if batch.schema != schema else batch)
+        for batch in _batches(path, file):
+            writer.write_batch(batch.cast(schema) if batch.schema != schema else batch)
     return folder / "passages.arrow"
 
 
@@ -379,6 +413,44 @@ def _tensors(path: Path, *, mapped: bool) -> dict[str, np.ndarray]:
     """The tensors of a file, in memory or memory-mapped."""
     with safe_open(path, framework="numpy") as file:
         return {name: open_vectors(path, name) if mapped else file.get_tensor(name) for name in file.keys()}
+
+
+def _check_tensors(tensors: dict[str, np.ndarray], count: int, facts: dict, *, evident: bool) -> None:
+    """Raise ValueError for tensors of another kind or size than `count` passages need, or no vectors of length 1.
+
+    `evident`: the file has the hash that it was written with, so a vector of another length is what the retriever said.
+    """
+    vectors = tensors[COLUMN]
+    shape = (facts.get("passages", count), facts.get("dimensions", vectors.shape[-1] if vectors.ndim else 0))
+    if vectors.dtype != np.float32 or vectors.ndim != 2 or vectors.shape != shape:
+        raise ValueError(f"expected vectors {shape} in float32, found {vectors.shape} in {vectors.dtype}")
+    for some in stretches(vectors) if len(vectors) <= CHECKED else stretches(vectors[evenly(vectors, CHECKED)]):
+        lengths = np.sqrt(np.einsum("nd,nd->n", some, some))
+        right = np.isfinite(lengths) if evident else np.abs(lengths - 1) <= UNIT  # false for NaN, too
+        if not right.all():
+            raise ValueError(f"expected vectors of length 1, found one of length {lengths[~right][0]:.4g}")
+    if SENTENCE_VECTORS in tensors:
+        _check_sentences(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS], *vectors.shape)
+
+
+def _check_sentences(vectors: np.ndarray, ends: np.ndarray, count: int, dimensions: int) -> None:
+    """Raise ValueError for sentence vectors that do not belong to `count` passages, or are not finite."""
+    if vectors.dtype != np.float16 or vectors.shape[1:] != (dimensions,) or ends.dtype != np.int64:
+        raise ValueError(f"expected sentence vectors of {dimensions} dimensions in float16, found {vectors.shape}")
+    last = int(ends[-1]) if ends.shape == (count,) and count else 0
+    if ends.shape != (count,) or last != len(vectors) or (np.diff(ends, prepend=0) < 0).any():
+        raise ValueError(f"expected the ends of the sentences of {count} passages, found others")
+    if not np.isfinite(vectors[evenly(vectors, CHECKED)] if len(vectors) > CHECKED else vectors).all():
+        raise ValueError("expected finite sentence vectors, found NaN or infinity")
+
+
+def check_fits(index: PassageIndex, dimensions: int) -> None:
+    """Raise InputError for an index in which a retriever with vectors of so many `dimensions` cannot search."""
+    if index.vectors.shape[1] != dimensions or not len(index):
+        raise InputError(
+            f"Expected an index of vectors with {dimensions} dimensions, as the retriever makes them, found "
+            f"{len(index)} with {index.vectors.shape[1]}. {COPY_AGAIN}"
+        )
 
 
 def _sentences(folder: Path, tensors: dict[str, np.ndarray]) -> SentenceVectors | None:

@@ -16,16 +16,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import safe_open
+import xxhash
+from safetensors import SafetensorError, safe_open
 
 from cozyrag.data.deduplication import repeats, text_hash
 from cozyrag.data.passages import METADATA
 from cozyrag.data.sentences import RULES, SentenceVectors, places_of
 from cozyrag.errors import InputError
-from cozyrag.retrieval.faiss_index import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, TYPES, open_vectors
-from cozyrag.retrieval.index_file import keeps_sentences, made_by, precision_of
+from cozyrag.retrieval.faiss_index import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, open_vectors
+from cozyrag.retrieval.index_file import check_index_contents, keeps_sentences, made_by, precision_of
 from cozyrag.retrieval.passage_index import FIELDS, Passages, passage_text
-from cozyrag.runtime.atomic_files import save_tensors
+from cozyrag.runtime.atomic_files import save_tensors, writing
+from cozyrag.runtime.contents import HASH
+from cozyrag.runtime.machine_faults import is_environment
+from cozyrag.runtime.tensor_files import TYPES, read_header
 
 ROWS = 4096  # passages in a row group, which are read together
 COPIED = 8192  # passages whose vectors are copied at once: some 50 MB with their sentence vectors
@@ -111,6 +115,7 @@ def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bo
     found = []
     same = made_by(folder) == fingerprint and precision_of(folder) == precision
     if same and (not sentences or keeps_sentences(folder)):
+        check_index_contents(folder)
         path = folder / "vectors.safetensors"
         kept, vectors = _stored_hashes(folder / "passages.parquet"), open_vectors(path)
         if len(kept) != len(vectors):
@@ -120,13 +125,32 @@ def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bo
             )
         found.append((kept, path))
     for path in sorted(shards.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            if _facts_of(fingerprint, precision, sentences).items() <= file.metadata().items():
-                found.append((file.get_tensor("hashes"), path))
+        if (made := _intact(path)) and _facts_of(fingerprint, precision, sentences).items() <= made.items():
+            found.append((np.array(open_vectors(path, "hashes")), path))
     hashes = np.concatenate([np.zeros(0, np.uint64), *(each for each, _ in found)])
     tensors = ([open_vectors(path, name) for name in (SENTENCE_VECTORS, SENTENCE_ENDS)] for _, path in found)
     own = tuple(SentenceVectors(*each) for each in tensors) if sentences else ()
     return Known(hashes, tuple(open_vectors(path) for _, path in found), own)
+
+
+def _intact(path: Path) -> dict[str, str]:
+    """The metadata of a shard; empty if it is not what was written, as after a power cut: it is then made again."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            made = file.metadata() or {}
+        return made if made.get(HASH) == _tensors_hash(path) else {}
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        if is_environment(error):
+            raise
+        return {}
+
+
+def _tensors_hash(path: Path) -> str:
+    """The hash of all tensors of a file, in the order of their names."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(read_header(path)):
+        digest.update(np.ascontiguousarray(open_vectors(path, name)))
+    return digest.hexdigest()
 
 
 def _facts_of(fingerprint: str, precision: str, sentences: bool) -> dict[str, str]:
@@ -164,7 +188,12 @@ def encode_shards(
             tensors |= {SENTENCE_VECTORS: sentences.vectors, SENTENCE_ENDS: sentences.ends}
         name = hashlib.sha256(fingerprint.encode() + hashes[mine].tobytes()).hexdigest()[:20]
         beside = shards / f"{name}.{os.getpid()}"
-        save_tensors(tensors, beside, metadata=_facts_of(fingerprint, precision, sentences is not None))
+        digest = xxhash.xxh3_128()
+        for each in sorted(tensors):
+            digest.update(np.ascontiguousarray(tensors[each]))
+        facts = _facts_of(fingerprint, precision, sentences is not None) | {HASH: digest.hexdigest()}
+        with writing(shards, needed=sum(tensor.nbytes for tensor in tensors.values())):
+            save_tensors(tensors, beside, metadata=facts)
         os.replace(beside, shards / f"{name}.safetensors")
         done(len(mine))
 

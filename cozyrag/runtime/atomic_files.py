@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.json_lines import json_line
 from cozyrag.runtime.machine_faults import FORBIDDEN, NO_SPACE, is_environment, machine_faults_told
 
 PARTIAL = ".partial"
@@ -35,7 +36,7 @@ def write_json(path: Path, content: object) -> None:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Write all rows atomically, one JSON object per line. Raises InputError as `write_json`."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(map(json_line, rows)))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -68,7 +68,7 @@ def room_for_training(device: torch.device) -> float:
 def _processor() -> str:
     """The model name on Linux; elsewhere what Python reports, which may be little."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").split("\n") if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

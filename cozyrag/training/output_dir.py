@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 
 from cozyrag.errors import InputError
-from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, write_text, writing
+from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, write_text
 from cozyrag.runtime.distributed import main_decides
+from cozyrag.runtime.folder_lock import LOCK, held
 from cozyrag.runtime.old_names import EVALUATIONS, OLD_EVALUATIONS, current_settings, evaluation_files
 from cozyrag.runtime.precision import asked_at_launch
 
-LOCK = ".lock"
 GIVEN = "given"  # questions and passages that `cozyrag.train` was given as rows: written first, and never cleared
 SETTINGS = "settings.json"
 FINISHED = "finished.json"  # written last, after a push
@@ -163,34 +162,23 @@ def clear_output(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+def locked(accelerator: Accelerator, folder: Path, option: str = "--output_dir") -> Iterator[None]:
     """Lock the folder against other runs. It is created if missing, and removed if nothing was written to it.
 
     The operating system releases the lock when the process ends. Raises InputError if another run holds it.
     """
     fresh = not folder.exists()
-    lock = FileLock(folder / LOCK, blocking=False)
-
-    def acquire() -> None:
-        try:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-        except Timeout as error:
-            raise InputError(
-                f"--output_dir: another run is writing into {folder.absolute()}, whose files two runs would corrupt. "
-                "Wait until it ends, or give another folder."
-            ) from error
-
-    main_decides(accelerator, acquire)
-    try:
+    what = f"{option}: another run is writing into {folder.absolute()}"
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process and fresh:
+            stack.callback(_remove_if_empty, folder)
+        main_decides(accelerator, lambda: stack.enter_context(held(folder / LOCK, what)))
         yield
-    finally:
-        if accelerator.is_main_process:
-            (folder / LOCK).unlink(missing_ok=True)  # before the release, so that no other run can have opened it
-            lock.release()
-            if fresh and not any(folder.iterdir()):
-                folder.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def mark_finished(folder: Path, rounds: int) -> None:

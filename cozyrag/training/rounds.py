@@ -21,9 +21,9 @@ from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.model_cards import Example, write_cards
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.retriever import Retriever
-from cozyrag.pair_file import describe_pair
+from cozyrag.pair_file import describe_pair, write_pair
 from cozyrag.reporting.run_reader import read_evaluation
-from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_json, write_jsonl
+from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_jsonl
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.old_names import EVALUATIONS, evaluation_files
@@ -315,24 +315,21 @@ class Rounds:
             self.generator.save(coming / "generator")
             self.retriever.save(coming / "retriever")
             self.retrieval.index().save(coming / "index")
-            self._describe(coming / "cozyrag.json")
+            write_pair(coming, self._description())
         switch(self.folder)
 
-    def _describe(self, path: Path) -> None:
+    def _description(self) -> dict:
         contexts = self.settings.contexts
-        write_json(
-            path,
-            describe_pair(
-                fingerprint=self.retrieval.index().fingerprint,
-                generator=weights_fingerprint(self.generator.model),
-                prompt=self.generator.prompt_facts,
-                calibration=asdict(self.calibration) if self.calibration else None,
-                retrieval=self.retrieval.description(),
-                top_k=contexts.top_k,
-                **asdict(Decoding.of(contexts)),
-                context_filter=self.retrieval.context_filter,
-                no_answer_threshold=self.threshold,
-            ),
+        return describe_pair(
+            fingerprint=self.retrieval.index().fingerprint,
+            generator=weights_fingerprint(self.generator.model),
+            prompt=self.generator.prompt_facts,
+            calibration=asdict(self.calibration) if self.calibration else None,
+            retrieval=self.retrieval.description(),
+            top_k=contexts.top_k,
+            **asdict(Decoding.of(contexts)),
+            context_filter=self.retrieval.context_filter,
+            no_answer_threshold=self.threshold,
         )
 
     def write_cards(self) -> None:

@@ -1,0 +1,44 @@
+"""JSON Lines, read and written in one place: a newline ends a line, and no other character does.
+
+Python's `splitlines` also splits at U+2028, U+0085 and eight more, which passages and answers may contain. Such
+characters are written as escapes, so that other programs read the same lines. Left out: tables of users, whose
+readers report bad rows (data/readers.py), and atomic writing (atomic_files.py).
+"""
+
+import json
+from pathlib import Path
+
+from cozyrag.errors import InputError
+from cozyrag.runtime.machine_faults import machine_faults_told
+
+# json escapes control characters by itself, but not these three, at which some programs split.
+SPLITTING = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
+
+
+def json_line(row: object) -> str:
+    """A line of a JSON Lines file, with its newline."""
+    return json.dumps(row, ensure_ascii=False).translate(SPLITTING) + "\n"
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file that a run or a command wrote. Raises InputError for a line that is none."""
+    rows = []
+    with machine_faults_told(path):
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines if lines != [b""] else [], 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(path, number, line, str(error)) from error
+        if not isinstance(row, dict):
+            raise _unreadable(path, number, line, f"a {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def _unreadable(path: Path, number: int, line: bytes, why: str) -> InputError:
+    found = line[:40].decode("utf-8", "replace")
+    return InputError(
+        f"{path}, line {number}: expected a JSON object as cozyrag writes it, found {found!r} ({why}). Copy the file "
+        "again, or delete it and give the command that wrote it again."
+    )
