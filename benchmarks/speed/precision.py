@@ -120,7 +120,7 @@ def in_own_process(precision: str, threads: int) -> dict[str, float]:
     """The rates, measured in a new process, whose memory and kernels are its own."""
     command = [sys.executable, "-m", "benchmarks.speed.precision", "--one", precision, "--threads", str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.strip().split("\n")[-1])
 
 
 def compare(options: argparse.Namespace) -> None:
