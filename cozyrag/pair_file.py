@@ -141,12 +141,12 @@ def _check_place(path: Path, role: str, place: Mapping) -> None:
         raise InputError(f"{path}: expected an entry '{role}.{missing[0]}', found none. {AGAIN}")
 
 
-def write_pair(folder: Path, pair: Mapping) -> None:
+def write_pair(folder: Path, pair: dict) -> None:
     """Write cozyrag.json with the hashes of the files of both models beside it, and of itself.
 
     Raises InputError as `write_json`.
     """
-    held = {}
+    held: dict[str, dict] = {}
     for role in MODELS:
         place = folder / role
         names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.suffix in READ)

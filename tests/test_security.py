@@ -303,6 +303,24 @@ def test_a_model_names_no_kernel_that_would_be_downloaded_and_run(kind, options,
         (Generator if kind == "generator" else Retriever).load(str(folder))
 
 
+HUGE = [{"n_layer": 10**9}, {"n_positions": 10**9}, {"n_embd": 2**20}, {"vocab_size": 10**12}, {"n_layer": -7}]
+
+
+@pytest.mark.parametrize("changed", HUGE, ids=str)
+def test_a_model_is_not_built_larger_than_its_weights(changed, generator_path, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(generator_path, folder)
+    rewrite(folder / "config.json", **changed)
+    with pytest.raises(InputError, match="config.json"):
+        Generator.load(str(folder))
+
+
+def test_other_numbers_of_a_configuration_may_be_large(generator_path, tmp_path):
+    shutil.copytree(generator_path, tmp_path / "model")
+    rewrite(tmp_path / "model" / "config.json", block_size=4096, expert_intermediate_size=8192, layer_norm_epsilon=1e-5)
+    assert Generator.load(str(tmp_path / "model"))
+
+
 # ---- secrets
 
 

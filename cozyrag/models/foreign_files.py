@@ -5,6 +5,7 @@ Refused are code, pickles, what is no ordinary file, and sizes that the weights 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ PERMISSIONS = ("allow_all_kernels", "use_kernels", "kernel_config")
 QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 CONFIGS = ("config.json", "sentence_bert_config.json", "adapter_config.json")
 WEIGHTS = "*.safetensors"
+REPEATED = re.compile(r"^(num|n)_.*(layer|expert|block)|layers?$")  # such a part is built so many times
 MOST_LAYERS = 1000  # of a kind; the deepest models have some 200
 WASTE, SPARE = 2, 1 << 26  # a model may have so many times the weights of its files, and so many more: tied, or masks
 PICKLES = ("pytorch_model.bin", "adapter_model.bin")
@@ -70,8 +72,7 @@ def refuse_sizes(folder: Path) -> None:
             raise ValueError(f"{path.name}: expected an object, found a {type(content).__name__}")
         held = sum(prod(place.shape) for each in path.parent.glob(WEIGHTS) for place in read_header(each).values())
         for key, value in _entries(content):
-            repeated = any(word in key for word in ("layer", "expert", "block")) and isinstance(value, int | float)
-            if repeated and not -1 <= value <= MOST_LAYERS:
+            if isinstance(value, int | float) and REPEATED.search(key) and not -1 <= value <= MOST_LAYERS:
                 raise ValueError(f"{path.name}: {key} is {value!r:.40}, expected at most {MOST_LAYERS:,}")
         described = _described(path.parent, content) if held else 0
         if described > WASTE * held + SPARE:

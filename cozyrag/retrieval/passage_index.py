@@ -430,7 +430,7 @@ def _check_tensors(tensors: dict[str, np.ndarray], count: int, facts: dict, *, e
         if not right.all():
             raise ValueError(f"expected vectors of length 1, found one of length {lengths[~right][0]:.4g}")
     if SENTENCE_VECTORS in tensors:
-        _check_sentences(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS], *vectors.shape)
+        _check_sentences(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS], *map(int, vectors.shape))
 
 
 def _check_sentences(vectors: np.ndarray, ends: np.ndarray, count: int, dimensions: int) -> None:

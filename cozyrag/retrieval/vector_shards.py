@@ -149,7 +149,7 @@ def _tensors_hash(path: Path) -> str:
     """The hash of all tensors of a file, in the order of their names."""
     digest = xxhash.xxh3_128()
     for name in sorted(read_header(path)):
-        digest.update(np.ascontiguousarray(open_vectors(path, name)))
+        digest.update(np.ascontiguousarray(open_vectors(path, name)).data)
     return digest.hexdigest()
 
 
@@ -190,7 +190,7 @@ def encode_shards(
         beside = shards / f"{name}.{os.getpid()}"
         digest = xxhash.xxh3_128()
         for each in sorted(tensors):
-            digest.update(np.ascontiguousarray(tensors[each]))
+            digest.update(np.ascontiguousarray(tensors[each]).data)
         facts = _facts_of(fingerprint, precision, sentences is not None) | {HASH: digest.hexdigest()}
         with writing(shards, needed=sum(tensor.nbytes for tensor in tensors.values())):
             save_tensors(tensors, beside, metadata=facts)

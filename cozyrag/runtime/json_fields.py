@@ -4,8 +4,8 @@ Plain predicates: the two files that are checked have two dozen fields, and no v
 installation. Left out: the fields themselves (pair_file.py, retrieval/index_file.py).
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,15 +24,19 @@ class Kind(NamedTuple):
 def whole(least: int, most: int) -> Kind:
     """A whole number."""
     words = f"a whole number from {least} to {most:,}"
-    return Kind(words, lambda value: type(value) is int and least <= value <= most)
+    return Kind(words, lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most)
 
 
 def number(least: float, most: float) -> Kind:
     """A finite number."""
     words = f"a number from {least:g} to {most:g}"
-    return Kind(
-        words, lambda value: type(value) in (int, float) and math.isfinite(value) and least <= value <= most  # type: ignore[arg-type]  # both are numbers
-    )  # fmt: skip
+
+    def accepts(value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return least <= value <= most  # false for NaN, too
+
+    return Kind(words, accepts)
 
 
 def text(longest: int = 200) -> Kind:
@@ -87,8 +91,8 @@ def check_fields(
             if place not in optional:
                 raise InputError(f"{path}: expected an entry {place!r}, found none. {remedy}")
         elif not isinstance(kind, Kind):
-            inner = {"path": path, "remedy": remedy, "optional": optional, "closed": closed}
-            check_fields(content[name], kind, within=f"{place}.", **inner)
+            inner = partial(check_fields, path=path, remedy=remedy, optional=optional, closed=closed)
+            inner(content[name], kind, within=f"{place}.")
         elif not kind.accepts(content[name]):
             raise InputError(f"{path}: expected {place} as {kind.words}, found {_shown(content[name])}. {remedy}")
     if within.rstrip(".") in closed and (others := sorted(set(content) - set(known))):
