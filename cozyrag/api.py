@@ -6,7 +6,7 @@ Left out: the run itself (run.py), the settings (config.py), using the pair (pip
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset
 
@@ -20,7 +20,7 @@ from cozyrag.runtime.distributed import own_state
 from cozyrag.training.output_dir import GIVEN
 from cozyrag.training.setup import bars_restored
 
-Rows = str | os.PathLike | Sequence[str | os.PathLike] | Sequence[Mapping[str, Any]] | Dataset
+Rows: TypeAlias = str | os.PathLike | Sequence[str | os.PathLike] | Sequence[Mapping[str, Any]] | Dataset
 
 
 def train(

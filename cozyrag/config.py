@@ -430,7 +430,7 @@ def _settled(parser: "_Parser", arguments: list[str], chosen: Mapping[str, Any])
     wished = parser.parse_known_args(arguments)[0]
     if wished.questions == QUICKSTART:
         own = _read_yaml(QUICKSTART_EMBEDDED) if wished.generator == EMBEDDED else {}
-        parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | own | chosen)
+        parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | own | dict(chosen))
     found = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
     if unknown := found[-1]:
         name = unknown[0].split("=")[0]  # what follows may be a secret

@@ -190,8 +190,8 @@ class CozyRAG:
         decoding = Decoding(
             **{each.name: contexts.pop(each.name) for each in fields(Decoding) if each.name in contexts}
         )
-        certain = {"calibration": calibration, "min_certainty": min_certainty}
-        made = cls(generator, retriever, index, **pair["retrieval"], decoding=decoding, **certain, **contexts)
+        made = cls(generator, retriever, index, **pair["retrieval"], decoding=decoding, **contexts)
+        made.calibration, made.min_certainty = calibration, min_certainty
         made.saved = SavedPair(folder, pair, pieces)
         return made
 
