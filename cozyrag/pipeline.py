@@ -294,7 +294,10 @@ class CozyRAG:
         self._saved().copy(Path(folder), top_k=self.top_k, no_answer_threshold=self.no_answer_threshold)
 
     def push_to_hub(self, repo: str, *, private: bool = False, tag: str | None = None) -> str:
-        """Upload the pair as it was loaded, like `cozyrag push`; returns its address. Raises PushError, InputError."""
+        """Upload the pair as it was loaded, like `cozyrag push`; returns the addresses of its repositories in a phrase.
+
+        Raises PushError, InputError.
+        """
         saved = self._saved()
         if not saved.is_whole:
             raise InputError(
