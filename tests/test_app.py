@@ -184,6 +184,17 @@ def test_a_question_that_is_too_long_is_refused():
     assert "at most 4,000" in answer_html(FakePair(), long, 1)[0] and "at most 4,000" in depths_html(FakePair(), long)
 
 
+def test_the_file_of_a_source_is_shown_as_text():
+    class Placed(FakePair):
+        def answer(self, question, *, top_k=None):
+            sources = (Source(name, "Fox", TEXT, 0.9, ((0, 15),), {"source": name} if name else {}) for name in names)
+            return Answer("red", 0.5, "c", tuple(sources))
+
+    names = ["notes/<b>fox.md", ""]
+    page = answer_html(Placed(), "what?", 2)[1]
+    assert re.findall(r'class="cozy-place">(.*?)</p>', page) == ["notes/&lt;b&gt;fox.md"]
+
+
 @pytest.mark.parametrize(
     ("url", "linked"),
     [("https://x.org/<b>", True), ("HTTP://x.org", True), ("javascript:alert(1)", False), ("", False), (7, False)],
