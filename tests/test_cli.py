@@ -99,8 +99,8 @@ def called(monkeypatch):
 def test_demo_shows_the_page(call, called):
     assert call("demo", "my-run")[0] == 0 and call("demo", "user/name", "--port", 80, "--open")[0] == 0
     assert called == [
-        ("serve", ("my-run",), {"port": None, "open_browser": False}),
-        ("serve", ("user/name",), {"port": 80, "open_browser": True}),
+        ("serve", ("my-run",), {"port": None, "open_browser": False, "feedback": None}),
+        ("serve", ("user/name",), {"port": 80, "open_browser": True, "feedback": None}),
     ]
 
 

@@ -257,8 +257,8 @@ def _feedback_row(gr: ModuleType, asked: "gradio.State", file: Path) -> None:
         button.click(rated, [asked, correction], [note, asked, correction], **alone)
 
 
-def rate(file: Path, rating: str, asked: dict | None, correction: str) -> tuple[str, None, str]:
-    """Append one rating of the answer last shown; returns a note, no answer to rate any more, an empty field."""
+def rate(file: Path, rating: str, asked: dict | None, correction: str) -> tuple[str, dict | None, str]:
+    """Append one rating of the answer last shown; returns a note, the answer still to rate, the field's content."""
     if asked is None:
         return render("rated.html", message="Ask a question first; each answer is rated once."), None, correction
     row = {"question": asked["question"], "rating": rating, "shown": asked["shown"], "certainty": asked["certainty"]}
