@@ -1,19 +1,24 @@
 """The demo page: its content, that untrusted text stays text, its API, and that it contacts no other server."""
 
+import json
 import os
 import re
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import evaluated
 import pytest
 import tiny
 
+from cozyrag import cli
+from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.reporting import demo_app
 from cozyrag.reporting.demo_app import answer_data, answer_html, depths_html, evaluation_questions, pieces
+from cozyrag.runtime.json_lines import append_json_line, end_last_line, read_json_lines
 
 EVIL = (
     "<script>window.owned=1</script><img src=x onerror='window.owned=2'> "
@@ -59,7 +64,7 @@ def test_pieces_put_together_are_the_passage(answer):
 
 
 def test_an_answer_is_shown_with_its_sources():
-    answer, sources = answer_html(FakePair(), "what?", 3)
+    answer, sources, _ = answer_html(FakePair(), "what?", 3)
     assert re.search(r'class="cozy-text">red</p>', answer) and "<b>0.88</b>" in answer
     assert "read 2 sentences of 1 passage<" in answer
     assert "<mark>The fox is </mark><mark><strong>red</strong></mark>" in sources
@@ -75,7 +80,7 @@ def test_abstentions_and_refusals_are_shown():
 
 
 def test_untrusted_text_is_escaped():
-    for page in (*answer_html(FakePair(), "evil", 4), depths_html(FakePair(), "evil")):
+    for page in (*answer_html(FakePair(), "evil", 4)[:2], depths_html(FakePair(), "evil")):
         assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
 
 
@@ -121,7 +126,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tmp_path_factory, rated_file):
     """(address, names looked up) of the fake pair's page, served as `cozyrag demo` serves it."""
     pytest.importorskip("gradio")
     looked_up, ended = set(), []
@@ -139,11 +144,16 @@ def served(tmp_path_factory):
         rows = [evaluated.row(0, em=0, question=EVIL), evaluated.row(1, em=0, question="Is this an example?")]
         folder = evaluated.write_run(tmp_path_factory.mktemp("served") / "{{y}} ${1} <b>rag", [rows])
         patch.chdir(folder)
-        demo_app.serve(str(folder))
+        demo_app.serve(str(folder), feedback=rated_file)
         [page] = ended
         yield page.local_url, looked_up
         assert sorted(path.name for path in folder.iterdir()) == ["evaluations", "metrics.jsonl", "settings.json"]
         page.close()
+
+
+@pytest.fixture(scope="module")
+def rated_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("rated") / "rated.jsonl"
 
 
 def test_it_answers_on_this_machine_only_and_resolves_no_other_name(served):
@@ -182,6 +192,17 @@ def test_a_question_that_is_too_long_is_refused():
     long = "x" * (demo_app.LONGEST + 1)
     assert "at most 4,000 characters" in answer_data(FakePair(), long)["error"]
     assert "at most 4,000" in answer_html(FakePair(), long, 1)[0] and "at most 4,000" in depths_html(FakePair(), long)
+
+
+def test_the_file_of_a_source_is_shown_as_text():
+    class Placed(FakePair):
+        def answer(self, question, *, top_k=None):
+            sources = (Source(name, "Fox", TEXT, 0.9, ((0, 15),), {"source": name} if name else {}) for name in names)
+            return Answer("red", 0.5, "c", tuple(sources))
+
+    names = ["notes/<b>fox.md", ""]
+    page = answer_html(Placed(), "what?", 2)[1]
+    assert re.findall(r'class="cozy-place">(.*?)</p>', page) == ["notes/&lt;b&gt;fox.md"]
 
 
 @pytest.mark.parametrize(
@@ -245,12 +266,112 @@ def test_the_page_of_a_real_pair_answers_as_the_pair_does(pair_folder):
     assert all(any(source.used) for source in answer.passages[:1])
 
 
+# ---- the history of a session, and ratings
+
+
+def asked(question="what?", answer="red", passage="p0"):
+    return {"question": question, "shown": answer, "certainty": 0.5, "passage_id": passage}
+
+
+def test_the_history_has_each_question_once_the_latest_first():
+    history = []
+    for number in (1, 2, 1, 3):
+        history = demo_app.remembered(history, asked(f"q{number}", answer=f"a{len(history)}"))
+    assert [(each["question"], each["shown"]) for each in history] == [("q3", "a2"), ("q1", "a2"), ("q2", "a1")]
+    assert demo_app.remembered(history, None) == history  # a question that was refused
+    for number in range(50):
+        history = demo_app.remembered(history, asked(f"r{number}"))
+    assert len(history) == demo_app.REMEMBERED and history[0]["question"] == "r49"
+
+
+def test_what_was_asked_names_the_passage_with_the_answer_in_what_was_read():
+    assert answer_html(FakePair(), " what? ", 3)[2] == asked() | {"certainty": 0.876}
+    assert answer_html(FakePair(), "silent", 3)[2] == asked("silent", "", None) | {"certainty": 0.876}
+    assert answer_html(FakePair(), "refuse this", 1)[2] is None and answer_html(FakePair(), " ", 1)[2] is None
+
+
+def test_ratings_become_questions_for_training(tmp_path):
+    file = tmp_path / "rated.jsonl"
+    told = [
+        demo_app.rate(file, "up", asked("Who\u2028was it?"), "not read"),
+        demo_app.rate(file, "down", asked("When?", "1500"), " 1600 "),
+        demo_app.rate(file, "down", asked("Where?"), ""),
+        demo_app.rate(file, "up", asked("Why?", "", None), ""),
+    ]
+    assert [("Thank you" in note, *rest) for note, *rest in told] == [(True, None, "")] * 4
+    with pytest.raises(InputError, match='line 3: its answer was rated .* add it as "correction"'):
+        read_questions(str(file), needs_answer=False)
+    cli.run("questions", [str(file), "--output", str(tmp_path / "q.jsonl"), "--no_answer", "--skip_bad_rows"])
+    rows = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert [(row["question"], row["answers"], row.get("passage_id")) for row in rows] == [
+        ("Who was it?", ["red"], "p0"),
+        ("When?", ["1600"], None),
+        ("Why?", [], None),
+    ]
+
+
+def test_an_answer_is_rated_once_and_only_after_it_was_shown(tmp_path):
+    note, *rest = demo_app.rate(tmp_path / "rated.jsonl", "up", None, "typed")
+    assert "Ask a question first" in note and rest == [None, "typed"] and not any(tmp_path.iterdir())
+
+
+def test_a_rating_that_cannot_be_written_is_told_and_can_be_given_again(tmp_path):
+    note, *rest = demo_app.rate(tmp_path / "none" / "rated.jsonl", "down", asked(), "typed")
+    assert "cozy-refusal" in note and rest == [asked(), "typed"]
+
+
+@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": 1}'], ids=["new", "whole", "cut"])
+def test_lines_of_several_processes_do_not_mix(tmp_path, before):
+    file = tmp_path / "rated.jsonl"
+    file.write_text(before)
+    end_last_line(file)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: append_json_line(file, {"n": number, "t": "x" * 5000}), range(40)))
+    rows = read_json_lines(file)
+    assert sorted(row["n"] for row in rows if "n" in row) == list(range(40)) and len(rows) == 40 + bool(before)
+
+
+@pytest.mark.parametrize("name", ["rated.txt", "none/rated.jsonl", "folder.jsonl"])
+def test_a_file_for_ratings_is_checked_before_anything_is_loaded(tmp_path, monkeypatch, name):
+    (tmp_path / "folder.jsonl").mkdir()
+    monkeypatch.setattr(demo_app, "load_gradio", lambda: 1 / 0)
+    with pytest.raises(InputError, match="--feedback"):
+        demo_app.serve("user/name", feedback=tmp_path / name)
+
+
+def test_without_the_option_the_page_has_no_ratings(tmp_path):
+    pytest.importorskip("gradio")
+    for feedback in (None, tmp_path / "rated.jsonl"):
+        page = demo_app.build_page(FakePair(), name="n", feedback=feedback)
+        labels = [getattr(block, "value", None) for block in page.blocks.values()]
+        assert any(str(label).endswith("Wrong") for label in labels) == (feedback is not None)
+
+
+def test_the_option_reaches_the_page(monkeypatch):
+    given = []
+    monkeypatch.setattr("cozyrag.commands.demo.serve", lambda name, **options: given.append((name, options)))
+    cli.run("demo", ["my-rag", "--feedback", "rated.jsonl"])
+    assert given == [("my-rag", {"port": None, "open_browser": False, "feedback": "rated.jsonl"})]
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example.org"}, {"Origin": "http://evil.example.org"}])
+def test_another_site_rates_nothing(served, rated_file, headers):
+    httpx = pytest.importorskip("httpx")
+    body = {"data": [asked(), ""], "fn_index": 0, "session_hash": "x"}
+    for number in range(12):  # whichever of the page's functions it is
+        reply = httpx.post(
+            served[0] + "gradio_api/queue/join", json=body | {"fn_index": number}, headers=headers, timeout=60
+        )
+        assert reply.status_code == 403
+    assert not rated_file.exists()
+
+
 # ---- in a browser
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
-def test_a_question_is_typed_and_its_answer_read(served, browser, scheme, width):
+def test_a_question_is_typed_and_its_answer_read(served, rated_file, browser, scheme, width):
     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
     hosts, faults = set(), []
     page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "//" in request.url else request.url[:5]))
@@ -262,7 +383,7 @@ def test_a_question_is_typed_and_its_answer_read(served, browser, scheme, width)
     answer = page.locator(".cozy-text")
     answer.wait_for()
     assert answer.inner_text() == "red" and page.locator("ol.cozy-sources li").count() == 2
-    assert page.locator("mark strong").all_inner_texts()[1:] == ["red", "Red"]  # the first is the legend's
+    assert page.locator("mark strong").all_text_contents()[1:] == ["red", "Red"]  # the first is the legend's
     page.locator("input[type=range]").focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
@@ -278,6 +399,17 @@ def test_a_question_is_typed_and_its_answer_read(served, browser, scheme, width)
     page.wait_for_function("document.querySelector('.cozy-text').innerText.includes('owned')")
     assert answer.inner_text() == EVIL and page.evaluate("window.owned") is None
     assert page.title().startswith("{{y}} ${1} <b>rag")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    history = page.locator("#cozy-history")
+    assert "Is this an example?" in history.inner_text() and "window.owned" in history.inner_text()
+    page.get_by_role("button", name="Right").click()
+    page.get_by_text("Thank you").wait_for()
+    assert read_json_lines(rated_file)[-1]["shown"] == EVIL and read_json_lines(rated_file)[-1]["rating"] == "up"
+    history.get_by_text("Is this an example?").click()  # asked again
+    page.wait_for_function("document.querySelector('.cozy-text').innerText == 'blue'")
+    assert page.locator("details.cozy-fold").evaluate("each => each.open") == (width >= 600)
+    page.get_by_text("Use it by API").click()
+    assert page.locator(".cozy-origin").inner_text() == served[0]
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert hosts - {"data:", "blob:"} == {served[0].split("/")[2]} and faults == []
     page.goto(f"{served[0]}?q=what%3F")  # a link to a question answers it

@@ -99,8 +99,8 @@ def called(monkeypatch):
 def test_demo_shows_the_page(call, called):
     assert call("demo", "my-run")[0] == 0 and call("demo", "user/name", "--port", 80, "--open")[0] == 0
     assert called == [
-        ("serve", ("my-run",), {"port": None, "open_browser": False}),
-        ("serve", ("user/name",), {"port": 80, "open_browser": True}),
+        ("serve", ("my-run",), {"port": None, "open_browser": False, "feedback": None}),
+        ("serve", ("user/name",), {"port": 80, "open_browser": True, "feedback": None}),
     ]
 
 
@@ -174,6 +174,7 @@ def test_questions_given_as_arguments_leave_standard_input_alone(call, fake_pair
         (((0, 2), (3, 5)), {}, "T: A. B. ..."),
         (((3, 5), (9, 11)), {}, "T: ... B. ... D."),
         (((0, 2), (3, 5), (6, 8), (9, 11)), {"url": "https://x.org"}, "T <https://x.org>: A. B. C. D."),
+        (((0, 2), (3, 5), (6, 8), (9, 11)), {"source": "a/b.md"}, "T <a/b.md>: A. B. C. D."),
         ((), {"page": 3}, "T: (not read) A. B. C. D."),
     ],
 )

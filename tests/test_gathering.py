@@ -17,7 +17,7 @@ from cozyrag import cli
 from cozyrag.commands import passages as command
 from cozyrag.data import ingest, ingest_worker
 from cozyrag.data.documents import read_document
-from cozyrag.data.passages import read_passages
+from cozyrag.data.passages import passage_id, read_passages
 from cozyrag.errors import InputError
 
 DOCS = """<doc id="12" url="http://en.wikipedia.org/wiki?curid=12" title="Anarchism">
@@ -161,6 +161,7 @@ def test_a_hub_dataset_is_streamed(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     found = run(tmp_path, "wikimedia/wikipedia:20231101.de")
     assert [each["title"] for each in found] == ["T0", "T1", "T2", "T3"]
+    assert {each["source"] for each in found} == {"wikimedia/wikipedia:20231101.de"}
     assert calls == [(("wikimedia/wikipedia", "20231101.de"), {"split": "train", "streaming": True})]
 
 
@@ -171,6 +172,62 @@ def test_outputs_can_be_read_as_passages(tmp_path, name):
     table, report = read_passages(str(tmp_path / name))
     assert report is None and table["title"][:] == ["Anarchism", '"Autumn" is "here" >']
     assert summary(tmp_path)["passages"] == 2 and not (tmp_path / f"{name}.parts").exists()
+
+
+# ---- where a passage comes from
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+def test_a_passage_keeps_its_file_and_url_up_to_the_sources_of_a_pair(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "pump.md").write_text(long("pump", 3))
+    (tmp_path / "wiki_00").write_text(DOCS.replace("?curid=25", "?a=1&amp;b=%22"))
+    rows = [{"title": "A", "url": " https://x.org/a ", "text": long("owl", 3)}, {"title": "B", "text": long("elk", 3)}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path, "notes", "wiki_00", "rows.jsonl", output=output)
+    table, _ = read_passages(output)
+    assert [json.loads(each) for each in table["metadata"]] == [
+        {"source": "wiki_00", "url": "http://en.wikipedia.org/wiki?curid=12"},
+        {"source": "wiki_00", "url": "http://en.wikipedia.org/wiki?a=1&b=%22"},
+        {"source": "rows.jsonl", "url": "https://x.org/a"},
+        {"source": "rows.jsonl"},
+        {"source": os.path.join("notes", "pump.md")},  # documents of all inputs come last
+    ]
+    assert table["id"][:] == [passage_id(text) for text in table["text"]]
+
+
+@pytest.mark.parametrize("head", ['<doc title="T">', '<doc id="1" url="" title="T">', '<doc url="cut title="T">'])
+def test_a_head_without_a_url_has_none(tmp_path, head):
+    (tmp_path / "wiki_00").write_text(f"{head}\nT\n\n{long('fox', 3)}\n</doc>\n")
+    [found] = run(tmp_path, tmp_path / "wiki_00")
+    assert found["title"] == "T" and "url" not in found
+
+
+@pytest.mark.parametrize("url", [None, 7, ["https://x.org"], "", "  "])
+def test_a_cell_that_is_no_url_makes_no_row_bad(tmp_path, url):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"title": "T", "url": url, "text": long("fox", 3)}) + "\n")
+    [found] = run(tmp_path, tmp_path / "a.jsonl")
+    assert "url" not in found and found["source"] == str(tmp_path / "a.jsonl")
+
+
+def test_names_and_urls_that_are_not_unicode_are_written_as_escapes(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / os.fsdecode(b"caf\xe9.md")).write_text(long("fox", 3))
+    (tmp_path / "notes" / "rows.jsonl").write_text(json.dumps({"url": "https://x.org/\ud800", "text": long("owl", 3)}))
+    row, document = run(tmp_path, tmp_path / "notes")
+    assert document["source"].endswith("caf\\udce9.md") and row["url"] == "https://x.org/\\ud800"
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_repeated_text_keeps_the_source_of_the_first(tmp_path, monkeypatch, near):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.txt").write_text(long("fox", 9))
+    (tmp_path / "a.txt").write_text(long("fox", 9).replace("village 14", "town 14") if near else long("fox", 9))
+    found = run(tmp_path, "b.txt", "a.txt", *["--near_duplicates"] * near)
+    assert [each["source"] for each in found] == ["b.txt"]
+    kept = run(tmp_path, "b.txt", "a.txt", "--keep_duplicates")
+    assert [each["source"] for each in kept] == ["b.txt", "a.txt"]
 
 
 # ---- stable ids, without repeats, resumable

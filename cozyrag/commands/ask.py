@@ -74,8 +74,9 @@ def shown(answer: Answer, min_certainty: float | None = None) -> str:
     nothing = "I do not know" if unsure else "(no answer in these passages)"
     lines = [f"{answer.text or nothing}   (certainty {answer.score:.2f})"]
     for number, source in enumerate(answer.passages, 1):
-        address = f" <{source.metadata['url']}>" if source.metadata.get("url") else ""
-        lines.append(f"  [{number}] {source.score:.3f} {source.title or source.id}{address}: {_excerpt(source)}")
+        place = source.metadata.get("url") or source.metadata.get("source")
+        place = f" <{place}>" if place else ""
+        lines.append(f"  [{number}] {source.score:.3f} {source.title or source.id}{place}: {_excerpt(source)}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ network. Needs: pip install "cozyrag[demo]"
 examples:
   cozyrag demo my-rag --open
   cozyrag demo user/my-rag --port 8080
+  cozyrag demo my-rag --feedback rated.jsonl     then: cozyrag questions rated.jsonl --output more.jsonl
 
 Left out: the page itself (demo_app.py).
 """
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
     )
+    help = "add two buttons that append ratings of answers to this .jsonl file, which `cozyrag questions` reads"
+    parser.add_argument("--feedback", metavar="FILE", help=help)
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
@@ -31,4 +34,4 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
-    serve(options.model, port=options.port, open_browser=options.open)
+    serve(options.model, port=options.port, open_browser=options.open, feedback=options.feedback)

@@ -8,7 +8,7 @@ import html
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cozyrag.data.office import OFFICE, office_article
 from cozyrag.data.outline import Article
@@ -129,7 +129,7 @@ def read_document(source: InputSource, note: Note | None = None) -> Article:
 
     Raises InputError naming the file and the line that cannot be read.
     """
-    article = _read_document(source, note)
+    article = replace(_read_document(source, note), source=printable(source.name))
     texts = [article.title, *(text for path, body in article.sections for text in (*path, body))]
     lost = sum(len(_SURROGATE.findall(text)) for text in texts if not text.isascii())
     if not lost:
@@ -137,7 +137,7 @@ def read_document(source: InputSource, note: Note | None = None) -> Article:
     if note is not None:
         note(f"{source.name}: {lost:,} half characters (lone surrogates) became \ufffd")
     sections = [(tuple(map(_whole, path)), _whole(text)) for path, text in article.sections]
-    return Article(article.where, _whole(article.title), sections)
+    return replace(article, title=_whole(article.title), sections=sections)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -178,7 +178,7 @@ def read_container(
     if source.format == WIKIEXTRACTOR:
         yield from _extracted(source, bad, progress)
         return
-    hub = source.format == HUB
+    hub, name = source.format == HUB, printable(source.name)
     rows = read_rows(
         source.name,
         split=split,
@@ -197,31 +197,34 @@ def read_container(
             bad.add(row.where, str(error))
             continue
         if columns.text in row.values:
-            extracted = "?curid=" in str(row.values.get("url"))  # as WikiExtractor --json writes it
-            yield _article(row.where, title, _without_residue(html.unescape(text)) if extracted else text)
+            url = row.values.get("url")
+            url = printable(url.strip()) if isinstance(url, str) else ""
+            text = _without_residue(html.unescape(text)) if "?curid=" in url else text  # as WikiExtractor --json
+            yield _article(row.where, title, text, name, url)
         else:
             found = ", ".join(row.values)
             bad.add(row.where, f'no column "{columns.text}" (found: {found}); give it with --columns text=COLUMN')
 
 
-def _article(where: str, title: str, text: str) -> Article:
+def _article(where: str, title: str, text: str, source: str, url: str) -> Article:
     first, _, rest = text.lstrip().partition("\n")
-    return Article(where, title, [((), rest if title and first.strip() == title else text)])
+    return Article(where, title, [((), rest if title and first.strip() == title else text)], source, url)
 
 
 def _extracted(source: InputSource, bad: BadRows, progress: Progress | None) -> Iterator[Article]:
     """Articles between <doc id= url= title=> and </doc> (github.com/attardi/wikiextractor)."""
-    head, where, body = None, "", list[str]()
+    head, where, body, name = None, "", list[str](), printable(source.name)
     lines = read_lines(InputFile(source.name, os.path.expanduser(source.name), progress, bad.note))
     for number, line in enumerate(lines, start=1):
         place = f"{source.name}, line {number}"
-        if (title := _opening_title(line)) is not None:
+        if (opening := _opening(line)) is not None:
             if head is not None:
                 bad.add(where, "the article has no </doc> before the next one begins")
-            head, where, body = title, place, []
+            head, where, body = opening, place, []
         elif head is not None and line.rstrip().endswith("</doc>"):
             body.append(line.rstrip().removesuffix("</doc>"))
-            yield _article(where, html.unescape(head), _without_residue(html.unescape("".join(body))))
+            title, url = map(html.unescape, head)
+            yield _article(where, title, _without_residue(html.unescape("".join(body))), name, url)
             head = None
         elif head is not None:
             body.append(line)
@@ -251,7 +254,11 @@ def _without_residue(text: str) -> str:
     return text
 
 
-def _opening_title(line: str) -> str | None:
-    """The title in a line `<doc ... title="...">`, None in any other; a regex is too slow on a long broken line."""
-    _, found, rest = line.rstrip().partition('title="')
-    return rest[:-2] if found and line.startswith("<doc ") and rest.endswith('">') else None
+def _opening(line: str) -> tuple[str, str] | None:
+    """Title and url of `<doc ... url="..." title="...">`, None of any other line; a regex is too slow on a long broken
+    one."""
+    before, found, rest = line.rstrip().partition('title="')
+    if not (found and line.startswith("<doc ") and rest.endswith('">')):
+        return None
+    url, closed, _ = before.partition(' url="')[2].partition('"')
+    return rest[:-2], url if closed else ""

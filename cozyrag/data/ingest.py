@@ -24,7 +24,7 @@ from cozyrag.errors import InputError
 
 CHARACTERS = 2_000_000  # of text in one batch
 FILES = 2_000  # in one batch at most
-VERSION = 3  # of the content of a part: parts of another version are not reused
+VERSION = 4  # of the content of a part: parts of another version are not reused
 
 
 def gather(sources: Sequence[InputSource], folder: Path, cutting: Cutting, *, workers: int, bad: BadRows) -> list[Path]:

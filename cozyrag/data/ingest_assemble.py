@@ -1,7 +1,8 @@
 """Join part files into one file of passages without duplicates, with ids and a summary that accounts for every word.
 
 The id of a passage depends on its text alone, so a later run, another order of inputs or a change elsewhere gives the
-same ids. Left out: reading and cutting (ingest.py).
+same ids. A passage keeps its source and url; of equal texts, those of the first. Left out: reading and cutting
+(ingest.py).
 """
 
 import gzip
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cozyrag.data.chunking import LONGEST_WORD
 from cozyrag.data.deduplication import BINS, near_repeats, repeats
-from cozyrag.data.ingest_worker import read_counts
+from cozyrag.data.ingest_worker import KEPT, read_counts
 from cozyrag.data.passages import passage_id
 from cozyrag.data.readers import kind_of
 from cozyrag.data.streams import PACKED
@@ -28,7 +29,7 @@ from cozyrag.runtime.json_lines import json_line
 
 OUTPUTS = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS = 4096  # rows written together
-SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+SCHEMA = pa.schema([("id", pa.string()), *KEPT])
 
 
 @dataclass
@@ -140,12 +141,13 @@ def _written(
     words, row = np.zeros(len(left_out), dtype=np.int32), 0
     beside = f"{output}.{os.getpid()}"
     with _writer(beside, output) as write:
-        for titles, texts in _batches(parts):
+        for batch in _batches(parts):
+            texts = batch["text"].to_pylist()
             counts = [len(text.split()) for text in texts]
             words[row : row + len(texts)] = counts
             kept = [i for i in range(len(texts)) if not left_out[row + i]]
-            cells = [_id(texts[i], seen) for i in kept], [titles[i] for i in kept], [texts[i] for i in kept]
-            write(pa.table(dict(zip(SCHEMA.names, cells, strict=True)), SCHEMA))
+            ids = pa.array([_id(texts[i], seen) for i in kept], pa.string())
+            write(pa.Table.from_arrays([ids, *batch.take(pa.array(kept, pa.int64())).columns], schema=SCHEMA))
             summary.passages += len(kept)
             summary.words += sum(counts[i] for i in kept)
             summary.characters += sum(len(texts[i]) for i in kept)
@@ -163,10 +165,9 @@ def _id(text: str, seen: Counter[str] | None) -> str:
     return name if seen[name] == 1 else f"{name}-{seen[name]}"
 
 
-def _batches(parts: Sequence[Path]) -> Iterator[tuple[list[str], list[str]]]:
+def _batches(parts: Sequence[Path]) -> Iterator[pa.RecordBatch]:
     for part in parts:
-        for batch in pq.ParquetFile(part).iter_batches(batch_size=ROWS, columns=["title", "text"]):
-            yield batch["title"].to_pylist(), batch["text"].to_pylist()
+        yield from pq.ParquetFile(part).iter_batches(batch_size=ROWS, columns=[name for name, _ in KEPT])
 
 
 @contextmanager
@@ -178,4 +179,8 @@ def _writer(path: str, output: str) -> Iterator[Callable[[pa.Table], object]]:
         return
     packed = output.lower().endswith(".gz")
     with gzip.open(path, "wt", 6, "utf-8") if packed else open(path, "w", encoding="utf-8", newline="\n") as file:
-        yield lambda table: file.writelines(map(json_line, table.to_pylist()))
+        yield lambda table: file.writelines(map(_line, table.to_pylist()))
+
+
+def _line(row: dict[str, str | None]) -> str:
+    return json_line({name: value for name, value in row.items() if value is not None})

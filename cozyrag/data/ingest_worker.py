@@ -23,8 +23,10 @@ from cozyrag.data.rows import COLUMNS, BadRows, Columns
 from cozyrag.errors import InputError
 
 TOGETHER = 2000  # passages held before they are written
-FIELDS = [("title", pa.string()), ("text", pa.string()), ("hash", pa.uint64())]
+KEPT = [(name, pa.string()) for name in ("title", "text", "source", "url")]  # as in the output
+FIELDS = [*KEPT, ("hash", pa.uint64())]
 SIGNATURE = ("signature", pa.binary(BINS))
+Passage = tuple[str, str, str, str | None]  # as KEPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def make_part(batch: WorkBatch) -> int:
     schema = pa.schema([*FIELDS, SIGNATURE] if batch.cutting.signed else FIELDS)
     beside = f"{batch.path}.{os.getpid()}"
     with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
-        held: list[tuple[str, str]] = []
+        held = list[Passage]()
         for article in _articles(batch, bad):
             held += _passages(article, batch.cutting, counts)
             if len(held) >= TOGETHER:
@@ -110,8 +112,8 @@ def _articles(batch: WorkBatch, bad: BadRows) -> Iterator[Article]:
             yield read_document(source, bad.note)
 
 
-def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[str, str]]:
-    """(title, text) of the passages of an article; adds to `counts`."""
+def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[Passage]:
+    """The passages of an article; adds to `counts`."""
     made = []
     counts.articles += 1
     counts.articles_without_text += not any(text.strip() for _, text in article.sections)
@@ -124,17 +126,17 @@ def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[tuple[
         title = " > ".join((article.title, *path) if article.title else path)
         for passage in cut(text, words=cutting.words, overlap=cutting.overlap):
             if cutting.min_characters <= len(passage) or cutting.min_characters <= latin_length(passage):
-                made.append((title, passage))
+                made.append((title, passage, article.source, article.url or None))
             else:
                 counts.short_passages += 1
                 counts.short_words += len(passage.split())
     return made
 
 
-def _table(passages: Sequence[tuple[str, str]], schema: pa.Schema) -> pa.Table:
-    titles, texts = ([each[side] for each in passages] for side in (0, 1))
-    hashes = pa.array([text_hash(text) for text in texts], pa.uint64())
-    columns = [pa.array(titles, pa.string()), pa.array(texts, pa.string()), hashes]
+def _table(passages: Sequence[Passage], schema: pa.Schema) -> pa.Table:
+    texts = [text for _, text, _, _ in passages]
+    columns = [pa.array([each[at] for each in passages], kind) for at, (_, kind) in enumerate(KEPT)]
+    columns.append(pa.array([text_hash(text) for text in texts], pa.uint64()))
     if "signature" in schema.names:
         signs = pa.py_buffer(signatures(texts).tobytes())
         columns.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(BINS), len(texts), [None, signs]))

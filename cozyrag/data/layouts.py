@@ -179,9 +179,21 @@ def _dpr(values: Values) -> Found | None:
     return [("", made)]
 
 
+def _rated(values: Values) -> Found | None:
+    """A rating of the demo page: right is the answer that was shown, or the correction of a wrong one."""
+    rating, correction = values["rating"], values.get("correction")
+    if rating not in ("up", "down"):
+        return None
+    if rating == "down" and not correction:
+        raise BadValue('its answer was rated "down" and no right one was given; add it as "correction"')
+    right = values["shown"] if rating == "up" else correction
+    return [("", {"question": values["question"], "answers": [right] if right else []})]
+
+
 # A row with all of these keys may be in this layout; a function that gives None knows that it is not.
 LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[Values], Found | None]], ...] = (
     (("input", "output"), _kilt),
+    (("question", "rating", "shown"), _rated),
     (("positive_ctxs",), _dpr),
     (("hard_negative_ctxs",), _dpr),
     (("ctxs",), _dpr),

@@ -14,11 +14,16 @@ from cozyrag.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """A text before it is cut: `where` is its place for messages, `sections` are pairs of heading path and text."""
+    """A text before it is cut: `where` is its place for messages, `sections` are pairs of heading path and text.
+
+    source: its file or Hub dataset, as the user named it. url: its web address, if its table has one.
+    """
 
     where: str
     title: str
     sections: list[tuple[tuple[str, ...], str]]
+    source: str = ""
+    url: str = ""
 
 
 @dataclass

@@ -10,15 +10,16 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
-from cozyrag.pipeline import CozyRAG, Source
+from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.reporting.run_reader import spread
 from cozyrag.reporting.templates import render, stylesheet
-from cozyrag.runtime.json_lines import read_json_lines
+from cozyrag.runtime.json_lines import append_json_line, end_last_line, read_json_lines
 from cozyrag.runtime.old_names import evaluation_files
 from cozyrag.serving.known_hosts import KnownHosts
 
@@ -29,12 +30,18 @@ EXAMPLES = 6
 MOST_PASSAGES = 20  # end of the slider
 DEPTHS = (1, 2, 4, 8, 16)
 LONGEST = 4_000  # characters of a question
+REMEMBERED = 20  # questions of a session
 WAITING = 32  # questions; the next ones are refused
 UPLOADS = ("/gradio_api/upload", "/upload")  # the page has no files to take
 POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
+# Run in the browser after each answer: sources are folded where a phone would have to scroll over them.
+FOLD = """() => {
+  document.querySelectorAll("details.cozy-fold").forEach((each) => { each.open = window.innerWidth >= 600; });
+  document.querySelectorAll(".cozy-origin").forEach((each) => { each.textContent = location.origin + "/"; });
+}"""
 MEANING = {
     "dense": "cosine of question and passage",
     "bm25": "BM25 score of the passage for the question",
@@ -42,14 +49,17 @@ MEANING = {
 }
 
 
-def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> None:
-    """Load a pair and serve its page on 127.0.0.1 until Ctrl-C.
+def serve(
+    name: str, *, port: int | None = None, open_browser: bool = False, feedback: str | Path | None = None
+) -> None:
+    """Load a pair and serve its page on 127.0.0.1 until Ctrl-C. feedback: see `build_page`.
 
     Raises:
-        InputError: Gradio is missing, there is no pair of that name, or the port is taken.
+        InputError: Gradio is missing, there is no pair of that name, the port is taken, or ratings cannot be written.
     """
+    file = None if feedback is None else _checked_file(Path(feedback))
     gr = load_gradio()
-    page = page_of(name)
+    page = page_of(name, feedback=file)
     from starlette.middleware import Middleware
 
     try:
@@ -68,6 +78,18 @@ def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> 
         raise InputError(f"--port: expected a free port, found {taken} taken ({error}). Give another one.") from error
     print(f"{name} answers at {page.local_url} (this machine only). Ctrl-C stops it.", flush=True)
     page.block_thread()
+
+
+def _checked_file(path: Path) -> Path:
+    """The file for ratings, absolute. Raises InputError before anything is loaded if it cannot be written."""
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise InputError(f"--feedback {path}: expected a file that ends in .jsonl. Give another name.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--feedback {path}: there is no folder {path.absolute().parent}. Create it first.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InputError(f"--feedback {path}: no permission to write there. Give another name.")
+    end_last_line(path)
+    return path.absolute()
 
 
 @contextmanager
@@ -98,12 +120,15 @@ def load_gradio() -> ModuleType:
     return gradio
 
 
-def page_of(name: str, examples: Sequence[str] | None = None, *, title: str | None = None) -> "gradio.Blocks":
+def page_of(
+    name: str, examples: Sequence[str] | None = None, *, title: str | None = None, feedback: Path | None = None
+) -> "gradio.Blocks":
     """The page of the pair in a folder or repository. `examples`: None: questions of the run's last evaluation."""
     pair, local = CozyRAG.from_pretrained(name), Path(name).is_dir()
     if examples is None:
         examples = evaluation_questions(Path(name)) if local else []
-    return build_page(pair, name=title or (Path(name).resolve().name if local else name), examples=examples)
+    shown = title or (Path(name).resolve().name if local else name)
+    return build_page(pair, name=shown, examples=examples, feedback=feedback)
 
 
 def look(gr: ModuleType) -> dict:
@@ -133,57 +158,126 @@ def evaluation_questions(folder: Path) -> list[str]:
     return [row["question"] for row in [*correct, *wrong]]
 
 
-def build_page(pair: CozyRAG, *, name: str, examples: Sequence[str] = ()) -> "gradio.Blocks":
-    """The page, ready to `launch(**look(gradio))`. Its API has one endpoint, `/ask`, which returns `answer_data`."""
+def build_page(
+    pair: CozyRAG, *, name: str, examples: Sequence[str] = (), feedback: Path | None = None
+) -> "gradio.Blocks":
+    """The page, ready to `launch(**look(gradio))`. Its API has one endpoint, `/ask`, which returns `answer_data`.
+
+    feedback: a JSON Lines file to which ratings of answers are appended; None: the page has no buttons for them.
+    """
     gr = load_gradio()
     count = len(pair.index.passages.ids)
+    usual = min(pair.top_k, count)
 
-    def show(question: str, top_k: float) -> tuple[str, str]:
-        return answer_html(pair, question, int(top_k))
-
-    def compare(question: str) -> str:
-        return depths_html(pair, question)
+    def show(question: str, top_k: float, history: list[dict]) -> tuple:
+        answer, sources, asked = answer_html(pair, question, int(top_k))
+        history = remembered(history, asked)
+        samples = [[each["question"], each["shown"] or "(no answer)"] for each in history]
+        return answer, sources, asked, history, gr.Dataset(samples=samples, visible=bool(samples))
 
     def ask(question: str, top_k: int | None = None) -> dict:
         return answer_data(pair, question, top_k)
 
-    def opened(request):
+    def opened(request, history: list[dict]):
         """The question of a link (?q=...) with its answer; without one the page stays as it is."""
         asked = request.query_params.get("q", "").strip()
-        return (asked, *show(asked, min(pair.top_k, count))) if asked else [gr.skip()] * 3
+        return (asked, *show(asked, usual, history)) if asked else [gr.skip()] * 6
 
     with gr.Blocks(title=f"{name} · CoZyRAG", analytics_enabled=False) as page:
         gr.HTML(render("masthead.html", name=name, passages=count, trained=pair.top_k))
-        with gr.Row(equal_height=True):
-            question = gr.Textbox(
-                label="Question",
-                placeholder="Ask about the passages",
-                scale=5,
-                min_width=300,
-                autofocus=True,
-                max_length=LONGEST,
-            )
-            button = gr.Button("Ask", variant="primary", scale=1, min_width=90)
-        limits = (1, min(MOST_PASSAGES, count))
-        top_k = gr.Slider(*limits, value=min(pair.top_k, count), step=1, label="Passages to read (top-k)")
+        question, button = _question_row(gr)
+        top_k = gr.Slider(1, min(MOST_PASSAGES, count), value=usual, step=1, label="Passages to read (top-k)")
         shelf = None
         if examples:
             shelf = gr.Examples([[text] for text in examples], [question], label="Questions it was evaluated on")
-        answer, sources = gr.HTML(), gr.HTML()
-        with gr.Accordion("The same question with fewer and more passages", open=False):
-            depth_button = gr.Button("Compare", size="sm")
-            table = gr.HTML()
+        answer, asked, history = gr.HTML(), gr.State(None), gr.State([])
+        if feedback is not None:
+            _feedback_row(gr, asked, feedback)
+        sources = gr.HTML()
+        earlier = _history(gr)
         one_at_a_time = {"concurrency_id": "pair", "concurrency_limit": 1, "api_visibility": "private"}
-        wiring = {"fn": show, "inputs": [question, top_k], "outputs": [answer, sources], **one_at_a_time}
-        gr.on([button.click, question.submit, top_k.change], trigger_mode="always_last", **wiring)
+        with gr.Accordion("The same question with fewer and more passages", open=False):
+            depth_button, table = gr.Button("Compare", size="sm"), gr.HTML()
+            depth_button.click(partial(depths_html, pair), [question], [table], **one_at_a_time)
+        with gr.Accordion("Use it by API", open=False):
+            gr.HTML(render("api.html", name=name, trained=usual))
+        shown = [answer, sources, asked, history, earlier]
+        wiring = {"fn": show, "inputs": [question, top_k, history], "outputs": shown, **one_at_a_time}
+        fold = {"fn": None, "js": FOLD}
+        gr.on([button.click, question.submit, top_k.change], trigger_mode="always_last", **wiring).then(**fold)
         if shelf is not None:
-            shelf.load_input_event.then(**wiring)
-        depth_button.click(compare, [question], [table], **one_at_a_time)
+            shelf.load_input_event.then(**wiring).then(**fold)
+        again = earlier.click(lambda row: row[0], [earlier], [question], api_visibility="private", queue=False)
+        again.then(**wiring).then(**fold)
         gr.api(ask, api_name="ask", concurrency_id="pair", concurrency_limit=1)
         page.queue(max_size=WAITING)
         opened.__annotations__ = {"request": gr.Request}  # by which Gradio knows what to give
-        page.load(opened, None, [question, answer, sources], **one_at_a_time)
+        page.load(opened, [history], [question, *shown], **one_at_a_time).then(**fold)
     return page
+
+
+def _question_row(gr: ModuleType) -> tuple:
+    """The field of the question and its button."""
+    with gr.Row(equal_height=True):
+        question = gr.Textbox(
+            label="Question",
+            placeholder="Ask about the passages",
+            scale=5,
+            min_width=300,
+            autofocus=True,
+            max_length=LONGEST,
+        )
+        return question, gr.Button("Ask", variant="primary", scale=1, min_width=90)
+
+
+def _history(gr: ModuleType) -> "gradio.Dataset":
+    """The list of earlier questions and answers, hidden while there are none."""
+    return gr.Dataset(
+        components=[gr.Textbox(visible=False), gr.Textbox(visible=False)],
+        headers=["Question", "Answer"],
+        samples=[],
+        label="Asked in this session",
+        visible=False,
+        elem_id="cozy-history",
+    )
+
+
+def _feedback_row(gr: ModuleType, asked: "gradio.State", file: Path) -> None:
+    """Two buttons and a field for the right answer; what they say of the answer in `asked` goes to the file."""
+    with gr.Row(equal_height=True):
+        up = gr.Button("\N{THUMBS UP SIGN} Right", size="sm", scale=1, min_width=90)
+        down = gr.Button("\N{THUMBS DOWN SIGN} Wrong", size="sm", scale=1, min_width=90)
+        hint = "The right answer, if it was wrong"
+        field = {"label": hint, "show_label": False, "placeholder": hint, "container": False}
+        correction = gr.Textbox(**field, max_length=LONGEST, scale=4, min_width=220)
+    note = gr.HTML()
+    alone = {"concurrency_id": "feedback", "concurrency_limit": 1, "api_visibility": "private"}
+    for button, rating in ((up, "up"), (down, "down")):
+        rated = partial(rate, file, rating)
+        button.click(rated, [asked, correction], [note, asked, correction], **alone)
+
+
+def rate(file: Path, rating: str, asked: dict | None, correction: str) -> tuple[str, dict | None, str]:
+    """Append one rating of the answer last shown; returns a note, the answer still to rate, the field's content."""
+    if asked is None:
+        return render("rated.html", message="Ask a question first; each answer is rated once."), None, correction
+    row = {"question": asked["question"], "rating": rating, "shown": asked["shown"], "certainty": asked["certainty"]}
+    if rating == "down" and correction.strip():
+        row["correction"] = correction.strip()[:LONGEST]
+    if rating == "up" and asked["passage_id"]:
+        row["passage_id"] = asked["passage_id"]
+    try:
+        append_json_line(file, row)
+    except (InputError, OSError) as error:
+        return render("refusal.html", message=str(error)), asked, correction
+    return render("rated.html", message=f"Thank you. Your rating of “{asked['question']}” is in {file.name}."), None, ""
+
+
+def remembered(history: Sequence[dict], asked: dict | None) -> list[dict]:
+    """The questions of a session with their last answers, the latest first; `asked`: what was asked now, or None."""
+    if asked is None:
+        return list(history)
+    return [asked, *(each for each in history if each["question"] != asked["question"])][:REMEMBERED]
 
 
 def answer_data(pair: CozyRAG, question: str, top_k: int | None = None) -> dict:
@@ -200,20 +294,30 @@ def answer_data(pair: CozyRAG, question: str, top_k: int | None = None) -> dict:
     return {"answer": answer.text, "score": answer.score, "sources": sources}
 
 
-def answer_html(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str]:
-    """(answer, sources) as HTML; a question that is refused gets the reason in place of the answer."""
+def answer_html(pair: CozyRAG, question: str, top_k: int) -> tuple[str, str, dict | None]:
+    """(answer, sources) as HTML and what was asked, for the history and ratings.
+
+    A question that is refused gets the reason in place of the answer, and None.
+    """
     if not question.strip():
-        return render("refusal.html", message="Type a question, or choose one of the examples."), ""
+        return render("refusal.html", message="Type a question, or choose one of the examples."), "", None
     started = time.perf_counter()
     try:
         answer = pair.answer(_bounded(question), top_k=top_k)
     except InputError as error:
-        return render("refusal.html", message=str(error)), ""
+        return render("refusal.html", message=str(error)), "", None
     seconds = time.perf_counter() - started
     best = max((source.score for source in answer.passages), default=0.0)
     how = {"pieces": pieces, "address": address, "meaning": MEANING[pair.searcher.mode]}
     sources = render("sources.html", answer=answer, best=best, **how)
-    return render("answer.html", answer=answer, seconds=seconds), sources
+    return render("answer.html", answer=answer, seconds=seconds), sources, _asked(question, answer)
+
+
+def _asked(question: str, answer: Answer) -> dict:
+    """The facts of an answer that a rating records; the passage is the first one read with the answer in it."""
+    found = (each.id for each in answer.passages if any(kind == "answer" for kind, _ in pieces(each, answer.text)))
+    facts = {"question": question.strip(), "shown": answer.text, "certainty": round(answer.score, 4)}
+    return facts | {"passage_id": next(found, None)}
 
 
 def _bounded(question: str) -> str:

@@ -5,6 +5,7 @@ characters are written as escapes, so that other programs read the same lines. L
 readers report bad rows (data/readers.py), and atomic writing (atomic_files.py).
 """
 
+import errno
 import json
 from pathlib import Path
 
@@ -18,6 +19,25 @@ SPLITTING = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
 def json_line(row: object) -> str:
     """A line of a JSON Lines file, with its newline."""
     return json.dumps(row, ensure_ascii=False).translate(SPLITTING) + "\n"
+
+
+def append_json_line(path: Path, row: object) -> None:
+    """Add a line to a file in one write at its end, so that lines of several processes do not mix.
+
+    Raises InputError if the machine refuses.
+    """
+    data = json_line(row).encode("utf-8", "backslashreplace")
+    with machine_faults_told(path), open(path, "ab", buffering=0) as file:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, "only a part of a line was written", str(path))
+
+
+def end_last_line(path: Path) -> None:
+    """Add the newline that the last line of a file lacks, as after a power cut, before others append to it."""
+    with machine_faults_told(path):
+        if path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
+            with open(path, "ab", buffering=0) as file:
+                file.write(b"\n")
 
 
 def read_json_lines(path: Path) -> list[dict]:
