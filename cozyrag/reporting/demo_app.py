@@ -5,17 +5,15 @@ are off, fonts are those of the system, and a content security policy enforces i
 tags (templates.py), a folder for Hugging Face Spaces (hf_space.py).
 """
 
-import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
 from cozyrag.pipeline import CozyRAG, Source
+from cozyrag.reporting.extras import load_gradio, without_proxies
 from cozyrag.reporting.run_reader import spread
 from cozyrag.reporting.templates import render, stylesheet
 from cozyrag.runtime.json_lines import read_json_lines
@@ -53,7 +51,7 @@ def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> 
     from starlette.middleware import Middleware
 
     try:
-        with _without_proxies():
+        with without_proxies():
             page.launch(
                 server_name="127.0.0.1",
                 server_port=port,
@@ -68,34 +66,6 @@ def serve(name: str, *, port: int | None = None, open_browser: bool = False) -> 
         raise InputError(f"--port: expected a free port, found {taken} taken ({error}). Give another one.") from error
     print(f"{name} answers at {page.local_url} (this machine only). Ctrl-C stops it.", flush=True)
     page.block_thread()
-
-
-@contextmanager
-def _without_proxies() -> Iterator[None]:
-    """Hide the proxies of the environment: Gradio asks its own server, on this machine, whether it runs.
-
-    No proxy answers for this machine, and NO_PROXY does not help where a proxy is malformed or needs another package.
-    """
-    hidden = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
-    for name in hidden:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def load_gradio() -> ModuleType:
-    """Gradio without its analytics, which must be off before the import. Raises InputError if it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        with _without_proxies():  # the import makes clients that a malformed proxy stops
-            import gradio
-    except ImportError as error:
-        raise InputError(
-            f'Expected Gradio for the page, found none ({error}). Install it with: pip install "cozyrag[demo]"'
-        ) from error
-    return gradio
 
 
 def page_of(name: str, examples: Sequence[str] | None = None, *, title: str | None = None) -> "gradio.Blocks":
