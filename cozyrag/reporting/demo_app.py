@@ -7,8 +7,9 @@ tags (templates.py), a folder for Hugging Face Spaces (hf_space.py).
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
