@@ -366,7 +366,7 @@ class _Parser(ArgumentParser):
         for group in GROUPS:
             shown = self.add_argument_group((group.__doc__ or "").rstrip("."))
             for each in dataclasses.fields(group):
-                names = dict.fromkeys((f"--{each.name}", f"--{each.name.replace('_', '-')}"))
+                names = list(dict.fromkeys((f"--{each.name}", f"--{each.name.replace('_', '-')}")))
                 default = getattr(group(), each.name)
                 shown.add_argument(*names, default=default, help=each.metadata["help"], **_as_option(each.name))
                 if default is True:
