@@ -395,7 +395,8 @@ class _Parser(ArgumentParser):
 
 def _as_option(name: str) -> dict[str, Any]:
     """What argparse needs to read a setting: its type, its choices, how many values."""
-    kind = next((each for each in get_args(KINDS[name]) if type(None) in get_args(KINDS[name])), KINDS[name])
+    parts = get_args(KINDS[name])
+    kind = parts[0] if type(None) in parts else KINDS[name]
     if name in SEVERAL:
         return {"type": str, "nargs": "+", "metavar": "FILE"}
     if get_origin(kind) is list:
