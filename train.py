@@ -7,7 +7,7 @@ cozyrag/run.py shows a run step by step; --help explains the settings.
 """
 
 from cozyrag.cli import entry_point
-from cozyrag.run import train
+from cozyrag.commands.train import train
 
 if __name__ == "__main__":
     entry_point(lambda: train(description=__doc__))

@@ -10,20 +10,23 @@ import dataclasses
 import difflib
 import os
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import (
+    SUPPRESS,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, cast, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import DataClassType
 
 from cozyrag.config_checks import EMBEDDED, QUICKSTART, check_values
 from cozyrag.errors import InputError
-from cozyrag.models.fsdp import launched
 from cozyrag.runtime import old_names
 from cozyrag.runtime.assets import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.runtime.precision import MEASURED, asked_at_launch
@@ -43,19 +46,11 @@ def setting(default: Any, help: str) -> Any:
 
 Files = list[str] | str  # one name stays a string, as in the settings.json of earlier versions
 SEVERAL = ("questions", "eval_questions", "passages")
-
-
-class _Group:
-    """Settings that --help shows together, under the docstring of the class."""
-
-    _argument_group_name: ClassVar[str]  # HfArgumentParser reads it
-
-    def __init_subclass__(cls) -> None:
-        cls._argument_group_name = (cls.__doc__ or "").rstrip(".")
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 @dataclass
-class DataSettings(_Group):
+class DataSettings:
     """Questions and passages."""
 
     questions: Files = setting(
@@ -96,7 +91,7 @@ class DataSettings(_Group):
 
 
 @dataclass
-class ModelSettings(_Group):
+class ModelSettings:
     """The two models."""
 
     generator: str = setting(
@@ -138,7 +133,7 @@ class ModelSettings(_Group):
 
 
 @dataclass
-class ContextSettings(_Group):
+class ContextSettings:
     """Retrieval, contexts and answers."""
 
     retrieval: Literal["dense", "bm25", "hybrid"] = setting(
@@ -180,7 +175,7 @@ class ContextSettings(_Group):
 
 
 @dataclass
-class TrainingSettings(_Group):
+class TrainingSettings:
     """Training."""
 
     rounds: int = setting(
@@ -283,7 +278,7 @@ class TrainingSettings(_Group):
 
 
 @dataclass
-class OutputSettings(_Group):
+class OutputSettings:
     """Output, checkpoints, tracking and the Hub."""
 
     output_dir: str = setting("cozyrag-output", "Folder for the two models, the index, metrics.jsonl and cozyrag.json.")
@@ -360,8 +355,23 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
     """Shows defaults and keeps the lines of the description."""
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser with --help for the settings in FIRST and --help-all for all; its errors are InputErrors."""
+class _Parser(ArgumentParser):
+    """The settings as options, --help for those in FIRST and --help-all for all; its errors are InputErrors.
+
+    Own code, because importing HfArgumentParser takes a second before a misspelt option can be told.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        for group in GROUPS:
+            shown = self.add_argument_group((group.__doc__ or "").rstrip("."))
+            for each in dataclasses.fields(group):
+                names = list(dict.fromkeys((f"--{each.name}", f"--{each.name.replace('_', '-')}")))
+                default = getattr(group(), each.name)
+                shown.add_argument(*names, default=default, help=each.metadata["help"], **_as_option(each.name))
+                if default is True:
+                    names = [f"--no_{each.name}", f"--no-{each.name.replace('_', '-')}"]
+                    shown.add_argument(*names, dest=each.name, action="store_false", help=each.metadata["help"])
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """As argparse does, with one file as a string instead of a list."""
@@ -383,14 +393,25 @@ class _Parser(HfArgumentParser):
         self.epilog = f"These are {len(FIRST)} of {len(NAMES)} settings; --help-all shows all of them."
 
 
-def _parser(**options: Any) -> _Parser:
-    groups = cast(Iterable[DataClassType], GROUPS)  # a NewType that no class of its own satisfies
-    parser = _Parser(groups, allow_abbrev=False, **options)
-    for action in parser._actions:
-        if action.dest in SEVERAL:  # HfArgumentParser has no type for one or several
-            action.type, action.nargs, action.metavar = str, "+", "FILE"
-            action.default = getattr(DataSettings, action.dest)
-    return parser
+def _as_option(name: str) -> dict[str, Any]:
+    """What argparse needs to read a setting: its type, its choices, how many values."""
+    parts = get_args(KINDS[name])
+    kind = parts[0] if type(None) in parts else KINDS[name]
+    if name in SEVERAL:
+        return {"type": str, "nargs": "+", "metavar": "FILE"}
+    if get_origin(kind) is list:
+        return {"type": str, "nargs": "+"}
+    if get_origin(kind) is Literal:
+        return {"type": str, "choices": get_args(kind)}
+    return {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+
+
+def _truth(text: str) -> bool:
+    """The meaning of a word after an option that is on or off."""
+    for value, words in ((True, TRUE), (False, FALSE)):
+        if text.lower() in words:
+            return value
+    raise ArgumentTypeError(f"expected one of {', '.join((*TRUE, *FALSE))}, found {text!r}")
 
 
 def parse_settings(arguments: list[str] | None = None, *, description: str | None = None) -> Settings:
@@ -400,7 +421,7 @@ def parse_settings(arguments: list[str] | None = None, *, description: str | Non
         InputError: an unknown setting, a value of the wrong kind or out of range; names file and line.
     """
     arguments = _current_names(list(sys.argv[1:] if arguments is None else arguments))
-    parser = _parser(description=description, formatter_class=_HelpFormatter)
+    parser = _Parser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; the command line overrides it.")
     if "--help-all" not in arguments:
         parser.show_first()
@@ -421,7 +442,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         if name not in NAMES:
             raise InputError(f"train: unknown setting {key!r}{_did_you_mean(key)}. docs/settings.md lists them all.")
         chosen[name] = _python_value(name, old_names.current_value(name, value))
-    return _settled(_parser(), [], chosen)
+    return _settled(_Parser(), [], chosen)
 
 
 def _settled(parser: "_Parser", arguments: list[str], chosen: Mapping[str, Any]) -> Settings:
@@ -431,16 +452,31 @@ def _settled(parser: "_Parser", arguments: list[str], chosen: Mapping[str, Any])
     if wished.questions == QUICKSTART:
         own = _read_yaml(QUICKSTART_EMBEDDED) if wished.generator == EMBEDDED else {}
         parser.set_defaults(**_read_yaml(QUICKSTART_SETTINGS) | own | dict(chosen))
-    found = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
-    if unknown := found[-1]:
+    found, unknown = parser.parse_known_args(arguments)
+    if unknown:
         name = unknown[0].split("=")[0]  # what follows may be a secret
         raise InputError(f"Command line: unknown setting {name!r}{_did_you_mean(name.lstrip('-'))}. See --help.")
-    settings = Settings(*found[: len(GROUPS)])  # before the unknown words, there may be --config, already used
+    values = {name: getattr(found, name) for name in NAMES}
+    check_values(values)
+    return _launched(_grouped(values))
+
+
+def _grouped(values: Mapping[str, Any]) -> Settings:
+    """Values of all settings by name, as their groups."""
+    groups: list[Any] = [
+        group(**{each.name: values[each.name] for each in dataclasses.fields(group)}) for group in GROUPS
+    ]
+    return Settings(*groups)
+
+
+def _launched(settings: Settings) -> Settings:
+    """The settings with what `accelerate launch` asks for where they leave it open."""
+    from cozyrag.models.fsdp import launched  # torch: only once the settings are correct
+
     training = settings.training
     training.generator_sharding = training.generator_sharding or launched(os.environ)
     asked = training.mixed_precision or asked_at_launch(os.environ)
     training.mixed_precision = asked  # type: ignore[assignment]  # a launch may ask for fp8 too
-    check_values(settings.to_dict())
     return settings
 
 
@@ -527,7 +563,7 @@ def _yaml_value(name: str, node: yaml.Node, where: str):
         if type(None) not in get_args(KINDS[name]):
             raise InputError(f"{where}: expected a value for {name}, found nothing. Give one or remove the line.")
         return None
-    checker = _parser()
+    checker = _Parser()
     try:
         return vars(checker.parse_known_args([f"--{name}={node.value}"])[0])[name]
     except InputError as error:
@@ -548,7 +584,7 @@ def _python_value(name: str, value: object) -> Any:
     if not (text if {str, Files} & kinds else text or isinstance(value, Real)):
         raise _wrong_kind(name, value)
     try:
-        return vars(_parser().parse_known_args([f"--{name}={value}"])[0])[name]
+        return vars(_Parser().parse_known_args([f"--{name}={value}"])[0])[name]
     except InputError as error:
         plain = str(error).replace("Command line", "train").replace("Run with --help-all to see every setting.", "")
         raise InputError(f"{plain.strip()} docs/settings.md explains it.") from error

@@ -13,10 +13,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from cozyrag.data.delimited import delimiter_of
+from cozyrag.data.matching import STEMMERS
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 from cozyrag.models.smollm2 import SMOLLM2
-from cozyrag.retrieval.bm25 import STEMMERS
 
 EMBEDDED = "embedded"
 SCRATCH = "scratch"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cozyrag import __version__
+from cozyrag.data.matching import STEMMERS
 from cozyrag.errors import InputError
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE, START
-from cozyrag.retrieval.bm25 import STEMMERS
 from cozyrag.retrieval.contexts import FILTERS
 from cozyrag.retrieval.hybrid import MODES
 from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, write_json

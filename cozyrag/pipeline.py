@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
+from shlex import quote
 from typing import Any, overload
 
 import torch
@@ -302,7 +303,7 @@ class CozyRAG:
         if not saved.is_whole:
             raise InputError(
                 f"push_to_hub: expected a pair in a folder, found one from the Hub. Write it with "
-                f"save_pretrained(FOLDER), then `cozyrag push FOLDER {repo}`."
+                f"save_pretrained(FOLDER), then `cozyrag push FOLDER {quote(repo)}`."
             )
         return push_run(saved.folder, repo, private=private, tag=tag)
 

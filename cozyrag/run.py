@@ -57,7 +57,11 @@ LONG = 300  # seconds above which the expected time is logged
 
 def train(arguments: list[str] | None = None, *, description: str | None = None) -> None:
     """Train a pair as the command line says. Raises as `run`."""
-    settings = parse_settings(arguments, description=description)
+    start(parse_settings(arguments, description=description))
+
+
+def start(settings: Settings) -> None:
+    """Train a pair, or only print the plan if the settings say so. Raises as `run`."""
     if settings.output.plan:
         return show_plan(settings)
     run(settings)

@@ -67,7 +67,7 @@ class FakePair:
 
 @pytest.fixture
 def fake_pair(monkeypatch):
-    monkeypatch.setattr("cozyrag.commands.ask.CozyRAG", FakePair)
+    monkeypatch.setattr("cozyrag.pipeline.CozyRAG", FakePair)
     FakePair.loaded, FakePair.asked = [], []
     return FakePair
 
@@ -83,16 +83,16 @@ def called(monkeypatch):
     """The calls of the functions behind the commands."""
     calls = []
 
-    def record(command, name, result=None):
+    def record(module, name, result=None):
         def recorded(*args, **kwargs):
             calls.append((name, args, kwargs))
             return result
 
-        monkeypatch.setattr(f"cozyrag.commands.{command}.{name}", recorded)
+        monkeypatch.setattr(f"cozyrag.reporting.{module}.{name}", recorded)
 
-    record("demo", "serve")
-    record("space", "write_space")
-    record("report", "report", Path("my-run/report.html"))
+    record("demo_app", "serve")
+    record("hf_space", "write_space")
+    record("html_report", "report", Path("my-run/report.html"))
     return calls
 
 
@@ -264,7 +264,7 @@ def test_push_uploads_and_prints_the_address(call, monkeypatch, arguments, optio
         seen.append((given, options))
         return "https://hub.example/me/rag"
 
-    monkeypatch.setattr("cozyrag.commands.push.push_run", push_run)
+    monkeypatch.setattr("cozyrag.hub.background_push.push_run", push_run)
     assert call("push", "my-run", "me/rag", *arguments) == (0, "Pushed to https://hub.example/me/rag\n", "")
     assert seen == [(("my-run", "me/rag"), options)]
 
@@ -273,7 +273,7 @@ def test_a_failed_upload_has_its_own_exit_code(call, monkeypatch):
     def fail(*_, **__):
         raise PushError("The pair is complete in my-run, but the upload failed.")
 
-    monkeypatch.setattr("cozyrag.commands.push.push_run", fail)
+    monkeypatch.setattr("cozyrag.hub.background_push.push_run", fail)
     assert call("push", "my-run", "me/rag") == (
         3,
         "",
@@ -299,6 +299,81 @@ def test_the_command_line_opens_without_loading_torch():
         "try: main()\nfinally: assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+REFUSED = {  # command lines with a mistake, and what is told
+    "train": ("--genrator x", "did you mean 'generator'?"),
+    "plan": ("--genrator x", "did you mean 'generator'?"),
+    "passages": ("x.txt --output x.jsonl --wrods 3", "--wrods"),
+    "questions": ("x.tsv --chek_only", "--chek_only"),
+    "index": ("x.jsonl --output x --thread 3", "--thread"),
+    "ask": ("x --tpo_k 3", "--tpo_k"),
+    "evaluate": ("x --questions x.tsv --limt 3", "--limt"),
+    "demo": ("x --prot 3", "--prot"),
+    "serve": ("x --prot 3", "--prot"),
+    "space": ("x y --titel z", "--titel"),
+    "report": ("x --latncy 3", "--latncy"),
+    "compare": ("x y --htm z", "--htm"),
+    "audit": ("--genrator x", "did you mean 'generator'?"),
+    "doctor": ("--genrator x", "did you mean 'generator'?"),
+    "merge": ("x y --z", "--z"),
+    "push": ("x user/x --tga z", "--tga"),
+}
+WITHOUT = {  # command lines that need a package which is missing, and what is told
+    "demo": ("x", "cozyrag[demo]"),
+    "space": ("x y", "cozyrag[demo]"),
+    "report": ("x", "cozyrag[plots]"),
+    "serve": ("x", "cozyrag[serve]"),
+    "serve --mcp": ("x", "cozyrag[serve]"),
+}
+LIGHT = """
+import contextlib, io, json, runpy, sys
+from cozyrag import cli
+sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
+for line, told in json.loads(sys.argv[2]):
+    sys.argv = line.split()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__") if sys.argv[0].endswith(".py") else cli.main()
+        except SystemExit as end:
+            assert end.code == 2, (line, end.code)
+    assert told in said.getvalue(), (line, said.getvalue())
+    heavy = {"torch", "transformers", "sentence_transformers", "accelerate", "faiss"} & set(sys.modules)
+    assert not heavy, (line, heavy)
+"""
+
+
+def _told_before_torch(missing, lines):
+    """Run lines one after another in a process of their own: each ends with its message, and nothing heavy is there."""
+    command = [sys.executable, "-c", LIGHT, json.dumps(missing), json.dumps(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_misspelt_option_is_told_before_torch_is_loaded():
+    assert set(REFUSED) == set(cli.COMMANDS)
+    lines = [(f"cozyrag {command} {words}", told) for command, (words, told) in REFUSED.items()]
+    _told_before_torch([], [("train.py --genrator x", "did you mean 'generator'?"), *lines])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--top_k 0", "--top_k: expected a value of at least 1"),
+        ("--rounds many", "argument --rounds: invalid int value: 'many'"),
+        ("--rollback never", "argument --rollback: invalid choice: 'never'"),
+        ("--use_cpu perhaps", "found 'perhaps'"),
+        ("--config none.yaml", "none.yaml cannot be read"),
+        ("--hub_model_id a/b/c", "--hub_model_id: expected user/name"),
+    ],
+)
+def test_a_wrong_value_is_told_before_torch_is_loaded(words, told):
+    _told_before_torch([], [(f"cozyrag train {words}", told)])
+
+
+def test_a_missing_package_is_told_before_torch_is_loaded():
+    lines = [(f"cozyrag {command} {words}", told) for command, (words, told) in WITHOUT.items()]
+    _told_before_torch(["gradio", "matplotlib", "fastapi", "uvicorn", "mcp"], lines)
 
 
 def test_the_installed_commands_exist():

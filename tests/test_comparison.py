@@ -9,7 +9,7 @@ import pytest
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import paired_bootstrap
 from cozyrag.reporting import compare as comparison
-from cozyrag.reporting import plots
+from cozyrag.reporting import extras
 from cozyrag.reporting.compare import Difference, as_text, compare, differences, matched, more_than_noise, write_page
 
 
@@ -168,7 +168,7 @@ def test_equal_settings_and_an_abstention_are_shown(tmp_path):
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_the_page_is_one_file_with_untrusted_text_escaped(tmp_path, monkeypatch, drawn):
-    monkeypatch.setattr(plots, "plots_are_possible", lambda: drawn)
+    monkeypatch.setattr(extras, "plots_are_possible", lambda: drawn)
     evil = "<script>alert(1)</script>"
     rows = [evaluated.row(0, em=0, question=evil, prediction=evil, answers=[evil], verdict=evil)]
     found = compare(*runs(tmp_path, [evaluated.row(0, em=1, question=evil, answers=[evil])], rows, top_k=evil))

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.pipeline import CozyRAG  # noqa: E402
-from cozyrag.reporting import html_report, plots  # noqa: E402
+from cozyrag.reporting import extras, html_report  # noqa: E402
 from cozyrag.reporting.html_report import (  # noqa: E402
     certainties,
     measure_latency,
@@ -183,7 +183,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(run, monkeypatch)
 
 
 def test_without_matplotlib_a_run_names_the_extra_and_the_command_refuses(run, monkeypatch):
-    monkeypatch.setattr(plots, "plots_are_possible", lambda: False)
+    monkeypatch.setattr(extras, "plots_are_possible", lambda: False)
     assert report_at_end(run).startswith('With pip install "cozyrag[plots]"')
     with pytest.raises(InputError, match=r"cozyrag\[plots\]"):
         report(run)

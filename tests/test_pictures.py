@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 from cozyrag.errors import InputError  # noqa: E402
 from cozyrag.evaluation.calibration import calibration_bins, calibration_error
-from cozyrag.reporting import plots  # noqa: E402
+from cozyrag.reporting import extras, plots  # noqa: E402
 
 EVALUATED = {
     0: [evaluated.row(number, em=number < 2) for number in range(10)],
@@ -115,6 +115,6 @@ def test_png_is_written(tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "cozyrag\[plots\]"'):
-        plots.check_plots()
+        extras.check_plots()

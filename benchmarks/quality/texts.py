@@ -20,11 +20,11 @@ from datasets import Dataset
 
 import cozyrag
 from benchmarks.shared.corpus import retriever_of
-from cozyrag.data.matching import contains_answer, matching_form
+from cozyrag.data.matching import STEMMERS, contains_answer, matching_form
 from cozyrag.data.passages import FEATURES, read_passages
 from cozyrag.data.questions import read_questions
 from cozyrag.models.retriever import Retriever
-from cozyrag.retrieval.bm25 import STEMMERS, LexicalIndex, SentenceWords
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 

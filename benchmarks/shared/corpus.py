@@ -18,12 +18,12 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 
 from cozyrag.config import parse_settings
+from cozyrag.data.matching import STEMMERS
 from cozyrag.data.passages import merge_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.data.sentences import RULES, SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.models.retriever import Retriever
-from cozyrag.retrieval.bm25 import STEMMERS
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.training.setup import make_accelerator
 

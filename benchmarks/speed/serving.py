@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 
 from cozyrag.pipeline import CozyRAG
+from cozyrag.runtime.json_lines import read_json_lines
 
 PATIENCE = 600  # seconds for one answer
 
@@ -84,8 +85,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="questions to ask")
     parser.add_argument("--clients", type=int, nargs="+", default=[8], help="clients at once; several: one run each")
     options = parser.parse_args()
-    lines = options.questions.read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line)["question"] for line in lines[: options.limit]]
+    questions = [row["question"] for row in read_json_lines(options.questions)[: options.limit]]
     results = [measure(options.pair, questions, clients) for clients in options.clients]
     expected = [answer.text for answer in CozyRAG.from_pretrained(options.pair).answers(questions)]
     for result in results:

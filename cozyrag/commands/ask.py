@@ -17,13 +17,14 @@ Left out: retrieval and answering (pipeline.py).
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-
-from transformers.utils import logging
+from typing import TYPE_CHECKING
 
 from cozyrag.commands.options import at_least
 from cozyrag.errors import InputError
-from cozyrag.pipeline import Answer, CozyRAG, Source
 from cozyrag.runtime.signals import Interrupts
+
+if TYPE_CHECKING:
+    from cozyrag.pipeline import Answer, Source
 
 SHOWN = 320  # characters of a passage
 
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Print each answer with its passages."""
     add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)  # questions may come after options
+    from transformers.utils import logging  # torch: only once the options are correct
+
+    from cozyrag.pipeline import CozyRAG
+
     logging.disable_progress_bar()  # "Loading weights" adds nothing to the answer
     with Interrupts().watched():
         pair = CozyRAG.from_pretrained(options.model, min_certainty=options.min_certainty)
@@ -68,7 +73,7 @@ def _typed() -> Iterator[str]:
         print()
 
 
-def shown(answer: Answer, min_certainty: float | None = None) -> str:
+def shown(answer: "Answer", min_certainty: float | None = None) -> str:
     """An answer and its passages as lines: of each, the sentences that were read, else its beginning in brackets."""
     unsure = answer.score < (min_certainty or 0)
     nothing = "I do not know" if unsure else "(no answer in these passages)"
@@ -80,7 +85,7 @@ def shown(answer: Answer, min_certainty: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def _excerpt(source: Source) -> str:
+def _excerpt(source: "Source") -> str:
     """What was read of a passage; "..." stands for what was not."""
     if not source.used:
         return f"(not read) {_cut(source.text, SHOWN // 4)}"
@@ -88,7 +93,7 @@ def _excerpt(source: Source) -> str:
     return f"{'... ' * gaps[0]}{_cut(' ... '.join(_runs(source)), SHOWN)}{' ...' * gaps[1]}"
 
 
-def _runs(source: Source) -> list[str]:
+def _runs(source: "Source") -> list[str]:
     """The sentences that were read, those that follow one another together."""
     runs = [list(source.used[0])]
     for start, end in source.used[1:]:

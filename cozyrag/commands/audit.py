@@ -21,12 +21,9 @@ from pathlib import Path
 from cozyrag.commands.options import settings_or_folder
 from cozyrag.config import Settings, parse_settings
 from cozyrag.errors import InputError
-from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, examples_alike, part_scores
-from cozyrag.reporting.run_reader import read_evaluation
 from cozyrag.runtime.atomic_files import write_json
 from cozyrag.runtime.old_names import current_settings, evaluation_files
 from cozyrag.runtime.precision import MEASURED
-from cozyrag.training.setup import load_tables, make_accelerator
 
 TRAINING_ONLY = {"mixed_precision", MEASURED}  # an audit does not train and may run on another machine
 
@@ -39,6 +36,10 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     parser.usage = "cozyrag audit [SETTINGS | OUTPUT]"
     words, folder = settings_or_folder(arguments, parser)
     settings = saved_settings(folder) if folder else parse_settings(words)
+    from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, examples_alike, part_scores
+    from cozyrag.reporting.run_reader import read_evaluation
+    from cozyrag.training.setup import load_tables, make_accelerator
+
     corpus = load_tables(make_accelerator(settings), settings)
     found = audit_corpus(corpus, retriever=settings.models.retriever, generator=settings.models.generator)
     alike = examples_alike(found)

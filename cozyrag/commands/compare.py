@@ -12,8 +12,6 @@ Left out: the comparison itself (reporting/compare.py).
 import argparse
 from collections.abc import Sequence
 
-from cozyrag.reporting.compare import as_text, compare, write_page
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -26,6 +24,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Print the comparison; write the page on request."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    from cozyrag.reporting.compare import as_text, compare, write_page  # torch: only once the options are correct
+
     comparison = compare(options.run_a, options.run_b)
     print(as_text(comparison))
     if options.html:

@@ -13,9 +13,7 @@ Left out: the page itself (demo_app.py).
 import argparse
 from collections.abc import Sequence
 
-from transformers.utils import logging
-
-from cozyrag.reporting.demo_app import serve
+from cozyrag.reporting.extras import check_gradio
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,5 +31,10 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Serve the page until Ctrl-C."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    check_gradio()
+    from transformers.utils import logging  # torch: only once the options are correct
+
+    from cozyrag.reporting.demo_app import serve
+
     logging.disable_progress_bar()
     serve(options.model, port=options.port, open_browser=options.open, feedback=options.feedback)

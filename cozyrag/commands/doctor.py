@@ -34,29 +34,27 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from transformers.utils import logging
-
 from cozyrag.commands.options import settings_or_folder
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
-from cozyrag.preflight.environment import check_machine
-from cozyrag.preflight.loss_check import check_terms, findings_table
-from cozyrag.preflight.pair_check import check_pair
-from cozyrag.runtime.distributed import refuse
 from cozyrag.runtime.precision import check_asked
-from cozyrag.training.setup import load_models, load_tables, make_accelerator
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Check the machine, a folder, or settings. Raises InputError for a fault."""
     parser.usage = "cozyrag doctor [--machine | SETTINGS | OUTPUT]"
     words, folder = settings_or_folder(arguments, parser)
-    logging.disable_progress_bar()
     if folder:
+        from cozyrag.preflight.pair_check import check_pair
+
+        _without_bars()
         for line in check_pair(folder):
             print(f"ok: {line}")
         print(f"Nothing wrong with {folder}.")
     elif words in ([], ["--machine"]):
+        from cozyrag.preflight.environment import check_machine
+
+        _without_bars()
         for finding in check_machine():
             print(finding, flush=True)
     elif "--machine" in words:
@@ -66,9 +64,20 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
         check_settings(words)
 
 
+def _without_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def check_settings(arguments: list[str]) -> None:
     """Test the loss terms of a run with these settings. Raises InputError for a fault."""
     settings = parse_settings(arguments)
+    from cozyrag.preflight.loss_check import check_terms, findings_table  # torch: only once the settings are correct
+    from cozyrag.runtime.distributed import refuse
+    from cozyrag.training.setup import load_models, load_tables, make_accelerator
+
+    _without_bars()
     accelerator = make_accelerator(settings)
     check_asked(settings.training.mixed_precision, accelerator.device.type)
     corpus = load_tables(accelerator, settings)

@@ -16,13 +16,14 @@ Left out: how it is done (pair_evaluation.py).
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cozyrag.commands.options import add_columns, at_least, columns_of
 from cozyrag.config import parse_settings
-from cozyrag.pair_evaluation import Evaluation, questions_for
-from cozyrag.pipeline import CozyRAG
 from cozyrag.runtime.atomic_files import write_json, write_jsonl
-from cozyrag.training.setup import make_accelerator
+
+if TYPE_CHECKING:
+    from cozyrag.pair_evaluation import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Answer, print the tables, and write the file."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    from cozyrag.pair_evaluation import questions_for  # torch: only once the options are correct
+    from cozyrag.pipeline import CozyRAG
+    from cozyrag.training.setup import make_accelerator
+
     accelerator = make_accelerator(parse_settings([]))
     pair = CozyRAG.from_pretrained(options.model, device=str(accelerator.device)).evaluated()
     answerless = pair.threshold is not None
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
             write(options.output, found)
 
 
-def write(path: Path, found: Evaluation) -> None:
+def write(path: Path, found: "Evaluation") -> None:
     """Write the scores, and the questions beside them."""
     write_json(path, found.summary())
     write_jsonl(path.with_suffix(".questions.jsonl"), found.rows)

@@ -14,16 +14,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils import logging
-
 from cozyrag.errors import InputError
-from cozyrag.hub.model_cards import ADAPTER_NOTE, CARD
-from cozyrag.models.generator import Generator
-from cozyrag.models.loading import load_causal_lm
-from cozyrag.models.lora import merged, read_adapter
-from cozyrag.pair_file import read_pair, write_pair
 from cozyrag.runtime.atomic_files import replacing
-from cozyrag.runtime.fingerprints import weights_fingerprint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NOT_COPIED = ("checkpoints", "trackers", ".lock", "*.partial")
@@ -39,6 +31,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Merge, and print the folder of the copy."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    from transformers.utils import logging  # torch: only once the options are correct
+
     logging.disable_progress_bar()
     print(f"{merge(options.model, options.folder)} holds the pair with one whole generator.")
 
@@ -49,6 +43,13 @@ def merge(output: str, folder: str) -> Path:
     Raises:
         InputError: `output` is not a finished pair or has no adapter, or `folder` exists.
     """
+    from cozyrag.hub.model_cards import ADAPTER_NOTE, CARD
+    from cozyrag.models.generator import Generator
+    from cozyrag.models.loading import load_causal_lm
+    from cozyrag.models.lora import merged, read_adapter
+    from cozyrag.pair_file import read_pair, write_pair
+    from cozyrag.runtime.fingerprints import weights_fingerprint
+
     source, target = Path(output), Path(folder)
     pair = read_pair(source)
     if target.exists():

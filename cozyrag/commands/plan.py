@@ -11,9 +11,11 @@ import argparse
 from collections.abc import Sequence
 
 from cozyrag.config import parse_settings
-from cozyrag.run import show_plan
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Print the plan; config.py parses the settings."""
-    show_plan(parse_settings(list(arguments), description=parser.description))
+    settings = parse_settings(list(arguments), description=parser.description)
+    from cozyrag.run import show_plan  # torch: only once the settings are correct
+
+    show_plan(settings)

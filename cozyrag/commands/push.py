@@ -20,8 +20,6 @@ Left out: the upload itself (hub/push.py).
 import argparse
 from collections.abc import Sequence
 
-from cozyrag.hub.background_push import push_run
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -36,4 +34,6 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Upload, and print the addresses."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    from cozyrag.hub.background_push import push_run  # torch: only once the options are correct
+
     print(f"Pushed to {push_run(options.model, options.repo, private=options.private, tag=options.tag)}")

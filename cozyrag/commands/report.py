@@ -12,10 +12,8 @@ Left out: the page and its plots (html_report.py, plots.py).
 import argparse
 from collections.abc import Sequence
 
-from transformers.utils import logging
-
 from cozyrag.commands.options import at_least
-from cozyrag.reporting.html_report import report
+from cozyrag.reporting.extras import check_plots
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +27,10 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Measure the latency, and write the report."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    check_plots()
+    from transformers.utils import logging  # torch: only once the options are correct
+
+    from cozyrag.reporting.html_report import report
+
     logging.disable_progress_bar()
     print(f"Written to {report(options.run, latency=options.latency)}")

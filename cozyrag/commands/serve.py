@@ -19,14 +19,15 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers.utils import logging
+from typing import TYPE_CHECKING
 
 from cozyrag.commands.options import at_least
 from cozyrag.errors import InputError
-from cozyrag.pipeline import CozyRAG
 from cozyrag.runtime.signals import Interrupts
 from cozyrag.serving.known_hosts import LOCAL
+
+if TYPE_CHECKING:
+    from cozyrag.pipeline import CozyRAG
 
 KEY = "COZYRAG_API_KEY"
 GOODBYE = 5  # seconds that answers may take once the server is told to end
@@ -46,7 +47,6 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises InputError: a package is missing, no pair, no key, or a port in use."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    logging.disable_progress_bar()
     with Interrupts().watched():
         if options.mcp:
             _serve_tools(options.model)
@@ -59,12 +59,12 @@ def _serve_tools(model: str) -> None:
         from cozyrag.serving.mcp_tools import build_tools
     except ImportError as error:
         raise _missing(error) from error
-    build_tools(CozyRAG.from_pretrained(model), name=_name_of(model)).run("stdio")
+    build_tools(_load(model), name=_name_of(model)).run("stdio")
 
 
 def _serve_http(options: argparse.Namespace) -> None:
     try:
-        import uvicorn
+        import uvicorn  # before the package's own modules, which load torch
 
         from cozyrag.serving.http_api import build_app
     except ImportError as error:
@@ -75,7 +75,7 @@ def _serve_http(options: argparse.Namespace) -> None:
             f"--host {options.host}: expected a key in {KEY}, found none: anybody who reaches this address could ask. "
             "Set it, or leave --host out to serve this machine only."
         )
-    pair, name = CozyRAG.from_pretrained(options.model), _name_of(options.model)
+    pair, name = _load(options.model), _name_of(options.model)
     with _listening(options.host, options.port) as listener:
         app = build_app(pair, name=name, key=key, hosts=[options.host, *options.names])
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GOODBYE, server_header=False)
@@ -83,6 +83,15 @@ def _serve_http(options: argparse.Namespace) -> None:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{name} answers at {address} (OpenAI clients: {address}/v1). Ctrl-C stops it.", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _load(model: str) -> "CozyRAG":
+    from transformers.utils import logging
+
+    from cozyrag.pipeline import CozyRAG
+
+    logging.disable_progress_bar()
+    return CozyRAG.from_pretrained(model)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -12,9 +12,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from huggingface_hub import HfApi
-
-from cozyrag.reporting.hf_space import write_space
+from cozyrag.reporting.extras import check_gradio
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +26,11 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Write the folder and print the next step."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    check_gradio()
+    from huggingface_hub import HfApi
+
+    from cozyrag.reporting.hf_space import write_space  # torch: only once the options are correct
+
     write_space(options.model, options.folder, title=options.title)
     upload = shlex.join(["hf", "upload", "USER/NAME", options.folder, ".", "--repo-type", "space"])
     print(

@@ -10,9 +10,17 @@ Left out: the run itself (run.py).
 import argparse
 from collections.abc import Sequence
 
-from cozyrag.run import train
+from cozyrag.config import parse_settings
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Train; config.py parses the settings."""
     train(list(arguments), description=parser.description)
+
+
+def train(arguments: list[str] | None = None, *, description: str | None = None) -> None:
+    """Train a pair as the command line says. Raises as `run`."""
+    settings = parse_settings(arguments, description=description)
+    from cozyrag.run import start  # torch: only once the settings are correct
+
+    start(settings)

@@ -4,12 +4,12 @@ So they go the way of every other file: the same columns, layouts, checks and me
 (readers.py), and where the file lies.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.json_lines import json_line
 
 
 def sources_given(what: str, given: Any) -> list[str] | None:
@@ -48,7 +48,7 @@ def lines_of(what: str, rows: Any) -> str:
                 f"{row!r:.80}. Give rows of one kind, or paths only."
             )
         try:
-            lines.append(json.dumps(dict(row), default=_plain) + "\n")
+            lines.append(json_line(dict(row), default=_plain, ensure_ascii=True))
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{what}, row {number}: expected texts, numbers and lists of them, found what JSON cannot hold "

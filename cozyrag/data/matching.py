@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 import regex
+import Stemmer
 
+STEMMERS = ("none", *Stemmer.algorithms())  # of BM25
 _QUOTES, _DOUBLE_QUOTES = "‘’‚‛‹›′`´ʹʻʼʽ", "“”„‟«»″"
 _DASHES = "‐‑‒–—―−⁃"
 # Soft hyphens, zero-width and direction marks (Cf), variation selectors, the Arabic tatweel, and the trademark signs,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 # Increase with every change of the sentence rules: sentence vectors are stored, and pair up by position alone.
 RULES = 2
@@ -53,6 +52,8 @@ class SentenceVectors:
 
     def products(self, places: np.ndarray, vector: np.ndarray) -> np.ndarray:
         """(n_places,) float32 dot products of the sentences at these places with a vector (dim,)."""
+        import torch  # here: commands that only parse or cut texts do not pay for it
+
         chosen = torch.from_numpy(self.vectors[places]).float()  # NumPy takes four times as long to widen float16
         return (chosen @ torch.from_numpy(vector)).numpy()
 

@@ -13,18 +13,12 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"  # its name in the settings
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its name on the Hub
@@ -45,7 +39,7 @@ def hub_name(generator: str) -> str:
     return BASE if generator == SMOLLM2 else generator
 
 
-def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model in float32 and its tokenizer with the chat template, in about 2 seconds.
 
     Raises:
@@ -90,11 +84,14 @@ def _version() -> str:
         return "unknown"
 
 
-def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_gguf(path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A Llama in a GGUF file as a plain float32 model, and its tokenizer.
 
     transformers refuses to save a model read from GGUF, so the weights move into one made from the configuration.
     """
+    import torch  # here: the settings need only the name of this generator
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     reinstall = f"Nothing is loaded. Run `{INSTALL} --force-reinstall`."
     try:
         with _quiet():

@@ -34,6 +34,7 @@ NEEDED_MEMORY = 4e9  # weights, gradients and AdamW states of both default model
 NEEDED_DISK = 4e9  # two checkpoints with AdamW states, the finished pair, and the models in the Hub's cache
 EXTRAS = {  # of setup.cfg, with a module of each
     "demo": "gradio",
+    "serve": "fastapi",
     "plots": "matplotlib",
     "pdf": "pypdf",
     "web": "trafilatura",

@@ -14,7 +14,7 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation.evaluation import COMPARED
 from cozyrag.evaluation.metrics import paired_bootstrap
 from cozyrag.hub.model_cards import public_settings
-from cozyrag.reporting import plots
+from cozyrag.reporting import extras, plots
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, stylesheet
 
@@ -174,7 +174,7 @@ def write_page(comparison: Comparison, path: str | Path) -> None:
     Raises InputError if it cannot be written.
     """
     plot = None
-    if plots.plots_are_possible():
+    if extras.plots_are_possible():
         found = [(each.metric, each.points, each.low, each.high) for each in comparison.differences]
         plot = plots.as_svg(plots.difference_bars(found))
     text = render("comparison.html", style=stylesheet("report.css"), comparison=comparison, plot=plot)

@@ -9,7 +9,6 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
+from cozyrag.reporting.extras import load_gradio, without_proxies
 from cozyrag.reporting.run_reader import spread
 from cozyrag.reporting.templates import render, stylesheet
 from cozyrag.runtime.json_lines import append_json_line, end_last_line, read_json_lines
@@ -63,7 +63,7 @@ def serve(
     from starlette.middleware import Middleware
 
     try:
-        with _without_proxies():
+        with without_proxies():
             page.launch(
                 server_name="127.0.0.1",
                 server_port=port,
@@ -90,34 +90,6 @@ def _checked_file(path: Path) -> Path:
         raise InputError(f"--feedback {path}: no permission to write there. Give another name.")
     end_last_line(path)
     return path.absolute()
-
-
-@contextmanager
-def _without_proxies() -> Iterator[None]:
-    """Hide the proxies of the environment: Gradio asks its own server, on this machine, whether it runs.
-
-    No proxy answers for this machine, and NO_PROXY does not help where a proxy is malformed or needs another package.
-    """
-    hidden = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
-    for name in hidden:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def load_gradio() -> ModuleType:
-    """Gradio without its analytics, which must be off before the import. Raises InputError if it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        with _without_proxies():  # the import makes clients that a malformed proxy stops
-            import gradio
-    except ImportError as error:
-        raise InputError(
-            f'Expected Gradio for the page, found none ({error}). Install it with: pip install "cozyrag[demo]"'
-        ) from error
-    return gradio
 
 
 def page_of(

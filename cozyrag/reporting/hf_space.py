@@ -19,7 +19,8 @@ from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.hub.push import piece_files
 from cozyrag.pair_file import PAIR_FILE, read_pair
-from cozyrag.reporting.demo_app import evaluation_questions, load_gradio
+from cozyrag.reporting.demo_app import evaluation_questions
+from cozyrag.reporting.extras import load_gradio
 from cozyrag.reporting.templates import render
 from cozyrag.runtime.assets import PAGES_FOLDER
 

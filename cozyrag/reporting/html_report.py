@@ -19,7 +19,7 @@ from cozyrag.evaluation.calibration import calibration_error
 from cozyrag.evaluation.evaluation import SEARCHES, SHOWN, few_questions, summarize
 from cozyrag.hub.model_cards import public_settings
 from cozyrag.pipeline import CozyRAG
-from cozyrag.reporting import plots
+from cozyrag.reporting import extras, plots
 from cozyrag.reporting.compare import Difference, differences, matched, more_than_noise
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, stylesheet
@@ -48,7 +48,7 @@ def report(folder: str | Path, *, latency: int = 0) -> Path:
     Raises:
         InputError: Matplotlib is missing, or the folder holds no finished run.
     """
-    plots.check_plots()
+    extras.check_plots()
     run = FinishedRun.read(folder)
     seconds = measure_latency(CozyRAG.from_pretrained(folder), run.evaluated[run.last], latency) if latency else None
     return write_report(run, seconds=seconds)
@@ -60,7 +60,7 @@ def report_at_end(folder: Path) -> str:
     A report that fails does not fail the run.
     """
     again = f"`cozyrag report {quote(str(folder))}`"
-    if not plots.plots_are_possible():
+    if not extras.plots_are_possible():
         return f'With pip install "cozyrag[plots]", {again} shows this run as a page with plots.'
     try:
         path = write_report(FinishedRun.read(folder))

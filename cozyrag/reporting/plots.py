@@ -5,7 +5,6 @@ colours from CSS variables of its page, so one drawing serves light and dark; a 
 Left out: captions and pages (html_report.py, compare.py).
 """
 
-import importlib.util
 import io
 import re
 from collections import Counter
@@ -17,7 +16,6 @@ import numpy as np
 from markupsafe import Markup
 from scipy.stats import binomtest
 
-from cozyrag.errors import InputError
 from cozyrag.evaluation.calibration import calibration_bins
 from cozyrag.evaluation.evaluation import BY, SEARCHES
 from cozyrag.evaluation.metrics import bootstrap_interval
@@ -51,17 +49,6 @@ STYLE: "dict[RcKeyType, object]" = {
     "svg.fonttype": "none", "svg.hashsalt": "cozyrag",
 }  # fmt: skip
 WIDTH = 5.2  # inches: text stays readable on a phone
-
-
-def plots_are_possible() -> bool:
-    """Whether Matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def check_plots() -> None:
-    """Raise InputError if Matplotlib is not installed."""
-    if not plots_are_possible():
-        raise InputError('Expected Matplotlib for the plots, found none. Install it with: pip install "cozyrag[plots]"')
 
 
 def scores_by_round(evaluated: Mapping[int, Sequence[dict]]) -> "Figure":

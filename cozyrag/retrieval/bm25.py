@@ -17,7 +17,6 @@ from scipy.sparse import csc_matrix, csr_matrix
 from cozyrag.data.matching import search_words
 from cozyrag.data.sentences import places_of
 
-STEMMERS = ("none", *Stemmer.algorithms())
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG, which shows once the root logger has a handler
 
 

@@ -8,6 +8,7 @@ readers report bad rows (data/readers.py), and atomic writing (atomic_files.py).
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.machine_faults import machine_faults_told
@@ -16,9 +17,9 @@ from cozyrag.runtime.machine_faults import machine_faults_told
 SPLITTING = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
 
 
-def json_line(row: object) -> str:
-    """A line of a JSON Lines file, with its newline."""
-    return json.dumps(row, ensure_ascii=False).translate(SPLITTING) + "\n"
+def json_line(row: object, **how: Any) -> str:
+    """A line of a JSON Lines file, with its newline. how: as for `json.dumps`."""
+    return json.dumps(row, **({"ensure_ascii": False} | how)).translate(SPLITTING) + "\n"
 
 
 def append_json_line(path: Path, row: object) -> None:

@@ -12,8 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from cozyrag.errors import InputError
 
 MEASURED = "precision_measured"  # beside the settings in settings.json
@@ -75,6 +73,8 @@ def native_bf16(device: str) -> bool:
 
     oneDNN reports support on every x86 processor with AVX-512, where it emulates, so the instructions are checked too.
     """
+    import torch  # here and below: the settings need only the names of this module
+
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if not torch.backends.mkldnn.is_available() or not _reports(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
@@ -92,15 +92,15 @@ def _reports(owner: object, name: str) -> bool:
 
 def measure_products(device: str = "cpu") -> tuple[float, float]:
     """Rates of matrix products in (float32, bf16), in GFLOP/s: the best of a few, in about a third of a second."""
-    return _rate(torch.float32, device), _rate(torch.bfloat16, device)
+    return _rate("float32", device), _rate("bfloat16", device)
 
 
 def float32_rate(device: str = "cpu") -> float:
     """The rate of matrix products in float32, in GFLOP/s, measured in a tenth of a second."""
-    return _rate(torch.float32, device)
+    return _rate("float32", device)
 
 
-def _rate(kind: torch.dtype, device: str) -> float:
+def _rate(kind: str, device: str) -> float:
     size = SMALLEST
     _product_seconds(size, kind, device)  # the first call also compiles the kernel
     best = _product_seconds(size, kind, device)
@@ -113,9 +113,11 @@ def _rate(kind: torch.dtype, device: str) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def _product_seconds(size: int, kind: torch.dtype, device: str) -> float:
-    """Seconds of one product of two square matrices."""
-    matrix = torch.ones(size, size, dtype=kind, device=device)
+def _product_seconds(size: int, kind: str, device: str) -> float:
+    """Seconds of one product of two square matrices; `kind` names a type of PyTorch."""
+    import torch
+
+    matrix = torch.ones(size, size, dtype=getattr(torch, kind), device=device)
     count, synchronize = (1, lambda: None) if device == "cpu" else (PRODUCTS, torch.accelerator.synchronize)
     synchronize()
     started = time.perf_counter()
