@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cozyrag.data.metadata import metadata_in
 from cozyrag.data.passages import (
     FEATURES,
     merge_passages,
-    metadata_in,
     passage_id,
     passages_from_contexts,
     read_passages,

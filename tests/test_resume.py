@@ -216,7 +216,9 @@ def test_checkpoints_follow_the_monotonic_clock(short_run, tmp_path, monkeypatch
 
 
 def test_the_package_never_reads_the_wall_clock():
-    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "cozyrag").rglob("*.py"))]
+    # OpenAI's clients are told when an answer was made; no run sees it.
+    paths = [path for path in sorted((ROOT / "cozyrag").rglob("*.py")) if path.parent.name != "serving"]
+    sources = [path.read_text(encoding="utf-8") for path in paths]
     assert not [word for word in ("time.time(", "datetime.now", "utcnow(") for text in sources if word in text]
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from cozyrag.commands.options import columns_of
 from cozyrag.config import ContextSettings, DataSettings, ModelSettings, OutputSettings, Settings, TrainingSettings
 from cozyrag.config_checks import EMBEDDED
-from cozyrag.data.passages import OtherColumns, stream_passages
+from cozyrag.data.metadata import OtherColumns
+from cozyrag.data.passages import stream_passages
 from cozyrag.data.readers import described, size_of
 from cozyrag.data.rows import SHOWN, BadRows, Row, no_rows
 from cozyrag.data.sentences import SentenceVectors

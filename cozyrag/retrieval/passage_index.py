@@ -22,7 +22,7 @@ from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
 
-from cozyrag.data.passages import METADATA, metadata_in, with_metadata
+from cozyrag.data.metadata import METADATA, metadata_in, with_metadata
 from cozyrag.data.sentences import SentenceVectors, Span, sentence_spans, split_sentences
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import FLOAT32

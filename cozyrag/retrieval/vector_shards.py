@@ -20,7 +20,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from cozyrag.data.deduplication import repeats, text_hash
-from cozyrag.data.passages import METADATA
+from cozyrag.data.metadata import METADATA
 from cozyrag.data.sentences import RULES, SentenceVectors, places_of
 from cozyrag.errors import InputError
 from cozyrag.retrieval.faiss_index import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, open_vectors
