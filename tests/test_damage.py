@@ -58,12 +58,12 @@ def settings(folder):
 
 @pytest.mark.parametrize("change", [shuffled, weights, settings])
 def test_what_was_changed_after_saving_is_neither_loaded_nor_pushed(copy, change):
-    assert _pieces(copy, read_pair(copy))
+    assert _pieces(copy, read_pair(copy), None)
     change(copy)
     with pytest.raises(InputError, match="what was written"):
         CozyRAG.from_pretrained(copy)
     with pytest.raises(InputError, match="what was written"):
-        _pieces(copy, read_pair(copy))
+        _pieces(copy, read_pair(copy), None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, 2.0])
