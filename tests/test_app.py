@@ -349,7 +349,7 @@ def test_without_the_option_the_page_has_no_ratings(tmp_path):
 
 def test_the_option_reaches_the_page(monkeypatch):
     given = []
-    monkeypatch.setattr("cozyrag.commands.demo.serve", lambda name, **options: given.append((name, options)))
+    monkeypatch.setattr("cozyrag.reporting.demo_app.serve", lambda name, **options: given.append((name, options)))
     cli.run("demo", ["my-rag", "--feedback", "rated.jsonl"])
     assert given == [("my-rag", {"port": None, "open_browser": False, "feedback": "rated.jsonl"})]
 

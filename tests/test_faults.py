@@ -16,7 +16,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retrieval.index_file import FILES, made_by
+from cozyrag.retrieval.index_file import NEEDED, made_by
 from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.run import train
 from cozyrag.runtime.atomic_files import damage
@@ -106,17 +106,17 @@ def cut(path):
 def test_a_damaged_index_is_refused_by_readers_and_made_again_by_a_resumed_run(finished, capsys):
     arguments, out = finished
     fingerprint = made_by(out / "index")
-    for name in FILES:
+    for name in NEEDED:
         whole = (out / "index" / name).read_bytes()
         cut(out / "index" / name)
         with pytest.raises(InputError, match=rf"{name}.*Copy the whole folder again"):
             PassageIndex.load(out / "index", fingerprint=fingerprint)
         (out / "index" / name).write_bytes(whole)
     vectors = (out / "index" / "vectors.safetensors").read_bytes()
-    cut(out / "index" / "index.faiss")
+    cut(out / "index" / "vectors.safetensors")
     capsys.readouterr()
     train([*arguments[:-1], "1", "--resume", "--generator_steps", "0", "--retriever_steps", "0"][:-4] + ["--resume"])
-    assert "index.faiss" in (screen := capsys.readouterr().out) and "indexed again" in screen
+    assert "vectors.safetensors" in (screen := capsys.readouterr().out) and "indexed again" in screen
     assert (out / "index" / "vectors.safetensors").stat().st_size == len(vectors)
 
 
