@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from cozyrag.reporting.compare import as_text, compare, write_page
+from cozyrag.runtime.terminal import one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     comparison = compare(options.run_a, options.run_b)
-    print(as_text(comparison))
+    say(as_text(comparison))
     if options.html:
         write_page(comparison, options.html)
-        print(f"\nWritten to {options.html}")
+        say(f"\nWritten to {one_line(options.html)}")

@@ -24,6 +24,7 @@ from cozyrag.models.lora import merged, read_adapter
 from cozyrag.pair_file import read_pair, write_pair
 from cozyrag.runtime.atomic_files import replacing
 from cozyrag.runtime.fingerprints import weights_fingerprint
+from cozyrag.runtime.terminal import one_line, say
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NOT_COPIED = ("checkpoints", "trackers", ".lock", "*.partial")
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
-    print(f"{merge(options.model, options.folder)} holds the pair with one whole generator.")
+    say(f"{one_line(merge(options.model, options.folder))} holds the pair with one whole generator.")
 
 
 def merge(output: str, folder: str) -> Path:

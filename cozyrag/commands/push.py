@@ -21,6 +21,7 @@ import argparse
 from collections.abc import Sequence
 
 from cozyrag.hub.background_push import push_run
+from cozyrag.runtime.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,4 +37,4 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Upload, and print the addresses."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    print(f"Pushed to {push_run(options.model, options.repo, private=options.private, tag=options.tag)}")
+    say(f"Pushed to {push_run(options.model, options.repo, private=options.private, tag=options.tag)}")

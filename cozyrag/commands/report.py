@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from cozyrag.commands.options import at_least
 from cozyrag.reporting.html_report import report
+from cozyrag.runtime.terminal import one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,4 +31,4 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
-    print(f"Written to {report(options.run, latency=options.latency)}")
+    say(f"Written to {one_line(report(options.run, latency=options.latency))}")

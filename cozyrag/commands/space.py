@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from huggingface_hub import HfApi
 
 from cozyrag.reporting.hf_space import write_space
+from cozyrag.runtime.terminal import one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     options = parser.parse_args(arguments)
     write_space(options.model, options.folder, title=options.title)
     upload = shlex.join(["hf", "upload", "USER/NAME", options.folder, ".", "--repo-type", "space"])
-    print(
-        f"{options.folder}/ is ready; its README.md explains how to try it and upload it. With your own name:\n"
-        f"  hf repos create USER/NAME --type space --sdk gradio\n  {upload}\n"
+    say(
+        f"{one_line(options.folder)}/ is ready; its README.md explains how to try it and upload it. "
+        "With your own name:\n"
+        f"  hf repos create USER/NAME --type space --sdk gradio\n  {one_line(upload)}\n"
         f"Then the page is at {HfApi().endpoint}/spaces/USER/NAME, open to anyone unless the Space is private."
     )
