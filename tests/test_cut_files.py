@@ -9,6 +9,8 @@ from short_run import at_step, send
 
 from cozyrag import cli
 from cozyrag.errors import InputError
+from cozyrag.reporting.html_report import write_report
+from cozyrag.reporting.run_reader import FinishedRun
 from cozyrag.run import train
 from cozyrag.runtime.signals import Interrupted
 
@@ -41,7 +43,7 @@ def test_report_and_comparison_of_a_finished_run(name, how, tmp_path):
     run = evaluated.write_run(tmp_path / "run", [rows, rows])
     other = evaluated.write_run(tmp_path / "other", [rows, rows])
     cut(run / name, how)
-    ends_well(lambda: cli.run("report", [str(run)]), run / name)
+    ends_well(lambda: write_report(FinishedRun.read(run)), run / name)
     ends_well(lambda: cli.run("compare", [str(run), str(other)]), run / name)
     ends_well(lambda: cli.run("compare", [str(other), str(run)]), run / name)
 
