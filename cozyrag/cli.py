@@ -14,6 +14,7 @@ from cozyrag import __version__
 from cozyrag.errors import InputError, PushError
 from cozyrag.runtime.machine_faults import fault_sentence
 from cozyrag.runtime.signals import Interrupted
+from cozyrag.runtime.terminal import one_line, say
 
 COMMANDS = {
     "train": "train a pair, as train.py does",
@@ -56,19 +57,19 @@ def entry_point(command: Callable[[], None]) -> None:
     try:
         command()
     except InputError as error:
-        _end(f"error: {error}", 3 if isinstance(error, PushError) else 2)
+        _end(f"error: {one_line(error)}", 3 if isinstance(error, PushError) else 2)
     except (OSError, MemoryError) as error:  # no permission, a full disk, ...: nothing that a traceback would explain
         sentence = fault_sentence(error)
         if sentence is None:
             raise
-        _end(f"error: {sentence}", 2)
+        _end(f"error: {one_line(sentence)}", 2)
     except Interrupted as interrupted:
         _end(interrupted.message, 128 + interrupted.number)
 
 
 def _end(message: str, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        say(message, file=sys.stderr)
     sys.exit(code)
 
 

@@ -30,6 +30,7 @@ from cozyrag.errors import InputError
 from cozyrag.runtime import old_names
 from cozyrag.runtime.assets import QUICKSTART_EMBEDDED, QUICKSTART_SETTINGS
 from cozyrag.runtime.precision import MEASURED, asked_at_launch
+from cozyrag.runtime.terminal import say
 
 # The settings that --help shows; --help-all shows all.
 FIRST = """questions eval_questions passages columns generator retriever rounds generator_steps generator_batch_size
@@ -543,7 +544,7 @@ def _current_names(arguments: list[str]) -> list[str]:
 
 
 def _note(old: str, new: str) -> None:
-    print(f"Note: --{old} is now --{new}.", file=sys.stderr)
+    say(f"Note: --{old} is now --{new}.", file=sys.stderr)
 
 
 def _yaml_value(name: str, node: yaml.Node, where: str):

@@ -3,10 +3,8 @@
 Left out: every detail, which is in the module that a step calls.
 """
 
-import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from types import MappingProxyType
@@ -14,7 +12,6 @@ from types import MappingProxyType
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from cozyrag.config import Settings, parse_settings
 from cozyrag.config_checks import QUICKSTART, SCRATCH
@@ -24,16 +21,17 @@ from cozyrag.evaluation.overlap_audit import audit_corpus, audit_table, brief, p
 from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.push import refusal
 from cozyrag.models.fsdp import is_split
-from cozyrag.preflight.loss_check import check_terms, one_line
+from cozyrag.preflight.loss_check import check_terms, findings_line
 from cozyrag.preflight.plan import format_time, make_plan, plan_table, rough_generator_seconds, verdict
 from cozyrag.reporting.html_report import report_at_end
 from cozyrag.reporting.run_reader import FinishedRun
 from cozyrag.runtime.atomic_files import switch, write_json, writing
 from cozyrag.runtime.distributed import main_decides, refuse
 from cozyrag.runtime.fingerprints import tables_fingerprint
-from cozyrag.runtime.hardware import machine_facts
+from cozyrag.runtime.hardware import changed_rounding, machine_facts
 from cozyrag.runtime.precision import MEASURED, Precision, float32_rate
 from cozyrag.runtime.signals import Interrupted, Interrupts
+from cozyrag.runtime.terminal import one_line, say, say_above_bars
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.generator_phase import generator_step_count
 from cozyrag.training.output_dir import (
@@ -146,7 +144,8 @@ def show_plan(settings: Settings) -> None:
     generator, retriever = load_models(accelerator, settings, corpus, None)
     made = make_plan(accelerator, settings, corpus, generator, retriever)
     probed = f"Probed in {made.costs.spent:.0f} s, {precision.sentence()}; nothing is trained."
-    accelerator.print(f"{plan_table(made)}\n\n{verdict(made)}\n{probed}")
+    if accelerator.is_main_process:
+        say(f"{plan_table(made)}\n\n{verdict(made)}\n{probed}")
 
 
 def open_output(accelerator: Accelerator, settings: Settings, resumed: Progress | None, precision: Precision) -> None:
@@ -180,7 +179,7 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
     if not output.push_to_hub or output.hub_model_id is None:  # config_checks.py asks for the second with the first
         return None
     main = accelerator.is_main_process
-    found = refusal(output.hub_model_id, private=output.hub_private, info=accelerator.print) if main else None
+    found = refusal(output.hub_model_id, private=output.hub_private, info=say) if main else None
     refuse(gather_object([found]))
     every_round = output.hub_strategy == "every_round"
     if not main:
@@ -190,7 +189,7 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
         output.hub_model_id,
         private=output.hub_private,
         every_round=every_round,
-        info=partial(tqdm.write, file=sys.stdout),
+        info=say_above_bars,
     )
 
 
@@ -198,7 +197,7 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
     """Log the sizes, the machine, the precision and what the user should know beforehand."""
     rounds.log.info(f"{_summary(rounds)}\n{precision.sentence()}.")
     if rounds.retriever.prompts_sentence:
-        rounds.log.info(rounds.retriever.prompts_sentence)
+        rounds.log.info(one_line(rounds.retriever.prompts_sentence))
     record_facts(rounds, precision)
     if rounds.settings.models.generator == SCRATCH:
         rounds.log.info(
@@ -206,10 +205,11 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
             "the form of answers, not to find them. For useful answers start from a pretrained one, such as "
             "--generator distilgpt2."
         )
+    here = one_line(rounds.folder)
     if rounds.resumed_from:
-        rounds.log.info(f"{rounds.folder} holds this run, interrupted. Resuming from {rounds.resumed_from.name}.")
+        rounds.log.info(f"{here} holds this run, interrupted. Resuming from {rounds.resumed_from.name}.")
     elif resuming:
-        rounds.log.info(f"{rounds.folder} holds this run, interrupted before its first checkpoint. Starting again.")
+        rounds.log.info(f"{here} holds this run, interrupted before its first checkpoint. Starting again.")
     if precision.note:
         rounds.log.info(f"Note: {precision.note}")
     if few := few_questions(len(rounds.corpus.eval_questions)):
@@ -232,10 +232,10 @@ def _summary(rounds: Rounds) -> str:
     return (
         f"CoZyRAG: {len(corpus.questions)} training questions, {len(corpus.eval_questions)} validation questions, "
         f"{len(corpus.passages)} passages.\n"
-        f"generator {settings.models.generator} ({sizes[0]:.1f} M parameters), "
-        f"retriever {settings.models.retriever} ({sizes[1]:.1f} M parameters)\n"
+        f"generator {one_line(settings.models.generator)} ({sizes[0]:.1f} M parameters), "
+        f"retriever {one_line(settings.models.retriever)} ({sizes[1]:.1f} M parameters)\n"
         f"{processes} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each; "
-        f"{rounds_given} round{'' if rounds_given == 1 else 's'} into {settings.output.output_dir}."
+        f"{rounds_given} round{'' if rounds_given == 1 else 's'} into {one_line(settings.output.output_dir)}."
     )
 
 
@@ -286,14 +286,17 @@ def audit_overlap(rounds: Rounds, rows: list[dict] | None = None) -> None:
 
 def record_facts(rounds: Rounds, precision: Precision) -> None:
     """Add the row of metrics.jsonl with the sizes and the machine, which the cards report. A resumed run has it
-    already."""
-    if rounds.log.holds(kind="run"):
-        return
+    already, and logs whether the machine is another."""
     corpus, accelerator = rounds.corpus, rounds.accelerator
     sizes = {name: len(vars(corpus)[name]) for name in ("questions", "eval_questions", "passages")}
     machine = machine_facts(
         processes=accelerator.num_processes, threads=torch.get_num_threads(), device=accelerator.device.type
     )
+    for row in rounds.log.rows:
+        if row["kind"] == "run":
+            if sentence := changed_rounding(row.get("machine", {}), machine):
+                rounds.log.info(one_line(sentence))
+            return
     computed = {"name": precision.name} | precision.facts()
     rounds.log.record({"kind": "run"} | sizes | {"machine": machine, "precision": computed})
 
@@ -310,7 +313,7 @@ def self_test(rounds: Rounds) -> None:
     seconds = round(time.perf_counter() - started, 2)
     rounds.log.record({"kind": "self-test", "seconds": seconds, "terms": [finding.row() for finding in findings]})
     refuse(gather_object([finding.fault for finding in findings]))  # a fault of one process stops them all
-    rounds.log.info(one_line(findings, seconds))
+    rounds.log.info(findings_line(findings, seconds))
     if sharded:
         rounds.log.info(
             "self-test: without the generator's terms, whose gradients would be whole in each process; on a machine "

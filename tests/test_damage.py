@@ -15,7 +15,7 @@ from cozyrag.errors import InputError
 from cozyrag.hub.push import _pieces
 from cozyrag.pair_file import read_pair
 from cozyrag.pipeline import CozyRAG
-from cozyrag.runtime.contents import BLOCK, check_contents, contents_of
+from cozyrag.runtime.contents import BLOCK, check_contents, contents_of, sealed
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,39 @@ def test_what_was_changed_after_saving_is_neither_loaded_nor_pushed(copy, change
         CozyRAG.from_pretrained(copy)
     with pytest.raises(InputError, match="what was written"):
         _pieces(copy, read_pair(copy), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "value"),
+    [
+        ("cozyrag.json", ("contexts", "top_k"), 1),
+        ("cozyrag.json", ("contexts", "no_answer_threshold"), 0.9),
+        ("index/index.json", ("cozyrag_version",), "0"),
+    ],
+)
+def test_a_value_changed_by_hand_counts_once_the_checksum_is_deleted_as_the_message_says(copy, name, entry, value):
+    path = copy / name
+    facts = json.loads(path.read_text())
+    inner = facts[entry[0]] if len(entry) > 1 else facts
+    inner[entry[-1]] = value
+    path.write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=r'If you changed it on purpose, delete the entry "checksum"\.$') as refused:
+        CozyRAG.from_pretrained(copy)
+    assert str(path) in str(refused.value)
+    del facts["checksum"]
+    path.write_text(json.dumps(facts))
+    pair = CozyRAG.from_pretrained(copy)
+    if entry[-1] == "top_k":
+        assert pair.top_k == 1 and len(pair.answer("What colour is the fox 0?").passages) == 1
+
+
+def test_a_pair_saved_with_another_top_k_has_a_valid_checksum(copy, tmp_path):
+    pair = CozyRAG.from_pretrained(copy)
+    pair.top_k = 1
+    pair.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "cozyrag.json").read_text())
+    assert saved == sealed(saved) and saved["checksum"] != json.loads((copy / "cozyrag.json").read_text())["checksum"]
+    assert CozyRAG.from_pretrained(tmp_path / "saved").top_k == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, 2.0])

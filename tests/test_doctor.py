@@ -28,7 +28,7 @@ from cozyrag.models.retriever import Retriever
 from cozyrag.models.token_losses import PenalizedLosses, TokenLosses
 from cozyrag.pair_file import describe_pair
 from cozyrag.preflight import loss_check
-from cozyrag.preflight.loss_check import Term, check_terms, findings_table, one_line, small_batch
+from cozyrag.preflight.loss_check import Term, check_terms, findings_line, findings_table, small_batch
 from cozyrag.preflight.pair_check import check_pair
 from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.runtime.distributed import refuse
@@ -221,7 +221,7 @@ def test_a_penalty_with_nothing_to_do_has_no_occasion(generator, retriever):
     assert (repeats.value, repeats.moved, repeats.lowered) == (0, 0, None)
     assert repeats.fault is None and repeats.verdict == "zero on this batch"
     refuse(finding.fault for finding in found.values())
-    assert "penalty on repeats is zero on this batch" in one_line(list(found.values()), 1)
+    assert "penalty on repeats is zero on this batch" in findings_line(list(found.values()), 1)
 
 
 def test_one_passage_alone_gives_the_contrastive_loss_no_occasion(generator, retriever):
@@ -354,7 +354,7 @@ def test_a_gradient_that_points_up_is_told(generator, retriever, monkeypatch):
     sabotage_contrastive(monkeypatch, lambda loss: 2 * loss.detach() - loss)
     finding = check(generator, retriever)["contrastive loss"]
     assert finding.lowered is False and finding.fault is None and finding.verdict == "step does not lower it"
-    assert "a small step does not lower it" in one_line([finding], 1)
+    assert "a small step does not lower it" in findings_line([finding], 1)
 
 
 def test_a_step_that_overshoots_is_taken_again_shorter(generator, retriever, monkeypatch):
@@ -372,7 +372,7 @@ def test_tensors_without_a_gradient_are_named(generator, retriever):
     generator.model.spare = torch.nn.Parameter(torch.ones(3))
     finding = check(generator, retriever)["cross-entropy"]
     assert (finding.moved, finding.tensors, finding.still) == (28, 29, ("generator: spare",))
-    assert finding.fault is None and "28 of 29" in one_line([finding], 1)
+    assert finding.fault is None and "28 of 29" in findings_line([finding], 1)
     assert findings_table([finding]).splitlines()[-1] == "cross-entropy: no gradient in generator: spare"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import cozyrag.training.rounds
 from cozyrag.cli import entry_point
 from cozyrag.errors import InputError
 from cozyrag.run import train
+from cozyrag.runtime import hardware
+from cozyrag.runtime.hardware import changed_rounding
 from cozyrag.runtime.signals import Interrupted, Interrupts
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.output_dir import FREE_TO_CHANGE, SAFE_TO_CHANGE, check_changes
@@ -138,6 +141,42 @@ def interrupted(short_run, tmp_path_factory):
         with pytest.raises(Interrupted):
             train([*short_run, "--output_dir", str(folder)])
     return folder
+
+
+MACHINE = {"processor": "Xeon", "busy_cores": 4, "gpus": [], "cores": 8, "memory_gb": 16, "versions": {"torch": "2.8"}}
+
+
+@pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        ({"processor": "EPYC"}, "processor (was Xeon, now EPYC)"),
+        ({"busy_cores": 2}, "busy cores (was 4, now 2)"),
+        ({"gpus": ["H100"]}, "GPUs (was [], now ['H100'])"),
+        ({"versions": {"torch": "2.9", "new": "1"}}, "version of torch (was 2.8, now 2.9)"),
+    ],
+    ids=["processor", "threads", "gpus", "versions"],
+)
+def test_another_machine_is_named_in_one_sentence(now, named):
+    assert changed_rounding(MACHINE, MACHINE | now).startswith(f"Note: this run began with other {named}. It will")
+
+
+@pytest.mark.parametrize(
+    "before", [MACHINE, MACHINE | {"cores": 4, "memory_gb": 8}, {}], ids=["same", "memory", "none"]
+)
+def test_nothing_is_said_of_what_does_not_change_the_rounding(before):
+    assert changed_rounding(before, MACHINE) is None
+
+
+@pytest.mark.parametrize("processor", [None, "Z80"], ids=["same", "another"])
+def test_a_run_resumed_on_another_machine_says_so(processor, short_run, interrupted, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(interrupted, tmp_path / "out")
+    if processor:
+        monkeypatch.setattr(hardware, "_processor", lambda: processor)
+    at_step(monkeypatch, 1, send(signal.SIGTERM), "generator_step")
+    capsys.readouterr()
+    with pytest.raises(Interrupted):
+        train([*short_run, "--output_dir", str(out)])
+    assert capsys.readouterr().out.count("this run began with other processor") == bool(processor)
 
 
 @pytest.mark.parametrize(

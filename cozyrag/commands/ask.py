@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from cozyrag.commands.options import at_least
 from cozyrag.errors import InputError
 from cozyrag.runtime.signals import Interrupts
+from cozyrag.runtime.terminal import one_line, say
 
 if TYPE_CHECKING:
     from cozyrag.pipeline import Answer, Source
@@ -52,11 +53,11 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
         in_terminal = not options.questions and sys.stdin.isatty()
         for question in options.questions or (_typed() if in_terminal else _lines()):
             try:
-                print(shown(pair.answer(question, top_k=options.top_k), options.min_certainty), flush=True)
+                say(shown(pair.answer(question, top_k=options.top_k), options.min_certainty))
             except InputError as error:
                 if not in_terminal:
                     raise
-                print(error)  # whoever types can type another
+                say(one_line(error))  # whoever types can type another
 
 
 def _lines() -> Iterator[str]:
@@ -65,23 +66,23 @@ def _lines() -> Iterator[str]:
 
 def _typed() -> Iterator[str]:
     """Questions that are typed, until an empty line or the end of the input (Ctrl-D)."""
-    print("Type a question; an empty line ends.")
+    say("Type a question; an empty line ends.")
     try:
         while question := input("> ").strip():
             yield question
     except EOFError:
-        print()
+        say("")
 
 
 def shown(answer: "Answer", min_certainty: float | None = None) -> str:
     """An answer and its passages as lines: of each, the sentences that were read, else its beginning in brackets."""
     unsure = answer.score < (min_certainty or 0)
     nothing = "I do not know" if unsure else "(no answer in these passages)"
-    lines = [f"{answer.text or nothing}   (certainty {answer.score:.2f})"]
+    lines = [f"{one_line(answer.text) or nothing}   (certainty {answer.score:.2f})"]
     for number, source in enumerate(answer.passages, 1):
         place = source.metadata.get("url") or source.metadata.get("source")
-        place = f" <{place}>" if place else ""
-        lines.append(f"  [{number}] {source.score:.3f} {source.title or source.id}{place}: {_excerpt(source)}")
+        name = one_line(f"{source.title or source.id}{f' <{place}>' if place else ''}")
+        lines.append(f"  [{number}] {source.score:.3f} {name}: {one_line(_excerpt(source))}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,6 @@ Left out: the audit itself (overlap_audit.py), and the audit that every run make
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,10 @@ from cozyrag.commands.options import settings_or_folder
 from cozyrag.config import Settings, parse_settings
 from cozyrag.errors import InputError
 from cozyrag.runtime.atomic_files import write_json
+from cozyrag.runtime.contents import read_object
 from cozyrag.runtime.old_names import current_settings, evaluation_files
 from cozyrag.runtime.precision import MEASURED
+from cozyrag.runtime.terminal import say
 
 TRAINING_ONLY = {"mixed_precision", MEASURED}  # an audit does not train and may run on another machine
 
@@ -43,12 +44,12 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     corpus = load_tables(make_accelerator(settings), settings)
     found = audit_corpus(corpus, retriever=settings.models.retriever, generator=settings.models.generator)
     alike = examples_alike(found)
-    print(brief(found) + (f"\nThe most similar ones:\n{alike}" if alike else ""))
+    say(brief(found) + (f"\nThe most similar ones:\n{alike}" if alike else ""))
     if folder:
         if evaluated := evaluation_files(folder):
             newest = evaluated[max(evaluated)]
             found["parts"] = part_scores(found, read_evaluation(newest))
-            print(f"\nThe last evaluation ({newest.name}):\n\n{audit_table(found['parts'])}")
+            say(f"\nThe last evaluation ({newest.name}):\n\n{audit_table(found['parts'])}")
         write_json(folder / "audit.json", found)
 
 
@@ -60,7 +61,7 @@ def saved_settings(folder: Path) -> Settings:
             f"Expected settings.json in {folder.absolute()}, found none: this is not the output folder of a run. Name "
             "one, or give settings."
         )
-    saved = current_settings(json.loads(path.read_text(encoding="utf-8")))
+    saved = current_settings(read_object(path, "Copy the file again, or give the settings instead of the folder."))
     arguments = []
     for name, value in saved.items():
         if name not in TRAINING_ONLY and value is not None and value != []:

@@ -12,6 +12,8 @@ Left out: the comparison itself (reporting/compare.py).
 import argparse
 from collections.abc import Sequence
 
+from cozyrag.runtime.terminal import one_line, say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     from cozyrag.reporting.compare import as_text, compare, write_page  # torch: only once the options are correct
 
     comparison = compare(options.run_a, options.run_b)
-    print(as_text(comparison))
+    say(as_text(comparison))
     if options.html:
         write_page(comparison, options.html)
-        print(f"\nWritten to {options.html}")
+        say(f"\nWritten to {one_line(options.html)}")

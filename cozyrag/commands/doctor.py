@@ -38,6 +38,7 @@ from cozyrag.commands.options import settings_or_folder
 from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
 from cozyrag.runtime.precision import check_asked
+from cozyrag.runtime.terminal import one_line, say
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -49,14 +50,14 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
 
         _without_bars()
         for line in check_pair(folder):
-            print(f"ok: {line}")
-        print(f"Nothing wrong with {folder}.")
+            say(f"ok: {one_line(line)}")
+        say(f"Nothing wrong with {one_line(folder)}.")
     elif words in ([], ["--machine"]):
         from cozyrag.preflight.environment import check_machine
 
         _without_bars()
         for finding in check_machine():
-            print(finding, flush=True)
+            say(str(finding))
     elif "--machine" in words:
         other = next(word for word in words if word != "--machine")
         raise InputError(f"cozyrag doctor --machine: expected no other option, found {other!r}. Give one at a time.")
@@ -85,8 +86,9 @@ def check_settings(arguments: list[str]) -> None:
     started = time.perf_counter()
     findings = check_terms(generator, retriever, corpus, settings)
     seconds = time.perf_counter() - started
+    tell = say if accelerator.is_main_process else (lambda text: None)
     if not findings:
-        return accelerator.print("No loss term is active with these settings: nothing would be trained.")
-    accelerator.print(findings_table(findings))
+        return tell("No loss term is active with these settings: nothing would be trained.")
+    tell(findings_table(findings))
     refuse(finding.fault for finding in findings)
-    accelerator.print(f"Loss terms checked: {len(findings)}, in {seconds:.1f} s. Nothing wrong.")
+    tell(f"Loss terms checked: {len(findings)}, in {seconds:.1f} s. Nothing wrong.")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from cozyrag.commands.options import add_columns, at_least, columns_of
 from cozyrag.config import parse_settings
 from cozyrag.runtime.atomic_files import write_json, write_jsonl
+from cozyrag.runtime.terminal import one_line, say
 
 if TYPE_CHECKING:
     from cozyrag.pair_evaluation import Evaluation
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     table = questions_for(options.questions, pair.builder, limit=options.limit, **how)
     found = pair.on(table, accelerator, batch_size=options.batch_size, baselines=options.baselines)
     if accelerator.is_main_process:
-        print(f"\n{found}")
+        say(f"\n{found}")
         if options.output:
             write(options.output, found)
 
@@ -62,4 +63,4 @@ def write(path: Path, found: "Evaluation") -> None:
     """Write the scores, and the questions beside them."""
     write_json(path, found.summary())
     write_jsonl(path.with_suffix(".questions.jsonl"), found.rows)
-    print(f"\nWritten: {path} and {path.with_suffix('.questions.jsonl').name}.")
+    say(f"\nWritten: {one_line(path)} and {one_line(path.with_suffix('.questions.jsonl').name)}.")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.atomic_files import replacing
+from cozyrag.runtime.terminal import one_line, say
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NOT_COPIED = ("checkpoints", "trackers", ".lock", "*.partial")
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     from transformers.utils import logging  # torch: only once the options are correct
 
     logging.disable_progress_bar()
-    print(f"{merge(options.model, options.folder)} holds the pair with one whole generator.")
+    say(f"{one_line(merge(options.model, options.folder))} holds the pair with one whole generator.")
 
 
 def merge(output: str, folder: str) -> Path:

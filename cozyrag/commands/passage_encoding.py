@@ -35,6 +35,7 @@ from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors,
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.folder_lock import LOCK
 from cozyrag.runtime.precision import fitting
+from cozyrag.runtime.terminal import one_line, say
 from cozyrag.training.output_dir import locked
 from cozyrag.training.setup import make_accelerator
 
@@ -64,12 +65,13 @@ def _index(
     hashes = np.load(work.hashes)
     rows = work.known().missing(hashes)
     accelerator.wait_for_everyone()  # all processes must see the same shards before new ones are written
-    accelerator.print(f"{len(hashes):,} passages, {len(rows):,} to encode. {retriever.prompts_sentence}".rstrip())
+    if accelerator.is_main_process:
+        say(f"{len(hashes):,} passages, {len(rows):,} to encode. {one_line(retriever.prompts_sentence)}".rstrip())
     seconds = _encode(accelerator, retriever, work, rows, hashes, options)
     if accelerator.is_main_process:
         speed = f", {len(rows) / seconds:.1f} per second" if len(rows) else ""
-        print(_finish(work, hashes, options.index_memory))
-        print(f"{len(rows):,} passages encoded{speed}; {time.perf_counter() - started:.0f} s in total.")
+        say(one_line(_finish(work, hashes, options.index_memory)))
+        say(f"{len(rows):,} passages encoded{speed}; {time.perf_counter() - started:.0f} s in total.")
     accelerator.wait_for_everyone()
 
 
@@ -146,7 +148,7 @@ def _stage(options: argparse.Namespace, path: Path) -> np.ndarray:
     others.report(bad, described(options.passages))
     again = _repeated(options, ids, contents, bad)
     if report := bad.finish(described(options.passages), options.skip_bad_rows):
-        print(report)
+        say(report)
     if again.any():
         rows = (row for repeat, row in zip(again, read(bad=BadRows()), strict=True) if not repeat)
         contents = store_passages(((key, title, text, others.of(row)) for row, key, title, text in rows), path)[1]

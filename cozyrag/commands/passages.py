@@ -38,6 +38,7 @@ from cozyrag.data.ingest_worker import Cutting, read_counts
 from cozyrag.data.rows import SHOWN, BadRows, printable
 from cozyrag.errors import InputError
 from cozyrag.runtime.folder_lock import LOCK, held
+from cozyrag.runtime.terminal import one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +107,7 @@ def _passages(options: argparse.Namespace, folder: Path, started: float) -> None
     facts = json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n"
     summary_path(options.output).write_text(printable(facts), "utf-8")
     shutil.rmtree(folder)
-    print(summary.lines(options.output) + (f"\n{report}" if report else ""))
+    say(summary.lines(one_line(options.output)) + (f"\n{report}" if report else ""))
 
 
 def _share(text: str) -> float:

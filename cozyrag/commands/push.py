@@ -20,6 +20,8 @@ Left out: the upload itself (hub/push.py).
 import argparse
 from collections.abc import Sequence
 
+from cozyrag.runtime.terminal import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -36,4 +38,4 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     options = parser.parse_args(arguments)
     from cozyrag.hub.background_push import push_run  # torch: only once the options are correct
 
-    print(f"Pushed to {push_run(options.model, options.repo, private=options.private, tag=options.tag)}")
+    say(f"Pushed to {push_run(options.model, options.repo, private=options.private, tag=options.tag)}")

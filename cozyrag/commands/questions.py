@@ -47,6 +47,7 @@ from cozyrag.data.questions import Question, stream_questions
 from cozyrag.data.readers import Sources, size_of
 from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows
 from cozyrag.runtime.json_lines import json_line
+from cozyrag.runtime.terminal import one_line, say
 
 OUTPUTS = (".jsonl", ".jsonl.gz")
 KINDS = ("repeated", "disagreeing", "no_words", "no_passage", "not_in_gold", "unknown_gold", "length")
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     check(checked, passages=options.passages, columns=columns, split=options.split, delimiter=options.delimiter)
     drop = {"repeated", *options.drop}
     kept = [each for each in checked if not drop & each.problems.keys()]
-    print(_report(checked, kept, options, report))
+    say(_report(checked, kept, options, report))
     if not options.check_only:
         _write(options.output, kept)
         _write_summary(options, checked, len(kept), bad)
@@ -260,10 +261,10 @@ def _report(checked: Sequence[Checked], kept: Sequence[Checked], options: argpar
         found = [each for each in checked if kind in each.problems]
         if found:
             lines.append(f"{kind}: {len(found):,} of {len(checked):,}")
-            lines += [f"  {each.where}: {each.problems[kind]}" for each in found[: options.examples]]
+            lines += [f"  {one_line(f'{each.where}: {each.problems[kind]}')}" for each in found[: options.examples]]
     if not any(each.problems for each in checked):
         lines.append("No problems." if options.passages else "No problems; answers were not looked up (no --passages).")
-    where = "would be kept" if options.check_only else f"written to {options.output}"
+    where = "would be kept" if options.check_only else f"written to {one_line(options.output)}"
     return "\n".join([*lines, f"{len(checked):,} questions read, {len(kept):,} {where}."])
 
 

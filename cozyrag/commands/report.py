@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from cozyrag.commands.options import at_least
 from cozyrag.reporting.extras import check_plots
+from cozyrag.runtime.terminal import one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,4 +34,4 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     from cozyrag.reporting.html_report import report
 
     logging.disable_progress_bar()
-    print(f"Written to {report(options.run, latency=options.latency)}")
+    say(f"Written to {one_line(report(options.run, latency=options.latency))}")

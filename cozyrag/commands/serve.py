@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from cozyrag.commands.options import at_least
 from cozyrag.errors import InputError
 from cozyrag.runtime.signals import Interrupts
+from cozyrag.runtime.terminal import one_line, say
 from cozyrag.serving.known_hosts import LOCAL
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _serve_http(options: argparse.Namespace) -> None:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GOODBYE, server_header=False)
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"{name} answers at {address} (OpenAI clients: {address}/v1). Ctrl-C stops it.", flush=True)
+        say(f"{one_line(name)} answers at {address} (OpenAI clients: {address}/v1). Ctrl-C stops it.")
         uvicorn.Server(config).run(sockets=[listener])
 
 

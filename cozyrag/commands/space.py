@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 
 from cozyrag.reporting.extras import check_gradio
+from cozyrag.runtime.terminal import one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,9 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
 
     write_space(options.model, options.folder, title=options.title)
     upload = shlex.join(["hf", "upload", "USER/NAME", options.folder, ".", "--repo-type", "space"])
-    print(
-        f"{options.folder}/ is ready; its README.md explains how to try it and upload it. With your own name:\n"
-        f"  hf repos create USER/NAME --type space --sdk gradio\n  {upload}\n"
+    say(
+        f"{one_line(options.folder)}/ is ready; its README.md explains how to try it and upload it. "
+        "With your own name:\n"
+        f"  hf repos create USER/NAME --type space --sdk gradio\n  {one_line(upload)}\n"
         f"Then the page is at {HfApi().endpoint}/spaces/USER/NAME, open to anyone unless the Space is private."
     )

@@ -18,6 +18,7 @@ from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, line_of, prin
 from cozyrag.data.streams import PACKED, InputFile, Note, Progress, read_lines, text_lines
 from cozyrag.data.web_pages import html_article, html_text
 from cozyrag.errors import InputError
+from cozyrag.runtime.terminal import one_line
 
 WIKIEXTRACTOR, HUB = "wikiextractor", "hub"
 DOCUMENTS = ("text", "markdown", "html", "pdf", *OFFICE)
@@ -71,7 +72,7 @@ def find_sources(
         if os.path.isdir(path):
             files = [file for file in _walk(path) if os.path.abspath(file) not in ignored]
             unknown += [
-                printable(f"{file}: a link to nothing, or no file") for file in files if not os.path.isfile(file)
+                one_line(f"{file}: a link to nothing, or no file") for file in files if not os.path.isfile(file)
             ]
             files = [file for file in files if os.path.isfile(file)]
         formats = {file: format or _format_of(os.path.expanduser(file)) for file in files}
@@ -82,7 +83,7 @@ def find_sources(
             )
         for file, kind in formats.items():
             if kind is None:
-                unknown.append(printable(f"{file}: {_why_unknown(file)}"))
+                unknown.append(one_line(f"{file}: {_why_unknown(file)}"))
             else:
                 status = os.stat(os.path.expanduser(file))
                 sources.append(InputSource(file, kind, status.st_size, status.st_mtime_ns))

@@ -21,6 +21,7 @@ from cozyrag.data.ingest_worker import Cutting, WorkBatch, make_part, one_bad_ro
 from cozyrag.data.outline import Article
 from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
+from cozyrag.runtime.terminal import say_above_bars
 
 CHARACTERS = 2_000_000  # of text in one batch
 FILES = 2_000  # in one batch at most
@@ -34,7 +35,7 @@ def gather(sources: Sequence[InputSource], folder: Path, cutting: Cutting, *, wo
     size = None if any(source.format == HUB for source in sources) else sum(source.size for source in sources)
     with tqdm(total=size, desc="reading and cutting", unit="B", unit_scale=True) as bar:
         if existing:
-            bar.write(f"Resuming: {len(existing)} parts exist already.", file=sys.stderr)
+            say_above_bars(f"Resuming: {len(existing)} parts exist already.", file=sys.stderr)
 
         def missing() -> Iterator[WorkBatch]:
             for batch in _batches(sources, cutting, bad):

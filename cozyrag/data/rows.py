@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.terminal import one_line
 
 SHOWN = 10  # bad rows named in a message
 LONGEST = 60  # characters of a column name in a message
@@ -59,19 +60,20 @@ class BadRows:
 
     def note(self, text: str) -> None:
         """Record what a user should know although no row is bad, such as a guessed encoding."""
-        self.notes.append(printable(text))
+        self.notes.append(one_line(text))
 
     def add(self, where: str, why: str) -> None:
         """Record that the row at `where` cannot be used because of `why`."""
         self.count += 1
         if len(self.first) < SHOWN:
-            self.first.append(printable(f"{where}: {why}"))
+            self.first.append(one_line(f"{where}: {why}"))
 
     def finish(self, what: str, skip: bool) -> str | None:
         """Report the notes, each once, and the bad rows of `what`; None if there are none.
 
         Raises InputError with the count, the first bad rows and the remedy if there are bad rows and `skip` is false.
         """
+        what = one_line(what)
         notes = list(dict.fromkeys(self.notes))
         notes[SHOWN:] = [f"... and {len(notes) - SHOWN:,} more notes"] if len(notes) > SHOWN else []
         if not self.count:

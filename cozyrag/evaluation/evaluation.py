@@ -15,6 +15,7 @@ from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.data.sentences import split_sentences
 from cozyrag.evaluation import metrics
 from cozyrag.models.generator import Decoding, Generator, Written
+from cozyrag.runtime.terminal import one_line
 
 RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
@@ -228,5 +229,5 @@ def examples(rows: Sequence[dict], count: int = 3) -> str:
         prediction, reference = row["prediction"], row["answers"][0] if row["answers"] else "none"
         source = next((s for s in sentences if contains_answer(matching_form(s), [prediction])), "(not in the context)")
         answer = f"{prediction}   [{row['verdict']}; reference: {reference}]"
-        lines.append(f"  Q: {row['question']}\n  A: {answer}\n  source: {source}")
+        lines.append(f"  Q: {one_line(row['question'])}\n  A: {one_line(answer)}\n  source: {one_line(source)}")
     return "\n\n".join(lines)

@@ -18,6 +18,7 @@ from cozyrag.data.matching import comparable
 from cozyrag.evaluation.evaluation import summarize
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
+from cozyrag.runtime.terminal import one_line
 
 SIMILARITY = 0.6  # a word added to or removed from a short question still counts as the same one
 KINDS = ("question", "passage", "answer")
@@ -239,6 +240,6 @@ def audit_table(scores: Mapping[str, Mapping], shown: Sequence[str] = SHOWN) -> 
 def examples_alike(found: Mapping, count: int = 5) -> str:
     """The most similar near-duplicates, a line each; "" if there are none."""
     return "\n".join(
-        f"  {each['similarity']:.2f}  {each['question']}  |  trained on: {each['train_question']}"
+        f"  {each['similarity']:.2f}  {one_line(each['question'])}  |  trained on: {one_line(each['train_question'])}"
         for each in found["near_duplicates"][:count]
     )

@@ -384,7 +384,7 @@ def _step_lowers(
 # ---- on the screen
 
 
-def one_line(findings: Sequence[Finding], seconds: float) -> str:
+def findings_line(findings: Sequence[Finding], seconds: float) -> str:
     """The findings in a run's log."""
     parts = []
     for finding in findings:

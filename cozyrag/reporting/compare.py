@@ -16,7 +16,7 @@ from cozyrag.evaluation.metrics import paired_bootstrap
 from cozyrag.hub.model_cards import public_settings
 from cozyrag.reporting import extras, plots
 from cozyrag.reporting.run_reader import FinishedRun, spread
-from cozyrag.reporting.templates import render, stylesheet
+from cozyrag.reporting.templates import render, render_for_screen, stylesheet
 
 FLIPS_SHOWN = 10  # of each kind on the screen; the page shows them all
 NO_EFFECT = {  # settings that do not change what is trained
@@ -165,7 +165,7 @@ def _warnings(pairs: Sequence[Pair], count_a: int, count_b: int) -> list[str]:
 
 def as_text(comparison: Comparison) -> str:
     """The comparison for the screen."""
-    return render("comparison.txt", comparison=comparison, spread=spread, shown=FLIPS_SHOWN)
+    return render_for_screen("comparison.txt", comparison=comparison, spread=spread, shown=FLIPS_SHOWN)
 
 
 def write_page(comparison: Comparison, path: str | Path) -> None:

@@ -21,6 +21,7 @@ from cozyrag.reporting.run_reader import spread
 from cozyrag.reporting.templates import render, stylesheet
 from cozyrag.runtime.json_lines import append_json_line, end_last_line, read_json_lines
 from cozyrag.runtime.old_names import evaluation_files
+from cozyrag.runtime.terminal import one_line, say
 from cozyrag.serving.known_hosts import KnownHosts
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def serve(
     except OSError as error:
         taken = port or "7860 and the next hundred"
         raise InputError(f"--port: expected a free port, found {taken} taken ({error}). Give another one.") from error
-    print(f"{name} answers at {page.local_url} (this machine only). Ctrl-C stops it.", flush=True)
+    say(f"{one_line(name)} answers at {page.local_url} (this machine only). Ctrl-C stops it.")
     page.block_thread()
 
 

@@ -23,6 +23,7 @@ from cozyrag.reporting import extras, plots
 from cozyrag.reporting.compare import Difference, differences, matched, more_than_noise
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, stylesheet
+from cozyrag.runtime.terminal import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,8 +66,8 @@ def report_at_end(folder: Path) -> str:
     try:
         path = write_report(FinishedRun.read(folder))
     except (ImportError, OSError) as error:
-        return f"No report.html ({error}). {again} tries again."
-    return f"{path} shows this run as a page with plots."
+        return f"No report.html ({one_line(error)}). {again} tries again."
+    return f"{one_line(path)} shows this run as a page with plots."
 
 
 def certainties(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -3,7 +3,6 @@
 Left out: writing these files (checkpointing.py, run_log.py, rounds.py), the models (pipeline.py).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import TypeVar
 
 from cozyrag.errors import InputError
 from cozyrag.runtime import old_names
-from cozyrag.runtime.json_lines import read_json_lines
+from cozyrag.runtime.contents import read_object
+from cozyrag.runtime.json_lines import AGAIN, read_json_lines
 
 Row = TypeVar("Row")
+WITHOUT = "Copy the file again, or delete it: only the settings are then missing."
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FinishedRun:
         settings, metrics = folder / "settings.json", folder / "metrics.jsonl"
         return cls(
             folder,
-            settings=old_names.current_settings(json.loads(settings.read_text("utf-8"))) if settings.exists() else {},
+            settings=old_names.current_settings(read_object(settings, WITHOUT)) if settings.exists() else {},
             metrics=[old_names.current_metrics(row) for row in read_json_lines(metrics)] if metrics.exists() else [],
             evaluated={number: read_evaluation(path) for number, path in found.items()},
         )
@@ -53,9 +54,12 @@ class FinishedRun:
         return [row for row in self.metrics if row["kind"] == kind]
 
 
-def read_evaluation(path: Path) -> list[dict]:
-    """The rows of an evaluation file, one per question. Raises InputError for a broken line."""
-    return [old_names.current_evaluation(row) for row in read_json_lines(path)]
+def read_evaluation(path: Path, remedy: str = AGAIN) -> list[dict]:
+    """The rows of an evaluation file, one per question. Raises InputError for a broken line, and for an empty file."""
+    rows = [old_names.current_evaluation(row) for row in read_json_lines(path, remedy)]
+    if not rows:
+        raise InputError(f"{path}: expected evaluated questions, found an empty file. {remedy}")
+    return rows
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:

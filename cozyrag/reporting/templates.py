@@ -10,11 +10,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from cozyrag.runtime.assets import PAGES_FOLDER
+from cozyrag.runtime.terminal import one_line
 
 
 def render(template: str, **values: object) -> str:
     """Fill in the template of that file name. In .html files, values are escaped unless they are `Markup`."""
     return _environment().get_template(template).render(**values)
+
+
+def render_for_screen(template: str, **values: object) -> str:
+    """`render` for the terminal: every value stays on its line, and its control characters are escaped."""
+    return _environment().overlay(finalize=one_line).get_template(template).render(**values)
 
 
 def stylesheet(name: str) -> Markup:

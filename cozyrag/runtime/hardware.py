@@ -14,6 +14,7 @@ import psutil
 import torch
 
 PACKAGES = "cozyrag torch transformers sentence-transformers datasets accelerate faiss-cpu huggingface_hub".split()
+ROUNDING = {"processor": "processor", "busy_cores": "busy cores", "gpus": "GPUs"}  # facts that decide the order of sums
 CGROUP = Path("/sys/fs/cgroup")  # of this process's container on Linux
 CORE_WATTS = 10.0  # a busy core of a desktop or server processor: 65 to 125 W over 8 to 16 cores
 MEMORY_WATTS = 0.375  # a gigabyte: 3 W for 8 GB, https://mlco2.github.io/codecarbon/methodology.html
@@ -47,6 +48,28 @@ def machine_facts(*, processes: int, threads: int, device: str) -> dict:
         "gpus": [torch.cuda.get_device_name(number) for number in range(min(gpus, processes))],
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def changed_rounding(before: Mapping, now: Mapping) -> str | None:
+    """A sentence on how two `machine_facts` differ in what decides the rounding of sums; None if they do not.
+
+    Entries that only one of them has, from another version of this package, are not compared.
+    """
+    olds, news = map(_rounding, (before, now))
+    names = [name for name in news if name in olds and olds[name] != news[name]]
+    changed = [f"{name} (was {olds[name]}, now {news[name]})" for name in names]
+    if not changed:
+        return None
+    return (
+        f"Note: this run began with other {', '.join(changed)}. It will end as good, but not with the same losses and "
+        "weights to the last bit."
+    )
+
+
+def _rounding(machine: Mapping) -> dict[str, object]:
+    """What decides the rounding of sums, by its name in a sentence."""
+    named = {words: machine[name] for name, words in ROUNDING.items() if name in machine}
+    return named | {f"version of {name}": each for name, each in machine.get("versions", {}).items()}
 
 
 def free_memory(cgroup: Path = CGROUP) -> float:

@@ -41,7 +41,10 @@ def end_last_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def read_json_lines(path: Path) -> list[dict]:
+AGAIN = "Copy the file again, or delete it and give the command that wrote it again."
+
+
+def read_json_lines(path: Path, remedy: str = AGAIN) -> list[dict]:
     """The rows of a JSON Lines file that a run or a command wrote. Raises InputError for a line that is none."""
     rows = []
     with machine_faults_told(path):
@@ -50,16 +53,15 @@ def read_json_lines(path: Path) -> list[dict]:
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise _unreadable(path, number, line, str(error)) from error
+            raise _unreadable(path, number, line, str(error), remedy) from error
         if not isinstance(row, dict):
-            raise _unreadable(path, number, line, f"a {type(row).__name__}")
+            raise _unreadable(path, number, line, f"a {type(row).__name__}", remedy)
         rows.append(row)
     return rows
 
 
-def _unreadable(path: Path, number: int, line: bytes, why: str) -> InputError:
+def _unreadable(path: Path, number: int, line: bytes, why: str, remedy: str) -> InputError:
     found = line[:40].decode("utf-8", "replace")
     return InputError(
-        f"{path}, line {number}: expected a JSON object as cozyrag writes it, found {found!r} ({why}). Copy the file "
-        "again, or delete it and give the command that wrote it again."
+        f"{path}, line {number}: expected a JSON object as cozyrag writes it, found {found!r} ({why}). {remedy}"
     )

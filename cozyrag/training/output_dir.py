@@ -4,7 +4,6 @@ Left out: checkpoints (checkpointing.py), how files are written (atomic_files.py
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, write_text
+from cozyrag.runtime.contents import read_object
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.folder_lock import LOCK, held
 from cozyrag.runtime.old_names import EVALUATIONS, OLD_EVALUATIONS, current_settings, evaluation_files
@@ -27,6 +27,7 @@ OURS = (
     "retriever", "index", "pushing", "trackers", "skipped-steps", "report.html", "plots", "cozyrag.json",
     "metrics.jsonl", SETTINGS, FINISHED, "README.md", NEXT, OLD,
 )  # fmt: skip
+LOST_SETTINGS = "Without it the run cannot be resumed: start again with --overwrite_output_dir."
 # Settings that affect neither losses nor weights: a resumed run may change them.
 FREE_TO_CHANGE = {
     "resume", "allow_changed_settings", "overwrite_output_dir", "output_dir", "plan", "save_steps", "save_minutes",
@@ -89,7 +90,7 @@ def settings_before(folder: Path) -> dict:
 
     Earlier versions did not store a precision that was not set: it was that of `accelerate launch`, or else float32.
     """
-    before = current_settings(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    before = current_settings(read_object(folder / SETTINGS, LOST_SETTINGS))
     precision = before.get("mixed_precision") or asked_at_launch(os.environ) or "no"
     return before | {"mixed_precision": precision}
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from cozyrag.config import DEFAULTS, Settings
 from cozyrag.data.corpus import Corpus
+from cozyrag.errors import InputError
 from cozyrag.evaluation.calibration import Calibration, calibrated, sentence
 from cozyrag.evaluation.evaluation import choose_threshold, evaluate_pair
 from cozyrag.hub.background_push import BackgroundPush
@@ -76,6 +77,8 @@ class Rounds:
 
     def run(self) -> None:
         """Run the remaining phases up to the last evaluation."""
+        if self.resumed_from and self.progress.round and self.settings.training.rollback == "on":
+            self._last_evaluation()  # a damaged file is refused now, not after the phase
         self._choose_cuts()
         phases = {
             "generator": self.run_generator_phase,
@@ -246,7 +249,13 @@ class Rounds:
     def _last_evaluation(self) -> list[dict]:
         """Rows of the last evaluation; a resumed run reads them from disk."""
         if self.evaluated is None:
-            self.evaluated = read_evaluation(evaluation_files(self.folder)[self.progress.round - 1])
+            number, remedy = self.progress.round - 1, "Copy it again, or start again with --overwrite_output_dir."
+            path = evaluation_files(self.folder).get(number, self._evaluation_path(number))
+            rows = read_evaluation(path, remedy) if path.exists() else []
+            if len(rows) != len(self.corpus.eval_questions):
+                expected = f"{len(self.corpus.eval_questions)} evaluated questions"
+                raise InputError(f"{path}: expected {expected}, to compare with, found {len(rows)}. {remedy}")
+            self.evaluated = rows
         return self.evaluated
 
     def _evaluation_path(self, round_number: int) -> Path:

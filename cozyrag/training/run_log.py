@@ -12,10 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from cozyrag.evaluation.evaluation import retrieval_table, table
 from cozyrag.runtime.atomic_files import write_jsonl
+from cozyrag.runtime.terminal import say_above_bars
 
 
 class RunLog:
@@ -67,7 +67,7 @@ class RunLog:
     def info(self, text: str) -> None:
         """Print a line above the progress bars, on the main process only."""
         if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stdout)
+            say_above_bars(text)
 
     @contextmanager
     def timed(self, part: str, round_number: int) -> Iterator[None]:

@@ -32,6 +32,7 @@ from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
 from cozyrag.runtime.distributed import refuse
 from cozyrag.runtime.precision import Precision, agreed, check_asked, choose
+from cozyrag.runtime.terminal import say
 from cozyrag.training.checkpointing import load_generator
 from cozyrag.training.tracking import wanted_trackers
 
@@ -190,7 +191,7 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
         needs_answer=not settings.training.no_answer,
         delimiter=delimiter_of(data.delimiter) if data.delimiter else None,
         seed=settings.training.seed,
-        info=accelerator.print,
+        info=lambda text: say(text) if accelerator.is_main_process else None,
     )
 
 

@@ -1,0 +1,131 @@
+"""Text of others on the screen: it cannot steer the terminal, nor look like a line of ours."""
+
+import ast
+from pathlib import Path
+
+import evaluated
+import pytest
+import tiny
+
+import cozyrag
+from cozyrag import cli
+from cozyrag.commands import ask
+from cozyrag.data.rows import BadRows
+from cozyrag.errors import InputError
+from cozyrag.evaluation.evaluation import examples
+from cozyrag.evaluation.overlap_audit import examples_alike
+from cozyrag.pipeline import Answer, Source
+from cozyrag.reporting.compare import as_text, compare
+from cozyrag.runtime.terminal import escaped, one_line, say, say_above_bars
+
+PACKAGE = Path(cozyrag.__file__).parent
+STEERING = {
+    "escape": "\x1b",
+    "return": "\r",
+    "backspace": "\b",
+    "null": "\0",
+    "delete": "\x7f",
+    "c1": "\x9b",
+    "next-line": "\x85",
+    "line-separator": "\u2028",
+    "override": "\u202e",
+    "isolate": "\u2067",
+    "half-a-pair": "\ud83d",
+}
+HOSTILE = "a" + "".join(STEERING.values()) + "b\nerror: forged"
+
+
+def is_safe(printed):
+    """Nothing that steers is in the text, and no line begins as the forged one."""
+    return not any(each in printed for each in STEERING.values()) and "\nerror: forged" not in f"\n{printed}"
+
+
+@pytest.mark.parametrize("character", STEERING.values(), ids=STEERING)
+def test_a_character_that_steers_the_terminal_is_shown_as_an_escape(character):
+    shown = escaped(f"a{character}b")
+    assert shown.isprintable() and shown.startswith("a\\") and shown.endswith("b")
+
+
+def test_ordinary_text_of_any_script_stays_as_it_is():
+    text = "Zoë\t東京 שלום عربى 👩‍🔬 e\u0301 a\u00adb\nc:\\new"
+    assert escaped(text) == text and escaped(escaped(HOSTILE)) == escaped(HOSTILE)
+
+
+def test_a_name_stays_on_its_line():
+    assert one_line("a\nb\tc\r\n") == "a\\nb\\tc\\r\\n" and one_line(Path("x")) == "x"
+
+
+@pytest.mark.parametrize("printer", [say, say_above_bars])
+def test_whatever_is_printed_is_escaped(printer, capsys):
+    printer("our line\nof \x1b[2J others")
+    assert capsys.readouterr().out == "our line\nof \\x1b[2J others\n"
+
+
+@pytest.mark.parametrize(
+    "error", [InputError(f"No file {HOSTILE}."), FileNotFoundError(2, "gone", HOSTILE), OSError(28, "full", HOSTILE)]
+)
+def test_an_error_is_one_line(error, capsys):
+    def command():
+        raise error
+
+    with pytest.raises((SystemExit, OSError)) as end:
+        cli.entry_point(command)
+    if end.type is SystemExit:
+        printed = capsys.readouterr().err
+        assert is_safe(printed) and printed.count("\n") == 1
+
+
+def test_an_answer_and_its_sources_keep_their_lines():
+    source = Source("p", HOSTILE, f"{HOSTILE} text", 0.5, ((0, len(HOSTILE)),), {"url": f"https://x/{HOSTILE}"})
+    shown = ask.shown(Answer(HOSTILE, 0.5, "", (source, Source(HOSTILE, "", HOSTILE, 0.1))))
+    assert is_safe(shown) and shown.count("\n") == 2
+
+
+def test_notes_and_bad_rows_keep_their_lines():
+    bad = BadRows()
+    bad.note(HOSTILE)
+    bad.add(HOSTILE, HOSTILE)
+    report = bad.finish(HOSTILE, skip=True)
+    assert is_safe(report) and report.count("\n") == 1
+
+
+def test_sample_answers_and_near_duplicates_keep_their_lines():
+    row = {"f1": 1.0, "question": HOSTILE, "prediction": HOSTILE, "answers": [HOSTILE], "context": HOSTILE}
+    assert is_safe(shown := examples([row | {"verdict": "correct"}])) and shown.count("\n") == 2
+    alike = {"near_duplicates": [{"similarity": 1.0, "question": HOSTILE, "train_question": HOSTILE}]}
+    assert is_safe(examples_alike(alike)) and "\n" not in examples_alike(alike)
+
+
+def test_a_comparison_keeps_its_lines(tmp_path):
+    texts = {"question": HOSTILE, "prediction": HOSTILE, "answers": [HOSTILE]}
+    a = evaluated.write_run(tmp_path / "a\nerror: forged", [[evaluated.row(1, em=1, **texts)]], generator=HOSTILE)
+    b = evaluated.write_run(tmp_path / "b\x1b[2J", [[evaluated.row(1, em=0, **texts)]])
+    assert is_safe(as_text(compare(a, b)))
+
+
+def test_the_errors_of_the_questions_command_keep_their_lines(tmp_path, monkeypatch, capsys):
+    text = HOSTILE.replace(STEERING["half-a-pair"], "")
+    path = tmp_path / "q\nerror: forged\x1b.jsonl"
+    tiny.write_jsonl(path, [*({"question": text, "answers": [each]} for each in "xy"), {"question": text}])
+    monkeypatch.setattr("sys.argv", ["cozyrag", "questions", str(path), "--check_only", "--skip_bad_rows"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert is_safe(printed) and "disagreeing" in printed and "1 row skipped" in printed
+
+
+def printing(tree):
+    """Calls that print without `say`: of print, of a `print` or `write` of an accelerator or a bar, of a stream."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield node.lineno
+        if isinstance(node, ast.Attribute) and node.attr == "print":
+            yield node.lineno
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+            "tqdm.write", "bar.write", "sys.stdout.write", "sys.stderr.write",
+        ):  # fmt: skip
+            yield node.lineno
+
+
+def test_every_line_is_printed_in_one_place():
+    found = {path.name for path in PACKAGE.rglob("*.py") if list(printing(ast.parse(path.read_text("utf-8"))))}
+    assert found == {"terminal.py"}
