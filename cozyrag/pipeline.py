@@ -59,6 +59,11 @@ class Source:
         """The sentences that the generator read."""
         return tuple(self.text[start:end] for start, end in self.used)
 
+    @property
+    def page(self) -> str:
+        """The page on which it begins, such as "p. 3", if its metadata have one; else ""."""
+        return f"p. {self.metadata['page']}" if self.metadata.get("page") else ""
+
 
 @dataclass(frozen=True)
 class Answer:

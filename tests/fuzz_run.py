@@ -529,7 +529,9 @@ def pdf_files(folder: Path) -> SearchStrategy[Case]:
     """A small PDF with bytes changed, or with words of its syntax put in."""
     from test_markup import make_pdf
 
-    content = Path(make_pdf(folder / "whole.pdf", ["A barrel for rain", "that stands here"], "Barrel")).read_bytes()
+    content = Path(
+        make_pdf(folder / "whole.pdf", ["A barrel for rain", "that stands here"], title="Barrel")
+    ).read_bytes()
     words = [
         b"<<",
         b">>",

@@ -197,12 +197,13 @@ def test_a_question_that_is_too_long_is_refused():
 def test_the_file_of_a_source_is_shown_as_text():
     class Placed(FakePair):
         def answer(self, question, *, top_k=None):
-            sources = (Source(name, "Fox", TEXT, 0.9, ((0, 15),), {"source": name} if name else {}) for name in names)
+            sources = (Source(str(each), "Fox", TEXT, 0.9, ((0, 15),), each) for each in places)
             return Answer("red", 0.5, "c", tuple(sources))
 
-    names = ["notes/<b>fox.md", ""]
+    places = [{"source": "notes/<b>fox.md"}, {}, {"source": "a.pdf", "page": 3}, {"page": "<i>"}]
     page = answer_html(Placed(), "what?", 2)[1]
-    assert re.findall(r'class="cozy-place">(.*?)</p>', page) == ["notes/&lt;b&gt;fox.md"]
+    shown = ["notes/&lt;b&gt;fox.md", "a.pdf, p. 3", "p. &lt;i&gt;"]
+    assert re.findall(r'class="cozy-place">(.*?)</p>', page) == shown
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,8 @@ def test_questions_given_as_arguments_leave_standard_input_alone(call, fake_pair
         (((3, 5), (9, 11)), {}, "T: ... B. ... D."),
         (((0, 2), (3, 5), (6, 8), (9, 11)), {"url": "https://x.org"}, "T <https://x.org>: A. B. C. D."),
         (((0, 2), (3, 5), (6, 8), (9, 11)), {"source": "a/b.md"}, "T <a/b.md>: A. B. C. D."),
-        ((), {"page": 3}, "T: (not read) A. B. C. D."),
+        ((), {"source": "a.pdf", "page": 3}, "T <a.pdf, p. 3>: (not read) A. B. C. D."),
+        ((), {"page": "iv"}, "T <p. iv>: (not read) A. B. C. D."),
     ],
 )
 def test_of_a_passage_what_was_read_is_shown(used, metadata, line):
@@ -338,7 +339,8 @@ for line, told in json.loads(sys.argv[2]):
         except SystemExit as end:
             assert end.code == 2, (line, end.code)
     assert told in said.getvalue(), (line, said.getvalue())
-    heavy = {"torch", "transformers", "sentence_transformers", "accelerate", "faiss"} & set(sys.modules)
+    heavy = {"torch", "transformers", "sentence_transformers", "accelerate", "faiss", "datasets", "pandas"}
+    heavy &= set(sys.modules)
     assert not heavy, (line, heavy)
 """
 
@@ -354,6 +356,19 @@ def test_a_misspelt_option_is_told_before_torch_is_loaded():
     assert set(REFUSED) == set(cli.COMMANDS)
     lines = [(f"cozyrag {command} {words}", told) for command, (words, told) in REFUSED.items()]
     _told_before_torch([], [("train.py --genrator x", "did you mean 'generator'?"), *lines])
+
+
+def test_a_missing_file_is_told_before_datasets_is_loaded():
+    lines = [
+        ("passages nowhere.txt --output x.jsonl", "found nothing at"),
+        ("passages nowhere.PDF --output x.jsonl", "found nothing at"),
+        ("passages nowhere/at/all --output x.jsonl", "found nothing at"),
+        ("passages x.txt --output x.doc", "expected a name that ends in"),
+        ("questions nowhere.tsv --check_only", "Expected a file at"),
+        ("questions nowhere.tsv --output nowhere/x.jsonl", "there is no folder"),
+        ("questions x.tsv", "give --output FILE, or --check_only"),
+    ]
+    _told_before_torch([], [(f"cozyrag {words}", told) for words, told in lines])
 
 
 @pytest.mark.parametrize(

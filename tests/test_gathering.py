@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import os
+import re
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -11,6 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_markup import make_pdf
 from tqdm import tqdm
 
 from cozyrag import cli
@@ -195,6 +197,32 @@ def test_a_passage_keeps_its_file_and_url_up_to_the_sources_of_a_pair(tmp_path, 
         {"source": os.path.join("notes", "pump.md")},  # documents of all inputs come last
     ]
     assert table["id"][:] == [passage_id(text) for text in table["text"]]
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_a_passage_of_a_pdf_keeps_the_page_on_which_it_begins(tmp_path, output, overlap):
+    pytest.importorskip("pypdf")
+    # every sentence names its page; the second page has none, the fourth ends within a sentence
+    pages = [[f"Page{page} has the number{line} and more words." for line in range(12)] for page in range(1, 6)]
+    pages[1], pages[3][-1] = [], "Page4 has the num-"
+    pages[4][0] = "bers and more words."
+    make_pdf(tmp_path / "a.pdf", *pages)
+    (tmp_path / "b.txt").write_text(long("fox", 3))
+    run(tmp_path, tmp_path / "a.pdf", tmp_path / "b.txt", "--words", "20", "--overlap", str(overlap), output=output)
+    table, _ = read_passages(str(tmp_path / output))
+    found = [json.loads(each).get("page") for each in table["metadata"]]
+    named = [int(re.search(r"Page(\d)|$", text)[1] or 0) or None for text in table["text"]]
+    assert found == named and set(found) == {1, 3, 4, 5, None}
+
+
+def test_a_pdf_from_which_a_long_word_was_left_out_has_no_pages(tmp_path):
+    pytest.importorskip("pypdf")
+    make_pdf(
+        tmp_path / "a.pdf", ["A" * 2000, "The fox is red and lives in the forest."], ["The owl is white and awake."]
+    )
+    found = run(tmp_path, tmp_path / "a.pdf")
+    assert found and not any("page" in each for each in found)
 
 
 @pytest.mark.parametrize("head", ['<doc title="T">', '<doc id="1" url="" title="T">', '<doc url="cut title="T">'])

@@ -238,25 +238,30 @@ def test_characters_that_are_lost_are_noted(tmp_path):
     assert notes == [f"{tmp_path / 'a.html'}: 2 characters could not be read as utf-8 and became \ufffd"]
 
 
-def make_pdf(path, lines, title=None):
-    """A minimal PDF: one page, one font, text at the left."""
-    text = "BT /F1 12 Tf 50 700 Td 14 TL " + " ".join(f"({line}) Tj T*" for line in lines) + " ET"
+def make_pdf(path, *pages, title=None):
+    """A minimal PDF: pages of lines, one font, text at the left."""
+    numbers = range(5, 5 + 2 * len(pages), 2)
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",
-        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R "
-        "/Resources << /Font << /F1 5 0 R >> >> >>",
-        f"<< /Length {len(text)} >>\nstream\n{text}\nendstream",
+        f"<< /Type /Pages /Kids [{' '.join(f'{number} 0 R' for number in numbers)}] /Count {len(pages)} >>",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
         f"<< /Title ({title}) >>" if title else "<< >>",
     ]
+    for number, lines in zip(numbers, pages, strict=True):
+        text = "BT /F1 12 Tf 50 700 Td 14 TL " + " ".join(f"({line}) Tj T*" for line in lines) + " ET"
+        objects += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents {number + 1} 0 R "
+            "/Resources << /Font << /F1 3 0 R >> >> >>",
+            f"<< /Length {len(text)} >>\nstream\n{text}\nendstream",
+        ]
     out, places = "%PDF-1.4\n", []
     for number, body in enumerate(objects, 1):
         places.append(len(out))
         out += f"{number} 0 obj\n{body}\nendobj\n"
     table = "".join(f"{place:010d} 00000 n \n" for place in places)
     out += (
-        f"xref\n0 7\n0000000000 65535 f \n{table}trailer\n<< /Size 7 /Root 1 0 R /Info 6 0 R >>\n"
+        f"xref\n0 {len(places) + 1}\n0000000000 65535 f \n{table}trailer\n"
+        f"<< /Size {len(places) + 1} /Root 1 0 R /Info 4 0 R >>\n"
         f"startxref\n{len(out)}\n%%EOF\n"
     )
     path.write_bytes(out.encode("latin-1"))
@@ -269,7 +274,22 @@ def test_pdf_lines_and_hyphenated_words_are_joined(tmp_path):
     article = pdf_article(path, "old-barrel.pdf")
     assert article.title == "old barrel"
     assert article.sections == [((), "A barrel for rain that stands behind the old garden house.")]
-    assert pdf_article(make_pdf(tmp_path / "b.pdf", ["x"], "Named"), "b.pdf").title == "Named"
+    assert pdf_article(make_pdf(tmp_path / "b.pdf", ["x"], title="Named"), "b.pdf").title == "Named"
+
+
+@pytest.mark.parametrize(
+    ("pages", "text", "begins"),
+    [
+        ([["A fox."], ["An owl."], ["An elk."]], "A fox.\nAn owl.\nAn elk.", (0, 5, 11)),
+        ([["A fox is in the gar-"], ["den."]], "A fox is in the garden.", (0, 14)),  # the hyphen belongs to no page
+        ([[], ["A fox."], [], ["An elk."]], "A fox.\nAn elk.", (0, 0, 5, 5)),  # pages without text
+        ([[]], "", (0,)),
+    ],
+)
+def test_the_pages_of_a_pdf_begin_where_their_text_does(tmp_path, pages, text, begins):
+    pytest.importorskip("pypdf")
+    article = pdf_article(make_pdf(tmp_path / "a.pdf", *pages), "a.pdf")
+    assert (article.sections[0][1], article.pages) == (text, begins)
 
 
 def test_a_broken_pdf_is_named(tmp_path):

@@ -61,6 +61,20 @@ def test_the_metadata_name_the_project_and_what_it_runs_on():
     assert site["repo_url"] == urls["Source"] and urls["Changelog"].startswith(urls["Source"])
 
 
+def test_the_address_of_the_repository_is_that_of_setup_cfg_and_no_command_needs_it():
+    urls = dict(line.split(" = ") for line in CONFIG["metadata"]["project_urls"].strip().split("\n"))
+    source = urls["Source"]
+    owner, name = source.removeprefix("https://github.com/").split("/")
+    pages = f"https://{owner}.github.io/{name}/"
+    assert all(url == source or url.startswith((f"{source}/", pages)) for url in urls.values())
+    rooms = ("cozyrag", "docs", "scripts", "benchmarks", "examples", "model_cards", "accelerate_configs", ".github")
+    files = [each for room in rooms for each in (ROOT / room).rglob("*") if each.suffix not in (".pyc", ".png")]
+    texts = [each for each in (*ROOT.glob("*.*"), *files) if each.is_file() and each.suffix != ".safetensors"]
+    assert len(texts) > 100
+    naming = {each.name for each in texts if f"{owner}/{name}".encode() in each.read_bytes()}
+    assert naming == {"setup.cfg", "mkdocs.yml"}
+
+
 def test_all_has_every_extra_for_use():
     made = extras()
     groups = {"all", "trackers"}

@@ -80,7 +80,8 @@ def shown(answer: "Answer", min_certainty: float | None = None) -> str:
     nothing = "I do not know" if unsure else "(no answer in these passages)"
     lines = [f"{one_line(answer.text) or nothing}   (certainty {answer.score:.2f})"]
     for number, source in enumerate(answer.passages, 1):
-        place = source.metadata.get("url") or source.metadata.get("source")
+        found = (source.metadata.get("url") or source.metadata.get("source"), source.page)
+        place = ", ".join(str(each) for each in found if each)
         name = one_line(f"{source.title or source.id}{f' <{place}>' if place else ''}")
         lines.append(f"  [{number}] {source.score:.3f} {name}: {one_line(_excerpt(source))}")
     return "\n".join(lines)

@@ -6,8 +6,9 @@ IN is a file, a folder or a Hub dataset; several are allowed:
   .jsonl .csv .tsv .json .parquet, also .gz and .bz2, with the columns title and text (--columns)
   user/name or user/name:config on the Hub, which is streamed
 
-A passage keeps where it comes from: `source`, the file as named in the command or the Hub dataset, and
-the `url` of its article, if there is one. An index keeps both, and answers name and link them.
+A passage keeps where it comes from: `source`, the file as named in the command or the Hub dataset, the
+`url` of its article, if there is one, and the `page` of a PDF on which it begins. An index keeps them,
+and answers name and link them.
 
 Repeated texts are left out; the first one stays, with its source. The id of a passage is a hash of its
 text, so every run gives the same ids. To resume a stopped run, give the same command again. A summary

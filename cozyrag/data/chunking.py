@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, takewhile, zip_longest
 from os.path import commonprefix
 
-from cozyrag.data.sentences import sentence_spans
+from cozyrag.data.sentences import Span, sentence_spans
 
 CLOSE_ENOUGH = 0.75  # share of the target from which the end of a paragraph ends a passage
 TAIL = 0.35  # share of the target below which the end of a section joins the passage before it
@@ -69,19 +69,24 @@ def without_long_words(text: str) -> tuple[str, int]:
 
 
 def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:
-    """The passages of one section, in order: slices of it, stripped.
+    """The passages of one section, in order: its slices of `cut_spans`, stripped."""
+    return [text[start:end].strip() for start, end in cut_spans(text, words=words, overlap=overlap)]
+
+
+def cut_spans(text: str, *, words: int, overlap: int = 0) -> list[Span]:
+    """Start and end of the passages of one section, in order.
 
     words: target of a passage, which ends where another sentence would overshoot more than stopping undershoots.
     overlap: sentences that a passage repeats from the end of the one before, at most half the target. Without overlap
         the concatenated passages are the whole text except for the space between them.
     """
     pieces = [part for piece in _sentences(text) for part in _split_long(text, piece, words * LONGEST)]
-    passages = []
+    spans = []
     for start, end in _grouped(pieces, words):
         before = accumulate(piece.words for piece in reversed(pieces[max(start - overlap, 0) : start]))
         repeated = len(list(takewhile(lambda total: total <= words / 2, before)))
-        passages.append(text[pieces[start - repeated].start : pieces[end - 1].end].strip())
-    return passages
+        spans.append((pieces[start - repeated].start, pieces[end - 1].end))
+    return spans
 
 
 def join_sections(sections: Iterable[Section], *, least: float, most: float) -> list[Section]:

@@ -1,7 +1,7 @@
 """Join part files into one file of passages without duplicates, with ids and a summary that accounts for every word.
 
 The id of a passage depends on its text alone, so a later run, another order of inputs or a change elsewhere gives the
-same ids. A passage keeps its source and url; of equal texts, those of the first. Left out: reading and cutting
+same ids. A passage keeps its source, url and page; of equal texts, those of the first. Left out: reading and cutting
 (ingest.py).
 """
 
@@ -182,5 +182,5 @@ def _writer(path: str, output: str) -> Iterator[Callable[[pa.Table], object]]:
         yield lambda table: file.writelines(map(_line, table.to_pylist()))
 
 
-def _line(row: dict[str, str | None]) -> str:
+def _line(row: dict[str, str | int | None]) -> str:
     return json_line({name: value for name, value in row.items() if value is not None})

@@ -7,6 +7,7 @@ each passage carries a hash for that, and a signature if wanted.
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,18 +16,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cozyrag.data.chunking import LONGEST_WORD, cut, join_sections, latin_length, without_long_words
+from cozyrag.data.chunking import LONGEST_WORD, cut_spans, join_sections, latin_length, without_long_words
 from cozyrag.data.deduplication import BINS, signatures, text_hash
 from cozyrag.data.documents import InputSource, read_document
 from cozyrag.data.outline import Article
 from cozyrag.data.rows import COLUMNS, BadRows, Columns
+from cozyrag.data.sentences import Span
 from cozyrag.errors import InputError
 
 TOGETHER = 2000  # passages held before they are written
-KEPT = [(name, pa.string()) for name in ("title", "text", "source", "url")]  # as in the output
+TEXTS = ("title", "text", "source", "url")
+KEPT = [*((name, pa.string()) for name in TEXTS), ("page", pa.int64())]  # as in the output
 FIELDS = [*KEPT, ("hash", pa.uint64())]
 SIGNATURE = ("signature", pa.binary(BINS))
-Passage = tuple[str, str, str, str | None]  # as KEPT
+Passage = tuple[str, str, str, str | None, int | None]  # as KEPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,27 +117,40 @@ def _articles(batch: WorkBatch, bad: BadRows) -> Iterator[Article]:
 
 def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[Passage]:
     """The passages of an article; adds to `counts`."""
-    made = []
+    made = list[Passage]()
     counts.articles += 1
     counts.articles_without_text += not any(text.strip() for _, text in article.sections)
     for path, text in join_sections(article.sections, least=cutting.words / 2, most=cutting.words):
         words = text.split()
         counts.words += len(words)
+        pages = article.pages
         if max(map(len, words), default=0) > LONGEST_WORD:
             text, long_words = without_long_words(text)
             counts.long_words += long_words
+            pages = () if long_words else pages  # unknown: the text behind them has moved
         title = " > ".join((article.title, *path) if article.title else path)
-        for passage in cut(text, words=cutting.words, overlap=cutting.overlap):
+        spans = cut_spans(text, words=cutting.words, overlap=cutting.overlap)
+        for (start, end), page in zip(spans, _pages(text, spans, pages), strict=True):
+            passage = text[start:end].strip()
             if cutting.min_characters <= len(passage) or cutting.min_characters <= latin_length(passage):
-                made.append((title, passage, article.source, article.url or None))
+                made.append((title, passage, article.source, article.url or None, page))
             else:
                 counts.short_passages += 1
                 counts.short_words += len(passage.split())
     return made
 
 
+def _pages(text: str, spans: Sequence[Span], pages: Sequence[int]) -> Iterator[int | None]:
+    """The page on which each span begins (see `Article`), None without pages; an overlap may step back."""
+    at = before = 0
+    for start, _ in spans:
+        before += len("".join(text[at:start].split())) - len("".join(text[start:at].split()))
+        at = start
+        yield bisect_right(pages, before) or None
+
+
 def _table(passages: Sequence[Passage], schema: pa.Schema) -> pa.Table:
-    texts = [text for _, text, _, _ in passages]
+    texts = [each[1] for each in passages]
     columns = [pa.array([each[at] for each in passages], kind) for at, (_, kind) in enumerate(KEPT)]
     columns.append(pa.array([text_hash(text) for text in texts], pa.uint64()))
     if "signature" in schema.names:

@@ -16,7 +16,8 @@ from cozyrag.errors import InputError
 class Article:
     """A text before it is cut: `where` is its place for messages, `sections` are pairs of heading path and text.
 
-    source: its file or Hub dataset, as the user named it. url: its web address, if its table has one.
+    source: its file or Hub dataset, as the user named it. url: its web address, if its table has one. pages: of a text
+    of one section that has pages, the characters other than spaces before each of them.
     """
 
     where: str
@@ -24,6 +25,7 @@ class Article:
     sections: list[tuple[tuple[str, ...], str]]
     source: str = ""
     url: str = ""
+    pages: tuple[int, ...] = ()
 
 
 @dataclass

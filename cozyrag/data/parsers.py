@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -151,7 +152,7 @@ def _front_matter(text: str) -> tuple[str, str | None]:
 
 
 def pdf_article(path: str, where: str) -> Article:
-    """One section: the text of all pages, lines and hyphenated words joined.
+    """One section: the text of all pages, lines and hyphenated words joined; where each page begins.
 
     Raises InputError without pypdf, and for a file that it cannot read.
     """
@@ -171,5 +172,8 @@ def pdf_article(path: str, where: str) -> Article:
         raise InputError(
             f"{where}: expected a PDF with text, found an unreadable one ({error}). Save it again without password."
         ) from error
-    article = plain_article(re.sub(r"(?<=[^\W\d_])-\n(?=[^\W\d_A-Z])", "", "\n".join(pages)), where)
-    return replace(article, title=title or article.title)
+    marked = "\n\f".join(page.replace("\f", "\n").strip() for page in pages)
+    pages = re.sub(r"(?<=[^\W\d_])-\n(\f?)(?=[^\W\d_A-Z])", r"\1", marked).split("\f")
+    article = plain_article("".join(pages), where)
+    lengths = (len("".join(page.split())) for page in pages[:-1])
+    return replace(article, title=title or article.title, pages=(0, *accumulate(lengths)))
