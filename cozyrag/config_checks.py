@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from cozyrag.data.delimited import delimiter_of
 from cozyrag.data.matching import STEMMERS
 from cozyrag.data.rows import Columns
@@ -137,6 +134,9 @@ def _check_hub(values: dict) -> None:
             "load. Name a model on the Hub, or omit --push_to_hub and push what `cozyrag merge` makes of the run."
         )
     if name:
+        from huggingface_hub.errors import HFValidationError  # here: a quarter of a second that other settings save
+        from huggingface_hub.utils import validate_repo_id
+
         try:
             validate_repo_id(name)
         except HFValidationError as error:

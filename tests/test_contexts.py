@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cozyrag.config import parse_settings
 from cozyrag.data.matching import contains_answer, matching_form
-from cozyrag.data.questions import FEATURES, read_questions
+from cozyrag.data.questions import features, read_questions
 from cozyrag.data.sentences import split_sentences
 from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
@@ -402,7 +402,7 @@ def questions():
         "passage_id": ["p0", None, "gone", "p1"],
         "negative_ids": [[], [], [], []],
     }
-    return Dataset.from_dict(columns, features=FEATURES)
+    return Dataset.from_dict(columns, features=features())
 
 
 def attached(
@@ -597,7 +597,7 @@ def test_noise_depends_on_question_and_seed_but_not_on_the_batch():
             "passage_id": [None] * 400,
             "negative_ids": [[]] * 400,
         },
-        features=FEATURES,
+        features=features(),
     )
     drawn = attached(many, noise=0.25)["noised"]
     assert 0.17 < np.mean(drawn) < 0.33
@@ -610,7 +610,7 @@ def test_noise_depends_on_question_and_seed_but_not_on_the_batch():
 
 def with_negatives(*ids):
     table = questions().to_dict()
-    return Dataset.from_dict(table | {"negative_ids": list(ids)}, features=FEATURES)
+    return Dataset.from_dict(table | {"negative_ids": list(ids)}, features=features())
 
 
 def test_hard_negatives_of_the_questions_come_before_mined_ones():

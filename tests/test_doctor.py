@@ -19,7 +19,7 @@ from cozyrag import cli, run
 from cozyrag.config import parse_settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.data.passages import read_passages
-from cozyrag.data.questions import FEATURES
+from cozyrag.data.questions import features
 from cozyrag.errors import InputError
 from cozyrag.models import penalties
 from cozyrag.models.generator import Generator
@@ -55,7 +55,7 @@ def retriever(retriever_path):
 def tables(questions=None, passages=None):
     own_passages, own_questions = corpus(12)
     rows = own_questions if questions is None else questions
-    table = Dataset.from_dict({name: [row.get(name, []) for row in rows] for name in FEATURES}, features=FEATURES)
+    table = Dataset.from_dict({name: [row.get(name, []) for row in rows] for name in features()}, features=features())
     return Corpus(table, table, Dataset.from_list(passages or own_passages))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cozyrag.data.metadata import metadata_in
 from cozyrag.data.passages import (
-    FEATURES,
+    features,
     merge_passages,
     passage_id,
     passages_from_contexts,
@@ -26,7 +26,7 @@ def jsonl(path, rows):
 
 
 def table(*rows):
-    return datasets.Dataset.from_list([dict(zip(FEATURES, row, strict=True)) for row in rows], features=FEATURES)
+    return datasets.Dataset.from_list([dict(zip(features(), row, strict=True)) for row in rows], features=features())
 
 
 def test_passage_id():
@@ -37,13 +37,13 @@ def test_passage_id():
 def test_columns_and_defaults(tmp_path):
     source = jsonl(tmp_path / "p.jsonl", [{"id": 7, "title": " A \n b", "text": " x "}, {"text": "y", "more": 1}])
     passages, report = read_passages(source)
-    assert passages.select_columns(list(FEATURES)).features == FEATURES
+    assert passages.select_columns(list(features())).features == features()
     assert passages.to_list() == [
         {"id": "7", "title": "A b", "text": " x ", "metadata": ""},
         {"id": passage_id("y"), "title": "", "text": "y", "metadata": '{"more": 1}'},
     ]
     assert report is None
-    assert read_passages(jsonl(tmp_path / "q.jsonl", [{"text": "x"}]))[0].features == FEATURES
+    assert read_passages(jsonl(tmp_path / "q.jsonl", [{"text": "x"}]))[0].features == features()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_contexts_are_deduplicated_in_first_seen_order():
 def test_merge():
     merged = merge_passages([table(("1", "t", "x"), ("2", "", "y")), table(("2", "late", "y"), ("0", "", "x"))])
     assert merged.to_list() == table(("1", "t", "x"), ("2", "", "y"), ("0", "", "x")).to_list()
-    assert merged.features == FEATURES
+    assert merged.features == features()
     with pytest.raises(InputError, match='two under "1": "x" and "z".*Give one of them another id'):
         merge_passages([table(("1", "", "x")), table(("1", "", "z"))])
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cozyrag.data.passages import merge_passages, passage_id
-from cozyrag.data.questions import FEATURES, hold_out, read_questions, take
+from cozyrag.data.questions import features, hold_out, read_questions, take
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 
@@ -30,13 +30,13 @@ def questions(golds, texts=None):
         {"id": str(i), "question": question, "answers": ["a"], "passage_id": gold, "negative_ids": []}
         for i, (question, gold) in enumerate(zip(texts, golds, strict=True))
     ]
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    return datasets.Dataset.from_list(rows, features=features())
 
 
 def test_headerless_tsv(tmp_path):
     (tmp_path / "q.tsv").write_text("who?\tAda\nwhen?\t1815, 1852\n")
     read = read_questions(str(tmp_path / "q.tsv"))
-    assert read.table.features == FEATURES
+    assert read.table.features == features()
     assert read.table.remove_columns("id").to_list() == [
         {"question": "who?", "answers": ["Ada"], "passage_id": None, "negative_ids": []},
         {"question": "when?", "answers": ["1815, 1852"], "passage_id": None, "negative_ids": []},

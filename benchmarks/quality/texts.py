@@ -21,7 +21,7 @@ from datasets import Dataset
 import cozyrag
 from benchmarks.shared.corpus import retriever_of
 from cozyrag.data.matching import STEMMERS, contains_answer, matching_form
-from cozyrag.data.passages import FEATURES, read_passages
+from cozyrag.data.passages import features, read_passages
 from cozyrag.data.questions import read_questions
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
@@ -146,7 +146,7 @@ def measured(
         asked: questions, their answers, and the row of the gold passage.
     """
     titles, texts = map(list, zip(*passages, strict=True))
-    table = Dataset.from_dict({"id": list(map(str, range(len(texts)))), "title": titles, "text": texts}, FEATURES)
+    table = Dataset.from_dict({"id": list(map(str, range(len(texts)))), "title": titles, "text": texts}, features())
     found = [contains_answer(matching_form(texts[gold]), answers) for _, answers, gold in asked]
     read = Passages.of(table)
     vectors, sentences = retriever.encode_passages(read.to_read(), read.spans(range(len(texts))), batch_size=32)

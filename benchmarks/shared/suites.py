@@ -17,7 +17,7 @@ from benchmarks.shared.corpus import fewer
 from benchmarks.shared.pairs import UNTUNED, run_settings
 from benchmarks.shared.wiki import COVERAGE, RUN, Articles
 from cozyrag.data.corpus import gold_ids
-from cozyrag.data.passages import FEATURES, merge_passages, read_passages
+from cozyrag.data.passages import features, merge_passages, read_passages
 from cozyrag.data.questions import Questions, read_questions, take
 from cozyrag.errors import InputError
 from cozyrag.retrieval.passage_index import PassageIndex
@@ -182,7 +182,9 @@ def _pool(options: argparse.Namespace, asked: Questions, own: PassageIndex | Non
         return read_passages(options.passages)[0]
     if own is not None and not options.also_passages:
         columns = own.passages
-        return Dataset.from_dict({"id": columns.ids, "title": columns.titles, "text": columns.texts}, features=FEATURES)
+        return Dataset.from_dict(
+            {"id": columns.ids, "title": columns.titles, "text": columns.texts}, features=features()
+        )
     tables = [asked.passages, *(read_questions(path).passages for path in options.also_passages)]
     if not any(tables):
         raise InputError(

@@ -11,7 +11,7 @@ from accelerate.utils import tqdm
 from datasets import Dataset
 
 from cozyrag.data.matching import contains_answer, matching_form
-from cozyrag.data.passages import FEATURES
+from cozyrag.data.passages import features
 from cozyrag.data.questions import Questions, take
 from cozyrag.data.readers import read_rows
 from cozyrag.data.rows import BadRows
@@ -51,7 +51,7 @@ def _passages_of(path: str) -> Dataset:
             table["id"].append(f"{article['id']}-{number}")
             table["title"].append(article["title"])
             table["text"].append(text)
-    return Dataset.from_dict(table, features=FEATURES)
+    return Dataset.from_dict(table, features=features())
 
 
 def _runs(text: str) -> set[str]:

@@ -60,7 +60,8 @@ def find_sources(
     ignored = {os.path.abspath(path) for path in ignore}
     for name in inputs:
         path = os.path.expanduser(name)
-        if format == HUB or (format is None and is_hub_id(name)):
+        # a name that ends as a document's is a file that is missing, whatever the Hub has
+        if format == HUB or (format is None and is_hub_id(name) and kind_of(path) not in _FORMAT_OF):
             sources.append(InputSource(name, HUB))
             continue
         if not os.path.exists(path):

@@ -7,8 +7,7 @@ and nothing else reads. Left out: splitting long articles into passages, removin
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-
-from datasets import Dataset, Features, Value
+from typing import TYPE_CHECKING
 
 from cozyrag.data import beir
 from cozyrag.data.layouts import known_names, present
@@ -28,7 +27,15 @@ from cozyrag.data.rows import (
 from cozyrag.data.streams import Progress
 from cozyrag.errors import InputError
 
-FEATURES = Features({"id": Value("string"), "title": Value("string"), "text": Value("string")})
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+
+def features() -> "Features":
+    """The columns of a table of passages."""
+    from datasets import Features, Value  # here: it takes a second, which commands that only stream do not need
+
+    return Features({"id": Value("string"), "title": Value("string"), "text": Value("string")})
 
 
 def passage_id(text: str) -> str:
@@ -43,7 +50,7 @@ def read_passages(
     columns: Columns = COLUMNS,
     skip_bad_rows: bool = False,
     delimiter: str | None = None,
-) -> tuple[Dataset, str | None]:
+) -> tuple["Dataset", str | None]:
     """Read passages from one or several files, folders or Hub datasets (see `read_rows`, `sources_of`).
 
     A table with tabs and without header is text, title and text, or id and text if all first cells are digits. Returns
@@ -127,7 +134,7 @@ def _parsed(row: Row, columns: Columns) -> tuple[str, str, str]:
     return key or passage_id(text), title, text
 
 
-def passages_from_contexts(rows: Iterable[tuple[str, str]]) -> Dataset:
+def passages_from_contexts(rows: Iterable[tuple[str, str]]) -> "Dataset":
     """The passages among (title, context) pairs: one per text with its first title, in first-seen order."""
     titles: dict[str, str] = {}
     for title, context in rows:
@@ -135,7 +142,7 @@ def passages_from_contexts(rows: Iterable[tuple[str, str]]) -> Dataset:
     return _table((passage_id(text), title, text) for text, title in titles.items())
 
 
-def merge_passages(tables: Sequence[Dataset]) -> Dataset:
+def merge_passages(tables: Sequence["Dataset"]) -> "Dataset":
     """The union of passage tables, one row per id (the first seen, with its title), in first-seen order.
 
     Raises InputError if two tables give one id to different texts.
@@ -151,9 +158,11 @@ def merge_passages(tables: Sequence[Dataset]) -> Dataset:
     return _table((key, title, text) for key, (title, text) in merged.items())
 
 
-def _table(rows: Iterable[tuple[str, str, str]]) -> Dataset:
-    columns: dict[str, list[str]] = {name: [] for name in FEATURES}
+def _table(rows: Iterable[tuple[str, str, str]]) -> "Dataset":
+    from datasets import Dataset
+
+    columns: dict[str, list[str]] = {name: [] for name in features()}
     for row in rows:
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
-    return Dataset.from_dict(columns, features=FEATURES)
+    return Dataset.from_dict(columns, features=features())

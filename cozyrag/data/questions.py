@@ -11,10 +11,9 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value
 
 from cozyrag.data import beir
 from cozyrag.data.layouts import known_names, passages_in, present, question_rows
@@ -24,24 +23,24 @@ from cozyrag.data.readers import Sources, described, read_rows, sources_of
 from cozyrag.data.rows import COLUMNS, BadRows, BadValue, Columns, Row, line_of, no_rows, require_column, text_of
 from cozyrag.errors import InputError
 
-_STRING = Value("string")
-FEATURES = Features(
-    {
-        "id": _STRING,
-        "question": _STRING,
-        "answers": List(_STRING),
-        "passage_id": _STRING,
-        "negative_ids": List(_STRING),
-    }
-)
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+
+def features() -> "Features":
+    """The columns of a table of questions."""
+    from datasets import Features, List, Value  # here: it takes a second, which commands that only stream do not need
+
+    texts = dict.fromkeys(("id", "question", "answers", "passage_id", "negative_ids"), Value("string"))
+    return Features(texts | {name: List(Value("string")) for name in ("answers", "negative_ids")})
 
 
 @dataclass(frozen=True)
 class Questions:
     """The content of a source of questions."""
 
-    table: Dataset  # one row per question, with FEATURES; passage_id is null if unknown
-    passages: Dataset | None  # the deduplicated contexts (id, title, text), None if no row carries one
+    table: "Dataset"  # one row per question, with `features`; passage_id is null if unknown
+    passages: "Dataset | None"  # the deduplicated contexts (id, title, text), None if no row carries one
     report: str | None  # text about skipped rows, None if there are none
 
 
@@ -91,6 +90,8 @@ def read_questions(
     Raises InputError as `read_rows`, without question column, without answer column if `needs_answer`, for an id that
     occurs twice, without any usable row, and for bad rows unless `skip_bad_rows`.
     """
+    from datasets import Dataset
+
     bad, places, repeats, kept = BadRows(), dict[str, str](), Counter[str](), list[Question]()
     rows = stream_questions(
         source, split=split, columns=columns, needs_answer=needs_answer, delimiter=delimiter, bad=bad
@@ -115,7 +116,7 @@ def read_questions(
         "negative_ids": [list(each.negative_ids) for each in kept],
     }
     # Dataset.from_dict checks every value once more, which takes longer than reading the file.
-    table = Dataset(pa.Table.from_pydict(cells, schema=FEATURES.arrow_schema))
+    table = Dataset(pa.Table.from_pydict(cells, schema=features().arrow_schema))
     contexts = [passage for each in kept for passage in each.carried()]
     return Questions(table, passages_from_contexts(contexts) if contexts else None, report)
 
@@ -246,7 +247,7 @@ def _flat(answers: object) -> list[object]:
     return [answers]
 
 
-def hold_out(table: Dataset, *, share: float, limit: int, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(table: "Dataset", *, share: float, limit: int, seed: int) -> tuple["Dataset", "Dataset"]:
     """Split a questions table into (train, held out), both in the table's order; the same seed gives the same split.
 
     Rows with the same gold passage (or question, if it is unknown) stay together. The held-out side gets
@@ -280,7 +281,7 @@ def _held_out(groups: list[list[int]], target: int, chance: random.Random) -> se
     return held or set(smallest)
 
 
-def take(table: Dataset, limit: int | None, seed: int) -> Dataset:
+def take(table: "Dataset", limit: int | None, seed: int) -> "Dataset":
     """A random sample of `limit` rows in the table's order, the same for the same seed; all rows if None or too few.
 
     Raises InputError if limit is below 1.
