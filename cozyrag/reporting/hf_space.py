@@ -52,7 +52,7 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
         "requirements.txt": "\n".join(requirements()),
         "examples.json": json.dumps(examples, indent=2, ensure_ascii=False),
     }
-    with new_folder(folder, "the Space", needed=_bytes_of(source) if local else 0, manifest=False) as coming:
+    with new_folder(folder, "the Space", needed=_bytes_of(source) if local else 0, kept=False) as coming:
         if local:
             _copy_pair(Path(source), coming / "pair")
         _copy_package(coming / "cozyrag")

@@ -344,7 +344,7 @@ def _mapped(path: Path) -> Dataset:
     key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     kept = Path(datasets.config.HF_DATASETS_CACHE) / "cozyrag" / f"{key}.arrow"
     if kept.exists():
-        with suppress(pyarrow.ArrowException):  # damaged: made again
+        with suppress(pyarrow.ArrowException, OSError):  # damaged: made again
             return Dataset.from_file(str(kept))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.json_lines import json_line
-from cozyrag.runtime.machine_faults import FORBIDDEN, NO_SPACE, is_environment, machine_faults_told
+from cozyrag.runtime.machine_faults import FORBIDDEN, NO_SPACE, code_of, is_environment, machine_faults_told
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -112,7 +112,7 @@ def writing(path: Path, *, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        code = error.errno if isinstance(error, OSError) else None
+        code = code_of(error)
         if code in FORBIDDEN:
             raise InputError(
                 f"Expected to write {path.absolute()}, but that is not allowed ({os.strerror(code)}). What was saved "
@@ -146,11 +146,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, *, needed: int = 0, manifest: bool = True) -> Iterator[Path]:
+def replacing(folder: Path, *, needed: int = 0, kept: bool = True) -> Iterator[Path]:
     """A folder to fill, which gets the name `folder` when it is complete and on disk; on an error it is removed.
 
     Args:
-        needed: bytes. manifest: whether to `seal` it.
+        needed: bytes. kept: whether to `seal` and flush it, which what can be made again does without.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     with writing(folder, needed=needed):
@@ -158,23 +158,26 @@ def replacing(folder: Path, *, needed: int = 0, manifest: bool = True) -> Iterat
         partial.mkdir(parents=True)
         try:
             yield partial
-            if manifest:
+            if kept:
                 seal(partial)
-            settle(partial, folder)
+            settle(partial, folder, flushed=kept)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # what does not fit must not fill the disk
 
 
-def settle(partial: Path, folder: Path) -> None:
-    """Flush a folder to disk, then give it its final name. Its files get the permissions that the umask gave to it:
-    safetensors would leave weights to their owner alone.
+def settle(partial: Path, folder: Path, *, flushed: bool = True) -> None:
+    """Flush a folder to disk, if it is to be `flushed`, then give it its final name.
+
+    Its files get the permissions that the umask gave to it: safetensors would leave weights to their owner alone.
     """
     mode = partial.stat().st_mode & 0o666
     for path in partial.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-        flush(path)
-    flush(partial)
+        if flushed:
+            flush(path)
+    if flushed:
+        flush(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     flush(folder.parent)

@@ -40,11 +40,11 @@ def held(path: Path, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, what: str, *, needed: int = 0, manifest: bool = True) -> Iterator[Path]:
+def new_folder(folder: Path, what: str, *, needed: int = 0, kept: bool = True) -> Iterator[Path]:
     """A folder to fill, as of `replacing`, for a command whose FOLDER must be new or empty; locked until it is there.
 
     Args:
-        what: what the folder is for. needed, manifest: as of `replacing`.
+        what: what the folder is for. needed, kept: as of `replacing`.
 
     Raises:
         InputError: the folder holds something, or another process is writing it.
@@ -55,5 +55,5 @@ def new_folder(folder: Path, what: str, *, needed: int = 0, manifest: bool = Tru
                 f"Expected a new or empty folder for {what}, found {folder.absolute()} in use; nothing was changed. "
                 "Give another name."
             )
-        with replacing(folder, needed=needed, manifest=manifest) as coming:
+        with replacing(folder, needed=needed, kept=kept) as coming:
             yield coming
