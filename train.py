@@ -10,4 +10,4 @@ from cozyrag.cli import entry_point
 from cozyrag.commands.train import train
 
 if __name__ == "__main__":
-    entry_point(lambda: train(description=__doc__))
+    entry_point(lambda: train(description=__doc__), prints=False)

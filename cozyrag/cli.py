@@ -14,7 +14,7 @@ from cozyrag import __version__
 from cozyrag.errors import InputError, PushError
 from cozyrag.runtime.machine_faults import fault_sentence
 from cozyrag.runtime.signals import Interrupted
-from cozyrag.runtime.terminal import one_line, say
+from cozyrag.runtime.terminal import check_printed, lasting_streams, one_line, say
 
 COMMANDS = {
     "train": "train a pair, as train.py does",
@@ -47,24 +47,28 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if no_default else super()._get_help_string(action)
 
 
-def entry_point(command: Callable[[], None]) -> None:
+def entry_point(command: Callable[[], None], *, prints: bool = True) -> None:
     """Run a command and end the process with its exit code.
 
     After an InputError, or a fault of the machine, its sentence is on stderr, once for all processes, and the code is
     2, or 3 for a failed upload.
-    After Ctrl-C or SIGTERM the code is 128 plus the number of the signal, as in shells.
+    After Ctrl-C, SIGTERM or SIGHUP the code is 128 plus the number of the signal, as in shells.
+    `prints`: whether what it prints is its result; a run is not worth less if its log is lost.
     """
-    try:
-        command()
-    except InputError as error:
-        _end(f"error: {one_line(error)}", 3 if isinstance(error, PushError) else 2)
-    except (OSError, MemoryError) as error:  # no permission, a full disk, ...: nothing that a traceback would explain
-        sentence = fault_sentence(error)
-        if sentence is None:
-            raise
-        _end(f"error: {one_line(sentence)}", 2)
-    except Interrupted as interrupted:
-        _end(interrupted.message, 128 + interrupted.number)
+    with lasting_streams():
+        try:
+            command()
+            if prints:
+                check_printed()
+        except InputError as error:
+            _end(f"error: {one_line(error)}", 3 if isinstance(error, PushError) else 2)
+        except (OSError, MemoryError) as error:  # no permission, a full disk, ...: a traceback would explain nothing
+            sentence = fault_sentence(error)
+            if sentence is None:
+                raise
+            _end(f"error: {one_line(sentence)}", 2)
+        except Interrupted as interrupted:
+            _end(interrupted.message, 128 + interrupted.number)
 
 
 def _end(message: str, code: int) -> NoReturn:
@@ -88,7 +92,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of the `cozyrag` command."""
-    entry_point(_main)
+    entry_point(_main, prints=sys.argv[1:2] != ["train"])
 
 
 def _main() -> None:

@@ -14,8 +14,9 @@ from cozyrag.errors import InputError
 from cozyrag.models.prompts import ANSWER_CUE, QUESTION_CUE, START
 from cozyrag.retrieval.contexts import FILTERS
 from cozyrag.retrieval.hybrid import MODES
-from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, write_json
+from cozyrag.runtime.atomic_files import NEXT, folder_bytes, write_json
 from cozyrag.runtime.contents import check_contents, check_seal, contents_of, is_contents, read_object, sealed
+from cozyrag.runtime.folder_lock import new_folder
 from cozyrag.runtime.json_fields import Kind, check_fields, each_of, number, one_of, or_null, text, whole
 from cozyrag.runtime.machine_faults import check_readable
 from cozyrag.runtime.old_names import current_settings
@@ -177,13 +178,8 @@ class SavedPair:
 
     def copy(self, folder: Path, **contexts: object) -> None:
         """Write the pair as one folder, with these values in `contexts`. Raises InputError if it exists or is full."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"Expected a new or empty folder for the pair, {folder.absolute()} holds something; nothing was "
-                "changed. Give another name."
-            )
         facts = dict(self.facts) | {"contexts": self.facts["contexts"] | contexts}
-        with replacing(folder, needed=sum(map(folder_bytes, self.pieces.values()))) as coming:
+        with new_folder(folder, "the pair", needed=sum(map(folder_bytes, self.pieces.values()))) as coming:
             for role, piece in self.pieces.items():
                 shutil.copytree(piece, coming / role, ignore=shutil.ignore_patterns(PAIR_FILE, ".*"))
                 kept = {name: self.facts[role][name] for name in ("fingerprint",) if name in self.facts[role]}

@@ -47,7 +47,7 @@ from cozyrag.training.output_dir import (
 )
 from cozyrag.training.rounds import Rounds
 from cozyrag.training.setup import load_models, load_tables, peers_lost, training_accelerator
-from cozyrag.training.tracking import start_trackers, wanted_trackers
+from cozyrag.training.tracking import end_trackers, start_trackers, wanted_trackers
 
 QUESTION_TOKENS = 30  # of a question, the cues of the prompt and the answer, beside the context
 LONG = 300  # seconds above which the expected time is logged
@@ -82,8 +82,7 @@ def run(settings: Settings, files: Mapping[Path, str] = MappingProxyType({})) ->
             main_decides(accelerator, lambda: write_given(files, begun=bool(resuming)))
             finish(train_rounds(accelerator, settings, interrupts, precision), started)
     except Interrupted as interrupted:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        end_trackers(accelerator)
         raise Interrupted(interrupted.number, _how_to_resume(folder)) from None
 
 
@@ -98,7 +97,8 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
     newest, warnings = checkpoints.newest() if resuming else (None, [])
     progress = checkpoints.read(newest, allow_changes=settings.output.allow_changed_settings) if newest else Progress()
     generator, retriever = load_models(accelerator, settings, corpus, newest)
-    open_output(accelerator, settings, progress if newest else None, precision)
+    with interrupts.held():  # a tracker that is half started cannot be closed
+        open_output(accelerator, settings, progress if newest else None, precision)
     rounds = Rounds(
         accelerator,
         settings,
@@ -338,6 +338,7 @@ def finish(rounds: Rounds, started: float) -> None:
             "  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir "
             "my-rag"
         )
+    end_trackers(accelerator)
     accelerator.end_training()
     if rounds.pusher is not None:
         rounds.log.info(f"Pushed to {rounds.pusher.finish(f'round-{settings.training.rounds}')}")

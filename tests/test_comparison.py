@@ -181,5 +181,5 @@ def test_the_page_is_one_file_with_untrusted_text_escaped(tmp_path, monkeypatch,
 
 def test_a_page_that_cannot_be_written_is_an_input_error(tmp_path):
     found = compare(*runs(tmp_path, scored(1), scored(0)))
-    with pytest.raises(InputError, match="cannot be written"):
-        write_page(found, tmp_path / "nowhere" / "page.html")
+    with pytest.raises(InputError, match="something else"):
+        write_page(found, tmp_path)

@@ -48,6 +48,7 @@ FLOORS = (
 FOREIGN_BYTES = {
     "data.ingest_worker",  # where anything that a parser raises becomes a bad row
     "models.loading",  # where anything that a library raises for a model's files becomes one sentence
+    "training.tracking",  # where anything that a tracker raises, of its server or its files, becomes one sentence
     "models.prompts",  # the same for a chat template, in a process of its own
 }
 KNOW_SETTINGS = {"training", "preflight", "run", "api", "commands"}

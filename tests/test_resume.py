@@ -52,6 +52,46 @@ def test_a_signal_saves_the_step_and_the_resumed_run_ends_bit_equal(
     assert differences(undisturbed, left(out, rounds=1)) == []
 
 
+def test_a_signal_while_trackers_start_ends_the_run_and_the_same_command_begins_it(
+    short_run, undisturbed, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    arguments = [*short_run, "--output_dir", str(out)]
+    with monkeypatch.context() as patched:
+
+        def begin(*rest, **options):
+            send(signal.SIGTERM)()
+            begun.append(1)
+
+        begun = []
+        patched.setattr("cozyrag.run.start_trackers", begin)
+        with pytest.raises(SystemExit) as ended:
+            entry_point(lambda: train(arguments))
+    assert ended.value.code == 128 + signal.SIGTERM and begun == [1]
+    assert "nothing was saved yet" in capsys.readouterr().err
+    train(arguments)
+    assert differences(undisturbed, left(out, rounds=1)) == []
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_saves_like_sigterm_unless_nohup_ignores_it(ignored):
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    interrupts = Interrupts()
+    try:
+        with interrupts.watched():
+            if ignored:
+                with interrupts.held():
+                    os.kill(os.getpid(), signal.SIGHUP)
+                assert interrupts.received is None
+            else:
+                with pytest.raises(Interrupted) as ended, interrupts.held():
+                    os.kill(os.getpid(), signal.SIGHUP)
+                assert ended.value.number == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_between_phases_ends_at_once(short_run, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:

@@ -9,11 +9,24 @@ import pytest
 import torch
 from tiny import corpus, write_jsonl
 
-from benchmarks.shared import measuring, reference_loop, speed_data
+from benchmarks.shared import foreign_sides, measuring, reference_loop, speed_data
 from benchmarks.shared.retrieval_sides import OURS_INT8, ST_ENCODE, index_sides
 from benchmarks.shared.round_benchmark import PARTS, ROUNDS, Benchmark, parse
-from benchmarks.shared.training_sides import HF_TRAINER, OURS, PENALIZED, REFERENCE, ST_LOOP, ST_TRAINER
+from benchmarks.shared.training_sides import (
+    HF_TRAINER,
+    IN_BF16,
+    OURS,
+    PENALIZED,
+    REFERENCE,
+    SFT,
+    SFT_KEEPING,
+    ST_LOOP,
+    ST_TRAINER,
+    generator_sides,
+    has_trl,
+)
 from benchmarks.speed import round
+from cozyrag.errors import InputError
 from cozyrag.models.batching import collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples
@@ -58,19 +71,86 @@ def test_every_side_has_its_row(files, retriever_path, tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     sides = {part: [side for first, side in lines_of(out) if first.startswith(f"{part},")] for part in PARTS}
     assert sides == {
-        "generator": [OURS, PENALIZED, REFERENCE, HF_TRAINER],
+        "generator": [OURS, PENALIZED, REFERENCE, HF_TRAINER, *([SFT, SFT_KEEPING] if has_trl() else [])],
         "retriever": [OURS, ST_TRAINER, ST_LOOP],
         "index": [OURS, "CoZyRAG, int8", ST_ENCODE, "SentenceTransformer.encode, our length limit"],
         "retrieval": [OURS, REFERENCE],
     }
     numbers = json.loads(path.read_text())
     assert set(numbers["round_seconds"]) == set(ROUNDS) and all(f"| {name} |" in out for name in ROUNDS)
-    assert list(numbers["learned"]) == ["before", OURS, "CoZyRAG, batches of 4", REFERENCE]
-    assert numbers["learned"][OURS]["loss"] < numbers["learned"]["before"]["loss"]
+    trained = [side for side in sides["generator"] if side != PENALIZED]
+    learned = numbers["learned"]
+    assert list(learned["generator"]) == ["before", *trained, "CoZyRAG, batches of 4"]
+    assert list(learned["retriever"]) == ["before", *sides["retriever"]]
+    for part in learned.values():
+        assert all(each["loss"] < part["before"]["loss"] for name, each in part.items() if name != "before")
     assert numbers["utilisation"]["share"] > 0 and "Padding does not count" in out
     for part in numbers["parts"].values():
         assert all(len(side["rates"]) == 2 and min(side["rates"]) > 0 for side in part.values())
         assert all(side["memory"] >= 0 for side in part.values())
+
+
+def test_trainers_of_libraries_run_as_they_come_and_in_bf16_beside_ours_in_float32(files, retriever_path):
+    made = Benchmark(parse(None, arguments(files, retriever_path, *SHAPE, "--bf16_sides")))
+    places = made.place.of_libraries(made.options)
+    assert {name: place.bf16 for name, place in places.items()} == {"": False, IN_BF16: True}
+    sides = generator_sides(made.models, made.prompts(made.asked.first(4)), made.place, made.options)
+    side = {each.name: each for each in sides}
+    assert HF_TRAINER + IN_BF16 in side and (SFT + IN_BF16 in side) == has_trl()
+    side[HF_TRAINER + IN_BF16].build(4)()
+    assert made.place.accelerator().mixed_precision == "no"
+
+
+def test_trl_trains_on_our_tokens_with_the_loss_of_the_answers(files, retriever_path, monkeypatch):
+    trl = pytest.importorskip("trl", reason="an optional neighbour: pip install trl")
+    made = Benchmark(parse(None, arguments(files, retriever_path, *SHAPE)))
+    prompts, seen = made.prompts(made.asked.first(4)), []
+    monkeypatch.setattr(trl.SFTTrainer, "train", lambda self: seen.extend(self.train_dataset))
+    side = next(each for each in generator_sides(made.models, prompts, made.place, made.options) if each.name == SFT)
+    side.build(4)()
+    expected = reference_loop.padded(prompts.examples, pad_id=0, pad_to=0)["labels"].tolist()
+    for row, example, labels in zip(seen, prompts.examples, expected, strict=True):
+        assert row["input_ids"] == example.input_ids and row["labels"] == labels[: len(example.input_ids)]
+
+
+def test_fed_rag_gets_our_prompt_as_its_template(generator_path):
+    generator = Generator.load(str(generator_path))
+    found = foreign_sides.template(generator).format(context="A fox.", query="What?", response="a fox")
+    example = encode_examples(
+        generator.tokenizer, questions=["What?"], contexts=["A fox."], answers=["a fox"], context_tokens=60,
+        max_length=160, layout=generator.layout,
+    )[0]  # fmt: skip
+    assert generator.tokenizer(found)["input_ids"] == example.input_ids
+
+
+def test_an_interpreter_without_fed_rag_is_refused_with_the_remedy(files, retriever_path):
+    options = parse(None, arguments(files, retriever_path, *SHAPE, "--fed_rag_python", sys.executable))
+    made = Benchmark(options)
+    side = made.generator_sides(made.prompts(made.asked.first(4)))[-1]
+    with pytest.raises(InputError, match=r"No module named 'fed_rag'.*pip install"):
+        side.build(4)
+
+
+PROGRAM = """import json, pathlib, sys
+job = json.loads(pathlib.Path(sys.argv[1]).read_text())
+print(json.dumps({"ready": True}), flush=True)
+assert sys.stdin.readline()
+print(json.dumps({"loss": 1.0, "memory": 7}), flush=True)
+pathlib.Path(job["output"]).mkdir()
+"""
+
+
+def test_another_process_trains_when_called_and_reports_its_own_memory(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(foreign_sides, "PROGRAM", tmp_path / "program.py")
+    made = []
+
+    def build(rows):
+        made.append(foreign_sides.FedRAG(sys.executable, {"rows": rows}))
+        return made[0]
+
+    seconds, memory = measuring.timed(measuring.Side("foreign", 4, 2, build), 4, torch.device("cpu"))
+    assert memory == 7 and seconds > 0 and made[0].folder.is_dir()
 
 
 def test_one_part_alone_gives_no_round(files, retriever_path, generator_path, capsys):

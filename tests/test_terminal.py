@@ -1,6 +1,9 @@
 """Text of others on the screen: it cannot steer the terminal, nor look like a line of ours."""
 
 import ast
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import evaluated
@@ -129,3 +132,49 @@ def printing(tree):
 def test_every_line_is_printed_in_one_place():
     found = {path.name for path in PACKAGE.rglob("*.py") if list(printing(ast.parse(path.read_text("utf-8"))))}
     assert found == {"terminal.py"}
+
+
+# ---- a screen that is gone
+
+PRINTS = """
+import sys, time
+sys.path.insert(0, {root!r})
+from cozyrag.cli import entry_point
+from cozyrag.runtime.terminal import say, say_above_bars
+from tqdm import tqdm
+def command():
+    for number in tqdm(range(300), mininterval=0):
+        say("a line of some length, so that the pipe and the buffer are full soon" * 9)
+        say_above_bars("another")
+    open({done!r}, "w").close()
+entry_point(command, prints={prints})
+"""
+
+
+def printing(tmp_path, prints, redirection):
+    """(exit code of a command that prints, whether it came to its end, standard error)."""
+    done = tmp_path / "done"
+    (tmp_path / "program.py").write_text(PRINTS.format(root=str(PACKAGE.parent), done=str(done), prints=prints))
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / 'program.py'))} {redirection}"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    return ended.returncode, done.exists(), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "result_code"),
+    [
+        ("| head -1", 0),
+        ("2>&1 | head -1", 0),
+        (">&-", 0),
+        (">&- 2>&-", 0),
+        ("> /dev/full", 2),
+        ("> /dev/full 2>&1", 2),
+    ],
+)
+def test_a_screen_that_is_gone_ends_no_command(redirection, result_code, tmp_path):
+    code, done, told = printing(tmp_path, True, redirection)
+    assert (code, done) == (result_code, True) and "Traceback" not in told
+    if "full" in redirection and "2>" not in redirection:
+        assert "error: Lines are missing: standard output cannot be written (No space left on device)." in told
+    (tmp_path / "done").unlink()
+    assert printing(tmp_path, False, redirection)[:2] == (0, True)  # of a run only the log is lost

@@ -17,7 +17,7 @@ from accelerate import PartialState, tracking
 from cozyrag.config import parse_settings
 from cozyrag.config_checks import TRACKERS
 from cozyrag.errors import InputError
-from cozyrag.training.tracking import log_numbers, start_trackers, wanted_trackers
+from cozyrag.training.tracking import end_trackers, log_numbers, start_trackers, wanted_trackers
 
 SECRETS = {
     "HF_TOKEN": "hf_SECRETtoken",
@@ -29,7 +29,16 @@ SETTINGS = parse_settings(["--questions", "my.tsv", "--rounds", "3", "--retrieve
 KEPT = {
     name: str(value) if value is None or isinstance(value, list) else value for name, value in SETTINGS.items()
 }  # as trackers receive them
-OURS = ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "TRACKIO_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT")
+OURS = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_DISABLE_TELEMETRY",
+    "TRACKIO_DIR",
+    "WANDB_MODE",
+    "WANDB_API_KEY",
+    "WANDB_SILENT",
+)
 RUN = """
 import json, sys
 from pathlib import Path
@@ -39,7 +48,8 @@ from cozyrag.training.tracking import log_numbers, start_trackers, wanted_tracke
 out, names = Path("out"), wanted_trackers(sys.argv[1:])
 accelerator = Accelerator(cpu=True, log_with=names, project_dir=str(out))
 settings = json.load(sys.stdin)
-start_trackers(accelerator, names, project="my-project", run_name="my-run", folder=out / "trackers", settings=settings)
+given = {"project": "my-project", "run_name": "my-run", "folder": out / "trackers", "settings": settings}
+start_trackers(accelerator, names, **given)
 log_numbers(accelerator, {"loss": 1.5, "recall@5": 62.5, "em_interval": [1.0, 2.0]}, step=3, prefix="generator")
 accelerator.end_training()
 """
@@ -62,7 +72,11 @@ class Recorder:
     def __init__(self, is_main_process=True):
         self.is_main_process = is_main_process
         self.project_configuration = SimpleNamespace(logging_dir="elsewhere")
-        self.started, self.logged = [], []
+        self.started, self.logged, self.stored, self.name = [], [], [], "recorder"
+        self.trackers = [self]
+
+    def store_init_configuration(self, config):
+        self.stored.append(config)
 
     def get_tracker(self, name, unwrap):
         assert unwrap
@@ -192,6 +206,60 @@ def test_numbers_are_plain_floats_under_a_prefix():
     assert {type(value) for value in numbers.values()} == {float}
 
 
+# ---- trackers that fail
+
+
+class Failing(Recorder):
+    """Its server is down; the address in the error holds a password."""
+
+    error = OSError("no answer from https://me:SECRET@host/api, nor from http://me:SECRET@host")
+
+    def init_trackers(self, project, config, init_kwargs):
+        raise self.error
+
+    def log(self, numbers, step):
+        raise self.error
+
+    def finish(self):
+        raise self.error
+
+
+def test_a_tracker_that_cannot_be_started_is_one_sentence_without_password(tmp_path, environment):
+    with pytest.raises(InputError, match="--report_to mlflow: .*OSError.*me:\\*\\*\\*@host/api.*omit it") as caught:
+        start(Failing(), ["mlflow"], tmp_path)
+    assert "SECRET" not in str(caught.value) and caught.value.__suppress_context__
+
+
+def test_a_tracker_that_fails_later_is_noted_once_and_the_others_go_on(capsys):
+    failing, good = Failing(), Recorder()
+    together = SimpleNamespace(trackers=[failing, good])
+    for step in (1, 2):
+        log_numbers(together, {"loss": 1.0}, step=step, prefix="generator")
+    told = capsys.readouterr().out
+    assert told.count("the tracker recorder failed") == 1 and "SECRET" not in told
+    assert [step for _, step in good.logged] == [1, 2] and together.trackers == [good]
+    together.trackers = [Failing()]
+    end_trackers(together)
+    assert "SECRET" not in (told := capsys.readouterr().out) and told.count("\n") == 1 and not together.trackers
+
+
+def test_a_password_in_the_address_is_moved_out_of_it(tmp_path, environment):
+    environment["MLFLOW_TRACKING_URI"] = "https://me:p%40ss@host:5000/a?b"
+    start(Recorder(), ["mlflow"], tmp_path)
+    assert environment["MLFLOW_TRACKING_URI"] == "https://host:5000/a?b"
+    assert (environment["MLFLOW_TRACKING_USERNAME"], environment["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(40), b"[]"])
+def test_with_damaged_ids_the_trackers_begin_new_runs_and_say_so(content, tmp_path, environment, capsys):
+    (tmp_path / "runs.json").write_bytes(content)
+    recorder = Recorder()
+    start(recorder, ["mlflow", "wandb"], tmp_path, resumed_at=3)
+    [(_, _, options)] = recorder.started
+    assert "run_id" not in options["mlflow"] and "id" not in options["wandb"]
+    assert "runs.json" in (told := capsys.readouterr().out) and "begin new runs" in told
+
+
 # ---- the real packages, each in a process whose home, temporary and working folders are in tmp_path
 
 
@@ -274,3 +342,22 @@ def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers(tracked,
         }
         assert rows("SELECT name, status FROM runs") == [("my-run", "FINISHED")]
         assert ("my-project",) in rows("SELECT name FROM experiments")
+
+
+AGAIN = RUN.replace("**given", "**given, resumed_at=3").replace("step=3", "step=4")
+
+
+@pytest.mark.slow
+def test_mlflow_takes_the_changed_settings_of_a_resumed_run_as_tags(tracked, tmp_path):
+    out = tracked("mlflow")
+    changed = json.dumps(SETTINGS | {"rounds": 5, "resume": True})
+    given = {"cwd": tmp_path / "work", "input": changed, "capture_output": True, "text": True, "timeout": 300}
+    machine = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", AGAIN, "mlflow"], env=machine, **given)
+    assert done.returncode == 0, done.stderr
+    with sqlite3.connect(out / "trackers" / "mlflow.db") as database:
+        found = {table: database.execute(f"SELECT * FROM {table}").fetchall() for table in ("runs", "params")}
+        tags = dict(database.execute("SELECT key, value FROM tags WHERE key LIKE 'resumed.%'").fetchall())
+        steps = {step for (step,) in database.execute("SELECT step FROM metrics").fetchall()}
+    assert len(found["runs"]) == 1 and len(found["params"]) == len(KEPT)
+    assert tags == {"resumed.rounds": "5", "resumed.resume": "True"} and steps == {3, 4}

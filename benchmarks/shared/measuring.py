@@ -7,6 +7,7 @@ repetition: a slow minute slows both. Left out: what is measured (training_sides
 import gc
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -46,6 +47,14 @@ class Measured:
     def rate(self) -> float:
         """The median of the rates."""
         return median(self.rates)
+
+
+class Elsewhere(ABC):
+    """The result of a run in another process."""
+
+    @abstractmethod
+    def end(self) -> int:
+        """Wait until the process has ended, which is not timed; its peak memory in bytes beyond that at its start."""
 
 
 class PeakMemory:
@@ -101,10 +110,10 @@ def timed(side: Side, rows: int, device: torch.device) -> tuple[float, int]:
     wait_for(device)
     with memory:
         began = time.perf_counter()
-        run()
+        result = run()
         wait_for(device)
         seconds = time.perf_counter() - began
-    return seconds, memory.used
+    return seconds, result.end() if isinstance(result, Elsewhere) else memory.used
 
 
 def measure(part: str, sides: Sequence[Side], *, repeats: int, device: torch.device) -> list[Measured]:

@@ -108,6 +108,17 @@ def train_generator(
     return losses
 
 
+def columns_of(model: SentenceTransformer, triplets: Sequence[tuple[str, str, str]]) -> list[dict]:
+    """The model's input for all questions, all positives, and all negatives."""
+    return [
+        {
+            name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+            for name, value in model.preprocess(list(texts)).items()
+        }
+        for texts in zip(*triplets, strict=True)
+    ]
+
+
 def train_retriever(
     model: SentenceTransformer,
     triplets: Sequence[tuple[str, str, str]],
@@ -123,14 +134,7 @@ def train_retriever(
     order = torch.randperm(len(triplets)).tolist()
     losses = []
     for start in tqdm(range(0, len(order), batch_size), desc="plain retriever loop", unit="step", leave=False):
-        columns = zip(*(triplets[row] for row in order[start : start + batch_size]), strict=True)
-        features = [
-            {
-                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-                for name, value in model.preprocess(list(texts)).items()
-            }
-            for texts in columns
-        ]
+        features = columns_of(model, [triplets[row] for row in order[start : start + batch_size]])
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
             loss = objective(features, None)
         loss.backward()

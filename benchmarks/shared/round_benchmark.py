@@ -7,15 +7,23 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, GPT2Config
+from transformers import AutoConfig, GPT2Config
 
 from benchmarks.shared import stub_modules
+from benchmarks.shared.foreign_sides import (
+    FedRAG,
+    foreign_generator_sides,
+    foreign_retriever_sides,
+    trained_generator,
+    trained_retriever,
+)
 from benchmarks.shared.measuring import (
     Measured,
     Side,
@@ -30,17 +38,21 @@ from benchmarks.shared.retrieval_sides import ST_ENCODE, Retrieval, index_sides
 from benchmarks.shared.speed_data import Asked, Models, Prompts, make_prompts, read_corpus
 from benchmarks.shared.training_sides import (
     HF_TRAINER,
+    IN_BF16,
     OURS,
     PENALIZED,
     REFERENCE,
+    SFT,
+    SFT_KEEPING,
     ST_LOOP,
     ST_TRAINER,
     Place,
     answer_loss,
     generator_sides,
     our_generator,
-    reference_generator,
+    ranking_loss,
     retriever_sides,
+    triplets_of,
 )
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import Example
@@ -48,14 +60,14 @@ from cozyrag.models.prompts import Example
 PARTS = ("generator", "retriever", "index", "retrieval")
 UNITS = {"generator": "QA pairs", "retriever": "pairs", "index": "passages", "retrieval": "questions"}
 PEAK = "matrix product"
-# The side of each part in a whole round. Of several, the first that was measured.
+# The side of each part in a whole round. Of several, the fastest that was measured.
 ROUNDS = {
     OURS: {"generator": [OURS], "retriever": [OURS], "index": [OURS], "retrieval": [OURS]},
     PENALIZED: {"generator": [PENALIZED], "retriever": [OURS], "index": [OURS], "retrieval": [OURS]},
     REFERENCE: {"generator": [REFERENCE], "retriever": [ST_LOOP], "index": [ST_ENCODE], "retrieval": [REFERENCE]},
     "libraries' trainers": {
-        "generator": [HF_TRAINER],
-        "retriever": [ST_TRAINER, ST_LOOP],
+        "generator": [name + precision for name in (HF_TRAINER, SFT, SFT_KEEPING) for precision in ("", IN_BF16)],
+        "retriever": [ST_TRAINER, ST_TRAINER + IN_BF16, ST_LOOP],
         "index": [ST_ENCODE],
         "retrieval": [REFERENCE],
     },
@@ -82,7 +94,7 @@ class Benchmark:
             retriever=options.retriever,
         )
         self.measured: dict[str, dict[str, Measured]] = {}
-        self.learned: dict[str, dict[str, float]] = {}
+        self.learned: dict[str, dict[str, dict[str, float]]] = {}
         self.flops_per_pair: float | None = None
 
     def run(self) -> None:
@@ -90,17 +102,17 @@ class Benchmark:
         if "generator" in self.options.only:
             self._generator()
         if "retriever" in self.options.only:
-            asked = self.asked.first(self.options.retriever_pairs)
-            known = "datasets" not in stub_modules.MISSING
-            sides = retriever_sides(self.models, asked, self.passages, self.place, self.options, with_datasets=known)
-            self._measure("retriever", sides)
+            asked = self.asked.first(max(self.options.retriever_pairs, self.options.supervised_pairs))
+            self._measure("retriever", self.retriever_sides(asked))
         if "index" in self.options.only:
             self._measure("index", index_sides(self.models, self.passages, self.place, self.options))
         if "retrieval" in self.options.only and not stub_modules.MISSING:
             asked = self.asked.first(max(self.options.retrieval_questions, self.options.reference_questions))
             self._measure("retrieval", Retrieval(self.models, asked, self.passages, self.place, self.options).sides())
         if "generator" in self.options.only and self.options.learn_pairs:
-            self._learn()
+            self._learn_generator()
+        if "retriever" in self.options.only and self.options.learn_pairs:
+            self._learn_retriever()
 
     def _measure(self, part: str, sides: Sequence[Side]) -> None:
         found = measure(part, sides, repeats=self.options.repeats, device=self.place.device)
@@ -108,49 +120,73 @@ class Benchmark:
 
     def prompts(self, asked: Asked) -> Prompts:
         """Training data of the generators from these questions."""
-        return make_prompts(
-            asked,
-            self.passages,
-            AutoTokenizer.from_pretrained(self.models.generator_folder, trust_remote_code=False),
-            context_tokens=self.options.context_tokens,
-            max_length=AutoConfig.from_pretrained(
-                self.models.generator_folder, trust_remote_code=False
-            ).max_position_embeddings,
+        generator = Generator.load(self.models.generator_folder)
+        return make_prompts(asked, self.passages, generator, context_tokens=self.options.context_tokens)
+
+    def generator_sides(self, prompts: Prompts) -> list[Side]:
+        """All sides that train a generator on these prompts."""
+        given = self.models, prompts, self.place, self.options
+        return [*generator_sides(*given), *(foreign_generator_sides(*given) if self.options.fed_rag_python else [])]
+
+    def retriever_sides(self, asked: Asked) -> list[Side]:
+        """All sides that train a retriever on these questions."""
+        given, known = (
+            (self.models, asked, self.passages, self.place, self.options),
+            "datasets" not in stub_modules.MISSING,
         )
+        sides = retriever_sides(*given, with_datasets=known)
+        return [*sides, *(foreign_retriever_sides(*given) if self.options.fed_rag_python else [])]
 
     def _generator(self) -> None:
         options, device = self.options, self.place.device
         prompts = self.prompts(self.asked.first(max(options.pairs, options.reference_pairs)))
         size = options.product_size or (8192 if device.type == "cuda" else 2048)
-        sides = generator_sides(self.models, prompts, self.place, options)
+        sides = self.generator_sides(prompts)
         self._measure("generator", [*sides, matrix_products(size, options.products, device)])
         config = AutoConfig.from_pretrained(self.models.generator_folder, trust_remote_code=False)
         if config.model_type == "gpt2":  # training_flops knows the layers of GPT-2 only
             self.flops_per_pair = gpt2_flops(config, prompts.examples[: options.pairs]) / options.pairs
 
-    def _learn(self) -> None:
-        """Held-out loss before training, and after one pass of each loop over the same questions."""
+    def _learn_generator(self) -> None:
+        """Held-out loss before training, and after one pass of each side over the same questions."""
         options = self.options
         train, held_out = (self.prompts(part) for part in self.asked.split(options.learn_pairs, options.held_out))
-        before = Generator.load(self.models.generator_folder)
-        before.model.to(self.place.device)
-        loss = answer_loss(before, held_out, options.generator_batch)
-        self.learned["before"] = {"loss": loss, "steps": 0, "seconds": 0.0}
         # As many steps as the reference loop, which separates the effect of the code from that of the batch size.
         small = our_generator(self.models, train, self.place, options, generator_batch_size=options.reference_batch)
-        loops = {
-            OURS: (our_generator(self.models, train, self.place, options), options.generator_batch),
-            f"{OURS}, batches of {options.reference_batch}": (small, options.reference_batch),
-            REFERENCE: (reference_generator(self.models, train, self.place, options), options.reference_batch),
-        }
-        for name, (build, batch) in tqdm(loops.items(), desc="held-out loss", unit="loop"):
-            run = build(options.learn_pairs)
+        name, batch = f"{OURS}, batches of {options.reference_batch}", options.reference_batch
+        sides = [side for side in self.generator_sides(train) if side.name != PENALIZED]
+
+        def loss(trained: Generator | FedRAG) -> float:
+            generator = trained_generator(self.models, trained) if isinstance(trained, FedRAG) else trained
+            generator.model.to(self.place.device)
+            return answer_loss(generator, held_out, options.generator_batch)
+
+        before = Generator.load(self.models.generator_folder)
+        self._learn("generator", before, [*sides, Side(name, options.learn_pairs, batch, small)], loss)
+
+    def _learn_retriever(self) -> None:
+        """The same for the retriever."""
+        options = self.options
+        train, held_out = self.asked.split(options.learn_pairs, options.held_out)
+        triplets = triplets_of(held_out, self.passages)
+
+        def loss(trained: SentenceTransformer | FedRAG) -> float:
+            model = trained_retriever(trained, self.place, options) if isinstance(trained, FedRAG) else trained
+            return ranking_loss(model, triplets, options.retriever_batch)
+
+        before = self.models.load_retriever(str(self.place.device), options.passage_tokens).model
+        self._learn("retriever", before, self.retriever_sides(train), loss)
+
+    def _learn(self, part: str, before: object, sides: Sequence[Side], loss: Callable[..., float]) -> None:
+        self.learned[part] = {"before": {"loss": loss(before), "steps": 0, "seconds": 0.0}}
+        for side in tqdm(sides, desc=f"held-out loss: {part}", unit="side"):
+            run = side.build(self.options.learn_pairs)
             began = time.perf_counter()
-            generator = run()
+            trained = run()
             wait_for(self.place.device)
             seconds = time.perf_counter() - began
-            loss = answer_loss(generator, held_out, options.generator_batch)
-            self.learned[name] = {"loss": loss, "steps": -(-options.learn_pairs // batch), "seconds": seconds}
+            steps = -(-self.options.learn_pairs // side.warm_up)
+            self.learned[part][side.name] = {"loss": loss(trained), "steps": steps, "seconds": seconds}
 
     # ---- results
 
@@ -161,9 +197,8 @@ class Benchmark:
             rates = {}
             for part, sides in ways.items():
                 measured = self.measured.get(part, {})
-                first = next((side for side in sides if side in measured), None)
-                if first is not None:
-                    rates[part] = measured[first].rate
+                if known := [measured[side].rate for side in sides if side in measured]:
+                    rates[part] = max(known)
             if len(rates) == len(PARTS):
                 found[name] = round_seconds(rates, pairs=self.options.round_pairs, passages=self.options.round_passages)
         return found
@@ -263,6 +298,12 @@ def add_data(group: argparse._ArgumentGroup) -> None:
     add("--vocabulary", type=int, default=50257, help="its vocabulary")
     add("--device", help="cpu or cuda; none: cuda if available")
     add("--precision", choices=("fp32", "bf16"), help="of all training; none: bf16 on a GPU, else fp32")
+    add("--bf16_sides", action="store_true", help="the libraries' trainers in bf16 too; on if --precision is bf16")
+    add(
+        "--fed_rag_python",
+        metavar="PATH",
+        help='interpreter of an environment for FedRAG (pip install "fed-rag[huggingface]"); none: without FedRAG',
+    )
     add("--seed", type=int, default=42, help="seed of every random choice")
     add("--json", help="output file for all numbers of all repetitions")
 
@@ -271,11 +312,12 @@ def add_amounts(group: argparse._ArgumentGroup) -> None:
     """Add the numbers of rows and repetitions."""
     for name, default, meaning in (
         ("repeats", 3, "repetitions, in which the sides alternate, after one warm-up"),
-        ("pairs", 128, "QA pairs of a repetition: ours and transformers.Trainer"),
+        ("pairs", 128, "QA pairs of a repetition: ours and the libraries' trainers"),
         ("reference_pairs", 16, "QA pairs of a repetition: reference loop"),
         ("learn_pairs", 128, "questions after which the losses are compared; 0: no comparison"),
         ("held_out", 64, "questions on which the losses are measured"),
         ("retriever_pairs", 128, "pairs of a repetition of the retriever"),
+        ("supervised_pairs", 16, "pairs of a repetition of the LM-supervised retriever (with --fed_rag_python)"),
         ("index_passages", 256, "passages of a repetition of the index"),
         ("searched_passages", 1000, "passages that retrieval searches"),
         ("retrieval_questions", 512, "questions of a repetition of retrieval: ours"),
@@ -291,7 +333,7 @@ def add_amounts(group: argparse._ArgumentGroup) -> None:
 def add_training(group: argparse._ArgumentGroup) -> None:
     """Add batch sizes, lengths, and the learning rate."""
     for name, default, meaning in (
-        ("generator_batch", 32, "pairs of a generator step: ours and transformers.Trainer"),
+        ("generator_batch", 32, "pairs of a generator step: ours and the libraries' trainers"),
         ("reference_batch", 4, "pairs of a generator step: reference loop"),
         ("pad_to", 256, "tokens to which the reference loop pads"),
         ("retriever_batch", 64, "pairs of a retriever step, all sides"),

@@ -26,6 +26,7 @@ from transformers import (
 
 from benchmarks.shared import stub_modules
 from cozyrag.errors import InputError
+from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import Example, encode_examples
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.passage_index import Passages
@@ -124,9 +125,9 @@ class Prompts:
     examples: list[Example]
 
 
-def make_prompts(asked: Asked, passages: Passages, tokenizer, *, context_tokens: int, max_length: int) -> Prompts:
-    """Prompts whose contexts fill the budget."""
-    contexts = []
+def make_prompts(asked: Asked, passages: Passages, generator: Generator, *, context_tokens: int) -> Prompts:
+    """Prompts in the generator's layout whose contexts fill the budget."""
+    contexts, tokenizer = [], generator.tokenizer
     for gold in asked.gold:
         near = [(gold + step) % len(passages.ids) for step in range(NEIGHBOURS)]
         ids = tokenizer("\n".join(passages.select(near)), add_special_tokens=False, verbose=False)["input_ids"]
@@ -137,7 +138,8 @@ def make_prompts(asked: Asked, passages: Passages, tokenizer, *, context_tokens:
         contexts=contexts,
         answers=asked.answers,
         context_tokens=context_tokens,
-        max_length=max_length,
+        max_length=generator.max_length,
+        layout=generator.layout,
     )
     return Prompts(asked.questions, contexts, asked.answers, examples)
 
@@ -187,6 +189,13 @@ class Models:
             return Retriever.load_embedded(max_tokens=max_tokens, device=device)
         folder = self.random_retriever if self.retriever == "random" else self.retriever
         return Retriever.load(folder, max_tokens=max_tokens, device=device)
+
+    @cached_property
+    def retriever_folder(self) -> str:
+        """The retriever as a folder, for processes that cannot import the package."""
+        folder = str(Path(self._folder.name) / "any-retriever")
+        self.load_retriever("cpu").save(folder)
+        return folder
 
     @cached_property
     def random_retriever(self) -> str:

@@ -5,15 +5,19 @@
     python -m benchmarks.speed.round --questions squad_train.jsonl.gz --pairs 4096 --reference_pairs 512      # on a GPU
 
 Four parts of a round, at the size of the default models (distilgpt2's shape with random weights, all-MiniLM-L6-v2):
-generator  training of the generator: ours, the reference loop (reference_loop.py), transformers.Trainer
+generator  training of the generator: ours, the reference loop (reference_loop.py), transformers.Trainer, TRL's
+           SFTTrainer (if installed: pip install trl)
 retriever  training of the retriever: ours, SentenceTransformerTrainer, its loss in a plain loop
 index      vectors of passages: ours (with those of all sentences), SentenceTransformer.encode
 retrieval  questions to contexts, encoding included: ours, one question and one sentence at a time
 
+With --fed_rag_python, FedRAG's trainers run in that environment: RALT for the generator, and LSR for the retriever
+beside our LM-supervised training. Libraries' trainers run as they come, and in bf16 too with --bf16_sides.
+
 The sides alternate, and the table has the median over --repeats, the lowest, and the highest. Sides may process
 different numbers of rows, because rows per second are compared. The generator part also measures matrix products and
-the share of their rate that ours achieves, and the held-out loss of both loops after the same questions
-(--learn_pairs).
+the share of their rate that ours achieves. Of generator and retriever, the loss on held-out questions is measured after
+each side has trained on the same questions (--learn_pairs).
 
 Without datasets and faiss, the parts generator, retriever (without SentenceTransformerTrainer), and index run on
 .jsonl(.gz) files; retrieval needs both. Left out: several processes or GPUs, evaluation, saving.
@@ -29,7 +33,7 @@ from statistics import median
 from benchmarks.shared import stub_modules
 from benchmarks.shared.measuring import ratios, spread
 from benchmarks.shared.round_benchmark import PARTS, PEAK, UNITS, Benchmark, parse
-from benchmarks.shared.training_sides import OURS, ST_TRAINER
+from benchmarks.shared.training_sides import OURS, SFT, ST_TRAINER, has_trl
 from cozyrag.cli import entry_point
 
 FORMULA = (
@@ -72,16 +76,16 @@ def round_table(benchmark: Benchmark) -> list[str]:
     ]
 
 
-def learned_table(benchmark: Benchmark) -> list[str]:
-    """A row for the held-out loss of each loop."""
-    count = benchmark.options.learn_pairs
+def learned_table(benchmark: Benchmark, part: str) -> list[str]:
+    """A row for the held-out loss of each side of a part."""
+    unit = {"generator": "loss per answer token", "retriever": "contrastive loss per question"}[part]
     lines = [
-        f"| after {count} questions | loss per answer token, held-out questions | steps | seconds |",
+        f"| after {benchmark.options.learn_pairs} questions, {part} | {unit}, held-out questions | steps | seconds |",
         "|---|---:|---:|---:|",
     ]
     return lines + [
         f"| {name} | {each['loss']:.3f} | {each['steps']} | {each['seconds']:.1f} |"
-        for name, each in benchmark.learned.items()
+        for name, each in benchmark.learned[part].items()
     ]
 
 
@@ -97,8 +101,7 @@ def report(benchmark: Benchmark) -> str:
             ]
         )
     blocks.append(round_table(benchmark))
-    if benchmark.learned:
-        blocks.append(learned_table(benchmark))
+    blocks += [learned_table(benchmark, part) for part in benchmark.learned]
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -108,6 +111,8 @@ def missing_parts(only: Sequence[str]) -> list[str]:
     lines = []
     if stub_modules.MISSING and "retrieval" in only:
         lines.append(f"Left out, because {names} cannot be imported: retrieval, and therefore the whole round.")
+    if "generator" in only and not has_trl():
+        lines.append(f"Left out: {SFT}. It needs datasets, and trl: pip install trl")
     if "datasets" in stub_modules.MISSING and "retriever" in only:
         lines.append(f"Left out, because datasets cannot be imported: {ST_TRAINER}. Its loss runs in a plain loop.")
     return lines

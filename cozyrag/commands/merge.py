@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cozyrag.errors import InputError
-from cozyrag.runtime.atomic_files import replacing
+from cozyrag.runtime.atomic_files import folder_bytes
+from cozyrag.runtime.folder_lock import new_folder
 from cozyrag.runtime.terminal import one_line, say
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-NOT_COPIED = ("checkpoints", "trackers", ".lock", "*.partial")
+NOT_COPIED = ("checkpoints", "trackers", "*.lock", "*.partial")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +54,6 @@ def merge(output: str, folder: str) -> Path:
 
     source, target = Path(output), Path(folder)
     pair = read_pair(source)
-    if target.exists():
-        raise InputError(f"cozyrag merge: expected a new FOLDER, but {target.absolute()} exists. Give another name.")
     trained = str(source / "generator")
     adapter = read_adapter(trained)
     if adapter is None:
@@ -64,7 +63,8 @@ def merge(output: str, folder: str) -> Path:
     tokenizer = Generator.load(trained).tokenizer
     base, _ = load_causal_lm(adapter.base, revision=adapter.revision, dropout=0.0, token=None, chat_template=False)
     generator = Generator(merged(trained, base), tokenizer)
-    with replacing(target, needed=2 * generator.saved_bytes()) as coming:
+    needed = folder_bytes(source) + generator.saved_bytes()
+    with new_folder(target, "the merged pair", needed=needed) as coming:
         shutil.copytree(source, coming, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
         for name in ADAPTER_FILES:
             (coming / "generator" / name).unlink(missing_ok=True)

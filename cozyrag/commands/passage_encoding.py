@@ -32,6 +32,7 @@ from cozyrag.retrieval.faiss_index import SENTENCE_VECTORS, memory_of, open_vect
 from cozyrag.retrieval.index_file import FILES, LISTS, made_by
 from cozyrag.retrieval.passage_index import Passages, write_index
 from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors, store_passages, write_vectors
+from cozyrag.runtime.atomic_files import PARTIAL, flush, writing
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.folder_lock import LOCK
 from cozyrag.runtime.precision import fitting
@@ -49,7 +50,7 @@ def build_index(options: argparse.Namespace) -> None:
     sentences = not options.no_sentence_vectors and retriever.reads_sentences
     precision = retriever.reads_in(options.index_precision)
     work = _Workspace(Path(options.output), retriever.fingerprint(), precision, sentences)
-    with locked(accelerator, work.folder, "--output"):
+    with locked(accelerator, work.folder, "--output"), writing(work.folder):
         _index(accelerator, retriever, work, options, started)
     accelerator.end_training()
 
@@ -104,13 +105,21 @@ class _Workspace:
                     "Name another folder."
                 )
         self.shards.mkdir(parents=True, exist_ok=True)
+        for path in (*self.place.iterdir(), *self.shards.glob(f"*{PARTIAL}")):
+            if path.is_file():  # of a run that was stopped; only shards are used again
+                path.unlink()
 
     def publish(self) -> None:
         """Move the finished files to the output; without its index.json, removed first, no partial index is read."""
+        names = [*([LISTS] if (self.place / LISTS).exists() else []), *FILES]
+        for name in names:
+            flush(self.place / name)
         (self.folder / "index.json").unlink(missing_ok=True)
         (self.folder / LISTS).unlink(missing_ok=True)
-        for name in (*([LISTS] if (self.place / LISTS).exists() else []), *FILES):
+        flush(self.folder)
+        for name in names:  # index.json comes last
             os.replace(self.place / name, self.folder / name)
+        flush(self.folder)
         shutil.rmtree(self.place)
 
 

@@ -37,7 +37,7 @@ from cozyrag.data.ingest import gather
 from cozyrag.data.ingest_assemble import Summary, assemble, check_destination, summary_path
 from cozyrag.data.ingest_worker import Cutting, read_counts
 from cozyrag.data.rows import SHOWN, BadRows, printable
-from cozyrag.errors import InputError
+from cozyrag.runtime.atomic_files import write_text, writing
 from cozyrag.runtime.folder_lock import LOCK, held
 from cozyrag.runtime.terminal import one_line, say
 
@@ -70,7 +70,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     check_destination(options.output, options.inputs)
     folder = Path(f"{options.output}.parts")
     with held(Path(f"{options.output}{LOCK}"), f"--output: another `cozyrag passages` is writing {options.output}"):
-        _passages(options, folder, started)
+        with writing(Path(options.output)):
+            _passages(options, folder, started)
 
 
 def _passages(options: argparse.Namespace, folder: Path, started: float) -> None:
@@ -97,16 +98,10 @@ def _passages(options: argparse.Namespace, folder: Path, started: float) -> None
     summary.notes = bad.notes
     summary.unknown_files, summary.unknown_files_first = len(unknown), unknown[:SHOWN]
     assemble(parts, options.output, near=options.near_duplicates, keep_repeats=options.keep_duplicates, summary=summary)
-    if not summary.passages:
-        os.remove(options.output)
-        raise InputError(
-            f"Expected texts of at least {options.min_characters} characters in these inputs, found none. Check them, "
-            "or lower --min_characters."
-        )
     summary.seconds = round(time.perf_counter() - started, 2)
     summary.cpu_seconds = round(sum(os.times()[:4]), 2)  # of this process and its workers, which have ended
     facts = json.dumps(vars(summary), indent=2, ensure_ascii=False) + "\n"
-    summary_path(options.output).write_text(printable(facts), "utf-8")
+    write_text(summary_path(options.output), printable(facts))
     shutil.rmtree(folder)
     say(summary.lines(one_line(options.output)) + (f"\n{report}" if report else ""))
 

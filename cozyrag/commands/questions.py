@@ -27,12 +27,11 @@ Left out: judging whether an answer is correct.
 """
 
 import argparse
-import gzip
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,8 +44,9 @@ from cozyrag.data.matching import fold, word_forms, words
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.questions import Question, stream_questions
 from cozyrag.data.readers import Sources, size_of
-from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows
-from cozyrag.runtime.json_lines import json_line
+from cozyrag.data.rows import COLUMNS, BadRows, Columns, no_rows, printable
+from cozyrag.runtime.atomic_files import replacing_file, write_text
+from cozyrag.runtime.json_lines import json_line, open_for_lines
 from cozyrag.runtime.terminal import one_line, say
 
 OUTPUTS = (".jsonl", ".jsonl.gz")
@@ -269,15 +269,12 @@ def _report(checked: Sequence[Checked], kept: Sequence[Checked], options: argpar
 
 
 def _write(output: str, kept: Sequence[Checked]) -> None:
-    beside = f"{output}.{os.getpid()}"
-    packed = output.lower().endswith(".gz")
-    with gzip.open(beside, "wt", 6, "utf-8") if packed else open(beside, "w", encoding="utf-8", newline="\n") as file:
+    with replacing_file(Path(output)) as beside, open_for_lines(beside, packed=output.lower().endswith(".gz")) as file:
         file.writelines(json_line(each.row()) for each in kept)
-    os.replace(beside, output)
 
 
 def _write_summary(options: argparse.Namespace, checked: Sequence[Checked], kept: int, bad: BadRows) -> None:
     odd = dict(Counter(kind for each in checked for kind in each.problems))
     facts = {"read": len(checked), "kept": kept, "bad_rows": bad.count, "bad_rows_first": bad.first, "odd": odd}
     facts["settings"] = vars(options)
-    summary_path(options.output).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_text(summary_path(options.output), printable(json.dumps(facts, indent=2, ensure_ascii=False) + "\n"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cozyrag.data.documents import HUB, InputSource, read_container
-from cozyrag.data.ingest_worker import Cutting, WorkBatch, make_part, one_bad_row
+from cozyrag.data.ingest_worker import Cutting, WorkBatch, is_intact, make_part, one_bad_row
 from cozyrag.data.outline import Article
 from cozyrag.data.rows import BadRows
 from cozyrag.errors import InputError
@@ -25,13 +25,13 @@ from cozyrag.runtime.terminal import say_above_bars
 
 CHARACTERS = 2_000_000  # of text in one batch
 FILES = 2_000  # in one batch at most
-VERSION = 5  # of the content of a part: parts of another version are not reused
+VERSION = 6  # of the content of a part: parts of another version are not reused
 
 
 def gather(sources: Sequence[InputSource], folder: Path, cutting: Cutting, *, workers: int, bad: BadRows) -> list[Path]:
     """Cut all sources into part files in `folder`, returned in the order of the sources; existing parts are kept."""
     folder.mkdir(exist_ok=True)
-    existing, parts = {path.name for path in folder.glob("*.parquet")}, list[Path]()
+    existing, parts = {path.name for path in folder.glob("*.parquet") if is_intact(path)}, list[Path]()
     size = None if any(source.format == HUB for source in sources) else sum(source.size for source in sources)
     with tqdm(total=size, desc="reading and cutting", unit="B", unit_scale=True) as bar:
         if existing:

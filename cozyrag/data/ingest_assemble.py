@@ -5,7 +5,6 @@ same ids. A passage keeps its source, url and page; of equal texts, those of the
 (ingest.py).
 """
 
-import gzip
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,8 @@ from cozyrag.data.passages import passage_id
 from cozyrag.data.readers import kind_of
 from cozyrag.data.streams import PACKED
 from cozyrag.errors import InputError
-from cozyrag.runtime.json_lines import json_line
+from cozyrag.runtime.atomic_files import replacing_file, reserve
+from cozyrag.runtime.json_lines import json_line, open_for_lines
 
 OUTPUTS = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS = 4096  # rows written together
@@ -124,8 +124,10 @@ def assemble(parts: Sequence[Path], output: str, *, near: float | None, keep_rep
 
 def _near(parts: Sequence[Path], count: int, least: float) -> np.ndarray:
     """Which passages nearly repeat earlier ones; the signatures are on disk meanwhile."""
-    path, start = parts[0].with_name("signatures.bin"), 0
-    signs = np.memmap(path, dtype=np.uint8, mode="w+", shape=(max(count, 1), BINS))
+    path, start, shape = parts[0].with_name("signatures.bin"), 0, (max(count, 1), BINS)
+    with path.open("wb") as file:
+        reserve(file, shape[0] * shape[1])
+    signs = np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
     for part in parts:
         column = pq.read_table(part, columns=["signature"])["signature"].combine_chunks()
         rows = np.frombuffer(column.buffers()[1], dtype=np.uint8)[: len(column) * BINS].reshape(-1, BINS)
@@ -137,10 +139,12 @@ def _near(parts: Sequence[Path], count: int, least: float) -> np.ndarray:
 def _written(
     parts: Sequence[Path], output: str, left_out: np.ndarray, seen: Counter[str] | None, summary: Summary
 ) -> np.ndarray:
-    """Write the output, renamed when complete; returns the words of every passage, kept or not."""
+    """Write the output, renamed when complete; returns the words of every passage, kept or not.
+
+    Raises InputError if none is left.
+    """
     words, row = np.zeros(len(left_out), dtype=np.int32), 0
-    beside = f"{output}.{os.getpid()}"
-    with _writer(beside, output) as write:
+    with replacing_file(Path(output)) as beside, _writer(beside, output) as write:
         for batch in _batches(parts):
             texts = batch["text"].to_pylist()
             counts = [len(text.split()) for text in texts]
@@ -152,7 +156,11 @@ def _written(
             summary.words += sum(counts[i] for i in kept)
             summary.characters += sum(len(texts[i]) for i in kept)
             row += len(texts)
-    os.replace(beside, output)
+        if not summary.passages:
+            raise InputError(
+                f"Expected texts of at least {summary.settings['min_characters']} characters in these inputs, found "
+                "none. Check them, or lower --min_characters."
+            )
     return words
 
 
@@ -171,14 +179,13 @@ def _batches(parts: Sequence[Path]) -> Iterator[pa.RecordBatch]:
 
 
 @contextmanager
-def _writer(path: str, output: str) -> Iterator[Callable[[pa.Table], object]]:
+def _writer(path: Path, output: str) -> Iterator[Callable[[pa.Table], object]]:
     """A function that writes tables in the format given by the name of the output."""
     if kind_of(output) == ".parquet":
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as parquet:
             yield parquet.write_table
         return
-    packed = output.lower().endswith(".gz")
-    with gzip.open(path, "wt", 6, "utf-8") if packed else open(path, "w", encoding="utf-8", newline="\n") as file:
+    with open_for_lines(path, packed=output.lower().endswith(".gz")) as file:
         yield lambda table: file.writelines(map(_line, table.to_pylist()))
 
 

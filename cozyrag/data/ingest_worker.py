@@ -6,7 +6,6 @@ each passage carries a hash for that, and a signature if wanted.
 """
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from cozyrag.data.outline import Article
 from cozyrag.data.rows import COLUMNS, BadRows, Columns
 from cozyrag.data.sentences import Span
 from cozyrag.errors import InputError
+from cozyrag.runtime.atomic_files import replacing_file
+from cozyrag.runtime.machine_faults import is_environment
 
 TOGETHER = 2000  # passages held before they are written
 TEXTS = ("title", "text", "source", "url")
@@ -72,11 +73,15 @@ class Counts:
 
 
 def make_part(batch: WorkBatch) -> int:
-    """Cut a batch and write its part file, renamed when complete; returns the size of the batch."""
+    """Cut a batch and write its part file, renamed when complete; returns the size of the batch.
+
+    It is not flushed to disk: its pages have checksums, and a damaged one is made again (see `is_intact`).
+    """
     counts, bad = Counts(), BadRows()
     schema = pa.schema([*FIELDS, SIGNATURE] if batch.cutting.signed else FIELDS)
-    beside = f"{batch.path}.{os.getpid()}"
-    with pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+    how = {"compression": "zstd", "write_page_checksum": True}
+    path = Path(batch.path)
+    with replacing_file(path, flushed=False) as beside, pq.ParquetWriter(beside, schema, **how) as writer:
         held = list[Passage]()
         for article in _articles(batch, bad):
             held += _passages(article, batch.cutting, counts)
@@ -86,8 +91,19 @@ def make_part(batch: WorkBatch) -> int:
         writer.write_table(_table(held, schema))
         counts.bad, counts.bad_first, counts.notes = bad.count, bad.first, bad.notes
         writer.add_key_value_metadata({"counts": json.dumps(vars(counts))})
-    os.replace(beside, batch.path)
     return batch.size
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a part file is what was written: after a power cut it may be cut or zeroed."""
+    try:
+        read_counts(path)
+        pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        if is_environment(error):
+            raise
+        return False
+    return True
 
 
 def read_counts(path: str | Path) -> Counts:

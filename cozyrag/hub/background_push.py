@@ -15,6 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from cozyrag.errors import InputError
 from cozyrag.hub.push import push_command, push_pair
 from cozyrag.pair_file import PAIR_FILE
+from cozyrag.runtime.atomic_files import settle
 
 WAITING = "pushing"  # folder of the output folder; checkpointing.py knows it as the run's own
 PIECES = ("generator", "retriever", "index")
@@ -35,7 +36,7 @@ def push_run(
     if (folder / PAIR_FILE).exists():
         for copy in waiting(folder):
             push_pair(copy, repo_id, private=private, tag=copy.name, info=info, kept=folder, again=again)
-            shutil.rmtree(copy)
+            shutil.rmtree(copy, ignore_errors=True)  # another `cozyrag push` may have been faster
     return push_pair(folder, repo_id, private=private, tag=tag, info=info)
 
 
@@ -92,12 +93,11 @@ class BackgroundPush:
     def _copy(self, tag: str) -> None:
         final = self.folder / WAITING / tag
         partial = final.with_name(f"{tag}.partial")
-        for stale in (partial, final):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         for piece in PIECES:
             shutil.copytree(self.folder / piece, partial / piece, symlinks=True)  # which a push refuses
         shutil.copy2(self.folder / PAIR_FILE, partial / PAIR_FILE)
-        partial.rename(final)
+        settle(partial, final)
 
     def _drop_oldest(self) -> None:
         with self._lock:

@@ -23,6 +23,8 @@ from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
 from cozyrag.retrieval.index_file import made_by, precision_of, read_facts
 from cozyrag.runtime.assets import shipped_folder
+from cozyrag.runtime.atomic_files import write_text
+from cozyrag.runtime.contents import read_object
 from cozyrag.runtime.hardware import energy_sentence, machine_sentence
 from cozyrag.runtime.precision import MEASURED, display_name
 
@@ -151,10 +153,10 @@ def write_cards(
         }
         data = _model_data(role, settings, base, evaluated[-1:])
         card = ModelCard.from_template(data, template_path=str(templates / f"{role}.md"), **own)
-        card.save(folder / role / CARD)
+        write_text(folder / role / CARD, str(card))
     own = {**facts, "fingerprint": str(made_by(folder / "index")), "licences": _licences("index", settings, "")}
     index = DatasetCard.from_template(_index_data(settings, run), template_path=str(templates / "index.md"), **own)
-    index.save(folder / "index" / CARD)
+    write_text(folder / "index" / CARD, str(index))
 
 
 def _facts(settings: Mapping, defaults: Mapping, rows: Sequence[Mapping], run: Mapping) -> dict[str, str]:
@@ -334,7 +336,7 @@ def _licences(role: str, settings: Mapping, base: str) -> str:
 def _retriever_prompts(folder: Path) -> dict[str, str]:
     """The prompts that were saved with a retriever, as JSON strings; empty if it has none."""
     path = folder / "config_sentence_transformers.json"
-    saved = json.loads(path.read_text(encoding="utf-8")).get("prompts", {}) if path.exists() else {}
+    saved = read_object(path, "Copy the pair's folder again.").get("prompts", {}) if path.exists() else {}
     kinds = {kind: saved.get(kind) or "" for kind in ("query", "document")}
     return {kind: json.dumps(text, ensure_ascii=False) for kind, text in kinds.items()} if any(kinds.values()) else {}
 

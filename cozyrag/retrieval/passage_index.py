@@ -9,7 +9,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from cozyrag.retrieval.faiss_index import (
     tune,
 )
 from cozyrag.retrieval.index_file import COPY_AGAIN, LISTS, checked_facts, hashed, keeps_sentences, write_facts
-from cozyrag.runtime.atomic_files import save_tensors
+from cozyrag.runtime.atomic_files import flush, save_tensors
 from cozyrag.runtime.machine_faults import fault_sentence, is_environment
 
 PASSAGES = "passages.parquet"
@@ -344,11 +344,14 @@ def _mapped(path: Path) -> Dataset:
     key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     kept = Path(datasets.config.HF_DATASETS_CACHE) / "cozyrag" / f"{key}.arrow"
     if kept.exists():
-        return Dataset.from_file(str(kept))
+        with suppress(pyarrow.ArrowException, OSError):  # damaged: made again
+            return Dataset.from_file(str(kept))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
-            os.replace(_as_arrow(path, Path(beside)), kept)
+            made = _as_arrow(path, Path(beside))
+            flush(made)
+            os.replace(made, kept)
         return Dataset.from_file(str(kept))
     except OSError:
         # Without its name the file stays readable while it is mapped.

@@ -7,7 +7,6 @@ retriever and the processes (commands/index.py), and search (passage_index.py).
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,13 +25,14 @@ from cozyrag.errors import InputError
 from cozyrag.retrieval.faiss_index import COLUMN, SENTENCE_ENDS, SENTENCE_VECTORS, open_vectors
 from cozyrag.retrieval.index_file import check_index_contents, keeps_sentences, made_by, precision_of
 from cozyrag.retrieval.passage_index import FIELDS, Passages, passage_text
-from cozyrag.runtime.atomic_files import save_tensors, writing
+from cozyrag.runtime.atomic_files import replacing_file, reserve, save_tensors
 from cozyrag.runtime.contents import HASH
 from cozyrag.runtime.machine_faults import is_environment
 from cozyrag.runtime.tensor_files import TYPES, read_header
 
 ROWS = 4096  # passages in a row group, which are read together
 COPIED = 8192  # passages whose vectors are copied at once: some 50 MB with their sentence vectors
+DELETE = "Delete that folder to make the index from the beginning."
 SCHEMA = pa.schema([(name, pa.string()) for name in (*FIELDS, METADATA)])
 
 
@@ -115,13 +115,13 @@ def known_vectors(folder: Path, shards: Path, fingerprint: str, *, sentences: bo
     found = []
     same = made_by(folder) == fingerprint and precision_of(folder) == precision
     if same and (not sentences or keeps_sentences(folder)):
-        check_index_contents(folder)
+        check_index_contents(folder, remedy=DELETE)
         path = folder / "vectors.safetensors"
         kept, vectors = _stored_hashes(folder / "passages.parquet"), open_vectors(path)
         if len(kept) != len(vectors):
             raise InputError(
                 f"Expected one vector for each of the {len(kept)} passages in {folder}, found {len(vectors)}: its "
-                "files belong to different indexes. Delete that folder to make the index from the beginning."
+                f"files belong to different indexes. {DELETE}"
             )
         found.append((kept, path))
     for path in sorted(shards.glob("*.safetensors")):
@@ -187,14 +187,13 @@ def encode_shards(
         if sentences is not None:
             tensors |= {SENTENCE_VECTORS: sentences.vectors, SENTENCE_ENDS: sentences.ends}
         name = hashlib.sha256(fingerprint.encode() + hashes[mine].tobytes()).hexdigest()[:20]
-        beside = shards / f"{name}.{os.getpid()}"
         digest = xxhash.xxh3_128()
         for each in sorted(tensors):
             digest.update(np.ascontiguousarray(tensors[each]).data)
         facts = _facts_of(fingerprint, precision, sentences is not None) | {HASH: digest.hexdigest()}
-        with writing(shards, needed=sum(tensor.nbytes for tensor in tensors.values())):
+        path, needed = shards / f"{name}.safetensors", sum(tensor.nbytes for tensor in tensors.values())
+        with replacing_file(path, needed=needed, flushed=False) as beside:  # `_intact` finds what a power cut did
             save_tensors(tensors, beside, metadata=facts)
-        os.replace(beside, shards / f"{name}.safetensors")
         done(len(mine))
 
 
@@ -244,5 +243,5 @@ def _create_tensors(path: Path, wanted: dict[str, tuple[str, tuple[int, ...]]]) 
     text = text.ljust(-(-len(text) // 8) * 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
+        reserve(file, 8 + len(text) + offset)
     return {name: open_vectors(path, name, mode="r+") for name in wanted}

@@ -1,16 +1,20 @@
 """Atomic writes that survive a power cut, and folders with a manifest that shows damage.
 
 Content is written beside its final name, flushed to disk, and renamed: a name stands for a complete file or folder, or
-does not exist. Left out: what the files are; nothing here knows a model or a run.
+does not exist. Left out: what the files are; nothing here knows a model or a run. One
+writer at a time: folder_lock.py.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,7 +22,7 @@ from safetensors.numpy import save_file
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.json_lines import json_line
-from cozyrag.runtime.machine_faults import FORBIDDEN, NO_SPACE, is_environment, machine_faults_told
+from cozyrag.runtime.machine_faults import FORBIDDEN, NO_SPACE, code_of, is_environment, machine_faults_told
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -34,18 +38,60 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write all rows atomically, one JSON object per line. Raises InputError as `write_json`."""
-    write_text(path, "".join(map(json_line, rows)))
+def write_jsonl(path: Path, rows: list[dict], *, flushed: bool = True) -> None:
+    """Write all rows atomically, one JSON object per line. `flushed`, and what it raises: as `replacing_file`."""
+    write_text(path, "".join(map(json_line, rows)), flushed=flushed)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that a reader never sees half a file. Raises InputError as `write_json`."""
-    with writing(path, needed=len(text.encode())):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + PARTIAL)
+def write_text(path: Path, text: str, *, flushed: bool = True) -> None:
+    """Write a text atomically. `flushed`, and what it raises: as `replacing_file`."""
+    with replacing_file(path, needed=len(text.encode()), flushed=flushed) as beside:
         beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path, *, needed: int = 0, flushed: bool = True) -> Iterator[Path]:
+    """A place to write a file to, which gets the name `path` when it is complete; on an error it is removed.
+
+    Args:
+        needed: bytes, as far as they are known. flushed: whether a power cut must not harm it either; of a file that is
+            checked when it is read and made again, and of one in a folder that is flushed as a whole, it may.
+
+    Raises:
+        InputError: as `writing`, or `path` is a folder, a pipe or a device.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two processes may write the same file
+    if path.exists() and not path.is_file():
+        raise InputError(f"Expected to write a file, but {path.absolute()} is something else. Give another name.")
+    flushed = flushed and not any(part.endswith(PARTIAL) for part in path.parent.parts)
+    with writing(path, needed=needed):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            if flushed:
+                flush(beside)
+            beside.replace(path)
+            if flushed:
+                flush(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def is_partial_of(name: str, names: Iterable[str]) -> bool:
+    """Whether this is the name of an unfinished file or folder of one of these."""
+    whole, partial, _ = name.rpartition(PARTIAL)
+    return bool(partial) and (whole in names or re.sub(r"\.\d+$", "", whole) in names)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Give a new file its size, and the disk space for it: writing to a mapped file without would kill the process.
+
+    Raises InputError as `check_room`, OSError.
+    """
+    check_room(Path(file.name), size)
+    if sys.platform == "linux" and size:
+        os.posix_fallocate(file.fileno(), 0, size)
+    file.truncate(size)
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -66,11 +112,11 @@ def writing(path: Path, *, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        code = error.errno if isinstance(error, OSError) else None
+        code = code_of(error)
         if code in FORBIDDEN:
             raise InputError(
                 f"Expected to write {path.absolute()}, but that is not allowed ({os.strerror(code)}). What was saved "
-                "before stays; make the folder writable, or give another --output_dir."
+                "before stays; make the folder writable, or give another place."
             ) from error
         if code in NO_SPACE or any(sign in str(error) for sign in FULL) or _free(path) < needed:
             raise InputError(_no_room(path, needed)) from error
@@ -100,37 +146,47 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, *, needed: int = 0) -> Iterator[Path]:
-    """A folder to fill, which gets the name `folder` when it is complete and on disk; on an error it is removed."""
+def replacing(folder: Path, *, needed: int = 0, kept: bool = True) -> Iterator[Path]:
+    """A folder to fill, which gets the name `folder` when it is complete and on disk; on an error it is removed.
+
+    Args:
+        needed: bytes. kept: whether to `seal` and flush it, which what can be made again does without.
+    """
     partial = folder.with_name(folder.name + PARTIAL)
     with writing(folder, needed=needed):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
-            seal(partial)
-            settle(partial, folder)
+            if kept:
+                seal(partial)
+            settle(partial, folder, flushed=kept)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # what does not fit must not fill the disk
 
 
-def settle(partial: Path, folder: Path) -> None:
-    """Flush a folder to disk, then give it its final name. Its files get the permissions that the umask gave to it:
-    safetensors would leave weights to their owner alone.
+def settle(partial: Path, folder: Path, *, flushed: bool = True) -> None:
+    """Flush a folder to disk, if it is to be `flushed`, then give it its final name.
+
+    Its files get the permissions that the umask gave to it: safetensors would leave weights to their owner alone.
     """
     mode = partial.stat().st_mode & 0o666
     for path in partial.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-        _flush(path)
-    _flush(partial)
+        if flushed:
+            flush(path)
+    if flushed:
+        flush(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -197,6 +253,6 @@ def switch(folder: Path) -> None:
         if place.exists():
             place.rename(leaving / new.name)
         new.rename(place)
-    _flush(folder)
+    flush(folder)
     shutil.rmtree(coming)
     shutil.rmtree(leaving)

@@ -6,9 +6,10 @@ readers report bad rows (data/readers.py), and atomic writing (atomic_files.py).
 """
 
 import errno
+import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.machine_faults import machine_faults_told
@@ -20,6 +21,11 @@ SPLITTING = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
 def json_line(row: object, **how: Any) -> str:
     """A line of a JSON Lines file, with its newline. how: as for `json.dumps`."""
     return json.dumps(row, **({"ensure_ascii": False} | how)).translate(SPLITTING) + "\n"
+
+
+def open_for_lines(path: Path, *, packed: bool) -> TextIO:
+    """A new file to write lines to, compressed with gzip if `packed`."""
+    return gzip.open(path, "wt", 6, "utf-8") if packed else open(path, "w", encoding="utf-8", newline="\n")
 
 
 def append_json_line(path: Path, row: object) -> None:

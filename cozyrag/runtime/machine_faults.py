@@ -43,7 +43,7 @@ def fault_sentence(error: BaseException, path: Path | None = None) -> str | None
         return (
             f"There is not enough memory{f' for {path}' if path else ''}. Close other programs, or give it less to do."
         )
-    code, where = _code(error), getattr(error, "filename", None) or path
+    code, where = code_of(error), getattr(error, "filename", None) or path
     if code not in REMEDIES or (where is None and code not in ENVIRONMENT):
         return None
     place = f"{where}: " if where is not None else ""
@@ -52,7 +52,7 @@ def fault_sentence(error: BaseException, path: Path | None = None) -> str | None
 
 def is_environment(error: BaseException) -> bool:
     """Whether an error is of the machine, so that it says nothing about the content of a file."""
-    return isinstance(error, MemoryError) or _code(error) in ENVIRONMENT
+    return isinstance(error, MemoryError) or code_of(error) in ENVIRONMENT
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def check_readable(paths: Iterable[Path]) -> None:
                 path.open("rb").close()
 
 
-def _code(error: BaseException) -> int:
+def code_of(error: BaseException) -> int:
     """The number of the error of the operating system; 0 if it has none."""
     if not isinstance(error, OSError):
         return 0

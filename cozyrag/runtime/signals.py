@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run that is training saves first, any other ends at once.
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal): a run that is training saves first, any other ends at once.
 
 Left out: what is saved and how (checkpointing.py), and leaving the process (cli.py).
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 PATIENCE = 25.0  # seconds from the signal to the end, saved or not: launchers send SIGKILL after 30
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,7 +39,8 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # by nohup
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS if number not in ignored}
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._too_late)
         try:
             yield
@@ -67,7 +68,8 @@ class Interrupts:
             raise Interrupted(number)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         line = f"\n{signal.Signals(number).name}: saving after this step, then ending.\n"
-        os.write(2, line.encode())  # not through sys.stderr, which may be in the middle of a progress bar
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, line.encode())  # not through sys.stderr, which may be in the middle of a progress bar
 
     def _too_late(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted(self.received or signal.SIGTERM)

@@ -1,12 +1,18 @@
 """Text on the screen: what other people wrote cannot steer a terminal, nor look like a line of ours.
 
-Every line of the package is printed here; texts, titles, names of files and answers come from anywhere. Left out:
-progress bars, whose descriptions are ours, and `--help`.
+Every line of the package is printed here; texts, titles, names of files and answers come from anywhere. What cannot be
+printed ends nothing. Left out: progress bars, whose descriptions are ours, and `--help`.
 """
 
+import contextlib
+import errno
+import os
 import re
 import sys
-from typing import TextIO
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from cozyrag.errors import InputError
 
 # control characters but for tab and line feed, separators of lines, embeddings, overrides and isolates of direction,
 # lone surrogates
@@ -33,3 +39,55 @@ def say_above_bars(text: str, *, file: TextIO | None = None) -> None:
     from tqdm.auto import tqdm  # most commands that print have no bar
 
     tqdm.write(escaped(text), file=file or sys.stdout)
+
+
+class _Lasting:
+    """A standard stream that takes text even if it is closed or its disk is full: then into nothing."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.fault: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._guarded():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._guarded():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.fault = error
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())  # what is still buffered goes there too
+            os.close(nothing)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Inside, standard output and error that are closed (`| head -1`) or on a full disk end no command."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Lasting(stream or open(os.devnull, "w")) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def check_printed() -> None:
+    """Raise InputError if lines could not be printed, for a command whose result they are.
+
+    A reader who closes a pipe wants no more of them, so nothing is missing.
+    """
+    sys.stdout.flush()
+    fault = getattr(sys.stdout, "fault", None)
+    if fault and fault.errno != errno.EPIPE:
+        raise InputError(f"Lines are missing: standard output cannot be written ({fault.strerror}).")

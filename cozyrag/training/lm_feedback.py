@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import FLOAT32
 from cozyrag.retrieval.contexts import ContextBuilder
-from cozyrag.runtime.atomic_files import save_tensors, writing
+from cozyrag.runtime.atomic_files import replacing_file, save_tensors
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 
@@ -91,11 +91,8 @@ def answer_likelihoods(
 
 
 def _keep(path: Path, likelihoods: np.ndarray) -> None:
-    with writing(path, needed=likelihoods.nbytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        save_tensors({"likelihoods": likelihoods}, aside, metadata={"sha256": _digest(likelihoods)})
-        aside.replace(path)
+    with replacing_file(path, needed=likelihoods.nbytes, flushed=False) as beside:  # checked when it is read
+        save_tensors({"likelihoods": likelihoods}, beside, metadata={"sha256": _digest(likelihoods)})
 
 
 def _read(path: Path) -> tuple[np.ndarray | None, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cozyrag.errors import InputError
-from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, write_json, write_text
+from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, flush, is_partial_of, write_json, write_text
 from cozyrag.runtime.contents import read_object
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.folder_lock import LOCK, held
@@ -133,7 +133,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_foreign_files(folder: Path, content: list[str]) -> None:
-    foreign = [name for name in content if name.removesuffix(PARTIAL) not in OURS]
+    foreign = [name for name in content if not _is_ours(name)]
     if foreign:
         raise InputError(
             f"--overwrite_output_dir deletes the files of an earlier run, but {folder.absolute()} also holds "
@@ -154,12 +154,18 @@ def write_given(files: Mapping[Path, str], *, begun: bool) -> None:
 
 def clear_output(folder: Path) -> None:
     """Delete the files of an earlier run, and no others."""
-    for name in OURS:
-        for path in (folder / name, folder / (name + PARTIAL)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _is_ours(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a run or a command about it writes a file or folder of this name."""
+    return name.removesuffix(LOCK) in OURS or is_partial_of(name, OURS)
 
 
 @contextlib.contextmanager
@@ -184,4 +190,5 @@ def _remove_if_empty(folder: Path) -> None:
 
 def mark_finished(folder: Path, rounds: int) -> None:
     """Mark the run in the folder as finished."""
+    flush(folder / "metrics.jsonl")
     write_json(folder / FINISHED, {"rounds": rounds})

@@ -62,7 +62,8 @@ class RunLog:
 
     def _write(self) -> None:
         if self.accelerator.is_main_process:
-            write_jsonl(self.folder / "metrics.jsonl", self.rows)
+            # Not flushed at every row: after a power cut the rows come from the checkpoint.
+            write_jsonl(self.folder / "metrics.jsonl", self.rows, flushed=False)
 
     def info(self, text: str) -> None:
         """Print a line above the progress bars, on the main process only."""
