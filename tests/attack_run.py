@@ -64,7 +64,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes()
         for path in paths
         if not UNFINISHED & set(path.relative_to(folder).parts) and path.suffix not in (".partial", ".lock")
-        if not path.name.endswith("summary.json")  # it has seconds
+        if not path.name.endswith(("summary.json", "settings.json"))  # they have seconds, and the name of the folder
     }
 
 
@@ -111,11 +111,9 @@ def start(words: list[str], log: Path, before: Callable[[], None] = lambda: None
         return child
     code = 70
     try:
+        log.write_text("")
         for number in (1, 2):
-            os.dup2(
-                os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC if number == 1 else os.O_WRONLY | os.O_APPEND),
-                number,
-            )
+            os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
         before()
         code = 0
@@ -336,7 +334,8 @@ ENTITIES = '<!DOCTYPE x [<!ENTITY a "ha">%s]>' % "".join(  # noqa: UP031
 )
 MARKDOWN = {
     "emphasis": "**a ", "emphasis2": "*a _b ", "nested lists": "- ", "quotes": "> ", "brackets": "[", "links": "[a](",
-    "images": "![a](<", "tables": "|a", "code": "`a ``b ", "html": "<a ", "autolinks": "<http://", "references": "[a]: <",
+    "images": "![a](<", "tables": "|a", "code": "`a ``b ", "html": "<a ", "autolinks": "<http://",
+    "references": "[a]: <",
     "strike": "~~a ", "headings": "# ", "entities": "&amp", "escapes": "\\", "comments": "<!--", "tags": "</",
     "footnotes": "[^a]: ", "math": "$a ",
 }  # fmt: skip
