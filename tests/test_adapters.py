@@ -178,7 +178,7 @@ def test_a_run_trains_saves_resumes_and_merges_an_adapter(arguments, generator_p
     with pytest.raises(InputError, match="nobody else"):
         push_pair(tmp_path / "out", "me/rag")  # refused before any request
     assert "LoRA adapter" not in (merged / "generator" / "README.md").read_text()
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(InputError, match="new or empty folder"):
         merge.merge(str(tmp_path / "out"), str(merged))
     with pytest.raises(InputError, match="nothing to merge"):
         merge.merge(str(merged), str(tmp_path / "again"))

@@ -151,7 +151,7 @@ entry_point(command, prints={prints})
 """
 
 
-def printing(tmp_path, prints, redirection):
+def printed_into(tmp_path, prints, redirection):
     """(exit code of a command that prints, whether it came to its end, standard error)."""
     done = tmp_path / "done"
     (tmp_path / "program.py").write_text(PRINTS.format(root=str(PACKAGE.parent), done=str(done), prints=prints))
@@ -172,9 +172,9 @@ def printing(tmp_path, prints, redirection):
     ],
 )
 def test_a_screen_that_is_gone_ends_no_command(redirection, result_code, tmp_path):
-    code, done, told = printing(tmp_path, True, redirection)
+    code, done, told = printed_into(tmp_path, True, redirection)
     assert (code, done) == (result_code, True) and "Traceback" not in told
     if "full" in redirection and "2>" not in redirection:
         assert "error: Lines are missing: standard output cannot be written (No space left on device)." in told
     (tmp_path / "done").unlink()
-    assert printing(tmp_path, False, redirection)[:2] == (0, True)  # of a run only the log is lost
+    assert printed_into(tmp_path, False, redirection)[:2] == (0, True)  # of a run only the log is lost

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cozyrag.errors import InputError
 from cozyrag.runtime.atomic_files import folder_bytes
-from cozyrag.runtime.folder_lock import new_folder
+from cozyrag.runtime.folder_lock import check_new, new_folder
 from cozyrag.runtime.terminal import one_line, say
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -54,6 +54,7 @@ def merge(output: str, folder: str) -> Path:
 
     source, target = Path(output), Path(folder)
     pair = read_pair(source)
+    check_new(target, "the merged pair")
     trained = str(source / "generator")
     adapter = read_adapter(trained)
     if adapter is None:

@@ -24,7 +24,7 @@ from cozyrag.reporting.extras import load_gradio
 from cozyrag.reporting.templates import render
 from cozyrag.runtime.assets import PAGES_FOLDER
 from cozyrag.runtime.atomic_files import folder_bytes
-from cozyrag.runtime.folder_lock import new_folder
+from cozyrag.runtime.folder_lock import check_new, new_folder
 
 PIECES = ("generator", "retriever", "index")
 PACKAGE = Path(cozyrag.__file__).parent
@@ -42,6 +42,7 @@ def write_space(source: str, folder: str | Path, *, title: str | None = None) ->
         InputError: `folder` is in use, or `source` is neither a finished pair nor a valid repository name.
     """
     folder, local = Path(folder), Path(source).is_dir()
+    check_new(folder, "the Space")
     title = title or (Path(source).resolve().name if local else source.split("/")[-1])
     repo, examples = (None, evaluation_questions(Path(source))) if local else (_checked_name(source), [])
     python = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -50,10 +50,15 @@ def new_folder(folder: Path, what: str, *, needed: int = 0, kept: bool = True) -
         InputError: the folder holds something, or another process is writing it.
     """
     with held(folder.with_name(folder.name + LOCK), f"Another process is writing {folder.absolute()}"):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"Expected a new or empty folder for {what}, found {folder.absolute()} in use; nothing was changed. "
-                "Give another name."
-            )
+        check_new(folder, what)
         with replacing(folder, needed=needed, kept=kept) as coming:
             yield coming
+
+
+def check_new(folder: Path, what: str) -> None:
+    """Raise InputError if a folder holds something; also to be called before work that takes long."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"Expected a new or empty folder for {what}, found {folder.absolute()} in use; nothing was changed. "
+            "Give another name."
+        )
