@@ -218,7 +218,9 @@ def test_a_part_with_other_bytes_is_not_intact(tmp_path):
             cli.run("passages", [str(source), "--output", str(tmp_path / "out.jsonl"), "--workers", "1"])
     (part,) = (tmp_path / "out.jsonl.parts").iterdir()
     assert ingest_worker.is_intact(part)
-    column, whole = pq.read_metadata(part).row_group(0).column(4), bytearray(part.read_bytes())  # random: the hashes
+    group, whole = pq.read_metadata(part).row_group(0), bytearray(part.read_bytes())
+    columns = [group.column(at) for at in range(group.num_columns)]
+    column = next(each for each in columns if each.path_in_schema == "hash")  # its bytes are random
     start = column.dictionary_page_offset or column.data_page_offset
     whole[start + column.total_compressed_size - 20] ^= 1
     part.write_bytes(whole)

@@ -63,7 +63,7 @@ class FedRAG(Elsewhere):
         """What the program prints next."""
         line = self._process.stdout.readline()
         if not line:
-            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            said = self._log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
             raise InputError(
                 f"Expected FedRAG to train with --fed_rag_python, it ended with: {' '.join(said[-1:])[:400]}. Install "
                 'it there (pip install "fed-rag[huggingface]"), or leave the option out.'
@@ -219,6 +219,6 @@ def foreign_retriever_sides(
 def trained_retriever(trained: FedRAG, place: Place, options: Namespace) -> SentenceTransformer:
     """The retriever that FedRAG has saved."""
     trained.end()
-    model = SentenceTransformer(str(trained.folder), device=str(place.device))
+    model = SentenceTransformer(str(trained.folder), device=str(place.device), trust_remote_code=False)
     model.max_seq_length = options.passage_tokens
     return model
