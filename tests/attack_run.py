@@ -412,6 +412,7 @@ if __name__ == "__main__":
     parser.add_argument("--cuts", type=int, default=0, help="power cuts of each of index and passages")
     parser.add_argument("--full", type=int, default=0, help="full disks, for each command that writes files")
     parser.add_argument("--twice", type=int, default=0, help="pairs of each of index and passages")
+    parser.add_argument("--only", nargs="+", metavar="COMMAND", help="only these commands")
     parser.add_argument("--flips", type=int, default=0, help="bits to flip in a checkpoint")
     parser.add_argument("--documents", action="store_true", help="hostile documents")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
@@ -424,7 +425,8 @@ if __name__ == "__main__":
         (twice, ("index", "passages"), chosen.twice),
     )
     for attack, names, count in attacks:
-        if count:
+        names = tuple(name for name in names if name in (chosen.only or names))
+        if count and names:
             with tempfile.TemporaryDirectory() as temporary:
                 failed += run_attack(attack, names, count, chosen.seed, Path(temporary), Counter())
     for wanted, run in (

@@ -95,6 +95,7 @@ def test_an_error_half_way_leaves_only_the_old_folder(tmp_path):
 WRITERS = {
     "json": lambda path: write_json(path, {"long": "x" * 50_000}),
     "safetensors": lambda path: save_file({"a": np.zeros(20_000)}, path),
+    "numpy": lambda path: np.save(path, np.zeros(20_000)),
     "torch": lambda path: torch.save({"a": torch.zeros(20_000)}, path),
     "faiss": lambda path: faiss.write_index(filled_index(), str(path)),
 }

@@ -53,6 +53,12 @@ start_trackers(accelerator, names, **given)
 log_numbers(accelerator, {"loss": 1.5, "recall@5": 62.5, "em_interval": [1.0, 2.0]}, step=3, prefix="generator")
 accelerator.end_training()
 """
+AGAIN = """
+accelerator = Accelerator(cpu=True, log_with=names, project_dir=str(out))
+start_trackers(accelerator, names, **given | {"settings": settings | {"rounds": 5, "resume": True}}, resumed_at=3)
+log_numbers(accelerator, {"loss": 1.0}, step=4, prefix="generator")
+accelerator.end_training()
+"""
 
 
 @pytest.fixture
@@ -267,14 +273,16 @@ def test_with_damaged_ids_the_trackers_begin_new_runs_and_say_so(content, tmp_pa
 def tracked(tmp_path):
     """tracked(name): run RUN with this tracker and secrets in the environment; returns its output folder."""
 
-    def run(name):
+    def run(name, script=RUN):
         for folder in ("home", "tmp", "work"):
             (tmp_path / folder).mkdir()
         plain = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
         plain |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
         given = {"cwd": tmp_path / "work", "input": json.dumps(SETTINGS), "env": plain | folders | SECRETS}
-        done = subprocess.run([sys.executable, "-c", RUN, name], capture_output=True, text=True, timeout=300, **given)
+        done = subprocess.run(
+            [sys.executable, "-c", script, name], capture_output=True, text=True, timeout=300, **given
+        )
         assert done.returncode == 0, done.stderr
         return tmp_path / "work" / "out"
 
@@ -327,8 +335,10 @@ def test_wandb_offline_keeps_settings_and_numbers_below_trackers(tracked, tmp_pa
 
 
 @pytest.mark.slow
-def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers(tracked, tmp_path):
-    out = tracked("mlflow")
+def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers_and_of_a_resumed_run_new_ones_as_tags(
+    tracked, tmp_path
+):
+    out = tracked("mlflow", RUN + AGAIN)
     check_place_and_secrets(tmp_path, out)
     with sqlite3.connect(out / "trackers" / "mlflow.db") as database:
 
@@ -339,25 +349,9 @@ def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers(tracked,
         assert set(rows("SELECT key, value, step FROM metrics")) == {
             ("generator/loss", 1.5, 3),
             ("generator/recall_at_5", 62.5, 3),
+            ("generator/loss", 1.0, 4),
         }
+        tags = rows("SELECT key, value FROM tags WHERE key LIKE 'resumed.%'")
+        assert sorted(tags) == [("resumed.resume", "True"), ("resumed.rounds", "5")]
         assert rows("SELECT name, status FROM runs") == [("my-run", "FINISHED")]
         assert ("my-project",) in rows("SELECT name FROM experiments")
-
-
-AGAIN = RUN.replace("**given", "**given, resumed_at=3").replace("step=3", "step=4")
-
-
-@pytest.mark.slow
-def test_mlflow_takes_the_changed_settings_of_a_resumed_run_as_tags(tracked, tmp_path):
-    out = tracked("mlflow")
-    changed = json.dumps(SETTINGS | {"rounds": 5, "resume": True})
-    given = {"cwd": tmp_path / "work", "input": changed, "capture_output": True, "text": True, "timeout": 300}
-    machine = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", AGAIN, "mlflow"], env=machine, **given)
-    assert done.returncode == 0, done.stderr
-    with sqlite3.connect(out / "trackers" / "mlflow.db") as database:
-        found = {table: database.execute(f"SELECT * FROM {table}").fetchall() for table in ("runs", "params")}
-        tags = dict(database.execute("SELECT key, value FROM tags WHERE key LIKE 'resumed.%'").fetchall())
-        steps = {step for (step,) in database.execute("SELECT step FROM metrics").fetchall()}
-    assert len(found["runs"]) == 1 and len(found["params"]) == len(KEPT)
-    assert tags == {"resumed.rounds": "5", "resumed.resume": "True"} and steps == {3, 4}

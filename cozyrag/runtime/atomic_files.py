@@ -28,8 +28,11 @@ PARTIAL = ".partial"
 MANIFEST = "manifest.json"
 NEXT = "pair.next"  # a complete new pair that is being moved to its place
 OLD = "pair.old"  # files of the pair before it, to be deleted
-# How safetensors, torch and FAISS report a full disk; torch names no cause, only a position that it did not reach.
-FULL = ("No space left", "os error 27", "os error 28", "os error 122", "inline_container.cc", "write error in")
+# How safetensors, torch, FAISS and NumPy report a full disk; torch and NumPy name no cause, only what is missing.
+FULL = (
+    "No space left", "os error 27", "os error 28", "os error 122", "inline_container.cc", "write error in",
+    " requested and ",
+)  # fmt: skip
 SPARE = 1 << 20  # bytes reserved for the small files beside the big ones
 
 
