@@ -109,9 +109,12 @@ def pair_folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium of this machine, if there is one and Playwright to drive it."""
+    """A headless Chromium of this machine, if there is one and Playwright to drive it.
+
+    It ends with its module: while it is open, Playwright has an event loop running, in which asyncio.run fails.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:

@@ -31,7 +31,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 def rag_system(job: dict) -> RAGSystem:
     """A retriever, its passages in memory, and a generator, all in float32."""
-    float32 = {"dtype": torch.float32, "trust_remote_code": False}
+    float32 = dict(dtype=torch.float32, trust_remote_code=False)
     generator = HFPretrainedModelGenerator(job["generator"], load_model_kwargs=float32)
     retriever = HFSentenceTransformerRetriever(job["retriever"], load_model_kwargs={"device": job["device"]})
     retriever.encoder.max_seq_length = job["passage_tokens"]
