@@ -30,6 +30,7 @@ import evaluated
 import kill_run
 import pytest
 import tiny
+from forked import start
 from local_hub import LocalHub, point_client_at
 from short_run import at_step, send
 
@@ -102,34 +103,6 @@ def works(root: Path, hub: LocalHub) -> dict[str, Work]:
         "report": Work(lambda folder: ["report", str(folder / "run"), "--latency", "0"], files_of, run_folder),
         "push": Work(lambda folder: ["push", str(pair), repo(folder)], on_hub),
     }
-
-
-def start(words: list[str], log: Path, before: Callable[[], None] = lambda: None) -> int:
-    """Fork a process that gives a command; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        log.write_text("")
-        for number in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-        sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
-        before()
-        code = 0
-        try:
-            cli.entry_point(lambda: cli.run(words[0], words[1:]))
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # a child must never return into the loop of its parent
-        import traceback
-
-        traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def ended(child: int) -> tuple[int, float]:

@@ -11,7 +11,6 @@ of each kind in every test run. Left out: damage while a pair is written (kill_r
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -36,9 +35,9 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from forked import start  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from cozyrag import cli  # noqa: E402
 from cozyrag.data.passages import read_passages  # noqa: E402
 from cozyrag.models.generator import Generator  # noqa: E402
 from cozyrag.models.retriever import Retriever  # noqa: E402
@@ -82,9 +81,7 @@ def make_pair(root: Path) -> Path:
 
 def ask(folder: Path, log: Path) -> tuple[int | None, str, str]:
     """(exit code, None for a child that had to be killed; standard output; standard error) of `cozyrag ask`."""
-    child = os.fork()
-    if not child:
-        _answer(folder, log)
+    child = start(["ask", str(folder), *QUESTIONS], log.with_suffix(".out"), _bounded, errors=log.with_suffix(".err"))
     until = time.monotonic() + WAITED
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() > until:
@@ -97,31 +94,10 @@ def ask(folder: Path, log: Path) -> tuple[int | None, str, str]:
     return None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code, said[0], said[1]
 
 
-def _answer(folder: Path, log: Path) -> None:
-    """The child: never returns."""
-    code = 70
-    try:
-        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used + LONGEST, used + LONGEST))
-        for number, end in ((1, ".out"), (2, ".err")):
-            os.dup2(os.open(log.with_suffix(end), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")  # a test's go elsewhere
-        with contextlib.suppress(SystemExit):
-            code = 0
-            try:
-                cli.entry_point(lambda: cli.run("ask", [str(folder), *QUESTIONS]))
-            except SystemExit as end:
-                code = end.code
-    except BaseException:  # a child must never return into the loop of its parent
-        import traceback
-
-        traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _bounded() -> None:
+    """End this process when it has used the processor for too long."""
+    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+    resource.setrlimit(resource.RLIMIT_CPU, (used + LONGEST, used + LONGEST))
 
 
 def verdict(code: int | None, said: str, errors: str) -> str:

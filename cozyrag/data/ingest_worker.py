@@ -156,13 +156,16 @@ def _passages(article: Article, cutting: Cutting, counts: Counts) -> list[Passag
     return made
 
 
-def _pages(text: str, spans: Sequence[Span], pages: Sequence[int]) -> Iterator[int | None]:
+def _pages(text: str, spans: Sequence[Span], pages: Sequence[int]) -> list[int | None]:
     """The page on which each span begins (see `Article`), None without pages; an overlap may step back."""
-    at = before = 0
+    if not pages:
+        return [None] * len(spans)
+    at, before, found = 0, 0, list[int | None]()
     for start, _ in spans:
         before += len("".join(text[at:start].split())) - len("".join(text[start:at].split()))
         at = start
-        yield bisect_right(pages, before) or None
+        found.append(bisect_right(pages, before))
+    return found
 
 
 def _table(passages: Sequence[Passage], schema: pa.Schema) -> pa.Table:

@@ -1,8 +1,8 @@
 """Atomic writes that survive a power cut, and folders with a manifest that shows damage.
 
 Content is written beside its final name, flushed to disk, and renamed: a name stands for a complete file or folder, or
-does not exist. Left out: what the files are; nothing here knows a model or a run. One
-writer at a time: folder_lock.py.
+does not exist. Left out: what the files are, since nothing here knows a model or a run; one writer at a time
+(folder_lock.py).
 """
 
 import contextlib
@@ -188,8 +188,6 @@ def settle(partial: Path, folder: Path, *, flushed: bool = True) -> None:
 
 def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
-    if path.is_dir() and sys.platform == "win32":
-        return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
