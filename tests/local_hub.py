@@ -192,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             whole = self.receive(body, stop_half_way=fault == "half" and self.command == "PUT")
             answer = self.broken(fault) if whole else None
             answer = answer or (None if fault == "cut" or not whole else self.routed(path, body))
-            self.hub.requests.append((self.command, path, fault or str(answer.status)))
+            self.hub.requests.append((self.command, path, fault or (str(answer.status) if answer else "client gone")))
             if answer is None or fault == "lost":
                 self.close_connection = True
             else:
