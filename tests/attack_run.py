@@ -310,7 +310,7 @@ MARKDOWN = {
     "images": "![a](<", "tables": "|a", "code": "`a ``b ", "html": "<a ", "autolinks": "<http://",
     "references": "[a]: <",
     "strike": "~~a ", "headings": "# ", "entities": "&amp", "escapes": "\\", "comments": "<!--", "tags": "</",
-    "footnotes": "[^a]: ", "math": "$a ",
+    "footnotes": "[^a]: ", "math": "$a ", "block tags": "<div\n", "block quotes": "<div a='",
 }  # fmt: skip
 HTML = {
     "div": "<div>", "table": "<table><tr><td>", "list": "<ul><li>", "b": "<b>", "font": "<font a=1>", "a": "<a href=x>",
