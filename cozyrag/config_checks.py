@@ -98,11 +98,6 @@ def _check_choices(values: dict) -> None:
 def _check_synthetic(values: dict) -> None:
     if values["questions"] == SYNTHETIC and not values["passages"]:
         raise InputError("--questions synthetic: expected --passages to make questions from, found none. Give them.")
-    if values["question_writer"] and values["questions"] != SYNTHETIC:
-        raise InputError(
-            "--question_writer: expected --questions synthetic, whose questions it writes, found questions that are "
-            "there already. Omit one of the two."
-        )
 
 
 def _check_training(values: dict) -> None:

@@ -128,6 +128,7 @@ def test_a_full_stop_that_stands_in_the_passage_stays():
         ("Where does the passage say it was dammed?", "Aswan", "names_the_passage"),
         ("According to the following text, where was it dammed?", "Aswan", "names_the_passage"),
         ("Which old text names the Nile?", "Aswan", None),
+        ("Who is the author of the text of the treaty?", "Aswan", None),
         ("What was built at Aswan in Egypt?", "Aswan", "gives_the_answer_away"),
     ],
 )
@@ -543,7 +544,5 @@ def test_questions_that_a_run_has_not_made_are_told(tmp_path, corpus_files):
         synthetic_files(parse_settings(words))
     with pytest.raises(InputError, match="expected --passages to make questions from"):
         parse_settings(words[:2])
-    with pytest.raises(InputError, match="--question_writer: expected --questions synthetic"):
-        parse_settings(["--questions", "qa.tsv", "--question_writer", "x"])
     with pytest.raises(InputError, match="expected one process to write the questions"):
         make_questions(SimpleNamespace(num_processes=2), parse_settings(words))

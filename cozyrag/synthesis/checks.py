@@ -34,7 +34,7 @@ ALIKE = 0.8  # share of common runs of characters from which two questions about
 _QUESTION_MARKS = ("?", "？", "؟", "՞", ";", "？」", "?”", '?"')
 _NAMES_IT = re.compile(
     r"\b(?:the|this|that|above|given|following)\s+(?:\w+\s+)?"
-    r"(?:passage|text|article|context|paragraph|excerpt|document|snippet|author)s?\b",
+    r"(?:passage|text|article|context|paragraph|excerpt|document|snippet)s?\b(?!\s+of\b)",
     re.IGNORECASE,
 )
 

@@ -34,7 +34,8 @@ def fulfil(request: Request, passages: Sequence[Passage], places: Places, settin
     reader: Reader = load_reader(request.reader, batch_size=request.how.batch_size) if request.reader else writer
     asked = chosen(passages, request.limit, request.how.seed)
     made = _made(request, asked, passages, writer, reader, places)
-    facts = facts_of(made, writer=writer.name, reader=reader.name, settings=dict(settings))
+    read = reader.name if request.how.least_f1 else "nobody"
+    facts = facts_of(made, writer=writer.name, reader=read, settings=dict(settings))
     write_results(made, places, facts)
     _check_kept(made, places)
     shutil.rmtree(places.parts)

@@ -116,8 +116,8 @@ def _is_of_documents(name: str) -> bool:
     return folder.is_dir() and not is_table
 
 
-def _passages(settings: Settings) -> str | list[str] | None:
-    return str(_given(settings) / "passages.jsonl") if _notes(settings) else settings.data.passages
+def _passages(settings: Settings) -> str | list[str]:
+    return str(_given(settings) / "passages.jsonl") if _notes(settings) else settings.data.passages or []
 
 
 def _gather(settings: Settings) -> None:
