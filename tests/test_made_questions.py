@@ -257,6 +257,15 @@ def test_every_writer_writes_a_list_for_each_passage_and_reads(generator, kind):
     assert len(readings) == 3 and all(isinstance(each.answer, str) for each in readings)
 
 
+def test_a_model_that_completes_texts_reads_the_sentences_nearest_to_the_question():
+    text = "The fox is red. The owl is grey. The river was bridged in 1870. The lamp is blue."
+    passage = Passage("x", "Things", text)
+    assert writers._nearest(["When was the river bridged?", "Is the owl or the lamp?"], [passage, passage]) == [
+        "The fox is red. The river was bridged in 1870.",
+        "The owl is grey. The lamp is blue.",
+    ]
+
+
 def test_the_folder_of_a_taught_model_is_known_by_its_marker(generator_path, tmp_path, monkeypatch):
     folder = tiny.make_generator(tmp_path / "taught")
     assert type(writers.load_writer(str(folder), "auto", batch_size=2, seed=0)) is writers.ExampleWriter
@@ -443,6 +452,15 @@ def test_the_same_command_gives_the_same_files_and_packed_ones_too(tmp_path, pas
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     assert len(read_questions(str(tmp_path / "c.validation.jsonl.gz")).table) == 4
     assert Places.of("x/c.JSONL.GZ").validation == Path("x/c.validation.JSONL.GZ")
+
+
+def test_what_to_do_next_depends_on_what_was_kept(tmp_path, passages, known, capsys):
+    questions("--from", passages, "--output", tmp_path / "a.jsonl", "--eval_share", "0")
+    out = capsys.readouterr().out
+    assert "40 for training, 0 for validation" in out and "--eval_questions" not in out and "Few pairs" not in out
+    known.read = lambda asked, _: [Reading(known.answers[each] if "fox" in each else "") for each in asked]
+    questions("--from", passages, "--output", tmp_path / "b.jsonl")
+    assert "Few pairs passed. A larger --generator" in capsys.readouterr().out
 
 
 def test_help_of_both_uses(capsys):

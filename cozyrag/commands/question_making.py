@@ -43,6 +43,8 @@ from cozyrag.runtime.signals import Interrupted, Interrupts
 from cozyrag.runtime.terminal import one_line, say
 from cozyrag.synthesis.request import OUTPUTS, WAYS, Making, Places, Request
 
+FEW_KEPT = 0.2  # share of the pairs below which another writer is recommended
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -104,7 +106,7 @@ def _make(options: argparse.Namespace) -> None:
         say(report)
     places = Places.of(options.output)
     facts = fulfil(_request(options), passages_of(table[:]), places, vars(options))
-    say("\n".join([*map(one_line, lines_of(facts)), *_next_steps(options, places)]))
+    say("\n".join([*map(one_line, lines_of(facts)), *_next_steps(options, places, facts)]))
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -127,10 +129,18 @@ def _request(options: argparse.Namespace) -> Request:
     )
 
 
-def _next_steps(options: argparse.Namespace, places: Places) -> list[str]:
-    given = {"passages": options.passages, "questions": [places.training], "eval_questions": [places.validation]}
+def _next_steps(options: argparse.Namespace, places: Places, facts: dict) -> list[str]:
+    given = {"passages": options.passages, "questions": [places.training]}
+    if facts["validation"]:
+        given["eval_questions"] = [places.validation]
     words = [f"--{name} {' '.join(quote(str(each)) for each in files)}" for name, files in given.items()]
-    return [
+    lines = [
         f"Look at {one_line(places.page)} before you train on them:",
         one_line(f"  accelerate launch train.py {' '.join(words)} --output_dir my-rag"),
     ]
+    if facts["kept"] < FEW_KEPT * facts["written"]:
+        lines[:0] = [
+            "Few pairs passed. A larger --generator, an --endpoint, or a writer that "
+            "scripts/train_question_writer.py has taught writes better ones."
+        ]
+    return lines

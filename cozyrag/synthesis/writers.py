@@ -16,15 +16,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
+from cozyrag.data.sentences import split_sentences
 from cozyrag.errors import InputError
 from cozyrag.models import smollm2
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import FLOAT32, reading_precision
 from cozyrag.models.prompts import tokenize
 from cozyrag.pair_file import PAIR_FILE, read_pair, starts_text
+from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.precision import fitting
 from cozyrag.synthesis import turned
@@ -34,6 +37,7 @@ from cozyrag.synthesis.drafts import Draft, Passage, Reader, Reading, Writer, pa
 
 PASSAGE_TOKENS = 384  # of a passage that is read, at most
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
+SENTENCES = 2  # of a passage, from which a model that completes texts answers
 PAIR_TOKENS = 60  # of a pair in an instructed model's answer
 INSTRUCTION = (
     "Write {count} questions that the text above answers, each with its answer. An answer is a few words, copied from "
@@ -129,7 +133,8 @@ class ExampleWriter(TrainedReader):
     """A model that completes texts: it is shown examples and an answer in its sentence, and writes the question.
 
     It sees the title and the sentence alone, with a gap for the answer: of a whole passage, a small model asks for the
-    best known thing in it, whatever the answer is.
+    best known thing in it, whatever the answer is. To answer, it sees the sentences that share most with the question,
+    as the generator of a pair does.
     """
 
     def __init__(self, generator: Generator, name: str, *, batch_size: int = 16, seed: int = 0):
@@ -154,9 +159,10 @@ class ExampleWriter(TrainedReader):
         own = _shots()[: len(EXAMPLES)]  # one of each text, which leaves room for a whole passage
         shots = [_shown(title, text, "Question", question, "Answer", answer) for title, text, answer, question in own]
         room = self._room(shots)
+        nearest = [replace(each, text=text) for each, text in zip(passages, _nearest(questions, passages), strict=True)]
         texts = [
             _shown(passage.title, self._cut(passage, room).text, "Question", question, "Answer")
-            for question, passage in zip(questions, passages, strict=True)
+            for question, passage in zip(questions, nearest, strict=True)
         ]
         written = self._lines(shots, texts, ANSWER_TOKENS)
         return [Reading(tidy(line, own.text), score) for (line, score), own in zip(written, passages, strict=True)]
@@ -190,6 +196,18 @@ class InstructedWriter(TrainedReader):
         asked = [READING.format(question=question) for question in questions]
         readings = super().read(asked, passages)
         return [replace(each, answer=tidy(each.answer, own.text)) for each, own in zip(readings, passages, strict=True)]
+
+
+def _nearest(questions: Sequence[str], passages: Sequence[Passage]) -> list[str]:
+    """Of each passage the SENTENCES that share the rarest words with its question, in their order."""
+    sentences = [split_sentences(passage.text) for passage in passages]
+    words = SentenceWords([passage.title for passage in passages], sentences)
+    texts = []
+    for row, (question, own) in enumerate(zip(questions, sentences, strict=True)):
+        (shared,) = words.overlaps(question, [row])
+        best = sorted(np.argsort(-shared, kind="stable")[:SENTENCES])
+        texts.append(" ".join(own[place] for place in best))
+    return texts
 
 
 def _shots() -> list[tuple[str, str, str, str]]:
