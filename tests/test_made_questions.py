@@ -163,9 +163,9 @@ def test_a_score_is_the_mean_of_what_is_known():
 # ---- making
 
 
-def made(tmp_path, writer=None, **how):
-    writer = writer or Known()
-    return make(PASSAGES[:30], PASSAGES, writer, writer, Making(batch_size=8, **how), parts=tmp_path / "parts")
+def made(tmp_path, writer=None, info=lambda text: None, **how):
+    writer, making = writer or Known(), Making(batch_size=8, **how)
+    return make(PASSAGES[:30], PASSAGES, writer, writer, making, parts=tmp_path / "parts", info=info)
 
 
 def test_pairs_are_kept_or_rejected_by_reason(tmp_path):
@@ -195,8 +195,9 @@ def test_a_stopped_run_resumes_with_the_next_batch_and_ends_with_the_same(tmp_pa
     writer.draft = stopped
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path / "stopped", writer)
-    again = Known()
-    assert made(tmp_path / "stopped", again) == whole
+    again, told = Known(), []
+    assert made(tmp_path / "stopped", again, info=told.append) == whole
+    assert told == ["Resuming: 2 of 4 batches are finished already."]
     assert again.written == [f"p{number}" for number in range(16, 30)]
 
 

@@ -12,10 +12,10 @@ pair must pass every check before it is kept:
   repeated               no earlier question is nearly the same
   not_found              the search (BM25) finds the passage among the first --top_k
 
-Beside FILE, which train.py takes as --questions, are written: FILE.validation.jsonl for --eval_questions,
-of other passages; FILE.rejected.jsonl with the reason of each; FILE.summary.json; and FILE.html, a page
-with twenty kept and twenty rejected pairs. Look at it before you train: checks cannot tell whether a
-question is a good one.
+Beside qa.jsonl, which train.py takes as --questions, are written: qa.validation.jsonl for
+--eval_questions, of other passages; qa.rejected.jsonl with the reason of each; qa.summary.json; and
+qa.html, a page with twenty kept and twenty rejected pairs. Look at it before you train: checks cannot
+tell whether a question is a good one.
 
 The model runs here (--generator), or behind any server of OpenAI's protocol (--endpoint), on this machine
 unless --send_passages is given. A key is read from OPENAI_API_KEY. To resume a stopped run, give the same
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--least_f1", type=share, default=0.6, metavar="F1", help="agreement of reader and answer; 0: do not read")
     add("--top_k", type=at_least(0), default=20, metavar="N", help="the search must find it among these; 0: no search")
     add("--eval_share", type=share, default=0.1, metavar="SHARE", help="share of the passages for validation")
-    add("--batch_size", type=at_least(1), default=16, metavar="N", help="passages at once; a stopped run loses these")
+    add("--batch_size", type=at_least(1), default=8, metavar="N", help="passages at once; a stopped run loses these")
     add("--seed", type=int, default=42, metavar="N", help="seed of every random choice")
     add("--split", default="train", help="split of Hub datasets")
     add_columns(parser, "title", "text", "id")

@@ -79,8 +79,11 @@ def make(
         info: takes a line for the user.
     """
     pairs = list[Pair]()
+    files = list(_parts(asked, writer, reader, how, parts))
+    if finished := sum(path.is_file() for _, path in files):
+        info(f"Resuming: {finished} of {len(files)} batches are finished already.")
     begun, first = time.monotonic(), True
-    for start, path in _parts(asked, writer, reader, how, parts):
+    for start, path in files:
         own = asked[start : start + how.batch_size]
         if path.is_file():
             drafted = read_json_lines(path)

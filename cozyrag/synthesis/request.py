@@ -22,7 +22,7 @@ class Making:
     """
 
     pairs: int = 3
-    batch_size: int = 16
+    batch_size: int = 8
     least_f1: float = 0.6
     top_k: int = 20
     eval_share: float = 0.1

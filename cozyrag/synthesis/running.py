@@ -50,8 +50,6 @@ def _made(
     reader: Reader,
     places: Places,
 ) -> Made:
-    if places.parts.is_dir() and any(places.parts.iterdir()):
-        say_above_bars("Resuming: some batches are finished already.", file=sys.stderr)
     tell: Callable[[str], None] = lambda text: say_above_bars(text, file=sys.stderr)  # noqa: E731
     with tqdm(total=len(asked), desc="writing questions", unit="passage") as bar:
         return make(asked, passages, writer, reader, request.how, parts=places.parts, progress=bar.update, info=tell)
