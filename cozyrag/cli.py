@@ -14,7 +14,7 @@ from cozyrag import __version__
 from cozyrag.errors import InputError, PushError
 from cozyrag.runtime.machine_faults import fault_sentence
 from cozyrag.runtime.signals import Interrupted
-from cozyrag.runtime.terminal import check_printed, lasting_streams, one_line, say
+from cozyrag.runtime.terminal import check_printed, escaped_warnings, lasting_streams, one_line, say
 
 COMMANDS = {
     "train": "train a pair, as train.py does",
@@ -55,7 +55,7 @@ def entry_point(command: Callable[[], None], *, prints: bool = True) -> None:
     After Ctrl-C, SIGTERM or SIGHUP the code is 128 plus the number of the signal, as in shells.
     `prints`: whether what it prints is its result; a run is not worth less if its log is lost.
     """
-    with lasting_streams():
+    with lasting_streams(), escaped_warnings():
         try:
             command()
             if prints:
@@ -77,6 +77,13 @@ def _end(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names what it was given without control characters that would steer the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run one of COMMANDS with its arguments; the docstring of its module is its help.
 
@@ -84,7 +91,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     module = importlib.import_module(f"cozyrag.commands.{command}")  # only this one: most of them load torch
     description = (module.__doc__ or "").partition("\nLeft out:")[0]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"cozyrag {command}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
     )
     module.main(arguments, parser)
@@ -96,7 +103,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cozyrag",
         usage="cozyrag [-h] [--version] COMMAND ...",
         description="Fine-tune a retriever and a generator together, and ask them.",

@@ -58,7 +58,7 @@ class DataSettings:
         QUICKSTART,
         "Training questions: one or several .tsv/.csv/.jsonl/.json (also SQuAD layout)/.parquet/.arrow files, "
         "optionally .gz, or patterns in quotes; a folder of save_to_disk or of BEIR; or a Hub dataset id. "
-        "'quickstart' is the set that comes with the package.",
+        "'quickstart' is the set that comes with the package. 'synthetic' makes them from --passages first.",
     )
     eval_questions: Files | None = setting(
         None, "Validation questions, in the same formats. None: a share of --questions is held out."
@@ -66,6 +66,11 @@ class DataSettings:
     passages: Files | None = setting(
         None,
         "Passages to search, in the same formats. None: the contexts in the question files.",
+    )
+    question_writer: str | None = setting(
+        None,
+        "Causal LM that writes the questions of --questions synthetic: a folder or a Hub id. None: smollm2, if it is "
+        "installed. `cozyrag questions --from` has more choices.",
     )
     delimiter: str | None = setting(
         None, "Character between the cells of .csv and .tsv files, or tab. None: found out from the first lines."

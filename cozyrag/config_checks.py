@@ -18,6 +18,7 @@ from cozyrag.models.smollm2 import SMOLLM2
 EMBEDDED = "embedded"
 SCRATCH = "scratch"
 QUICKSTART = "quickstart"
+SYNTHETIC = "synthetic"
 COLUMNS = tuple(each.name for each in fields(Columns))
 TRACKERS = ("mlflow", "wandb", "tensorboard", "trackio")
 # Lowest and highest value, None for no limit.
@@ -64,6 +65,7 @@ def check_values(values: dict) -> None:
         delimiter_of(values["delimiter"])
     _check_ranges(values)
     _check_choices(values)
+    _check_synthetic(values)
     _check_training(values)
     _check_answers(values)
     _check_hub(values)
@@ -91,6 +93,11 @@ def _check_choices(values: dict) -> None:
     foreign = [name for name in values["report_to"] if name not in (*TRACKERS, "none")]
     if foreign:
         raise InputError(f"--report_to: expected none or any of {', '.join(TRACKERS)}, found {foreign[0]!r}.")
+
+
+def _check_synthetic(values: dict) -> None:
+    if values["questions"] == SYNTHETIC and not values["passages"]:
+        raise InputError("--questions synthetic: expected --passages to make questions from, found none. Give them.")
 
 
 def _check_training(values: dict) -> None:

@@ -47,6 +47,7 @@ from cozyrag.training.output_dir import (
 )
 from cozyrag.training.rounds import Rounds
 from cozyrag.training.setup import load_models, load_tables, peers_lost, training_accelerator
+from cozyrag.training.synthetic import make_questions, synthetic_facts
 from cozyrag.training.tracking import end_trackers, start_trackers, wanted_trackers
 
 QUESTION_TOKENS = 30  # of a question, the cues of the prompt and the answer, beside the context
@@ -91,6 +92,7 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
     folder = Path(settings.output.output_dir)
     resuming = main_decides(accelerator, lambda: check_output(folder, settings.to_dict()))
     pusher = open_hub(accelerator, settings)
+    make_questions(accelerator, settings)
     corpus = load_tables(accelerator, settings)
     limit = settings.output.save_total_limit
     checkpoints = Checkpoints(accelerator, folder, limit=limit, facts=_facts(accelerator, corpus))
@@ -298,7 +300,8 @@ def record_facts(rounds: Rounds, precision: Precision) -> None:
                 rounds.log.info(one_line(sentence))
             return
     computed = {"name": precision.name} | precision.facts()
-    rounds.log.record({"kind": "run"} | sizes | {"machine": machine, "precision": computed})
+    made = synthetic_facts(rounds.settings)
+    rounds.log.record({"kind": "run"} | sizes | {"machine": machine, "precision": computed} | made)
 
 
 def self_test(rounds: Rounds) -> None:

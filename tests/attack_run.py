@@ -312,6 +312,12 @@ MARKDOWN = {
     "strike": "~~a ", "headings": "# ", "entities": "&amp", "escapes": "\\", "comments": "<!--", "tags": "</",
     "footnotes": "[^a]: ", "math": "$a ", "block tags": "<div\n", "block quotes": "<div a='",
 }  # fmt: skip
+BLOCKS = {  # of HTML within Markdown, behind a line that begins one
+    "tag": "<a ", "end tag": "</a ", "attribute": "<a b=", "quote": "<a b='", "comment": "<!--", "section": "<![CDATA[",
+    "cells": "<tr><td>", "doctype": "<!DOCTYPE ", "instruction": "<?", "character": "&#", "less": "<", "slash": "</",
+    "script": "<script>", "raised": "<sup>1",
+    "script end": "</script ", "empty": "<style></style ", "wrong end": "<b></i>",
+}  # fmt: skip
 HTML = {
     "div": "<div>", "table": "<table><tr><td>", "list": "<ul><li>", "b": "<b>", "font": "<font a=1>", "a": "<a href=x>",
     "p in p": "<p><span>", "svg": "<svg><g>", "template": "<template>", "select": "<select><option>",
@@ -323,12 +329,18 @@ def documents() -> Iterator[tuple[str, bytes]]:
     for name, text in MARKDOWN.items():
         for count in (2_000, 40_000):
             yield f"{name}-{count}.md", (text * count).encode()
+    for name, text in BLOCKS.items():
+        yield f"block-{name}.md", f"<div>\n{text * 40_000}".encode()
+    for name, text in {"tags": "<", "formulas": "formula_1", "parentheses": " (,"}.items():
+        yield f"{name}.wikiextractor", f'<doc id="1" url="u" title="t">\n{text}{" " * 400_000}x\n</doc>\n'.encode()
     for name, text in HTML.items():
         yield f"{name}.html", f"<html><body>{text * 30_000}end".encode()
     yield "laughs.md", f"---\n{LAUGHS}\n---\nSome text that is long enough to be kept as a passage.".encode()
     yield "operators.pdf", pdf(400_000)
     yield "line.jsonl.gz", gzip.compress(b'{"title": "a", "text": "' + b"word " * 24_000_000 + b'"}', 1)
-    yield "field.csv", b"title,text\na," + b'"' + b"word " * 2_000_000 + b'"\n'
+    for name, text in {"words": "word ", "sentences": "A b. ", "ideographs": "\u7ef4\u4e5f", "lines": "a\n"}.items():
+        yield f"{name}.csv", f'title,text\na,"{text * (10_000_000 // len(text.encode()))}"\n'.encode()
+    yield "runs.jsonl", b'{"text": "%s %s"}' % (b"word " * 1_000_000, b"%01200d " % 1 * 4_000)
     yield "deep.json", b"[" * 200_000
     for ending, inner in (("docx", "word/document.xml"), ("odt", "content.xml"), ("epub", "META-INF/container.xml")):
         for what, content in (("bomb", b"<a>" + b" " * 1_200_000_000), ("entities", f"{ENTITIES}<a>&m;</a>".encode())):

@@ -115,6 +115,18 @@ def test_the_packaged_model_is_found_at_its_current_path(tmp_path, monkeypatch):
         lora.read_adapter(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff", b"[]", b"{}", b"null", b"[" * 100_000, b'{"base_model_name_or_path": null}',
+     b'{"base_model_name_or_path": ["a"]}', b'{"base_model_name_or_path": "a", "revision": 1}'],
+    ids=range(10),
+)  # fmt: skip
+def test_a_damaged_config_is_one_sentence(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(InputError, match="expected adapter_config.json to name the base model.*download the adapter"):
+        lora.read_adapter(str(tmp_path))
+
+
 def test_target_layers(generator_path):
     generator = with_adapter(generator_path, targets=["c_fc"])
     assert {name.split(".")[-4] for name, p in generator.model.named_parameters() if p.requires_grad} == {"c_fc"}

@@ -5,7 +5,9 @@ import os
 import re
 import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from types import SimpleNamespace
 
 import evaluated
@@ -162,7 +164,7 @@ def test_it_answers_on_this_machine_only_and_resolves_no_other_name(served):
     address, looked_up = served
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-    client = Client(address, verbose=False)
+    client = Client(address, verbose=False, httpx_kwargs={"timeout": tiny.PATIENCE})
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/ask"]
     assert client.predict("what?", api_name="/ask")["answer"] == "red"
     assert client.predict("what?", 5, api_name="/ask")["answer"] == "blue"
@@ -185,7 +187,7 @@ def test_it_answers_on_this_machine_only_and_resolves_no_other_name(served):
 def test_only_its_own_pages_are_answered_and_nothing_is_uploaded(served, path, headers, status):
     httpx = pytest.importorskip("httpx")
     send = httpx.post if path else httpx.get
-    assert send(served[0] + path, headers=headers, timeout=60).status_code == status
+    assert send(served[0] + path, headers=headers, timeout=tiny.PATIENCE).status_code == status
 
 
 def test_a_question_that_is_too_long_is_refused():
@@ -248,6 +250,21 @@ def test_a_proxy_does_not_stop_the_page_and_stays_set(monkeypatch, proxies):
         monkeypatch.setenv(name, value)
     demo_app.serve("user/name")
     assert {name: os.environ[name] for name in proxies} == proxies
+    pages[0].close()
+
+
+def test_a_busy_machine_has_its_page(monkeypatch):
+    """Gradio by itself gives its server five seconds to start, and then three to send the page."""
+    gr = demo_app.load_gradio()
+    from gradio import http_server, networking
+
+    pages, seconds = [], count(step=10)
+    monkeypatch.setattr(CozyRAG, "from_pretrained", lambda name: FakePair())
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
+    monkeypatch.setattr(networking, "url_ok", lambda url: False)
+    monkeypatch.setattr(http_server, "time", SimpleNamespace(time=lambda: next(seconds), sleep=time.sleep))
+    demo_app.serve("user/name")
+    assert pages[0].is_running
     pages[0].close()
 
 
@@ -361,7 +378,10 @@ def test_another_site_rates_nothing(served, rated_file, headers):
     body = {"data": [asked(), ""], "fn_index": 0, "session_hash": "x"}
     for number in range(12):  # whichever of the page's functions it is
         reply = httpx.post(
-            served[0] + "gradio_api/queue/join", json=body | {"fn_index": number}, headers=headers, timeout=60
+            served[0] + "gradio_api/queue/join",
+            json=body | {"fn_index": number},
+            headers=headers,
+            timeout=tiny.PATIENCE,
         )
         assert reply.status_code == 403
     assert not rated_file.exists()
@@ -374,6 +394,7 @@ def test_another_site_rates_nothing(served, rated_file, headers):
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
 def test_a_question_is_typed_and_its_answer_read(served, rated_file, browser, scheme, width):
     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    page.set_default_timeout(1000 * tiny.PATIENCE)
     hosts, faults = set(), []
     page.on("request", lambda request: hosts.add(request.url.split("/")[2] if "//" in request.url else request.url[:5]))
     page.on("pageerror", lambda error: faults.append(str(error)))

@@ -36,6 +36,7 @@ FLOORS = (
     "pipeline",
     "serving",
     "reporting",
+    "synthesis",
     "config_checks",
     "config",
     "training",

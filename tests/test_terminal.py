@@ -4,6 +4,7 @@ import ast
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import evaluated
@@ -52,6 +53,26 @@ def test_a_character_that_steers_the_terminal_is_shown_as_an_escape(character):
 def test_ordinary_text_of_any_script_stays_as_it_is():
     text = "Zoë\t東京 שלום عربى 👩‍🔬 e\u0301 a\u00adb\nc:\\new"
     assert escaped(text) == text and escaped(escaped(HOSTILE)) == escaped(HOSTILE)
+
+
+@pytest.mark.parametrize("words", [["report", "a", f"--{HOSTILE}"], [HOSTILE], ["report", "a", "--latency", HOSTILE]])
+def test_the_parser_names_what_it_was_given_as_escapes(words, monkeypatch, capsys):
+    words = [each.replace("\ud83d", "") for each in words]
+    monkeypatch.setattr(sys, "argv", ["cozyrag", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and is_safe(told) and "\\x1b" in told
+
+
+def test_warnings_are_printed_as_escapes(capsys):
+    def command():
+        sys.stderr.write(warnings.formatwarning(UserWarning("a\x1b[2Jb\rc"), UserWarning, "d\x9b.py", 1))
+
+    before = warnings.formatwarning
+    cli.entry_point(command)
+    told = capsys.readouterr().err
+    assert "a\\x1b[2Jb\\rc" in told and "d\\x9b.py" in told and warnings.formatwarning is before
 
 
 def test_a_name_stays_on_its_line():

@@ -17,7 +17,7 @@ from accelerate import PartialState, tracking
 from cozyrag.config import parse_settings
 from cozyrag.config_checks import TRACKERS
 from cozyrag.errors import InputError
-from cozyrag.training.tracking import end_trackers, log_numbers, start_trackers, wanted_trackers
+from cozyrag.training.tracking import _told, end_trackers, log_numbers, start_trackers, wanted_trackers
 
 SECRETS = {
     "HF_TOKEN": "hf_SECRETtoken",
@@ -234,6 +234,16 @@ def test_a_tracker_that_cannot_be_started_is_one_sentence_without_password(tmp_p
     with pytest.raises(InputError, match="--report_to mlflow: .*OSError.*me:\\*\\*\\*@host/api.*omit it") as caught:
         start(Failing(), ["mlflow"], tmp_path)
     assert "SECRET" not in str(caught.value) and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:SEC@RET@host/a", "http://me:SEC/RET@host", "http://SECRET@host", "postgresql://me:SECRET@h/db"],
+)
+def test_no_form_of_an_address_shows_its_password(address):
+    told = _told(OSError(f"no answer from {address}, really"))
+    assert "SEC" not in told and "RET" not in told and "***@h" in told and told.endswith("really")
+    assert "http://host:5000/a" in _told(OSError("no answer from http://host:5000/a"))
 
 
 def test_a_tracker_that_fails_later_is_noted_once_and_the_others_go_on(capsys):

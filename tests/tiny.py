@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2Config
 
 from cozyrag.models.generator import Generator
 
+PATIENCE = 600  # seconds that a test waits for what should come; no load of the machine may decide a test
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink", "grey", "orange")
 THINGS = (
     "fox",

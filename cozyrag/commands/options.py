@@ -24,6 +24,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def share(text: str) -> float:
+    """A type of argparse: numbers from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
+
+
 def add_columns(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add --columns, and the options of earlier versions that name one column each."""
     help = f"columns with other names, such as {names[0]}=x; known: {' '.join(names)}"

@@ -1,5 +1,8 @@
 """Merge one or several files of questions, in any layout that train.py reads, into one, and check them.
 
+Without questions, `cozyrag questions --from PASSAGES --output FILE` makes them from passages;
+`cozyrag questions --from --help` explains how. Otherwise:
+
 IN is a .tsv (question, tab, answer), .csv, .jsonl, .json (rows, or the layout of a known data set),
 .parquet or .arrow file, a pattern of such names in quotes, a folder of save_to_disk or in the BEIR
 layout, or a Hub dataset. With --passages, answers are looked up there: a question whose answer is in no
@@ -22,8 +25,9 @@ examples:
   cozyrag questions qa.tsv --check_only --passages passages.jsonl
   cozyrag questions train-v1.1.json extra.csv --output questions.jsonl
   cozyrag questions qa.jsonl --passages passages.jsonl --drop no_passage length --output clean.jsonl
+  cozyrag questions --from passages.jsonl --output qa.jsonl
 
-Left out: judging whether an answer is correct.
+Left out: judging whether an answer is correct, making questions (commands/question_making.py).
 """
 
 import argparse
@@ -37,6 +41,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cozyrag.commands import question_making
 from cozyrag.commands.options import add_columns, add_delimiter, columns_of
 from cozyrag.data.chunking import count_words
 from cozyrag.data.ingest_assemble import check_destination, summary_path
@@ -49,6 +54,7 @@ from cozyrag.runtime.atomic_files import replacing_file, write_text
 from cozyrag.runtime.json_lines import json_line, open_for_lines
 from cozyrag.runtime.terminal import one_line, say
 
+MAKING = "--from"  # makes questions instead, with options of its own
 OUTPUTS = (".jsonl", ".jsonl.gz")
 KINDS = ("repeated", "disagreeing", "no_words", "no_passage", "not_in_gold", "unknown_gold", "length")
 FAR = 5.0  # an outlier in length is this many robust standard deviations (of logarithms) from the median
@@ -94,6 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Check the questions, print the problems, and write the rest. Raises InputError for unusable inputs."""
+    if any(word == MAKING or word.startswith(f"{MAKING}=") for word in arguments):
+        parser.description = (question_making.__doc__ or "").partition("\nLeft out:")[0]
+        return question_making.main(arguments, parser)
     add_arguments(parser)
     options = parser.parse_args(arguments)
     if not options.output and not options.check_only:

@@ -7,7 +7,9 @@ duplicates.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile, zip_longest
 from os.path import commonprefix
@@ -25,7 +27,8 @@ _IDEOGRAPHS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff
 _SOUTH_EAST = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CHARACTERS_A_WORD = {_IDEOGRAPHS: 1.6, _SOUTH_EAST: 4.0}
 LATIN_WORD = 6.0  # characters, with the space after it
-_CLAUSE_END = re.compile(r"[,;:،؛]\s+|[，；：、]\s*|\s+")
+_ENDS = re.compile(r"[,;:،؛]\s+|[，；：、]\s*"), re.compile(r"\s+")  # of clauses, of words
+_RUN = re.compile(r"\S++")
 Section = tuple[tuple[str, ...], str]  # heading path and text
 
 
@@ -62,10 +65,15 @@ def latin_length(text: str) -> float:
 
 def without_long_words(text: str) -> tuple[str, int]:
     """The text without runs that are no words of any language, and their number."""
-    found = [run for run in text.split() if len(run) > LONGEST_WORD and len(run.encode()) < 1.1 * len(run)]
-    for run in found:
-        text = text.replace(run, "", 1)
-    return text, len(found)
+    found = 0
+
+    def kept(run: re.Match) -> str:
+        nonlocal found
+        is_word = len(run[0]) <= LONGEST_WORD or len(run[0].encode()) >= 1.1 * len(run[0])
+        found += not is_word
+        return run[0] if is_word else ""
+
+    return _RUN.sub(kept, text), found
 
 
 def cut(text: str, *, words: int, overlap: int = 0) -> list[str]:
@@ -131,22 +139,39 @@ def _sentences(text: str) -> list[Piece]:
 
 def _split_long(text: str, piece: Piece, most: float) -> list[Piece]:
     """The sentence itself, or its parts if it has more than `most` words."""
-    middle = _middle(text, piece.start, piece.end) if piece.words > most else piece.end
-    if not piece.start < middle < piece.end:
+    if piece.words <= most:
         return [piece]
-    halves = [
-        Piece(piece.start, middle, count_words(text[piece.start : middle]), False),
-        Piece(middle, piece.end, count_words(text[middle : piece.end]), piece.closes),
-    ]
-    return [part for half in halves for part in _split_long(text, half, most)]
+    # Found once for all parts, for a sentence may have millions of words.
+    ends = [array("q", (found.end() for found in end.finditer(text, piece.start, piece.end))) for end in _ENDS]
+    return list(_parts(text, piece, most, ends))
 
 
-def _middle(text: str, start: int, end: int) -> int:
+def _parts(text: str, piece: Piece, most: float, ends: Sequence[Sequence[int]]) -> Iterator[Piece]:
+    middle = _middle(text, piece.start, piece.end, ends) if piece.words > most else piece.end
+    if not piece.start < middle < piece.end:
+        yield piece
+        return
+    for start, end, closes in ((piece.start, middle, False), (middle, piece.end, piece.closes)):
+        yield from _parts(text, Piece(start, end, _words_to(most, text, start, end), closes), most, ends)
+
+
+def _words_to(most: float, text: str, start: int, end: int) -> float:
+    """The words of a part; of one whose beginning has more than `most`, and which is split again, of its beginning."""
+    first = start + round(most * LATIN_WORD * 2)
+    words = count_words(text[start : min(first, end)])
+    return words if first >= end or words > most + 1 else count_words(text[start:end])
+
+
+def _middle(text: str, start: int, end: int, ends: Sequence[Sequence[int]]) -> int:
     """Where to split a long sentence: the end of a clause nearest to its middle, else a space, else between letters."""
     middle, reach = (start + end) // 2, (end - start) // 4
-    ends = list(_CLAUSE_END.finditer(text, middle - reach, middle + reach))
-    clauses = [match.end() for match in ends if not match.group()[0].isspace()]
-    nearest = min(clauses or [match.end() for match in ends], key=lambda place: abs(place - middle), default=middle)
+    nearest = middle
+    for places in ends:
+        at = bisect_left(places, middle)
+        near = [place for place in places[max(at - 1, 0) : at + 1] if middle - reach < place <= middle + reach]
+        if near:
+            nearest = min(near, key=lambda place: abs(place - middle))
+            break
     while nearest < end and unicodedata.category(text[nearest])[0] == "M":  # a vowel sign stays with its letter
         nearest += 1
     return nearest

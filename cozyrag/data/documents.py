@@ -236,14 +236,16 @@ def _extracted(source: InputSource, bad: BadRows, progress: Progress | None) -> 
         bad.add(where, "the article has no </doc> before the end of the file")
 
 
-# What WikiExtractor leaves of templates, tags and formulas. Tags that an article about HTML may name are kept.
+# What WikiExtractor leaves of templates, tags and formulas. Tags that an article about HTML may name are kept. A run of
+# spaces is looked at from its beginning alone: from each space, a long one would take its square.
+_SPACES = r"(?<![^\S\n])[^\S\n]*+"
 _TAGS = re.compile(
-    r"[^\S\n]*</?(?:(?:templatestyles|references?|ref|nowiki|onlyinclude|includeonly|noinclude|section|poem|gallery"
+    _SPACES + r"</?(?:(?:templatestyles|references?|ref|nowiki|onlyinclude|includeonly|noinclude|section|poem|gallery"
     r"|mapframe|maplink|timeline|dfn|br)\b|(?:div|span|p|small|big|center|font|table|tr|td|th|ul|ol|li)\s)[^<>\n]*>",
     re.IGNORECASE,
 )
-_FORMULAS = re.compile(r"[^\S\n]*\b(?:formula|codice)_\d+\b")
-_EMPTY_PARENTHESES = re.compile(r"(?:^|[^\S\n])\(\s*(?:[;,:][\s;,:]*(?:from|or|and)?\s*)?\)", re.MULTILINE)
+_FORMULAS = re.compile(_SPACES + r"\b(?:formula|codice)_\d+\b")
+_EMPTY_PARENTHESES = re.compile(r"(?:^|[^\S\n])\(\s*+(?:[;,:][\s;,:]*+(?:from|or|and)?\s*+)?\)", re.MULTILINE)
 
 
 def _without_residue(text: str) -> str:

@@ -25,7 +25,7 @@ from cozyrag.runtime.terminal import say_above_bars
 
 CHARACTERS = 2_000_000  # of text in one batch
 FILES = 2_000  # in one batch at most
-VERSION = 6  # of the content of a part: parts of another version are not reused
+VERSION = 7  # of the content of a part: parts of another version are not reused
 
 
 def gather(sources: Sequence[InputSource], folder: Path, cutting: Cutting, *, workers: int, bad: BadRows) -> list[Path]:

@@ -10,7 +10,7 @@ import warnings
 
 from cozyrag.data.rows import BadValue
 
-_STRING = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
+_STRING = r"""'(?:[^'\\]|\\.)*+(?:'|\Z)|"(?:[^"\\]|\\.)*+(?:"|\Z)"""  # looked at once, also without its end
 # Brackets around texts, lists or dicts; a text that merely begins with a bracket, such as "[1] foo", is none.
 _LIST = re.compile(r"\[\s*(?:['\"\[{]|array\(|None\b|null\b).*\]", re.S)
 _DICT = re.compile(r"\{\s*['\"][^'\"]*['\"]\s*[:,}].*\}|\{\s*['\"][^'\"]*['\"]\s*\}", re.S)
@@ -18,6 +18,7 @@ _NUMBERS = re.compile(r"\[(?:[\s,]*+-?\d++(?:\.\d+)?(?=[\s,\]]))*+[\s,]*\]|\{\s*
 _NUMPY = re.compile(
     rf"(?P<text>{_STRING})(?P<gap>\s+(?=['\"]))?|(?P<array>\barray\()|,\s*dtype=(?:[\w.]+|'[^']*')\s*(?=\))", re.S
 )
+LONGEST = 1_000_000  # characters in the notation of Python or NumPy, whose parser takes 250 bytes for each
 _FAULTS = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
 
@@ -34,7 +35,8 @@ def literal(text: str, name: str, *, numbers: bool = False) -> object:
     try:
         return json.loads(stripped)
     except _FAULTS:
-        pass
+        if len(stripped) > LONGEST:
+            raise _unreadable(stripped, name) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unknown escapes such as \d

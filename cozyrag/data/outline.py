@@ -4,9 +4,8 @@ Left out: the formats (parsers.py, web_pages.py, office.py).
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 from cozyrag.errors import InputError
@@ -74,16 +73,53 @@ BLOCK_TAGS = frozenset(
 )
 
 
-class Markup(HTMLParser):
-    """Adds the text of HTML to an outline: a line for each block or row of a table, headings as headings."""
+# A browser's rules for where markup ends. Each branch takes what it has passed and, at the end of the text, ends with
+# it ("open"), so reading is linear. html.parser of Python 3.11 is quadratic, and libxml2 too; it also joins the words
+# around an end tag without a start, and drops what follows a tag that is never closed.
+_REST = r"(?:[^>=]++|=\s*+(?:\"[^\"]*+\"?+|'[^']*+'?+)?+)*+"  # of a tag: quote marks count behind =
+_MARKUP = re.compile(
+    rf"<((?i:script|style))(?=[\s/>]){_REST}(?<!/)>.*?(?:</(?i:\1)(?=[\s/>])[^>]*+(?:>|\Z)|\Z)"
+    r"|<(?:!--(?:[^-]++|-(?!->))*+(?:--)?+|!\[CDATA\[(?:[^\]]++|\](?!\]>))*+(?:\]\])?+"
+    rf"|(?P<end>/?)(?P<tag>[a-zA-Z][^\s/>]*+){_REST}|[!?/][^>]*+)(?:>|(?P<open>\Z))",
+    re.DOTALL,
+)
+_CLOSED = re.compile(  # behind markup without end: none goes on past the next "<"
+    r"<(?:!--(?:[^<-]++|-(?!->))*+--|(?P<end>/?)(?P<tag>[a-zA-Z][^\s/<>]*+)[^<>]*+)>"
+)
+
+
+class Markup:
+    """Adds the text of HTML to an outline: a line for each block or row of a table, headings as headings.
+
+    Tags, comments and declarations have no text. What looks like markup and is never closed is text.
+    """
 
     def __init__(self, outline: Outline) -> None:
-        super().__init__(convert_charrefs=True)
         self._outline, self._held, self._level = outline, list[str](), 0
         self._cells: list[str] | None = None  # of the row that is read
         self._hidden, self._verbatim, self._raised = "", False, False
 
-    def handle_starttag(self, tag: str, attrs: Sequence = ()) -> None:
+    def feed(self, text: str) -> None:
+        """Read HTML, in time that grows with its length."""
+        text = text[self._read(text, _MARKUP) :]
+        self.handle_data(unescape(text[self._read(text, _CLOSED) :]))
+
+    def _read(self, text: str, markup: re.Pattern) -> int:
+        """Read text and markup up to the last piece of markup that is closed; returns where that ends."""
+        at = 0
+        for found in markup.finditer(text):
+            if found.lastgroup == "open":
+                break
+            self.handle_data(unescape(text[at : found.start()]))
+            at = found.end()
+            tag = (found["tag"] or "").lower()
+            if tag and not found["end"]:
+                self.handle_starttag(tag)
+            if tag and (found["end"] or text[at - 2] == "/"):
+                self.handle_endtag(tag)
+        return at
+
+    def handle_starttag(self, tag: str) -> None:
         self._raised = tag == "sup" or (self._raised and tag == "a")
         if tag in HIDDEN:
             self._hidden = tag
@@ -113,14 +149,7 @@ class Markup(HTMLParser):
             self._held.append("^" + data if self._raised and data[:1].isdigit() else data)
             self._raised = False
 
-    def parse_html_declaration(self, i: int) -> int:
-        try:
-            return super().parse_html_declaration(i)
-        except AssertionError:  # html.parser gives up on an unknown <![...
-            return self.parse_bogus_comment(i)
-
     def close(self) -> None:
-        super().close()
         self._flush()
         self._end_row()
 

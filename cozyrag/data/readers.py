@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -21,7 +22,16 @@ import pyarrow.parquet as pq
 from cozyrag.data import layouts
 from cozyrag.data.delimited import Headerless, Table, delimited_rows, refuse_repeats
 from cozyrag.data.rows import BadRows, Row
-from cozyrag.data.streams import PACKED, InputFile, Progress, empty_source, open_file, read_lines
+from cozyrag.data.streams import (
+    LONGEST_ROW,
+    PACKED,
+    TOO_LONG,
+    InputFile,
+    Progress,
+    empty_source,
+    open_file,
+    read_lines,
+)
 from cozyrag.errors import InputError
 
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
@@ -56,7 +66,8 @@ def read_rows(
     headerless: names the columns of a table with tabs and without header, from its first records; None: a header is
         required.
     delimiter: of a table; None: it is found out.
-    bad: receives the rows that cannot be parsed (wrong number of cells, not an object); None: they raise InputError.
+    bad: receives the rows that cannot be parsed (wrong number of cells, not an object) or are longer than LONGEST_ROW;
+        None: they raise InputError.
     kind: one of EXTENSIONS, for a file whose name does not show it.
     streaming: rows of a Hub dataset as they arrive, nothing stored on this machine.
 
@@ -65,16 +76,30 @@ def read_rows(
     """
     collected = BadRows() if bad is None else bad
     if is_hub_id(source):
-        yield from _hub_rows(source, split, streaming)
+        rows = _hub_rows(source, split, streaming)
     elif is_saved(source):
-        yield from _saved_rows(source, split)
+        rows = _saved_rows(source, split)
     else:
         file = InputFile(source, os.path.expanduser(source), progress, collected.note)
         kind = kind or kind_of(file.path)
         _check_file(file, kind)
-        yield from _file_rows(file, kind, Table(known, headerless, delimiter), collected)
+        rows = _file_rows(file, kind, Table(known, headerless, delimiter), collected)
+    for row in rows:
+        if _characters(row.values) > LONGEST_ROW:
+            collected.add(row.where, TOO_LONG)
+        else:
+            yield row
     if bad is None:
         collected.finish(source, skip=False)
+
+
+def _characters(value: object) -> int:
+    """The number of characters in all texts of a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _file_rows(file: InputFile, kind: str, table: Table, bad: BadRows) -> Iterator[Row]:
@@ -85,7 +110,7 @@ def _file_rows(file: InputFile, kind: str, table: Table, bad: BadRows) -> Iterat
     if kind == ".json":
         return _json_rows(file, bad)
     if kind in (".jsonl", ".ndjson"):
-        return _json_lines(file.source, read_lines(file), bad)
+        return _json_lines(file.source, read_lines(replace(file, refuse=bad.add)), bad)
     return delimited_rows(file, kind, table, bad)
 
 

@@ -15,15 +15,20 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from typing import Any, AnyStr
 
 from cozyrag.errors import InputError
 
 PACKED = (".gz", ".bz2")
 Progress = Callable[[int], None]  # called with the number of bytes just read from disk
 Note = Callable[[str], None]  # called with what a user should know about a file that is read
+Refuse = Callable[[str, str], None]  # called with the place of a row that cannot be used, and why
+LONGEST_ROW = 20_000_000  # bytes of a line, characters of a row: the Bible has 4,300,000
+TOO_LONG = (
+    f"expected at most {LONGEST_ROW:,} characters in one row, found more; write them as several rows or documents"
+)
 SAMPLE = 65_536  # bytes that a detector sees
 LINES_BEFORE = 8  # a single odd character means more beside the language of its neighbours
 _PRINTABLE = bytes(range(0x20, 0x7F)) + rb" \u0041 +AEE- \x41"
@@ -48,12 +53,16 @@ def empty_source(source: str) -> InputError:
 class InputFile:
     """A file to read: `source` is its name as the user gave it, `progress` is called with the bytes read from disk,
     `note` with what a user should know.
+
+    refuse: for a file with a row in each line, called for a line longer than LONGEST_ROW, which is read as a blank one;
+    None: lines may have any length.
     """
 
     source: str
     path: str
     progress: Progress | None = None
     note: Note | None = None
+    refuse: Refuse | None = None
 
 
 class _CountingFile(io.FileIO):
@@ -97,7 +106,14 @@ def open_file(file: InputFile) -> Iterator[io.BufferedIOBase]:
 def read_lines(file: InputFile) -> Iterator[str]:
     """The lines of a text file as `text_lines`. Raises InputError for a blank file as well."""
     blank = True
-    for line in text_lines(file):
+
+    def refuse(where: str, why: str) -> None:
+        nonlocal blank
+        blank = False
+        if file.refuse is not None:
+            file.refuse(where, why)
+
+    for line in text_lines(replace(file, refuse=file.refuse and refuse)):
         blank = blank and not line.strip()
         yield line
     if blank:
@@ -184,16 +200,34 @@ def _wide_lines(file: InputFile, opened: Any, encoding: str) -> Iterator[str]:
     """Lines of UTF-16 or UTF-32, whose newlines are no single bytes."""
     number = 0
     try:
-        for number, line in enumerate(io.TextIOWrapper(opened, encoding, newline="\n"), start=1):  # noqa: B007
+        text = io.TextIOWrapper(opened, encoding, newline="\n")
+        for number, line in enumerate(_in_bounds(file, text, "\n"), start=1):  # noqa: B007
             yield line
     except UnicodeError as error:
         raise _unreadable(f"{file.source}, after line {number}", encoding, error) from error
 
 
+def _in_bounds(file: InputFile, opened: Any, newline: AnyStr) -> Iterator[AnyStr]:
+    """The lines, a blank one in place of each that is refused: no more of it than a row may have is in memory."""
+    if file.refuse is None:
+        yield from opened
+        return
+    for number in count(1):
+        line = opened.readline(LONGEST_ROW + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_ROW:
+            while line and not line.endswith(newline):
+                line = opened.readline(SAMPLE)
+            file.refuse(f"{file.source}, line {number}", TOO_LONG)
+            line = newline
+        yield line
+
+
 def _lines(file: InputFile, opened: io.BufferedIOBase) -> Iterator[str]:
     """Lines of UTF-8; from the first that is not, if all before it are ASCII, those of the detected encoding."""
     ascii_only, before = True, deque[bytes](maxlen=LINES_BEFORE)
-    lines = enumerate(opened, start=1)
+    lines = enumerate(_in_bounds(file, opened, b"\n"), start=1)
     for number, raw in lines:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -355,10 +355,25 @@ def _data_lines(settings: Mapping, run: Mapping) -> str:
     else:
         evaluated = f"held out from `{_public_names(questions)}`"
     found = f"of `{_public_names(source)}`" if source and source != "quickstart" else "that come with the questions"
+    made = synthetic_sentence(run)
     return (
         f"- Trained on {run['questions']} questions of `{_public_names(questions)}`.\n"
-        f"- Evaluated on {run['eval_questions']} questions {evaluated}.\n"
+        + (f"- {made}\n" if made else "")
+        + f"- Evaluated on {run['eval_questions']} questions {evaluated}.\n"
         f"- Answers come from {run['passages']} passages {found}."
+    )
+
+
+def synthetic_sentence(run: Mapping) -> str:
+    """Who made the questions of a run, and how many were rejected; "" if they were not made."""
+    made = run.get("synthetic")
+    if not made:
+        return ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in made["rejected"].items())
+    return (
+        f"These questions are synthetic: a language model (`{_public(made['writer'])}`) wrote {made['written']:,} from "
+        f"{made['passages']:,} passages, and {made['written'] - made['kept']:,} were rejected by automatic checks "
+        f"({reasons or 'none'}). No person has read them, and scores on them are not scores on people's questions."
     )
 
 

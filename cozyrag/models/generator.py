@@ -277,8 +277,26 @@ class Generator:
             for number in progress(range(len(batches))):
                 rows = batches[number]
                 spans = [self._spans(prompts[row], questions[row], limits) for row in rows] if extractive else None
-                answers |= zip(rows, self._complete(model, [prompts[row] for row in rows], limits, spans), strict=True)
+                written = self._complete(model, [prompts[row] for row in rows], limits, spans)
+                answers |= zip(rows, (replace(each, text=" ".join(each.text.split())) for each in written), strict=True)
         return [answers[row] for row in range(len(prompts))]
+
+    def continue_lines(self, texts: Sequence[str], *, max_new_tokens: int, batch_size: int = 32) -> list[Written]:
+        """The rest of the line that each text begins, written greedily: for prompts that are no context and question.
+
+        Each text keeps its end if it is longer than the model's input.
+        """
+        (newline,) = tokenize(self.tokenizer, ["\n"])
+        end = newline[-1] if newline and self.tokenizer.decode(newline[-1:]) == "\n" else self.end
+        limits = Limits(max_new_tokens, end, 1)
+        start, room = self.layout.head[: self.layout.start], self.max_length - max_new_tokens
+        ids = tokenize(self.tokenizer, texts, self.layout.characters)
+        prompts = [[*start, *each[-(room - len(start)) :]] for each in ids]
+        lines: dict[int, Written] = {}
+        with self.reading() as model:
+            for rows in self._batches([len(prompt) for prompt in prompts], batch_size):
+                lines |= zip(rows, self._complete(model, [prompts[row] for row in rows], limits, None), strict=True)
+        return [replace(lines[row], text=lines[row].text.strip().partition("\n")[0]) for row in range(len(prompts))]
 
     def _batches(self, lengths: Sequence[int], size: int) -> list[list[int]]:
         """Rows of similar length together; of the same length, if the model would read the padding."""
@@ -298,13 +316,11 @@ class Generator:
     def _complete(
         self, model: PreTrainedModel, prompts: list[list[int]], limits: Limits, spans: list[Spans] | None
     ) -> list[Written]:
-        """The answer to each prompt. Prompts are padded on the left, so that all answers start at the same position."""
+        """What follows each prompt. Prompts are padded on the left, so that all answers start at the same position."""
         batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
         decoded = write_greedily(model, batch["input_ids"], batch["attention_mask"], limits, spans)
         texts = self.tokenizer.batch_decode([each.tokens for each in decoded], skip_special_tokens=True)
-        return [
-            Written(" ".join(text.split()), each.score, each.silence) for text, each in zip(texts, decoded, strict=True)
-        ]
+        return [Written(text, each.score, each.silence) for text, each in zip(texts, decoded, strict=True)]
 
     @torch.inference_mode()
     def log_likelihoods(

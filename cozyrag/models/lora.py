@@ -41,16 +41,30 @@ def has_adapter(model: PreTrainedModel) -> bool:
 def read_adapter(name: str, *, revision: str | None = None, token: str | None = None) -> Adapter | None:
     """What the adapter in a folder or a repository belongs to; None for a whole model.
 
-    Raises InputError if there is an adapter, but PEFT is not installed.
+    Raises InputError if there is an adapter, but PEFT is not installed, or the adapter does not say what it belongs to.
     """
     path = find_file(name, CONFIG, revision=revision, token=token)
     if path is None:
         return None
     _check_peft(f"{name} is a LoRA adapter")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    base = config["base_model_name_or_path"]
+    base, its_revision = _base_of(name, path)
     moved = Path(base).parts[-3:] == SHIPPED and not Path(base).is_dir()  # the package is elsewhere on this machine
-    return Adapter(str(GENERATOR_FOLDER) if moved else base, config.get("revision"))
+    return Adapter(str(GENERATOR_FOLDER) if moved else base, its_revision)
+
+
+def _base_of(name: str, path: Path) -> tuple[str, str | None]:
+    """The base model in an adapter's config, and its revision."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+        if not isinstance(base, str) or not base or not isinstance(revision, str | None):
+            raise ValueError(f"base model {base!r:.60}, revision {revision!r:.60}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{name}: expected {CONFIG} to name the base model of the LoRA adapter, found something else "
+            f"({type(error).__name__}: {error}). Save or download the adapter again."
+        ) from error
+    return base, revision
 
 
 def _check_peft(why: str) -> None:

@@ -9,6 +9,7 @@ import warnings
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.terminal import one_line
 
 RESIZE = "`model.resize_token_embeddings(len(tokenizer))`"
 
@@ -60,7 +61,7 @@ def check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if others:
         warnings.warn(
             f"The generator has no embedding for {others[0]!r}{_more(others)}, a special token of its tokenizer in "
-            f"{name}. Where a text contains it, it is read as ordinary characters; if it matters, resize the "
+            f"{one_line(name)}. Where a text contains it, it is read as ordinary characters; if it matters, resize the "
             f"embeddings with {RESIZE} first.",
             stacklevel=3,
         )

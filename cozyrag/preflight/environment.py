@@ -35,6 +35,7 @@ NEEDED_DISK = 4e9  # two checkpoints with AdamW states, the finished pair, and t
 EXTRAS = {  # of setup.cfg, with a module of each
     "demo": "gradio",
     "serve": "fastapi",
+    "endpoint": "openai",
     "plots": "matplotlib",
     "pdf": "pypdf",
     "web": "trafilatura",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
-from cozyrag.reporting.extras import load_gradio, without_proxies
+from cozyrag.reporting.extras import load_gradio, without_haste, without_proxies
 from cozyrag.reporting.run_reader import spread
 from cozyrag.reporting.templates import render, stylesheet
 from cozyrag.runtime.json_lines import append_json_line, end_last_line, read_json_lines
@@ -64,12 +64,13 @@ def serve(
     from starlette.middleware import Middleware
 
     try:
-        with without_proxies():
+        with without_proxies(), without_haste():
             page.launch(
                 server_name="127.0.0.1",
                 server_port=port,
                 inbrowser=open_browser,
                 share=False,
+                _frontend=False,  # or a busy machine, whose page takes over three seconds, is told to have no localhost
                 prevent_thread_lock=True,
                 app_kwargs={"middleware": [Middleware(KnownHosts, closed=UPLOADS), Middleware(_Policy)]},
                 **look(gr),

@@ -5,6 +5,8 @@ Left out: what is made with them (demo_app.py, plots.py).
 
 import importlib.util
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -57,3 +59,27 @@ def without_proxies() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextmanager
+def without_haste() -> Iterator[None]:
+    """Wait for the page's server as long as its thread lives, however busy the machine is.
+
+    Gradio gives it five seconds, and then takes the next port, or calls the one that was asked for taken.
+    """
+    from gradio import http_server
+
+    def run_in_thread(server: http_server.Server) -> None:
+        server.thread = threading.Thread(target=server.run, daemon=True)
+        server.thread.start()
+        while not server.started:
+            if not server.thread.is_alive():  # uvicorn ends it where the port is taken
+                raise http_server.ServerFailedToStartError("The server did not start.")
+            time.sleep(0.001)
+
+    hasty = http_server.Server.run_in_thread
+    http_server.Server.run_in_thread = run_in_thread  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        http_server.Server.run_in_thread = hasty  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.evaluation.calibration import calibration_error
 from cozyrag.evaluation.evaluation import SEARCHES, SHOWN, few_questions, summarize
-from cozyrag.hub.model_cards import public_settings
+from cozyrag.hub.model_cards import public_settings, synthetic_sentence
 from cozyrag.pipeline import CozyRAG
 from cozyrag.reporting import extras, plots
 from cozyrag.reporting.compare import Difference, differences, matched, more_than_noise
@@ -106,6 +106,7 @@ def write_report(run: FinishedRun, *, seconds: np.ndarray | None = None) -> Path
         version=__version__,
         run=run,
         conclusion=_conclusion(run, changes),
+        synthetic=synthetic_sentence((run.rows("run") or [{}])[-1]),
         changes={each.metric: each for each in changes},
         plots=_plots(run, changes, certainties(rows), seconds),
         metrics=SHOWN,

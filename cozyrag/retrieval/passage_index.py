@@ -46,6 +46,7 @@ from cozyrag.retrieval.faiss_index import (
 from cozyrag.retrieval.index_file import COPY_AGAIN, LISTS, checked_facts, hashed, keeps_sentences, write_facts
 from cozyrag.runtime.atomic_files import flush, save_tensors
 from cozyrag.runtime.machine_faults import fault_sentence, is_environment
+from cozyrag.runtime.terminal import one_line
 
 PASSAGES = "passages.parquet"
 HARMLESS, UNPACKED = 1 << 28, 200  # passages may unpack to so many bytes, or to so many times the bytes of their file
@@ -463,8 +464,9 @@ def _sentences(folder: Path, tensors: dict[str, np.ndarray]) -> SentenceVectors 
     if keeps_sentences(folder):
         return SentenceVectors(tensors[SENTENCE_VECTORS], tensors[SENTENCE_ENDS])
     warnings.warn(
-        f"The sentence vectors in {folder} come from a version of cozyrag that split sentences differently. They are "
-        "ignored: search compares whole passages and finds less. Make the index again with `cozyrag index`.",
+        f"The sentence vectors in {one_line(folder)} come from a version of cozyrag that split sentences "
+        "differently. They are ignored: search compares whole passages and finds less. "
+        "Make the index again with `cozyrag index`.",
         stacklevel=3,
     )
     return None

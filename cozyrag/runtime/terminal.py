@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -69,6 +70,17 @@ class _Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def escaped_warnings() -> Iterator[None]:
+    """Inside, Python's warnings, which name files and texts, are printed as `escaped`."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda *given: escaped(before(*given))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from cozyrag.runtime.distributed import refuse
 from cozyrag.runtime.precision import Precision, agreed, check_asked, choose
 from cozyrag.runtime.terminal import say
 from cozyrag.training.checkpointing import load_generator
+from cozyrag.training.synthetic import is_synthetic, synthetic_files
 from cozyrag.training.tracking import wanted_trackers
 
 LOST = (
@@ -172,12 +173,15 @@ def _set_threads(threads: int | None) -> None:
 
 
 def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
-    """Training questions, validation questions and passages. "quickstart" stands for the files of the package."""
+    """Training questions, validation questions and passages. "quickstart" stands for the files of the package,
+    "synthetic" for those that a run has made."""
     data = settings.data
     given = vars(data)
     files = {name: given[name] for name in QUICKSTART_FILES}
     if data.questions == QUICKSTART:
         files = {name: QUICKSTART_FILES[name] if file in (None, QUICKSTART) else file for name, file in files.items()}
+    if is_synthetic(settings):
+        files = synthetic_files(settings)
     return load_corpus(
         **files,
         questions_split=data.questions_split,

@@ -159,7 +159,7 @@ def _note_failure(tracker: GeneralTracker, error: Exception) -> None:
 
 def _told(error: Exception) -> str:
     """An error for a message, without a password in an address."""
-    text = re.sub(r"(://[^/\s:@]*):[^@\s/]+@", r"\1:***@", str(error))
+    text = re.sub(r"(://(?:[^/\s:@]*:(?=\S*@))?)\S*@", r"\1***@", str(error))  # a password may hold "@" and "/"
     return one_line(f"{type(error).__name__}: {text[:300]}")
 
 

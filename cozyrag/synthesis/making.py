@@ -1,0 +1,177 @@
+"""Questions made from passages: written, checked, and divided into training and validation.
+
+Passages are taken in batches, and the drafts of each are a file beside the output, so a run that was stopped resumes
+with the next batch and ends with the same pairs. Checks that need all pairs follow at the end. Left out: writing and
+reading (writers.py, endpoint.py), the files (results.py).
+"""
+
+import hashlib
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cozyrag.runtime.atomic_files import write_jsonl
+from cozyrag.runtime.fingerprints import tables_fingerprint
+from cozyrag.runtime.json_lines import read_json_lines
+from cozyrag.synthesis.checks import agreement, fault_of, ranks, repeated, score_of
+from cozyrag.synthesis.drafts import Draft, Passage, Reader, Reading, Writer
+from cozyrag.synthesis.request import Making
+
+VERSION = 1  # of the content of a part: parts of another version are not used
+LONG = 60  # seconds above which the expected time is told
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A draft with its passage's row and all that was found out. fault: a reason of checks.py; None: it is kept."""
+
+    row: int
+    draft: Draft
+    reading: Reading | None = None
+    fault: str | None = None
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Made:
+    """All pairs, kept and rejected, in the order of the passages, and the rows of the passages for validation."""
+
+    passages: Sequence[Passage]
+    pairs: list[Pair]
+    validation: frozenset[int]
+
+    @property
+    def kept(self) -> list[Pair]:
+        """The pairs that passed every check."""
+        return [pair for pair in self.pairs if pair.fault is None]
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """How many pairs were rejected, by reason."""
+        return Counter(pair.fault for pair in self.pairs if pair.fault)
+
+
+def chosen(passages: Sequence[Passage], limit: int | None, seed: int) -> list[Passage]:
+    """The passages, or a random sample of `limit` in their order, the same for the same seed."""
+    if limit is None or limit >= len(passages):
+        return list(passages)
+    return [passages[row] for row in sorted(random.Random(seed).sample(range(len(passages)), limit))]
+
+
+def make(
+    asked: Sequence[Passage],
+    passages: Sequence[Passage],
+    writer: Writer,
+    reader: Reader,
+    how: Making,
+    *,
+    parts: Path,
+    progress: Callable[[int], object] = lambda count: None,
+    info: Callable[[str], None] = lambda text: None,
+) -> Made:
+    """Write pairs about the passages that are `asked` about, and check them.
+
+    Args:
+        passages: all that are searched. parts: folder for finished batches. progress: called with passages done.
+        info: takes a line for the user.
+    """
+    pairs = list[Pair]()
+    files = list(_parts(asked, writer, reader, how, parts))
+    if finished := sum(path.is_file() for _, path in files):
+        info(f"Resuming: {finished} of {len(files)} batches are finished already.")
+    begun, first = time.monotonic(), True
+    for start, path in files:
+        own = asked[start : start + how.batch_size]
+        if path.is_file():
+            drafted = read_json_lines(path)
+        else:
+            drafted = [asdict(pair) for pair in _drafted(own, writer, reader, how)]
+            write_jsonl(path, drafted)
+            if first and (told := _expected(time.monotonic() - begun, len(own), len(asked) - start)):
+                info(told)
+            first = False
+        pairs += [_read_back(row, start) for row in drafted]
+        progress(len(own))
+    pairs = _searched(_without_repeats(pairs, asked), asked, passages, how)
+    return Made(asked, pairs, _for_validation([pair.row for pair in pairs if pair.fault is None], how))
+
+
+def _parts(
+    asked: Sequence[Passage], writer: Writer, reader: Reader, how: Making, folder: Path
+) -> Iterator[tuple[int, Path]]:
+    """The first row of each batch, and its file, whose name changes with anything that its content depends on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = (VERSION, writer.fingerprint, reader.fingerprint, how.pairs, how.batch_size, how.least_f1, how.seed)
+    for start in range(0, len(asked), how.batch_size):
+        own = asked[start : start + how.batch_size]
+        table = {name: [getattr(passage, name) for passage in own] for name in ("id", "title", "text")}
+        key = hashlib.sha256(repr((facts, tables_fingerprint(table))).encode()).hexdigest()[:20]
+        yield start, folder / f"{start:08d}-{key}.jsonl"
+
+
+def _drafted(passages: Sequence[Passage], writer: Writer, reader: Reader, how: Making) -> list[Pair]:
+    """The pairs of a batch; those without fault so far are read again."""
+    drafts = writer.draft(passages, how.pairs)
+    pairs = [Pair(row, draft, fault=fault_of(draft, passages[row])) for row, own in enumerate(drafts) for draft in own]
+    if not how.least_f1:
+        return pairs
+    left = [place for place, pair in enumerate(pairs) if pair.fault is None]
+    readings = reader.read(
+        [pairs[place].draft.question for place in left], [passages[pairs[place].row] for place in left]
+    )
+    for place, reading in zip(left, readings, strict=True):
+        differs = agreement(pairs[place].draft, reading) < how.least_f1
+        pairs[place] = replace(pairs[place], reading=reading, fault="read_differently" if differs else None)
+    return pairs
+
+
+def _read_back(row: dict, start: int) -> Pair:
+    reading = row["reading"] and Reading(**row["reading"])
+    return Pair(row["row"] + start, Draft(**row["draft"]), reading, row["fault"])
+
+
+def _without_repeats(pairs: Sequence[Pair], asked: Sequence[Passage]) -> list[Pair]:
+    """The pairs; one that repeats an earlier one that is kept so far has that fault."""
+    left = [place for place, pair in enumerate(pairs) if pair.fault is None]
+    again = repeated([pairs[place].draft.question for place in left], [asked[pairs[place].row].id for place in left])
+    faulty = {place for place, found in zip(left, again, strict=True) if found}
+    return [replace(pair, fault="repeated") if place in faulty else pair for place, pair in enumerate(pairs)]
+
+
+def _searched(pairs: list[Pair], asked: Sequence[Passage], passages: Sequence[Passage], how: Making) -> list[Pair]:
+    """The pairs; one whose passage the search does not find has that fault, and those kept have a score."""
+    left = [place for place, pair in enumerate(pairs) if pair.fault is None]
+    places = {passage.id: row for row, passage in enumerate(passages)}
+    rows = [places[asked[pairs[place].row].id] for place in left]
+    questions = [pairs[place].draft.question for place in left]
+    found = ranks(questions, rows, passages, how.top_k) if how.top_k else [1] * len(left)
+    for place, rank in zip(left, found, strict=True):
+        pair = pairs[place]
+        pairs[place] = (
+            replace(pair, fault="not_found")
+            if rank is None
+            else replace(pair, score=score_of(pair.draft, pair.reading, rank))
+        )
+    return pairs
+
+
+def _for_validation(rows: Sequence[int], how: Making) -> frozenset[int]:
+    """The passages, by row, whose pairs are for validation: at least one, and never all of several."""
+    different = sorted(set(rows))
+    count = min(max(1, round(how.eval_share * len(different))), len(different) - 1) if how.eval_share else 0
+    return frozenset(random.Random(how.seed).sample(different, max(0, count)))
+
+
+def _expected(seconds: float, done: int, left: int) -> str:
+    """What the first batch says of the rest."""
+    rest = seconds / done * (left - done)
+    if rest < LONG:
+        return ""
+    told = f"{rest / 60:.0f} minutes" if rest < 5400 else f"{rest / 3600:.1f} hours"
+    return (
+        f"The first {done} passages took {seconds:.0f} seconds, so the other {left - done:,} take about {told}. "
+        "Ctrl-C keeps what is finished; the same command resumes."
+    )
