@@ -135,7 +135,7 @@ def _facts(accelerator: Accelerator, corpus: Corpus) -> dict:
 
 def _how_to_resume(folder: Path) -> str:
     saved = complete_checkpoints(folder)
-    what = f"{saved[-1].name} is saved" if saved else "nothing was saved yet"
+    what = f"{saved[-1].name} is saved" if saved else "no checkpoint was saved yet"
     return f"Interrupted; {what} in {folder.absolute()}. Give the same command again to resume."
 
 

@@ -110,6 +110,7 @@ def main() -> None:
     add("--learning_rate", type=float, default=1e-4, help="default: 1e-4")
     add("--context_tokens", type=int, default=384, help="tokens of a passage that are read (default: 384)")
     add("--seed", type=int, default=42, help="default: 42")
+    add("--threads", type=int, help="CPU threads of each process (default: all cores)")
     add("--use_cpu", action="store_true", help="train on the CPU even if there is a GPU")
     options = parser.parse_args()
 
@@ -121,6 +122,7 @@ def main() -> None:
             "generator_learning_rate": options.learning_rate,
             "context_tokens": options.context_tokens,
             "seed": options.seed,
+            "threads": options.threads,
             "use_cpu": options.use_cpu,
             "questions": options.questions,
         }

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
+import torch
+
 from cozyrag import cli
 
 
@@ -23,6 +26,9 @@ def start(words: list[str], out: Path, before: Callable[[], None] = lambda: None
             os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")  # a test's go elsewhere
+        # A pool of OpenMP does not survive a fork: a child would wait for its threads for ever.
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(1)
         before()
         code = 0
         try:

@@ -7,6 +7,7 @@ import damage_run
 import numpy as np
 import pytest
 import tiny
+import torch
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
@@ -26,6 +27,15 @@ def pair(tmp_path_factory):
 @pytest.fixture
 def copy(pair, tmp_path):
     return shutil.copytree(pair, tmp_path / "pair")
+
+
+def test_a_forked_command_ends_although_its_parent_computed_with_two_threads(copy, tmp_path):
+    torch.set_num_threads(2)
+    torch.rand(1 << 20).exp().sum()  # begins a pool of OpenMP
+    try:
+        assert damage_run.ask(copy, tmp_path / "ask")[0] == 0
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.slow

@@ -498,7 +498,7 @@ def test_a_writer_is_taught_on_questions_turned_round(tmp_path, generator, monke
     ]
     source = tiny.write_jsonl(tmp_path / "squad.jsonl", rows)
     words = f"--questions {source} --generator {folder} --output_dir {tmp_path / 'writer'} --use_cpu"
-    how = "--steps 8 --batch_size 8 --learning_rate 3e-3 --context_tokens 64"
+    how = "--steps 8 --batch_size 8 --learning_rate 3e-3 --context_tokens 64 --threads 1"
     monkeypatch.setattr("sys.argv", ["train_question_writer.py", *words.split(), *how.split()])
     train_question_writer.main()
     facts = json.loads((tmp_path / "writer" / turned.MARKER).read_text())

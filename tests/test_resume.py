@@ -68,7 +68,7 @@ def test_a_signal_while_trackers_start_ends_the_run_and_the_same_command_begins_
         with pytest.raises(SystemExit) as ended:
             entry_point(lambda: train(arguments))
     assert ended.value.code == 128 + signal.SIGTERM and begun == [1]
-    assert "nothing was saved yet" in capsys.readouterr().err
+    assert "no checkpoint was saved yet" in capsys.readouterr().err
     train(arguments)
     assert differences(undisturbed, left(out, rounds=1)) == []
 
@@ -98,7 +98,7 @@ def test_a_signal_between_phases_ends_at_once(short_run, undisturbed, tmp_path, 
         patched.setattr(cozyrag.training.rounds, "evaluate_pair", lambda *rest, **options: send(signal.SIGTERM)())
         with pytest.raises(Interrupted) as ended:
             train([*short_run, "--output_dir", str(out)])
-    assert "nothing was saved yet" in ended.value.message
+    assert "no checkpoint was saved yet" in ended.value.message
     train([*short_run, "--output_dir", str(out)])
     assert differences(undisturbed, left(out, rounds=1)) == []
 

@@ -41,7 +41,6 @@ class Request:
     """
 
     generator: str | None = None
-    revision: str | None = None
     way: str = "auto"
     endpoint: str | None = None
     model: str | None = None

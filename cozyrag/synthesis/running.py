@@ -31,7 +31,7 @@ def fulfil(request: Request, passages: Sequence[Passage], places: Places, settin
     is left; finished batches are kept then.
     """
     writer = _writer(request)
-    reader: Reader = load_reader(request.reader, batch_size=request.how.batch_size) if request.reader else writer
+    reader = _reader(request, writer)
     asked = chosen(passages, request.limit, request.how.seed)
     made = _made(request, asked, passages, writer, reader, places)
     read = reader.name if request.how.least_f1 else "nobody"
@@ -60,7 +60,14 @@ def _writer(request: Request) -> Writer:
     if request.endpoint:
         return EndpointWriter(request.endpoint, request.model, at_once=min(8, how.batch_size))
     name = request.generator or default_generator()
-    return load_writer(name, request.way, batch_size=how.batch_size, seed=how.seed, revision=request.revision)
+    return load_writer(name, request.way, batch_size=how.batch_size, seed=how.seed)
+
+
+def _reader(request: Request, writer: Writer) -> Reader:
+    """The reader of the request; the writer, if there is none or nothing is read again."""
+    if request.reader and request.how.least_f1:
+        return load_reader(request.reader, batch_size=request.how.batch_size)
+    return writer
 
 
 def _check_kept(made: Made, places: Places) -> None:

@@ -1,6 +1,6 @@
 """Writers of questions that run here: any causal language model, in one of three ways.
 
-- examples: the prompt shows two texts with questions, and the model completes the next one. For models that only
+- examples: the prompt shows three texts with questions, and the model completes the next one. For models that only
   complete texts. Answers are spans of the passage; the model writes their questions.
 - instruction: a chat model is told what to write, and writes lines `Question: ...` and `Answer: ...`.
 - trained: a model of scripts/train_question_writer.py, which was taught both on questions turned round.
@@ -249,13 +249,13 @@ def default_generator() -> str:
     return smollm2.SMOLLM2
 
 
-def load_writer(name: str, way: str, *, batch_size: int, seed: int, revision: str | None = None) -> Writer:
+def load_writer(name: str, way: str, *, batch_size: int, seed: int) -> Writer:
     """The writer of this name. Raises InputError if it cannot be loaded, or not be used in this way."""
     if way == "auto" and turned.is_trained(Path(name)):
         way = "trained"
     # SmolLM2 chats too, but at 135 M parameters it follows examples better than instructions.
     chat = way == "instruction" or way == "trained" or way == "auto" and name != smollm2.SMOLLM2
-    generator = _load(name, revision=revision, chat_template=chat)
+    generator = _load(name, chat_template=chat)
     chats = bool(generator.tokenizer.chat_template)
     if way == "instruction" and not chats:
         raise InputError(
