@@ -436,7 +436,7 @@ def test_the_page_shows_both_kinds_and_obeys_no_text(tmp_path, passages, known):
         "--from", tiny.write_jsonl(tmp_path / "odd.jsonl", rows), "--output", tmp_path / "qa.jsonl", "--top_k", "0"
     )
     page = (tmp_path / "qa.html").read_text(encoding="utf-8")
-    assert "5 pairs that were kept" in page and "2 pairs that were rejected" in page
+    assert "Pairs that were kept: 5" in page and "Pairs that were rejected: 2" in page
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;i&gt;it&lt;/i&gt;" in page
 
 
