@@ -28,7 +28,7 @@ READABLE = (1, FORMAT_VERSION, STARTING)
 MODELS = ("generator", "retriever")  # the index has the hashes of its files in its own index.json
 CONTENTS = "files"
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # files of a model that change what it does
-AGAIN = "Copy the whole folder again, or run train.py again."
+AGAIN = "Copy the whole folder again, or train again."
 PLACE: dict[str, Kind | Mapping] = {
     "folder": text(),
     "repo": text(),
@@ -123,7 +123,7 @@ def read_pair(folder: Path) -> dict:
             f"Expected {PAIR_FILE} in {folder.absolute()}, found none: this is not the output folder of a finished run."
         )
     check_readable([path])
-    pair = read_object(path, "Run train.py again or copy the file again.")
+    pair = read_object(path, "Train again or copy the file again.")
     found = pair.get("format_version")
     if type(found) is not int or found not in READABLE:
         raise InputError(f"{path}: expected format_version {STARTING} or lower, found {found!r:.60}. Update cozyrag.")

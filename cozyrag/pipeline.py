@@ -189,7 +189,7 @@ class CozyRAG:
         if found != named:
             raise InputError(
                 f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they belong to "
-                "different pairs. Load another revision, copy the folder again or run train.py again."
+                "different pairs. Load another revision, copy the folder again or train again."
             )
         check_fits(index, retriever.dimensions)
         contexts = dict(pair["contexts"])
@@ -399,7 +399,7 @@ def _download(repo: str, *, revision: str | None, token: str | None, repo_type: 
         what, remedy = explain(error, repo, writing=False)
         at = f" at revision {revision!r}" if revision else ""
         raise InputError(
-            f"Expected a folder that train.py wrote or a repository on the Hub, found no folder {repo!r}, and the "
+            f"Expected the folder of a trained pair or a repository on the Hub, found no folder {repo!r}, and the "
             f"repository could not be downloaded{at}: {what}. To load it, {remedy}, then try again; downloaded files "
             "are kept."
         ) from error

@@ -3,6 +3,7 @@
 Left out: every detail, which is in the module that a step calls.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -324,6 +325,11 @@ def self_test(rounds: Rounds) -> None:
         )
 
 
+def training_command() -> str:
+    """The command that trains, as it was given: train.py comes with a checkout only."""
+    return "accelerate launch train.py" if Path(sys.argv[0]).name == "train.py" else "cozyrag train"
+
+
 def finish(rounds: Rounds, started: float) -> None:
     """Write the cards, log the tables, some answers and the next steps, and push if asked. Raises PushError if that
     fails."""
@@ -338,8 +344,7 @@ def finish(rounds: Rounds, started: float) -> None:
         rounds.log.info(
             f"Done in {minutes:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
             f"  cozyrag ask {quote(str(folder))} {quote(rows[0]['question'])}\n"
-            "  accelerate launch train.py --questions your-questions.tsv --passages your-passages.jsonl --output_dir "
-            "my-rag"
+            f"  {training_command()} --questions your-questions.tsv --passages your-passages.jsonl --output_dir my-rag"
         )
     end_trackers(accelerator)
     accelerator.end_training()

@@ -4,6 +4,7 @@ import configparser
 import importlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import evaluated
 import pytest
 
 import cozyrag
-from cozyrag import cli
+from cozyrag import cli, run
 from cozyrag.commands import ask
 from cozyrag.data.passages import read_passages
 from cozyrag.errors import InputError, PushError
@@ -389,6 +390,27 @@ def test_a_wrong_value_is_told_before_torch_is_loaded(words, told):
 def test_a_missing_package_is_told_before_torch_is_loaded():
     lines = [(f"cozyrag {command} {words}", told) for command, (words, told) in WITHOUT.items()]
     _told_before_torch(["gradio", "matplotlib", "fastapi", "uvicorn", "mcp"], lines)
+
+
+@pytest.mark.parametrize(
+    ("program", "hint"),
+    [("train.py", "accelerate launch train.py"), ("cozyrag", "cozyrag train"), ("python", "cozyrag train")],
+)
+def test_the_hint_after_a_run_names_a_command_that_is_there(program, hint, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"/somewhere/{program}"])
+    assert run.training_command() == hint
+
+
+def test_no_message_of_the_package_asks_for_train_py():
+    """The wheel has no train.py: what the package prints must work without a checkout."""
+    named = [path for path in (ROOT / "cozyrag").rglob("*.py") if "launch train.py" in path.read_text("utf-8")]
+    again = [path for path in (ROOT / "cozyrag").rglob("*.py") if re.search("[Rr]un train.py", path.read_text("utf-8"))]
+    assert (named, again) == ([ROOT / "cozyrag" / "run.py"], [])
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "cozyrag", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"cozyrag {cozyrag.__version__}\n")
 
 
 def test_the_installed_commands_exist():

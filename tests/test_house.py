@@ -45,6 +45,7 @@ FLOORS = (
     "api",
     "commands",
     "cli",
+    "__main__",
 )
 FOREIGN_BYTES = {
     "data.ingest_worker",  # where anything that a parser raises becomes a bad row

@@ -17,7 +17,7 @@ examples:
   accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m cozyrag.cli index wiki.parquet \\
     --output wiki-index
   cozyrag index wiki.parquet --retriever my-rag/retriever --output my-rag/index --index_memory 8GB
-  accelerate launch train.py --questions qa.tsv --passages passages.jsonl --index my-index
+  cozyrag train --questions qa.tsv --passages passages.jsonl --index my-index
 
 Left out: storing and finding vectors (vector_shards.py).
 """

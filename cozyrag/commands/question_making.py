@@ -25,7 +25,7 @@ examples:
   cozyrag questions --from passages.jsonl --output qa.jsonl
   cozyrag questions --from passages.jsonl --output qa.jsonl --generator Qwen/Qwen2.5-1.5B-Instruct
   cozyrag questions --from passages.jsonl --output qa.jsonl --endpoint http://127.0.0.1:8000/v1
-  accelerate launch train.py --passages passages.jsonl --questions qa.jsonl \\
+  cozyrag train --passages passages.jsonl --questions qa.jsonl \\
       --eval_questions qa.validation.jsonl --output_dir my-rag
 
 Left out: writing and checking (synthesis/), checking questions that people wrote (commands/questions.py).
@@ -136,7 +136,7 @@ def _next_steps(options: argparse.Namespace, places: Places, facts: dict) -> lis
     words = [f"--{name} {' '.join(quote(str(each)) for each in files)}" for name, files in given.items()]
     lines = [
         f"Look at {one_line(places.page)} before you train on them:",
-        one_line(f"  accelerate launch train.py {' '.join(words)} --output_dir my-rag"),
+        one_line(f"  cozyrag train {' '.join(words)} --output_dir my-rag"),
     ]
     if facts["kept"] < FEW_KEPT * facts["written"]:
         lines[:0] = [

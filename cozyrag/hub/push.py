@@ -169,7 +169,7 @@ def _pieces(folder: Path, pair: dict, info: Info | None) -> dict[str, dict[str, 
         if not pieces[role]:
             raise InputError(
                 f"Expected files to upload in {(folder / role).absolute()}, found none, so the pair is incomplete. "
-                "Copy the folder again or run train.py again."
+                "Copy the folder again or train again."
             )
     if other and info is not None:
         more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
@@ -178,7 +178,7 @@ def _pieces(folder: Path, pair: dict, info: Info | None) -> dict[str, dict[str, 
     if named != made:
         raise InputError(
             f"Expected the index of retriever {named} in {folder.absolute() / 'index'}, found that of {made}: saving "
-            "was interrupted or a piece was replaced, and a mixed pair is not pushed. Run train.py --resume, or copy "
+            "was interrupted or a piece was replaced, and a mixed pair is not pushed. Train with --resume, or copy "
             "the folder again."
         )
     check_index_contents(folder / "index", whole=True)

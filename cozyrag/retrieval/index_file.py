@@ -27,7 +27,7 @@ from cozyrag.runtime.machine_faults import check_readable
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 LISTS = "lists.safetensors"  # only for an index with lists
 NEEDED = tuple(name for name in FILES if name != "index.faiss")  # written for other programs, never read here
-COPY_AGAIN = "Copy the whole folder again, or run train.py again."
+COPY_AGAIN = "Copy the whole folder again, or train again."
 CONTENTS = "files"  # bytes and hashes of the other files; earlier versions wrote only "bytes", or nothing
 FIELDS: dict[str, Kind | dict] = {
     "retriever_fingerprint": text(),
