@@ -213,7 +213,7 @@ class CozyRAG:
         check_least(self.min_certainty)
         questions, k = _checked(questions), self._passages_to_find(top_k)
         with self._one_at_a_time:
-            return self._answers(questions, k)
+            return self._answers(questions, k) if questions else []
 
     @overload
     def retrieve(self, question: str, top_k: int | None = None) -> tuple[Source, ...]: ...  # type: ignore[overload-overlap]
@@ -228,9 +228,11 @@ class CozyRAG:
 
         Raises as `answers`.
         """
-        questions, k = _checked([question] if isinstance(question, str) else question), self._passages_to_find(top_k)
+        asked, k = _checked([question] if isinstance(question, str) else question), self._passages_to_find(top_k)
+        if not asked:
+            return []
         with self._one_at_a_time:
-            found = self.searcher.search(questions, k)
+            found = self.searcher.search(asked, k)
         sources = [self._sources(*each, ()) for each in zip(found.rows.tolist(), found.scores.tolist(), strict=True)]
         return sources[0] if isinstance(question, str) else sources
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from cozyrag.models.generator import Generator
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.pipeline import Answer, CozyRAG, Source
-from cozyrag.retrieval.hybrid import Weights
+from cozyrag.retrieval.bm25 import LexicalIndex
+from cozyrag.retrieval.hybrid import MODES, Weights
 from cozyrag.retrieval.passage_index import PassageIndex, passage_text
 from cozyrag.training.rounds import Rounds
 
@@ -116,8 +118,12 @@ def test_top_k_is_a_whole_number(pair, top_k):
     assert pair.answer("What?", top_k=np.int64(2)).passages == pair.answer("What?", top_k=2).passages
 
 
-def test_no_questions_have_no_answers(pair):
+@pytest.mark.parametrize("mode", MODES)
+def test_no_questions_have_no_answers(pair, mode, monkeypatch):
+    lexical = LexicalIndex([f"text {row}" for row in range(len(pair.searcher.index))])
+    monkeypatch.setattr(pair, "searcher", replace(pair.searcher, mode=mode, lexical=lexical))
     assert pair.answers([]) == [] == pair.answers(question for question in ())
+    assert pair.retrieve([]) == []
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps:7", "CPU1", " "])
@@ -213,10 +219,6 @@ def test_a_batch_of_questions_gets_the_same_answers_in_order(pair):
         assert (answer.text, answer.context) == (alone.text, alone.context)
         assert answer.score == pytest.approx(alone.score, rel=1e-4)
         assert [source.id for source in answer.passages] == [source.id for source in alone.passages]
-
-
-def test_no_questions_give_no_answers(pair):
-    assert pair.answers([]) == []
 
 
 def test_extra_white_space_in_a_question_is_ignored(pair):
