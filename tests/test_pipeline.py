@@ -6,8 +6,8 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace

@@ -52,6 +52,37 @@ def test_a_signal_saves_the_step_and_the_resumed_run_ends_bit_equal(
     assert differences(undisturbed, left(out, rounds=1)) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "function", "saved"),
+    [
+        (3, "generator_step", "round-001-0-generator-000002 is saved in"),
+        (2, "retriever_step", "round-001-1-retriever-000001 is saved in"),
+        (1, "retriever_step", "round-001-1-retriever-000000 is saved in"),
+        (1, "generator_step", "no checkpoint was saved yet"),
+    ],
+)
+def test_a_step_that_takes_too_long_is_given_up_and_the_one_before_it_is_saved(
+    number, function, saved, short_run, undisturbed, tmp_path, monkeypatch, capsys
+):
+    def hang():
+        os.kill(os.getpid(), signal.SIGTERM)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            pass
+        pytest.fail("the step was not given up")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("cozyrag.runtime.signals.STEP_PATIENCE", 0.05)
+        patched.setattr("cozyrag.runtime.signals.PATIENCE", 600.0)
+        at_step(patched, number, hang, function)
+        with pytest.raises(SystemExit) as ended:
+            entry_point(lambda: train([*short_run, "--output_dir", str(out)]))
+    assert ended.value.code == 128 + signal.SIGTERM and saved in capsys.readouterr().err
+    train([*short_run, "--output_dir", str(out)])
+    assert differences(undisturbed, left(out, rounds=1)) == []
+
+
 def test_a_signal_while_trackers_start_ends_the_run_and_the_same_command_begins_it(
     short_run, undisturbed, tmp_path, monkeypatch, capsys
 ):
@@ -122,7 +153,8 @@ def test_held_signals_are_raised_at_the_end_or_after_the_patience(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)  # as from a launcher that was interrupted too
             seen.append("continued")
     assert seen == ["continued"] and ended.value.number == signal.SIGINT
-    monkeypatch.setattr("cozyrag.runtime.signals.PATIENCE", 0.05)
+    monkeypatch.setattr("cozyrag.runtime.signals.STEP_PATIENCE", 0.05)
+    monkeypatch.setattr("cozyrag.runtime.signals.PATIENCE", 0.1)
     stuck = Interrupts()
     with stuck.watched(), pytest.raises(Interrupted), stuck.held():
         os.kill(os.getpid(), signal.SIGTERM)

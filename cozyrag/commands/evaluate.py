@@ -4,7 +4,7 @@ and whether its certainty can be trusted. Passages are those of the pair's own i
 examples:
   cozyrag evaluate my-rag --questions test.tsv
   cozyrag evaluate user/my-rag --questions test.jsonl --limit 500 --output scores.json
-  accelerate launch --config_file accelerate_configs/cpu_ddp.yaml -m cozyrag.cli evaluate my-rag --questions test.tsv
+  accelerate launch --config_file accelerate_configs/cpu_ddp.yaml -m cozyrag evaluate my-rag --questions test.tsv
 
 --output writes the scores as JSON, and every question with its prediction, certainty and verdict beside it, as
 NAME.questions.jsonl. --baselines also answers without context and with the gold passage. For the untuned baseline and

@@ -14,7 +14,7 @@ the context filter encodes sentences at query time.
 
 examples:
   cozyrag index passages.jsonl --output my-index
-  accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m cozyrag.cli index wiki.parquet \\
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m cozyrag index wiki.parquet \\
     --output wiki-index
   cozyrag index wiki.parquet --retriever my-rag/retriever --output my-rag/index --index_memory 8GB
   cozyrag train --questions qa.tsv --passages passages.jsonl --index my-index

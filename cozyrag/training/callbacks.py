@@ -3,9 +3,10 @@
 Left out: the steps (trainer.py), the content of a checkpoint (checkpointing.py), the order of phases (rounds.py).
 """
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,11 +48,13 @@ class RunCallback(PhaseCallback):
     resumed_from: Path | None
     unit: str
     saved: float = field(init=False, default_factory=lambda: time.monotonic())
+    saved_step: int = field(init=False, default=0)
 
     def restore(self) -> int:
         """The steps already taken in this phase; loads the optimizer if there are any."""
         if self.progress.step and self.resumed_from:
             self.checkpoints.restore_optimizer(self.resumed_from)
+        self.saved_step = self.progress.step
         return self.progress.step
 
     def micro_batches(self) -> int:
@@ -84,6 +87,23 @@ class RunCallback(PhaseCallback):
         if stop:
             raise Interrupted(self.interrupts.received or signal.SIGTERM)
 
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A step that takes too long after a signal is given up, and the steps before it are saved.
+
+        With several processes it is not: the others wait for the gradients of this one.
+        """
+        if self.accelerator.num_processes > 1:
+            yield
+            return
+        try:
+            with self.interrupts.may_give_up():
+                yield
+        except Interrupted:
+            if self.progress.step > self.saved_step:
+                self._save()
+            raise
+
     def _agreed(self) -> tuple[bool, bool]:
         """Whether `save_minutes` are over on the main process, and whether any process has received a signal."""
         minutes = self.output.save_minutes
@@ -99,7 +119,7 @@ class RunCallback(PhaseCallback):
         self.progress.spent = self.log.under_way()
         self.progress.metrics = self.log.rows
         self.checkpoints.save(self.progress, self.generator, self.retriever)
-        self.saved = time.monotonic()
+        self.saved, self.saved_step = time.monotonic(), self.progress.step
 
     def skipped_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:
         """Count a skipped step. Raises InputError after `max_skipped_steps` in a row, with the batch in a file."""

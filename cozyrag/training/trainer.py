@@ -7,6 +7,7 @@ Left out: what a step computes and over which rows (generator_phase.py, retrieve
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -79,6 +80,10 @@ class PhaseCallback:
     def cut(self) -> Cut | None:
         """The micro-batches that the run has chosen for this phase, if any; called if the settings give no number."""
 
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Entered for the gradients of a step: what is raised inside ends the run after the step before it."""
+        return nullcontext()
+
     def recomputes(self, longest: int, cut: Cut) -> None:
         """Called before the first step if the longest row, in tokens, exceeds `cut.room`."""
 
@@ -143,7 +148,8 @@ def run_phase(
         rows = steps[number]
         phase.begin_step(number)
         load = partial(phase.load, rows)
-        values, cut = _within_memory(accelerator, partial(attempt, number), optimizer, cut, load, callback)
+        with callback.interruptible():
+            values, cut = _within_memory(accelerator, partial(attempt, number), optimizer, cut, load, callback)
         norm = float(joined(accelerator.clip_grad_norm_(phase.parameters, settings.max_grad_norm)))
         used_rate = scheduler.get_last_lr()[0]
         skipped = not (math.isfinite(values["loss"]) and (accelerator.scaler or math.isfinite(norm)))
