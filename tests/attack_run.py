@@ -33,6 +33,7 @@ import tiny
 from forked import start
 from local_hub import LocalHub, point_client_at
 from short_run import at_step, send
+from spawned import measured
 
 from cozyrag import cli
 from cozyrag.run import train
@@ -361,19 +362,11 @@ def run_documents(root: Path) -> list[str]:
             os.mkfifo(folder / "pipe.md")
             (folder / "zero.md").symlink_to("/dev/zero")
         words = ["passages", str(folder), "--workers", "1", "--skip_bad_rows", "--output", str(root / "out.jsonl")]
-        log = (root / "log").open("w")
-        child = subprocess.Popen([sys.executable, "-m", "cozyrag.cli", *words], stdout=log, stderr=log)
-        timer = time.monotonic()
-        while not (found := os.wait4(child.pid, os.WNOHANG))[0]:
-            if time.monotonic() - timer > WAITED:
-                os.kill(child.pid, signal.SIGKILL)
-            time.sleep(0.01)
-        code, used = os.waitstatus_to_exitcode(found[1]), found[2]
-        log.close()
-        took = {"seconds": used.ru_utime + used.ru_stime, "bytes": used.ru_maxrss * 1024.0}
+        end = measured(["-m", "cozyrag.cli", *words], root / "log", waited=WAITED)
+        took = {"seconds": end.seconds, "bytes": float(end.bytes)}
         base = base or took
         took = {what: value - base[what] for what, value in took.items()}  # beyond those of a plain text
-        fault = fault_of(code, root / "log", may_refuse=True)
+        fault = fault_of(end.code, root / "log", may_refuse=True)
         if took["seconds"] > SECONDS or took["bytes"] > MEMORY:
             fault = f"{took['seconds']:.1f} s, {took['bytes'] / 1e6:.0f} MB {fault}"
         for what, value in took.items():
