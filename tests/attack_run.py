@@ -189,8 +189,11 @@ def cuts(work: Work, name: str, root: Path, number: int, chance: random.Random, 
     return compared(work, folder, expected, root / "log")
 
 
-def full(work: Work, name: str, root: Path, number: int, chance: random.Random, expected, seconds: float) -> str:
-    """A disk that is full: a small tmpfs if this user may mount one, else a limit for the size of files."""
+def full(work: Work, name: str, root: Path, number: int, chance: random.Random, expected, seconds: float) -> str | None:
+    """A disk that is full: a small tmpfs if this user may mount one, else a limit for the size of files.
+
+    None if it has no room for the input.
+    """
     folder, before = root / f"{name}-{number}", lambda: None
     folder.mkdir()
     size = int(10 ** chance.uniform(4.1, 5.6))
@@ -202,7 +205,7 @@ def full(work: Work, name: str, root: Path, number: int, chance: random.Random, 
         try:
             work.prepare(inner)
         except OSError:
-            return ""  # not even the input fits
+            return None  # not even the input fits, so nothing was tried
         if not mounted:
             before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
         code, _ = ended(start(work.words(inner), root / "log", before))
@@ -230,6 +233,18 @@ def twice(work: Work, name: str, root: Path, number: int, chance: random.Random,
     return "" if work.left(folder) == expected else "they left something else"
 
 
+def verdict_of(fault: str | None) -> str:
+    """How an attack ended: with a fault, with none (an empty one), or without a try (None)."""
+    return "not tried" if fault is None else "FAILED" if fault else "as undisturbed"
+
+
+def counted(table: Counter, attack: str, name: str) -> str:
+    """How many of the attacks that were tried ended as undisturbed, and how many were not tried."""
+    done, failed, untried = (table[attack, name, each] for each in ("as undisturbed", "FAILED", "not tried"))
+    apart = f", {untried} more not tried, since not even the input fits" if untried else ""
+    return f"{done} of {done + failed} ended as undisturbed{apart}"
+
+
 def run_attack(attack, names, count: int, seed: int, root: Path, table: Counter) -> list[str]:
     """An attack on each of these commands, so many times; returns the failures."""
     failures = []
@@ -243,13 +258,12 @@ def run_attack(attack, names, count: int, seed: int, root: Path, table: Counter)
             for number in range(count):
                 chance = random.Random(f"{seed} {attack.__name__} {name} {number}")
                 fault = attack(made[name], name, root, number, chance, expected, seconds)
-                table[attack.__name__, name, "FAILED" if fault else "as undisturbed"] += 1
+                table[attack.__name__, name, verdict_of(fault)] += 1
                 if fault:
                     failures.append(f"{attack.__name__} {name} {number}: {fault}")
                     print(failures[-1], flush=True)
                 shutil.rmtree(root / f"{name}-{number}", ignore_errors=True)
-            done = table[attack.__name__, name, "as undisturbed"]
-            print(f"{attack.__name__}: {name}: {done} of {count} ended as undisturbed ({seconds:.1f} s)", flush=True)
+            print(f"{attack.__name__}: {name}: {counted(table, attack.__name__, name)} ({seconds:.1f} s)", flush=True)
     return failures
 
 

@@ -1,5 +1,8 @@
-"""What a command took is its own, however large the process is that asked."""
+"""The harness of attacks: what a command took is its own, and what was not tried is no success."""
 
+from collections import Counter
+
+import attack_run
 from spawned import measured
 
 IDLE, SECOND = "pass", "import time\nwhile time.process_time() < 0.5: pass"
@@ -22,3 +25,10 @@ def test_exit_code_output_and_a_command_that_does_not_end(tmp_path):
     assert measured(["-c", "import sys; print('told'); sys.exit('why')"], log, waited=60).code == 1
     assert log.read_text() in ("told\nwhy\n", "why\ntold\n")
     assert measured(["-c", "import time; time.sleep(600)"], log, waited=0.5).code == -9
+
+
+def test_what_was_not_tried_is_counted_apart():
+    table = Counter({("full", "index", attack_run.verdict_of(end)): 3 for end in ("", None)})
+    assert attack_run.counted(table, "full", "index").startswith("3 of 3 ended as undisturbed, 3 more not tried")
+    table["full", "index", attack_run.verdict_of("exit code 1")] += 1
+    assert attack_run.counted(table, "full", "index").startswith("3 of 4 ")
