@@ -33,6 +33,7 @@ import tiny
 from forked import start
 from local_hub import LocalHub, point_client_at
 from short_run import at_step, send
+from spawned import measured
 
 from cozyrag import cli
 from cozyrag.run import train
@@ -188,8 +189,11 @@ def cuts(work: Work, name: str, root: Path, number: int, chance: random.Random, 
     return compared(work, folder, expected, root / "log")
 
 
-def full(work: Work, name: str, root: Path, number: int, chance: random.Random, expected, seconds: float) -> str:
-    """A disk that is full: a small tmpfs if this user may mount one, else a limit for the size of files."""
+def full(work: Work, name: str, root: Path, number: int, chance: random.Random, expected, seconds: float) -> str | None:
+    """A disk that is full: a small tmpfs if this user may mount one, else a limit for the size of files.
+
+    None if it has no room for the input.
+    """
     folder, before = root / f"{name}-{number}", lambda: None
     folder.mkdir()
     size = int(10 ** chance.uniform(4.1, 5.6))
@@ -201,7 +205,7 @@ def full(work: Work, name: str, root: Path, number: int, chance: random.Random, 
         try:
             work.prepare(inner)
         except OSError:
-            return ""  # not even the input fits
+            return None  # not even the input fits, so nothing was tried
         if not mounted:
             before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
         code, _ = ended(start(work.words(inner), root / "log", before))
@@ -229,6 +233,18 @@ def twice(work: Work, name: str, root: Path, number: int, chance: random.Random,
     return "" if work.left(folder) == expected else "they left something else"
 
 
+def verdict_of(fault: str | None) -> str:
+    """How an attack ended: with a fault, with none (an empty one), or without a try (None)."""
+    return "not tried" if fault is None else "FAILED" if fault else "as undisturbed"
+
+
+def counted(table: Counter, attack: str, name: str) -> str:
+    """How many of the attacks that were tried ended as undisturbed, and how many were not tried."""
+    done, failed, untried = (table[attack, name, each] for each in ("as undisturbed", "FAILED", "not tried"))
+    apart = f", {untried} more not tried, since not even the input fits" if untried else ""
+    return f"{done} of {done + failed} ended as undisturbed{apart}"
+
+
 def run_attack(attack, names, count: int, seed: int, root: Path, table: Counter) -> list[str]:
     """An attack on each of these commands, so many times; returns the failures."""
     failures = []
@@ -242,13 +258,12 @@ def run_attack(attack, names, count: int, seed: int, root: Path, table: Counter)
             for number in range(count):
                 chance = random.Random(f"{seed} {attack.__name__} {name} {number}")
                 fault = attack(made[name], name, root, number, chance, expected, seconds)
-                table[attack.__name__, name, "FAILED" if fault else "as undisturbed"] += 1
+                table[attack.__name__, name, verdict_of(fault)] += 1
                 if fault:
                     failures.append(f"{attack.__name__} {name} {number}: {fault}")
                     print(failures[-1], flush=True)
                 shutil.rmtree(root / f"{name}-{number}", ignore_errors=True)
-            done = table[attack.__name__, name, "as undisturbed"]
-            print(f"{attack.__name__}: {name}: {done} of {count} ended as undisturbed ({seconds:.1f} s)", flush=True)
+            print(f"{attack.__name__}: {name}: {counted(table, attack.__name__, name)} ({seconds:.1f} s)", flush=True)
     return failures
 
 
@@ -361,19 +376,11 @@ def run_documents(root: Path) -> list[str]:
             os.mkfifo(folder / "pipe.md")
             (folder / "zero.md").symlink_to("/dev/zero")
         words = ["passages", str(folder), "--workers", "1", "--skip_bad_rows", "--output", str(root / "out.jsonl")]
-        log = (root / "log").open("w")
-        child = subprocess.Popen([sys.executable, "-m", "cozyrag.cli", *words], stdout=log, stderr=log)
-        timer = time.monotonic()
-        while not (found := os.wait4(child.pid, os.WNOHANG))[0]:
-            if time.monotonic() - timer > WAITED:
-                os.kill(child.pid, signal.SIGKILL)
-            time.sleep(0.01)
-        code, used = os.waitstatus_to_exitcode(found[1]), found[2]
-        log.close()
-        took = {"seconds": used.ru_utime + used.ru_stime, "bytes": used.ru_maxrss * 1024.0}
+        end = measured(["-m", "cozyrag.cli", *words], root / "log", waited=WAITED)
+        took = {"seconds": end.seconds, "bytes": float(end.bytes)}
         base = base or took
         took = {what: value - base[what] for what, value in took.items()}  # beyond those of a plain text
-        fault = fault_of(code, root / "log", may_refuse=True)
+        fault = fault_of(end.code, root / "log", may_refuse=True)
         if took["seconds"] > SECONDS or took["bytes"] > MEMORY:
             fault = f"{took['seconds']:.1f} s, {took['bytes'] / 1e6:.0f} MB {fault}"
         for what, value in took.items():

@@ -489,6 +489,12 @@ def test_whatever_a_reader_raises_is_one_named_row(tmp_path, monkeypatch, fault)
     assert row.startswith(f"{tmp_path / 'b.txt'}: the reader failed ({type(fault).__name__}")
 
 
+def test_if_all_rows_are_skipped_the_refusal_says_why(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": true}\n{"text": 7.5e-1, "title": []}\n')
+    with pytest.raises(InputError, match="found none.* 2 bad rows were skipped, the first: .*line 1: text is a bool"):
+        run(tmp_path, tmp_path / "a.jsonl", "--skip_bad_rows")
+
+
 def test_memory_that_runs_out_is_no_fault_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest_worker, "read_document", lambda *_: (_ for _ in ()).throw(MemoryError()))
     (tmp_path / "a.txt").write_text(long("fox"))

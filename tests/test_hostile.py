@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import re
 import signal
 from contextlib import contextmanager
 
 import pytest
 
-from cozyrag.data import readers, streams
+from cozyrag.data import documents, readers, streams
 from cozyrag.data.chunking import LONGEST_WORD, cut, without_long_words
 from cozyrag.data.documents import InputSource, read_container
 from cozyrag.data.literals import LONGEST, literal
@@ -180,6 +181,22 @@ def test_of_a_line_that_is_too_long_no_more_is_in_memory_than_a_row_may_have(tmp
     bad = BadRows()
     assert [row.values for row in read_rows(str(path), bad=bad)] == [{"text": "b"}]
     assert sizes == [1, 13] and bad.count == 1
+
+
+@pytest.mark.parametrize("text", ["A b. ", "a\n", "维。"])
+def test_a_text_of_a_row_with_too_many_sentences_is_one_bad_row(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(documents, "MOST_SENTENCES", 1000)
+    (path := tmp_path / "a.csv").write_text(f'title,text\na,one\nb,"{text * 1001}"\nc,"{text * 1000}"\n')
+    bad = BadRows()
+    articles = list(read_container(InputSource(str(path), "csv"), bad=bad))
+    assert [article.title for article in articles] == ["a", "c"] and bad.count == 1
+    assert re.fullmatch(r".*a.csv, line 3: expected at most 1,000 .* found 1,001.* quote mark .*", bad.first[0])
+
+
+def test_a_document_may_have_more_sentences_than_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MOST_SENTENCES", 10)
+    (path := tmp_path / "a.txt").write_text("A b. " * 100)
+    assert documents.read_document(InputSource(str(path), "text")).sections[0][1].count("A b.") == 100
 
 
 def test_a_document_may_be_one_long_line(tmp_path, short_rows):

@@ -10,9 +10,9 @@ import unicodedata
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, takewhile, zip_longest
 from os.path import commonprefix
+from typing import NamedTuple
 
 from cozyrag.data.sentences import Span, sentence_spans
 
@@ -32,8 +32,7 @@ _RUN = re.compile(r"\S++")
 Section = tuple[tuple[str, ...], str]  # heading path and text
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch [start, end) of a text, its words, and whether a paragraph ends with it."""
 
     start: int

@@ -27,6 +27,11 @@ _ALIASES = {"txt": "text", "md": "markdown", "mdx": "markdown", "htm": "html", "
 _FORMAT_OF = {f".{name}": _ALIASES.get(name, name) for name in (*_ALIASES, *FORMATS[:-2])}
 _KNOWN = " ".join(_FORMAT_OF) + ", WikiExtractor files"
 
+# Ends of lines and sentences in the text of a row; all of Shakespeare has fewer. Each takes some microseconds and 300
+# bytes, and a quote mark that is never closed makes one text of all lines below it.
+MOST_SENTENCES = 500_000
+_SENTENCE_ENDS = ("\n", ". ", "! ", "? ", "。", "！", "？")
+
 
 @dataclass(frozen=True, slots=True)
 class InputSource:
@@ -194,7 +199,7 @@ def read_container(
     for row in rows:
         try:
             title = line_of(row.values, columns.title)
-            text = text_of(row.values.get(columns.text), columns.text)
+            text = _in_bounds(text_of(row.values.get(columns.text), columns.text))
         except BadValue as error:
             bad.add(row.where, str(error))
             continue
@@ -206,6 +211,17 @@ def read_container(
         else:
             found = ", ".join(row.values)
             bad.add(row.where, f'no column "{columns.text}" (found: {found}); give it with --columns text=COLUMN')
+
+
+def _in_bounds(text: str) -> str:
+    """The text. Raises BadValue if it has too many lines and sentences."""
+    found = sum(text.count(end) for end in _SENTENCE_ENDS)
+    if found > MOST_SENTENCES:
+        raise BadValue(
+            f"expected at most {MOST_SENTENCES:,} lines and sentences in the text of one row, found {found:,}, so it "
+            "is not cut; close the quote mark that swallowed other rows, or write it as several rows or as a .txt file"
+        )
+    return text
 
 
 def _article(where: str, title: str, text: str, source: str, url: str) -> Article:

@@ -157,9 +157,11 @@ def _written(
             summary.characters += sum(len(texts[i]) for i in kept)
             row += len(texts)
         if not summary.passages:
+            first = summary.bad_rows_first
+            skipped = f" {summary.bad_rows:,} bad rows were skipped, the first: {first[0]}." if first else ""
             raise InputError(
                 f"Expected texts of at least {summary.settings['min_characters']} characters in these inputs, found "
-                "none. Check them, or lower --min_characters."
+                f"none. Check them, or lower --min_characters.{skipped}"
             )
     return words
 

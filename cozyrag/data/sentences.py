@@ -15,15 +15,17 @@ RULES = 2
 Span = tuple[int, int]  # start and end in characters
 _STOP, _CLOSING = "[.!?…。！？؟۔।॥]", "[\"')\\]”’»›“」』）]"
 _WIDE, _NEXT = "[。！？]", "[^\\s。！？\"')\\]”’」』）]"  # Chinese and Japanese put no space after a sentence
-SENTENCE_END = re.compile(  # closing marks are in lookbehinds, since the match itself is dropped
-    rf"(?:(?<={_STOP})|(?<={_STOP}{_CLOSING})|(?<={_STOP}{_CLOSING}{{2}}))\s+(?=[\"'(\[“‘„‚«‹¿¡]*[^\Wa-z_])|\n+"
-    rf"|(?:(?<={_WIDE})|(?<={_WIDE}{_CLOSING}))(?={_NEXT})"
-)
+_START = "(?=[\"'(\\[“‘„‚«‹¿¡]*[^\\Wa-z_])"
+# Closing marks are in lookbehinds, since the match itself is dropped. Both begin with a space or a newline, to which a
+# search jumps: it passes long sentences five times as fast as one that looks behind at every character.
+_SPACED = rf"\s(?:(?:(?<={_STOP}\s)|(?<={_STOP}{_CLOSING}\s)|(?<={_STOP}{_CLOSING}{{2}}\s))\s*{_START}|(?<=\n)\n*)"
+_ENDS = re.compile(_SPACED), re.compile(rf"{_SPACED}|(?:(?<={_WIDE})|(?<={_WIDE}{_CLOSING}))(?={_NEXT})")
 
 
 def sentence_spans(text: str) -> list[Span]:
     """Start and end of each sentence in characters; ends are punctuation before a new start and newlines."""
-    breaks = [match.span() for match in SENTENCE_END.finditer(text)]
+    sentence_end = _ENDS[any(stop in text for stop in _WIDE[1:-1])]
+    breaks = [match.span() for match in sentence_end.finditer(text)]
     starts, ends = [0, *(end for _, end in breaks)], [*(start for start, _ in breaks), len(text)]
     return [(start, end) for start, end in zip(starts, ends, strict=True) if text[start:end].strip()]
 
