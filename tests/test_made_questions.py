@@ -2,6 +2,9 @@
 
 import http.server
 import json
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from cozyrag.config import parse_settings
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
+from cozyrag.retrieval.contexts import attach_contexts
 from cozyrag.run import run
 from cozyrag.runtime.distributed import own_state
 from cozyrag.synthesis import running, turned, writers
@@ -26,8 +30,10 @@ from cozyrag.synthesis.endpoint import EndpointWriter, check_endpoint
 from cozyrag.synthesis.making import chosen, make
 from cozyrag.synthesis.request import Making, Places
 from cozyrag.synthesis.results import facts_of, lines_of
+from cozyrag.training import run_retrieval
 from cozyrag.training.synthetic import make_questions, synthetic_files
 
+KILLED = Path(__file__).parent / "killed_questions.py"
 NILE = Passage(
     "nile", "Nile", "The Nile is 6,650 kilometres long. It was dammed at Aswan in 1970 by Egypt's engineers."
 )
@@ -598,6 +604,37 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, passages):
         questions("--from", passages, "--output", tmp_path / "qa.jsonl", "--endpoint", "https://example.org/v1")
 
 
+@pytest.mark.slow
+def test_a_killed_command_resumes_to_the_same_files(tmp_path):
+    """Killed while drafts are written, again in the next process, and again between the files of the result."""
+    passages = tiny.write_jsonl(tmp_path / "passages.jsonl", tiny.corpus()[0][:10])
+    model = tmp_path / "model"
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=256)
+    Generator.from_scratch([passage.text for passage in PASSAGES], config=config, vocab_size=400).save(model)
+    turned.mark_trained(model)
+
+    def give(folder, kill=""):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        words = f"--from {passages} --output {tmp_path / folder / 'qa.jsonl'} --generator {model} --batch_size 2"
+        checks = "--pairs 2 --least_f1 0.6 --eval_share 0.2 --top_k 0"
+        command = [sys.executable, str(KILLED), kill, *words.split(), *checks.split()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=tiny.PATIENCE)
+
+    whole = give("whole")
+    assert whole.returncode == 0, whole.stderr
+    for kill in ("part 2", "part 2", "file 2"):
+        assert give("killed", kill).returncode == -signal.SIGKILL
+        assert not (tmp_path / "killed" / "qa.jsonl").exists()
+    last = give("killed")
+    assert last.returncode == 0 and "Resuming: 5 of 5 batches are finished already." in last.stderr
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
+    files = {name: [(tmp_path / folder / name).read_bytes() for folder in ("whole", "killed")] for name in names}
+    for name, (one, other) in files.items():
+        assert one.replace(b"/whole/", b"/killed/") == other, name
+    assert len(rows_of(tmp_path / "whole" / "qa.jsonl")) > 5
+
+
 # ---- teaching a writer
 
 
@@ -652,6 +689,31 @@ def test_a_run_makes_its_questions_from_notes_and_its_card_says_so(tmp_path, gen
     known.written.clear()
     train_with(replaced(settings, overwrite_output_dir=True))
     assert known.written == []  # the same passages, and a writer of the same name
+
+
+def test_made_questions_get_contexts_without_their_passage(
+    tmp_path, generator_path, retriever_path, known, monkeypatch
+):
+    made = list[tuple[float, list[dict]]]()
+
+    def seen(questions, **how):
+        table = attach_contexts(questions, **how)
+        made.append((how["noise"], table.to_list()))
+        return table
+
+    monkeypatch.setattr(run_retrieval, "attach_contexts", seen)
+    passages = tiny.write_jsonl(tmp_path / "passages.jsonl", tiny.corpus()[0][:30])
+    words = f"--questions synthetic --passages {passages} --output_dir {tmp_path / 'out'} --generator {generator_path}"
+    how = f"--retriever {retriever_path} --use_cpu --threads 1 --context_tokens 60 --rounds 1 --context_noise 0.5"
+    train_with(parse_settings([*words.split(), *how.split(), "--generator_steps", "1", "--retriever_steps", "1"]))
+    (rows,) = [rows for noise, rows in made if noise == 0.5]
+    assert {row["noised"] for row in rows} == {True, False}
+    for row in rows:
+        gold = PASSAGES[row["gold_row"]]
+        assert gold.id == row["passage_id"]  # known of each made question
+        if row["noised"]:
+            assert row["context"] and gold.text.split(". ")[0] not in row["context"] and not row["answer_in_context"]
+    assert any(PASSAGES[row["gold_row"]].text.split(". ")[0] in row["context"] for row in rows if not row["noised"])
 
 
 def _colour(text, colours):
