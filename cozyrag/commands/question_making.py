@@ -4,8 +4,11 @@ PASSAGES is what train.py takes as --passages: .jsonl, .csv, .tsv, .parquet, a f
 `cozyrag passages` makes them from notes. A language model writes pairs of question and answer, and each
 pair must pass every check before it is kept:
 
+  repeats_title          the answer is more than words of the title
   answer_not_in_passage  the answer stands in the passage
-  no_question, length    the question is one, and neither too short nor too long
+  no_question, unfinished, several_questions, length
+                         it is one whole question, neither too short nor too long
+  whole_sentence         the answer is no sentence of the passage
   names_the_passage      it does not speak of "the passage"
   gives_the_answer_away  it does not contain its answer
   read_differently       a reader who has the passage answers it in the same way (--least_f1)

@@ -11,17 +11,22 @@ import numpy as np
 
 from cozyrag.data.chunking import count_words
 from cozyrag.data.deduplication import near_repeats, repeats, signatures, text_hash
-from cozyrag.data.matching import comparable, contains_answer, matching_form
+from cozyrag.data.matching import comparable, contains_answer, fold, matching_form
+from cozyrag.data.sentences import split_sentences
 from cozyrag.evaluation.metrics import f1
 from cozyrag.retrieval.bm25 import LexicalIndex
 from cozyrag.synthesis.drafts import Draft, Passage, Reading
 
 # In the order of the checks, with what summaries and pages say.
 REASONS = {
+    "repeats_title": "the answer has no word that the title has not",
     "empty": "no question or no answer was written",
     "answer_not_in_passage": "the answer does not stand in the passage",
     "no_question": "it does not end with a question mark",
+    "unfinished": "it breaks off before its question mark, or has a gap",
+    "several_questions": "it is more than one question",
     "length": "the question is too short or too long, or the answer is",
+    "whole_sentence": "the answer holds a whole sentence of the passage",
     "names_the_passage": 'the question speaks of "the passage", "the text" or the like',
     "gives_the_answer_away": "the question contains its answer",
     "read_differently": "a reader with the passage answers something else",
@@ -30,11 +35,19 @@ REASONS = {
 }
 QUESTION_WORDS = 3, 40  # of a question, at least and at most
 ANSWER_WORDS = 20  # at most
+SENTENCE_WORDS = 5  # from which a sentence is too long to be an answer
 ALIKE = 0.8  # share of common runs of characters from which two questions about a passage are the same
 _QUESTION_MARKS = ("?", "？", "؟", "՞", ";", "？」", "?”", '?"')
+_END = "?？؟ \"'”’»)"
+_GOES_ON = re.compile(r"[?؟]\s+[^\W_]|？\s*[^\W_]")
+_GAP = re.compile(r"_{2,}|(?:\.\.\.|…)\W*$")
+_OPEN_ENDS = frozenset(("a", "an", "the", "and", "or", "but", "because", "if", "than", "whose"))
+_DIGITS = re.compile(r"\d+(?:\.\d+)?")
 _NAMES_IT = re.compile(
-    r"\b(?:the|this|that|above|given|following)\s+(?:\w+\s+)?"
-    r"(?:passage|text|article|context|paragraph|excerpt|document|snippet)s?\b(?!\s+of\b)",
+    r"\b(?:(?:the|this|that|above|given|following)\s+(?:\w+\s+)?"
+    r"(?:passage|text|article|context|paragraph|excerpt|document|snippet|sentence)s?\b(?!\s+of\b)"
+    r"|(?:mentioned|described|discussed|listed|stated|given)\s+(?:above|below|here)\b"
+    r"|according\s+to\s+(?:the|this)\s+(?:author|writer|section|information|story)\b(?!\s+of\b))",
     re.IGNORECASE,
 )
 
@@ -42,12 +55,16 @@ _NAMES_IT = re.compile(
 def fault_of(draft: Draft, passage: Passage) -> str | None:
     """The first reason against a pair that no model and no other pair is needed for; None: there is none."""
     faults = {
+        "repeats_title": repeats_title(draft.answer, passage.title),
         "empty": not comparable(draft.question) or not comparable(draft.answer),
         "answer_not_in_passage": not stands_in(draft.answer, passage.text),
         "no_question": not is_question(draft.question),
+        "unfinished": is_unfinished(draft.question),
+        "several_questions": is_several(draft.question),
         "length": not has_sensible_length(draft),
+        "whole_sentence": is_sentence(draft.answer, passage.text),
         "names_the_passage": names_the_passage(draft.question),
-        "gives_the_answer_away": stands_in(draft.answer, draft.question),
+        "gives_the_answer_away": gives_away(draft.answer, draft.question),
     }
     return next((reason for reason, found in faults.items() if found), None)
 
@@ -55,6 +72,40 @@ def fault_of(draft: Draft, passage: Passage) -> str | None:
 def stands_in(answer: str, text: str) -> bool:
     """Whether the answer occurs in a text as whole words."""
     return contains_answer(matching_form(text), [answer])
+
+
+def repeats_title(answer: str, title: str) -> bool:
+    """Whether all words of an answer stand in the title of its passage, which makes its question a trivial one."""
+    own = comparable(answer).split()
+    return bool(own) and set(own) <= set(comparable(title).split())
+
+
+def is_sentence(answer: str, text: str) -> bool:
+    """Whether an answer holds a whole sentence of the text, unless that is a short one."""
+    own = f" {comparable(answer)} "
+    return any(
+        f" {comparable(sentence)} " in own
+        for sentence in split_sentences(text)
+        if count_words(sentence) >= SENTENCE_WORDS
+    )
+
+
+def gives_away(answer: str, question: str) -> bool:
+    """Whether all words of an answer stand in its question, in any order."""
+    return stands_in(answer, question) or set(comparable(answer).split()) <= set(comparable(question).split())
+
+
+def is_unfinished(question: str) -> bool:
+    """Whether a question ends with a word that needs another one, with dots, or has a gap or an open quote."""
+    words = fold(question).rstrip(_END).split()
+    return bool(words) and (
+        words[-1] in _OPEN_ENDS or _GAP.search(question) is not None or question.count('"') % 2 == 1
+    )
+
+
+def is_several(question: str) -> bool:
+    """Whether another text follows a question mark that does not close a quoted name."""
+    return _GOES_ON.search(question) is not None
 
 
 def is_question(text: str) -> bool:
@@ -74,7 +125,13 @@ def names_the_passage(question: str) -> bool:
 
 
 def agreement(draft: Draft, reading: Reading) -> float:
-    """F1 of what the reader answered against the answer of the draft."""
+    """F1 of what the reader answered against the answer of the draft; 0 if their numbers contradict each other.
+
+    "May 3, 1909" and "May 4, 1909" share two words of three, and are two answers.
+    """
+    read, written = (set(_DIGITS.findall(comparable(each.answer))) for each in (reading, draft))
+    if not (read <= written or written <= read):
+        return 0.0
     return f1(reading.answer, [draft.answer])
 
 

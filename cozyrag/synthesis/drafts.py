@@ -28,7 +28,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Draft:
-    """A question and its answer as they were written. score: the writer's confidence, 0 to 1; None: it has none."""
+    """A question and its answer as they were written. score: the writer's confidence, 0 to 1; None: it has none.
+
+    A question is "" if nobody was asked to write it, since the answer alone is a fault.
+    """
 
     question: str
     answer: str

@@ -20,7 +20,7 @@ from cozyrag.synthesis.checks import agreement, fault_of, ranks, repeated, score
 from cozyrag.synthesis.drafts import Draft, Passage, Reader, Reading, Writer
 from cozyrag.synthesis.request import Making
 
-VERSION = 1  # of the content of a part: parts of another version are not used
+VERSION = 2  # of the content of a part: parts of another version are not used
 LONG = 60  # seconds above which the expected time is told
 
 
@@ -33,6 +33,11 @@ class Pair:
     reading: Reading | None = None
     fault: str | None = None
     score: float = 0.0
+
+    @property
+    def asked(self) -> bool:
+        """Whether a writer was asked for the question; an answer that repeats the title is dropped before."""
+        return bool(self.draft.question) or self.fault != "repeats_title"
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,19 @@ class Made:
         return [pair for pair in self.pairs if pair.fault is None]
 
     @property
+    def written(self) -> int:
+        """How many pairs were written."""
+        return sum(pair.asked for pair in self.pairs)
+
+    @property
     def rejected(self) -> Counter[str]:
-        """How many pairs were rejected, by reason."""
-        return Counter(pair.fault for pair in self.pairs if pair.fault)
+        """How many pairs that were written were rejected, by reason."""
+        return Counter(pair.fault for pair in self.pairs if pair.fault and pair.asked)
+
+    @property
+    def not_asked(self) -> Counter[str]:
+        """For how many answers no question was written, by reason."""
+        return Counter(pair.fault for pair in self.pairs if pair.fault and not pair.asked)
 
 
 def chosen(passages: Sequence[Passage], limit: int | None, seed: int) -> list[Passage]:

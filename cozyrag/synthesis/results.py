@@ -5,7 +5,7 @@ Left out: making them (making.py), the texts of the page (assets/pages/questions
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cozyrag import __version__
@@ -27,13 +27,18 @@ def facts_of(made: Made, *, writer: str, reader: str, settings: dict) -> dict:
         "writer": writer,
         "reader": reader,
         "passages": len(made.passages),
-        "written": len(made.pairs),
+        "written": made.written,
         "kept": len(made.kept),
         "training": len(made.kept) - len(held),
         "validation": len(held),
-        "rejected": {reason: made.rejected[reason] for reason in REASONS if made.rejected[reason]},
+        "rejected": _in_order(made.rejected),
+        "not_asked": _in_order(made.not_asked),
         "settings": settings,
     }
+
+
+def _in_order(counts: Mapping[str, int]) -> dict[str, int]:
+    return {reason: counts[reason] for reason in REASONS if counts[reason]}
 
 
 def write_results(made: Made, places: Places, facts: dict) -> None:
@@ -69,7 +74,7 @@ def _write_lines(path: Path, rows: Iterable[dict]) -> None:
 def page(made: Made, facts: dict) -> str:
     """A page with kept and rejected pairs, some of each, drawn so that every page shows the same of the same."""
     rejected = [pair for pair in made.pairs if pair.fault]
-    samples = {"kept": _drawn(made.kept), "rejected": _drawn(rejected)}
+    samples = {"kept": _drawn(made.kept), "rejected": _drawn([pair for pair in rejected if pair.asked])}
     rows = {kind: [(pair, made.passages[pair.row]) for pair in pairs] for kind, pairs in samples.items()}
     return render(
         "questions.html", facts=facts, rows=rows, reasons=REASONS, style=stylesheet("report.css"), version=__version__
@@ -85,6 +90,10 @@ def lines_of(facts: dict) -> list[str]:
     """The summary for the terminal."""
     lines = [f"{facts['written']:,} pairs written about {facts['passages']:,} passages by {facts['writer']}."]
     lines += [f"  rejected {count:,}: {REASONS[reason]} ({reason})" for reason, count in facts["rejected"].items()]
+    lines += [
+        f"  not asked for {count:,} answers: {REASONS[reason]} ({reason})"
+        for reason, count in facts["not_asked"].items()
+    ]
     return [
         *lines,
         f"{facts['kept']:,} kept: {facts['training']:,} for training, {facts['validation']:,} for validation.",

@@ -75,6 +75,6 @@ def _check_kept(made: Made, places: Places) -> None:
         return
     counts = ", ".join(f"{count:,} {reason}" for reason, count in made.rejected.most_common())
     raise InputError(
-        f"Expected questions to train on; of {len(made.pairs):,} pairs that were written none is kept "
+        f"Expected questions to train on; of {made.written:,} pairs that were written none is kept "
         f"({counts or 'nothing was written'}). See {places.page}; then give another --generator or a lower --least_f1."
     )

@@ -32,7 +32,7 @@ from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.precision import fitting
 from cozyrag.synthesis import turned
 from cozyrag.synthesis.answer_spans import propose
-from cozyrag.synthesis.checks import stands_in
+from cozyrag.synthesis.checks import repeats_title, stands_in
 from cozyrag.synthesis.drafts import Draft, Passage, Reader, Reading, Writer, parse_pairs, tidy
 
 PASSAGE_TOKENS = 384  # of a passage that is read, at most
@@ -119,14 +119,17 @@ class TrainedWriter(TrainedReader):
         """At most `count` pairs for each passage: answers that the model proposes come first, then spans."""
         read = [self._cut(passage) for passage in passages]
         listed = self._write([turned.ASK_ANSWERS] * len(read), [each.text for each in read], PAIR_TOKENS)
-        asked = list[tuple[int, str]]()
+        asked, unasked = list[tuple[int, str]](), list[tuple[int, str]]()
         for row, (passage, (line, _)) in enumerate(zip(read, listed, strict=True)):
             proposed = [answer for answer in turned.split_answers(line) if stands_in(answer, passage.text)]
-            spans = [answer for answer, _ in propose(passage.text, count, f"{self.seed} {passage.id}")]
-            asked += [(row, answer) for answer in list(dict.fromkeys([*proposed, *spans]))[:count]]
+            spans, repeating = propose(passage.text, count, f"{self.seed} {passage.id}", title=passage.title)
+            repeating += [answer for answer in proposed if repeats_title(answer, passage.title)]
+            unasked += [(row, answer) for answer in dict.fromkeys(repeating)]
+            answers = dict.fromkeys([*proposed, *(answer for answer, _ in spans)])
+            asked += [(row, answer) for answer in [each for each in answers if each not in repeating][:count]]
         prompts = [turned.ask_question(answer) for _, answer in asked]
         written = self._write(prompts, [read[row].text for row, _ in asked], QUESTION_TOKENS)
-        return _by_passage(len(read), asked, written)
+        return _by_passage(len(read), asked, written, unasked)
 
 
 class ExampleWriter(TrainedReader):
@@ -147,12 +150,14 @@ class ExampleWriter(TrainedReader):
             _shown(title, _with_gap(text, answer), "Answer", answer, "Question", question)
             for title, text, answer, question in _shots()
         ]
-        asked, texts = list[tuple[int, str]](), list[str]()
+        asked, texts, unasked = list[tuple[int, str]](), list[str](), list[tuple[int, str]]()
         for row, passage in enumerate(passages):
-            for answer, sentence in propose(passage.text, count, f"{self.seed} {passage.id}"):
+            spans, repeating = propose(passage.text, count, f"{self.seed} {passage.id}", title=passage.title)
+            unasked += [(row, answer) for answer in repeating]
+            for answer, sentence in spans:
                 asked.append((row, answer))
                 texts.append(_shown(passage.title, _with_gap(sentence, answer), "Answer", answer, "Question"))
-        return _by_passage(len(passages), asked, self._lines(shots, texts, QUESTION_TOKENS))
+        return _by_passage(len(passages), asked, self._lines(shots, texts, QUESTION_TOKENS), unasked)
 
     def read(self, questions: Sequence[str], passages: Sequence[Passage]) -> list[Reading]:
         """The answer to each question."""
@@ -228,11 +233,17 @@ def _shown(title: str, text: str, *lines: str) -> str:
 
 
 def _by_passage(
-    count: int, asked: Sequence[tuple[int, str]], written: Sequence[tuple[str, float]]
+    count: int,
+    asked: Sequence[tuple[int, str]],
+    written: Sequence[tuple[str, float]],
+    unasked: Sequence[tuple[int, str]],
 ) -> list[list[Draft]]:
+    """The drafts of each passage, by (row of the passage, answer) of those asked about and of those that were not."""
     drafts: list[list[Draft]] = [[] for _ in range(count)]
     for (row, answer), (question, score) in zip(asked, written, strict=True):
-        drafts[row].append(Draft(question, answer, score))
+        drafts[row].append(Draft(" ".join(question.split()), answer, score))
+    for row, answer in unasked:
+        drafts[row].append(Draft("", answer))
     return drafts
 
 
