@@ -1,5 +1,7 @@
 """Greedy decoding of a batch, compared with one prompt at a time without a cache, for several model families."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.utils import ModelOutput
 
 from cozyrag.models.greedy_decoding import Limits, _allowed, write_greedily
 
@@ -72,6 +75,40 @@ def end(model):
     free = [alone(model, prompt, 12)[0] for prompt in PROMPTS]
     steps = {token: [own.index(token) if token in own else 12 for own in free] for own in free for token in own}
     return max(sorted(steps), key=lambda token: (len(set(steps[token])), min(steps[token]) < 3))
+
+
+class Renamed:
+    """A model whose cache has the name that transformers gives it since 5.24, or had before."""
+
+    def __init__(self, model, name):
+        self.model, self.name, self.lengths = model, name, []
+        self.forward = self._with_cache if name == "cache" else self._with_past
+
+    def _with_cache(self, input_ids, attention_mask, position_ids, cache, use_cache):
+        return self._outputs(input_ids, attention_mask, position_ids, cache)
+
+    def _with_past(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
+        return self._outputs(input_ids, attention_mask, position_ids, past_key_values)
+
+    def _outputs(self, ids, mask, places, cache):
+        self.lengths.append(ids.shape[1])
+        taken = inspect.signature(self.model.forward).parameters
+        own = "cache" if "cache" in taken else "past_key_values"
+        found = self.model(ids, attention_mask=mask, position_ids=places, use_cache=True, **{own: cache})
+        return ModelOutput({"logits": found.logits, self.name: found[own]})
+
+    def __call__(self, **given):
+        return self.forward(**given)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_the_cache_is_used_under_its_old_and_its_new_name(model, name):
+    renamed = Renamed(model, name)
+    assert write_greedily(renamed, *padded(PROMPTS), Limits(4, 39)) == write_greedily(
+        model, *padded(PROMPTS), Limits(4, 39)
+    )
+    assert renamed.lengths == [6, 1, 1, 1]
 
 
 @pytest.mark.parametrize("model", [name for name in FAMILIES if name != "no cache of keys"], indirect=True)

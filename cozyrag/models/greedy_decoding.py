@@ -124,7 +124,7 @@ class _Steps:
     def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         self.model, self.ids, self.mask = model, input_ids, attention_mask
         self.cache: Cache | None = None
-        self.takes = {"position_ids", "logits_to_keep"} & set(inspect.signature(model.forward).parameters)
+        self.takes = {"position_ids", "logits_to_keep", "cache"} & set(inspect.signature(model.forward).parameters)
 
     def logits(self, newest: torch.Tensor) -> torch.Tensor:
         """(rows, vocabulary) after the `newest` tokens (rows, 1); in the first step (rows, 0), after the prompts."""
@@ -132,10 +132,11 @@ class _Steps:
         self.mask = torch.cat([self.mask, torch.ones_like(newest)], dim=1)
         places = (self.mask.cumsum(1) - 1).clamp(min=0)
         ids = self.ids if self.cache is None else newest
+        kept = "cache" if "cache" in self.takes else "past_key_values"  # renamed in transformers 5.24
         options = {"position_ids": places[:, -ids.shape[1] :], "logits_to_keep": 1}
-        options = {name: value for name, value in options.items() if name in self.takes}
-        out = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options)
-        cache = out.get("past_key_values")
+        options = {name: value for name, value in options.items() if name in self.takes} | {kept: self.cache}
+        out = self.model(input_ids=ids, attention_mask=self.mask, use_cache=True, **options)
+        cache = out.get(kept)
         self.cache = cache if isinstance(cache, Cache) and all(map(_can_drop_rows, cache.layers)) else None
         return out.logits[:, -1]
 
