@@ -54,6 +54,12 @@ def arguments(corpus_files, generator_path, retriever_path):
     ]  # fmt: skip
 
 
+def test_a_peft_that_transformers_refuses_is_told_with_both_versions(generator_path, monkeypatch):
+    monkeypatch.setattr(lora.transformers_peft, "MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(InputError, match=r"--lora_rank: expected PEFT 99.0 or newer.*found \d.*cozyrag\[lora\]"):
+        with_adapter(generator_path)
+
+
 def test_a_new_adapter_changes_no_answer_and_only_it_is_trainable(generator_path):
     plain, generator = Generator.load(str(generator_path)), with_adapter(generator_path)
     assert generator.answer(ASKED, ["The fox 0 is red.", ""], **BUDGETS) == plain.answer(

@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.integrations import peft as transformers_peft
+from transformers.utils.peft_utils import check_peft_version
 
 from cozyrag.errors import InputError
 from cozyrag.models.foreign_files import find_file
@@ -70,6 +73,14 @@ def _base_of(name: str, path: Path) -> tuple[str, str | None]:
 def _check_peft(why: str) -> None:
     if importlib.util.find_spec("peft") is None:
         raise InputError(f'{why}: expected PEFT, which is not installed. Run `pip install "cozyrag[lora]"`.')
+    least = getattr(transformers_peft, "MIN_PEFT_VERSION", "0")
+    try:
+        check_peft_version(least)
+    except ValueError as error:
+        raise InputError(
+            f"{why}: expected PEFT {least} or newer, which transformers {version('transformers')} asks for, found "
+            f'{version("peft")}. Run `pip install "cozyrag[lora]"`, which installs versions that fit together.'
+        ) from error
 
 
 def add_adapter(
