@@ -168,7 +168,7 @@ def test_an_index_of_another_retriever_is_refused_naming_both(tmp_path):
 def test_a_missing_file_is_named(tmp_path, name):
     make([EAST, NORTH], fingerprint="aaaa").save(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=rf"{name} is missing\. Copy the whole folder again, or run train\.py again"):
+    with pytest.raises(InputError, match=rf"{name} is missing\. Copy the whole folder again, or train again"):
         PassageIndex.load(tmp_path, fingerprint="aaaa")
 
 
