@@ -14,6 +14,7 @@ import pytest
 import tiny
 from transformers import GPT2Config
 
+from benchmarks.quality.answer_spans import measure
 from cozyrag import cli
 from cozyrag.config import parse_settings
 from cozyrag.data.questions import read_questions
@@ -106,6 +107,12 @@ def test_phrases_stand_between_function_words_and_come_last():
     # The parts of a name are no phrases, and there are none where the function words are unknown.
     assert spans_of("It is the Duke of York and he is in the house.") == ["Duke of York", "house"]
     assert spans_of("Der Fluss ist lang und fließt schnell.") == ["Der Fluss"]
+
+
+def test_answers_of_people_are_counted_among_the_spans():
+    lines = measure([("Nile", NILE.text, ["aswan", "a dam"]), ("Nile", NILE.text, ["the 1970"])])
+    assert lines[0].startswith("2 paragraphs, 3 answers; 6.0 spans a paragraph") and "2 more repeat" in lines[0]
+    assert lines[1].startswith("all: 2 of the answers found, 66.7 %; 16.7 % of the spans")
 
 
 def test_words_of_the_title_are_no_spans_and_are_told():

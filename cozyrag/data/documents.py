@@ -27,8 +27,8 @@ _ALIASES = {"txt": "text", "md": "markdown", "mdx": "markdown", "htm": "html", "
 _FORMAT_OF = {f".{name}": _ALIASES.get(name, name) for name in (*_ALIASES, *FORMATS[:-2])}
 _KNOWN = " ".join(_FORMAT_OF) + ", WikiExtractor files"
 
-# Ends of lines and sentences in the text of a row; all of Shakespeare has fewer. Each takes some microseconds and 300
-# bytes, and a quote mark that is never closed makes one text of all lines below it.
+# Ends of lines and sentences in the text of a row. Each takes time and memory, and a quote mark that is never closed
+# makes one text of all lines below it.
 MOST_SENTENCES = 500_000
 _SENTENCE_ENDS = ("\n", ". ", "! ", "? ", "。", "！", "？")
 
