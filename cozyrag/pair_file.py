@@ -24,8 +24,9 @@ from cozyrag.runtime.old_names import current_settings
 PAIR_FILE = "cozyrag.json"
 FORMAT_VERSION = 2
 STARTING = 3  # prompts begin with the tokenizer's BOS, which earlier versions of cozyrag would leave out
-READABLE = (1, FORMAT_VERSION, STARTING)
-MODELS = ("generator", "retriever")  # the index has the hashes of its files in its own index.json
+RERANKING = 4  # there is a reranker, which earlier versions of cozyrag would leave out
+READABLE = (1, FORMAT_VERSION, STARTING, RERANKING)
+MODELS = ("generator", "retriever", "reranker")  # the index has the hashes of its files in its own index.json
 CONTENTS = "files"
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # files of a model that change what it does
 AGAIN = "Copy the whole folder again, or train again."
@@ -39,6 +40,7 @@ PLACE: dict[str, Kind | Mapping] = {
 FIELDS: dict[str, Kind | Mapping] = {
     "generator": PLACE,
     "retriever": PLACE,
+    "reranker": PLACE,
     "index": PLACE,
     "prompt": {
         "question_cue": text(),
@@ -50,6 +52,7 @@ FIELDS: dict[str, Kind | Mapping] = {
         "mode": one_of(MODES),
         "stemmer": one_of(STEMMERS),
         "weights": {"vectors": number(0, 1e6), "sentence_words": number(0, 1e6)},
+        "reranking": {"depth": whole(1, 10_000), "weight": number(0, 1e6)},
     },
     "contexts": {
         "top_k": whole(1, 10_000),
@@ -67,10 +70,11 @@ OPTIONAL = {
     *(f"{role}.{name}" for role in (*MODELS, "index") for name in PLACE),
     *("prompt", *(f"prompt.{name}" for name in ("question_cue", "answer_cue", "chat_template", START))),
     "retrieval.weights.sentence_words",
+    *("reranker", "retrieval.reranking"),
     *(f"contexts.{name}" for name in ("min_answer_tokens", "no_repeat_ngram_size", "extractive", "context_filter")),
     "contexts.no_answer_threshold",
 }
-CLOSED = ("retrieval", "retrieval.weights", "contexts")  # their entries become arguments
+CLOSED = ("retrieval", "retrieval.weights", "retrieval.reranking", "contexts")  # their entries become arguments
 
 
 def describe_pair(
@@ -78,6 +82,7 @@ def describe_pair(
     fingerprint: str,
     retrieval: dict,
     generator: str | None = None,
+    reranker: str | None = None,
     prompt: dict | None = None,
     calibration: dict | None = None,
     **contexts: int | str | float | None,
@@ -85,16 +90,18 @@ def describe_pair(
     """The content of cozyrag.json: the folders of the pieces, their fingerprints, and how they are used together.
 
     Args:
-        fingerprint: of the retriever. generator: fingerprint of the generator's weights.
+        fingerprint: of the retriever. generator: fingerprint of the generator's weights. reranker: of the reranker, if
+            there is one.
         prompt: `Generator.prompt_facts`; None: those of a plain prompt.
         calibration: the numbers of `Calibration`; None: certainty is the generator's own. Earlier versions ignore it.
-        retrieval: mode, stemmer and weights. contexts: top_k, context_tokens and the limits of answers, as for CozyRAG.
+        retrieval: mode, stemmer, weights and reranking. contexts: top_k, context_tokens and the limits of answers, as for CozyRAG.
     """
     return {
-        "format_version": STARTING if START in (prompt or {}) else FORMAT_VERSION,
+        "format_version": RERANKING if reranker else STARTING if START in (prompt or {}) else FORMAT_VERSION,
         "cozyrag_version": __version__,
         "generator": {"folder": "generator"} | ({"fingerprint": generator} if generator else {}),
         "retriever": {"folder": "retriever", "fingerprint": fingerprint},
+        **({"reranker": {"folder": "reranker", "fingerprint": reranker}} if reranker else {}),
         "index": {"folder": "index"},
         "prompt": prompt or {"question_cue": QUESTION_CUE, "answer_cue": ANSWER_CUE},
         "retrieval": retrieval,
@@ -126,29 +133,41 @@ def read_pair(folder: Path) -> dict:
     pair = read_object(path, "Train again or copy the file again.")
     found = pair.get("format_version")
     if type(found) is not int or found not in READABLE:
-        raise InputError(f"{path}: expected format_version {STARTING} or lower, found {found!r:.60}. Update cozyrag.")
+        raise InputError(f"{path}: expected format_version {RERANKING} or lower, found {found!r:.60}. Update cozyrag.")
     known = pair | ({"contexts": current_settings(pair["contexts"])} if isinstance(pair.get("contexts"), dict) else {})
     check_fields(known, FIELDS, path=path, remedy=AGAIN, optional=OPTIONAL, closed=CLOSED)
-    for role in FIELDS.keys() & {*MODELS, "index"}:
+    for role in pieces_of(known):
         _check_place(path, role, known[role])
+    if ("reranker" in known) != ("reranking" in known["retrieval"]):
+        raise InputError(f"{path}: expected 'reranker' and 'retrieval.reranking' together, found only one. {AGAIN}")
     check_seal(path, pair, AGAIN)
     return known
 
 
+def pieces_of(pair: Mapping) -> tuple[str, ...]:
+    """The pieces of a pair: generator, retriever, a reranker if it has one, index."""
+    return tuple(role for role in (*MODELS, "index") if role in pair)
+
+
+def models_of(pair: Mapping) -> tuple[str, ...]:
+    """The pieces of a pair that are models."""
+    return tuple(role for role in MODELS if role in pair)
+
+
 def _check_place(path: Path, role: str, place: Mapping) -> None:
-    """Raise InputError for a piece without a place, a retriever without a fingerprint."""
-    needed = (("folder",) if "folder" in place else ("repo", "revision")) + ("fingerprint",) * (role == "retriever")
+    """Raise InputError for a piece without a place, a retriever or reranker without a fingerprint."""
+    needed = (("folder",) if "folder" in place else ("repo", "revision")) + ("fingerprint",) * (role in ("retriever", "reranker"))
     if missing := [name for name in needed if name not in place]:
         raise InputError(f"{path}: expected an entry '{role}.{missing[0]}', found none. {AGAIN}")
 
 
 def write_pair(folder: Path, pair: dict) -> None:
-    """Write cozyrag.json with the hashes of the files of both models beside it, and of itself.
+    """Write cozyrag.json with the hashes of the files of the models beside it, and of itself.
 
     Raises InputError as `write_json`.
     """
     held: dict[str, dict] = {}
-    for role in MODELS:
+    for role in models_of(pair):
         place = folder / role
         names = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.suffix in READ)
         held[role] = pair[role] | {CONTENTS: contents_of(place, [name for name in names if (place / name).is_file()])}

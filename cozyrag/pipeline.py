@@ -22,13 +22,15 @@ from cozyrag.evaluation.calibration import Calibration, certainty_of, check_leas
 from cozyrag.hub.background_push import push_run
 from cozyrag.models.generator import Decoding, Generator
 from cozyrag.models.int8_encoding import BF16, FLOAT32, reading_precision
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_evaluation import Evaluated, Evaluation, check_counts, questions_for
-from cozyrag.pair_file import PAIR_FILE, SavedPair, check_piece, read_pair, starts_text
+from cozyrag.pair_file import PAIR_FILE, SavedPair, check_piece, models_of, pieces_of, read_pair, starts_text
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex, check_fits
+from cozyrag.retrieval.reranking import Reranking
 from cozyrag.runtime.distributed import own_state
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
@@ -42,8 +44,8 @@ FETCHED = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", 
 class Source:
     """A passage that was retrieved for a question.
 
-    `score`: its cosine with the question, its BM25 score, or the weighted sum of hybrid.py. `used`: (start, end), in
-    characters of `text`, of each sentence in the context. `metadata`: its other columns in the file of passages, such
+    `score`: its cosine with the question, its BM25 score, or the weighted sum of hybrid.py, with what a reranker adds
+    (reranking.py). `used`: (start, end), in characters of `text`, of each sentence in the context. `metadata`: its other columns in the file of passages, such
     as url or page.
     """
 
@@ -88,6 +90,7 @@ class CozyRAG:
 
     Args:
         mode, weights, stemmer: of the search; see `Searcher`.
+        reranker, reranking: the model that orders the first passages again, and its depth and weight; see `Reranking`.
         top_k: passages whose sentences compete for a context.
         decoding: limits of contexts and answers.
         context_filter: how sentences are chosen; see `ContextBuilder`.
@@ -113,11 +116,13 @@ class CozyRAG:
         no_answer_threshold: float | None = None,
         calibration: Calibration | None = None,
         min_certainty: float | None = None,
+        reranker: Reranker | None = None,
+        reranking: dict | None = None,
     ):
         check_least(min_certainty)
         generator.only_read()
         self._one_at_a_time = threading.Lock()
-        self.generator, self.retriever, self.index = generator, retriever, index
+        self.generator, self.retriever, self.reranker, self.index = generator, retriever, reranker, index
         self.top_k, self.decoding, self.no_answer_threshold = top_k, decoding, no_answer_threshold
         self.calibration, self.min_certainty = calibration, min_certainty
         lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)
@@ -129,6 +134,7 @@ class CozyRAG:
             mode=mode,
             words=words,
             weights=Weights(**weights),
+            reranking=Reranking(reranker.score, index.passages, **reranking or {}) if reranker else None,
         )
         self._builder = ContextBuilder(
             index.passages,
@@ -170,9 +176,11 @@ class CozyRAG:
         folder = Path(name) if Path(name).is_dir() else _download(str(name), revision=revision, token=token)
         pair = read_pair(folder)
         calibration = Calibration.read(pair.get("calibration"), folder / PAIR_FILE)
-        kinds = {"generator": "model", "retriever": "model", "index": "dataset"}
-        pieces = {role: _piece(folder, pair[role], kind, token) for role, kind in kinds.items()}
-        for role in ("generator", "retriever"):
+        pieces = {
+            role: _piece(folder, pair[role], "dataset" if role == "index" else "model", token)
+            for role in pieces_of(pair)
+        }
+        for role in models_of(pair):
             check_piece(pieces[role], pair[role])
         generator = Generator.load(str(pieces["generator"]), start_of_text=starts_text(pair))
         expected, found = pair["generator"].get("fingerprint"), weights_fingerprint(generator.model)
@@ -196,7 +204,12 @@ class CozyRAG:
         decoding = Decoding(
             **{each.name: contexts.pop(each.name) for each in fields(Decoding) if each.name in contexts}
         )
-        made = cls(generator, retriever, index, **pair["retrieval"], decoding=decoding, **contexts)
+        reranker = None
+        if "reranker" in pieces:
+            reranker = _load_reranker(pieces["reranker"], pair, device)
+            reranker.precision = generator.precision
+        search = pair["retrieval"] | {"reranker": reranker}
+        made = cls(generator, retriever, index, **search, decoding=decoding, **contexts)
         made.calibration, made.min_certainty = calibration, min_certainty
         made.saved = SavedPair(folder, pair, pieces)
         return made
@@ -332,6 +345,18 @@ class CozyRAG:
             own = passages.ids[row], passages.titles[row], passages.texts[row]
             sources.append(Source(*own, score, places, passages.metadata_of(row)))
         return tuple(sources)
+
+
+def _load_reranker(place: Path, pair: Mapping, device: str) -> Reranker:
+    """The reranker of a pair. Raises InputError if it is not the one that cozyrag.json names."""
+    reranker = Reranker.load(str(place), device=device)
+    named, found = pair["reranker"]["fingerprint"], reranker.fingerprint()
+    if found != named:
+        raise InputError(
+            f"{PAIR_FILE} names reranker {named}, but the one found is {found}: they belong to different pairs. Copy "
+            "the folder again or train again."
+        )
+    return reranker
 
 
 def _columns(names: dict[str, str]) -> Columns:

@@ -99,7 +99,7 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
     checkpoints = Checkpoints(accelerator, folder, limit=limit, facts=_facts(accelerator, corpus))
     newest, warnings = checkpoints.newest() if resuming else (None, [])
     progress = checkpoints.read(newest, allow_changes=settings.output.allow_changed_settings) if newest else Progress()
-    generator, retriever = load_models(accelerator, settings, corpus, newest)
+    generator, retriever, reranker = load_models(accelerator, settings, corpus, newest)
     with interrupts.held():  # a tracker that is half started cannot be closed
         open_output(accelerator, settings, progress if newest else None, precision)
     rounds = Rounds(
@@ -108,6 +108,7 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
         corpus=corpus,
         generator=generator,
         retriever=retriever,
+        reranker=reranker,
         checkpoints=checkpoints,
         progress=progress,
         resumed_from=newest,
@@ -144,8 +145,8 @@ def show_plan(settings: Settings) -> None:
     """Load what a run would load, probe it, and print the seconds, memory and disk space of each part."""
     accelerator, precision = training_accelerator(settings)
     corpus = load_tables(accelerator, settings)
-    generator, retriever = load_models(accelerator, settings, corpus, None)
-    made = make_plan(accelerator, settings, corpus, generator, retriever)
+    models = load_models(accelerator, settings, corpus, None)
+    made = make_plan(accelerator, settings, corpus, *models)
     probed = f"Probed in {made.costs.spent:.0f} s, {precision.sentence()}; nothing is trained."
     if accelerator.is_main_process:
         say(f"{plan_table(made)}\n\n{verdict(made)}\n{probed}")

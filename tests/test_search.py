@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from cozyrag.data.sentences import SentenceVectors, split_sentences
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
-from cozyrag.retrieval.hybrid import CANDIDATES, MODES, SHARPNESS, TRUST, Searcher, Weights
+from cozyrag.retrieval.fitting import TRUST
+from cozyrag.retrieval.hybrid import CANDIDATES, MODES, NAT, Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex
 
 TEXTS = [
@@ -163,7 +164,7 @@ def test_fitted_weights_minimise_the_softmax_loss_near_the_default_ones():
             np.log(np.exp(points @ theta).sum()) - (points @ theta)[row]
             for points, row in zip(lists, relevant, strict=True)
         )
-        return surprise + TRUST / 2 * ((theta / (SHARPNESS * start) - 1) ** 2).sum()
+        return surprise + TRUST / 2 * ((theta * NAT / start - 1) ** 2).sum()
 
     search, facts = search.fitted(questions, relevant)
     assert facts["vectors"] == search.weights.vectors and 0 <= facts["recall@5 before"] <= facts["recall@5"] == 1.0

@@ -19,7 +19,12 @@ from cozyrag.runtime.terminal import one_line
 
 RECALL_DEPTHS = (1, 5, 20)
 SHOWN = ("em", "f1", "recall@1", "recall@5", "recall@20", "mrr@10", "answer_in_context")
-BY = {"dense": "the retriever's vectors alone", "sparse": "BM25 alone", "hybrid": "both"}  # what a search goes by
+BY = {  # what a search goes by
+    "dense": "the retriever's vectors alone",
+    "sparse": "BM25 alone",
+    "hybrid": "both",
+    "reranked": "the reranker over the first of them",
+}
 SEARCHES = tuple(BY)
 RETRIEVAL = ("recall@1", "recall@5", "recall@20", "mrr@10", "ndcg@10")
 # Retrieval metrics without a prefix are of the pair's own search; "dense_recall@1" is of the vectors alone.

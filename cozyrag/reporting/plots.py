@@ -91,7 +91,7 @@ def _means(axes: "Axes", columns: Sequence[np.ndarray], number: int, label: str)
     means = 100 * np.array([column.mean() for column in columns])
     ends = 100 * np.array([bootstrap_interval(column) for column in columns]).T
     places, errors = np.arange(len(columns)) + 0.06 * (number - 1), np.abs(ends - means)
-    mark = "os^"[number]
+    mark = "os^D"[number]
     axes.errorbar(places, means, errors, color=SERIES[number], marker=mark, capsize=3, linewidth=1.6, label=label)
 
 

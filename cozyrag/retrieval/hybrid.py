@@ -2,7 +2,7 @@
 
 A weighted sum keeps score differences, which ranks throw away. A passage is as near to a question as its best sentence,
 because the vector of a whole passage blurs its sentences. The weights are fitted on training questions. Left out: the
-two searches themselves (passage_index.py, bm25.py).
+two searches themselves (passage_index.py, bm25.py), and what a reranker does with the result (reranking.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,18 +10,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import minimize
 
 from cozyrag.data.sentences import best_of, places_of
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.faiss_index import best
+from cozyrag.retrieval.fitting import fit_points, recall_of
 from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.retrieval.reranking import NATS, Reranking
 
 MODES = ("dense", "bm25", "hybrid")
-SEARCHES = DENSE, SPARSE, HYBRID = ("dense", "sparse", "hybrid")  # names of results; sparse is mode bm25
+# names of results; sparse is mode bm25
+SEARCHES = DENSE, SPARSE, HYBRID, RERANKED = ("dense", "sparse", "hybrid", "reranked")
+RESULT_OF = {"dense": DENSE, "bm25": SPARSE, "hybrid": HYBRID}  # by mode
 CANDIDATES = 60  # best passages of each search that compete in the sum
-SHARPNESS = 0.25  # of the softmax over BM25 points with which fitting begins
-TRUST = 10.0  # number of questions that the default weights count as in fitting
+NAT = 4.0  # BM25 points that count as one nat of the softmax with which fitting begins
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Searcher:
         encode: questions to (n, dim) float32.
         words: words of the sentences; used if the index keeps sentence vectors too.
         weights: fusion weights; None: the default ones.
+        reranking: how the first passages of the result are ordered again; None: not at all.
     """
 
     index: PassageIndex
@@ -80,6 +83,7 @@ class Searcher:
     mode: str
     words: SentenceWords | None = None
     weights: Weights | None = None
+    reranking: Reranking | None = None
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -98,6 +102,10 @@ class Searcher:
 
     def search(self, questions: Sequence[str], k: int) -> Found:
         """The k best passages of each question; ties keep the order of the rows."""
+        return self._reranked(questions, self.first(questions, self._depth(k)), k)
+
+    def first(self, questions: Sequence[str], k: int) -> Found:
+        """`search` without reranking."""
         vectors = self.encode(questions)
         if self.mode == "dense" or self.lexical is None:
             scores, rows = self.index.search(vectors, k)
@@ -112,24 +120,38 @@ class Searcher:
         return Found(scores, rows, {DENSE: pool.dense_rows[:, :k], SPARSE: pool.lexical_rows[:, :k]}, vectors)
 
     def each_search(self, questions: Sequence[str], k: int) -> Found:
-        """`search` with the lists to measure: dense search in every mode, and the hybrid result as a list of its own.
+        """`search` with the lists to measure: dense search in every mode, the hybrid and the reranked result as lists
+        of their own.
 
         Only in bm25 mode is that one more search, of vectors that are there already.
         """
-        found = self.search(questions, k)
+        first = self.first(questions, self._depth(k))
+        found = self._reranked(questions, first, k)
         lists = dict(found.lists)
         if self.mode == "bm25":
             lists[DENSE] = self.index.search(found.vectors, k)[1]
         if self.mode == "hybrid":
-            lists[HYBRID] = found.rows
+            lists[HYBRID] = first.rows[:, :k]
+        if self.reranking is not None:
+            lists[RERANKED] = found.rows
         return replace(found, lists=lists)
 
-    def fitted(self, questions: Sequence[str], relevant: Sequence[int]) -> tuple["Searcher", dict[str, float]]:
-        """This search with weights that rank the relevant row of each question above its other candidates.
+    def _depth(self, k: int) -> int:
+        """Passages to find for k passages after reranking."""
+        return k if self.reranking is None or not self.reranking.weight else max(k, self.reranking.depth)
 
-        Softmax regression over the candidates of each question (ListNet's top-one loss, Cao et al. 2007) with
-        non-negative weights, kept near the default ones as if by TRUST questions. Questions whose relevant row is not a
-        candidate do not count.
+    def _reranked(self, questions: Sequence[str], first: Found, k: int) -> Found:
+        """The k best passages of a search, ordered again if there is a reranking."""
+        scores, rows = first.scores, first.rows
+        if self.reranking is not None:
+            scores, rows = self.reranking.ordered(questions, scores, rows)
+        lists = {name: each[:, :k] for name, each in first.lists.items()}
+        return replace(first, scores=scores[:, :k], rows=rows[:, :k], lists=lists)
+
+    def fitted(self, questions: Sequence[str], relevant: Sequence[int]) -> tuple["Searcher", dict[str, float]]:
+        """This search with fusion weights that rank the relevant row of each question above its other candidates.
+
+        See `fit_points`. Questions whose relevant row is not a candidate do not count.
 
         Returns:
             the search, and its weights with recall@5 on the questions before and after fitting.
@@ -139,9 +161,23 @@ class Searcher:
             return self, asdict(start)
         pool = self._pool(self.lexical, questions, self.encode(questions), CANDIDATES)
         lists = [(rows == row, points) for (rows, points), row in zip(pool.candidates, relevant, strict=True)]
-        weights = _fit([each for each in lists if each[0].any()], _as_array(start))
-        recalls = {"recall@5 before": _recall(lists, _as_array(start)), "recall@5": _recall(lists, _as_array(weights))}
+        found = fit_points([each for each in lists if each[0].any()], _as_array(start), nat=NAT)
+        weights = Weights(*found[1:].tolist())
+        recalls = {"recall@5 before": recall_of(lists, _as_array(start), 5), "recall@5": recall_of(lists, found, 5)}
         return replace(self, weights=weights), asdict(weights) | recalls
+
+    def reranked_with(
+        self, reranking: Reranking, questions: Sequence[str], relevant: Sequence[int]
+    ) -> tuple["Searcher", dict[str, float]]:
+        """This search with that reranking, its weight fitted on questions with a relevant row; see `Reranking.fitted`.
+
+        Without questions, the weight is the one with which fitting begins.
+        """
+        if not len(questions):
+            return replace(self, reranking=replace(reranking, weight=NATS[self.mode])), {"reranker": NATS[self.mode]}
+        first = self.first(questions, reranking.depth)
+        fitted, facts = reranking.fitted(questions, first.scores, first.rows, relevant, mode=self.mode)
+        return replace(self, reranking=fitted), facts
 
     def _pool(self, lexical: LexicalIndex, questions: Sequence[str], vectors: np.ndarray, depth: int) -> "_Pool":
         """For each question the union of the best rows of both searches, with the scores of each row."""
@@ -173,36 +209,3 @@ class _Pool:
     candidates: list[tuple[np.ndarray, np.ndarray]]
     dense_rows: np.ndarray
     lexical_rows: np.ndarray
-
-
-def _fit(lists: Sequence[tuple[np.ndarray, np.ndarray]], start: np.ndarray) -> Weights:
-    """Weights that minimise the mean -log softmax of the relevant rows; each list: (n,) is relevant, (n, 3) points."""
-    if not lists:
-        return Weights(*start[1:])
-    unit = SHARPNESS * np.maximum(start, 1e-3)
-    points = np.concatenate([points for _, points in lists]) * unit
-    relevant = np.concatenate([marks for marks, _ in lists])
-    starts = np.cumsum([0, *(len(marks) for marks, _ in lists)])[:-1]
-    list_of = np.repeat(np.arange(len(lists)), [len(marks) for marks, _ in lists])
-
-    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        scores = points @ theta
-        top = np.maximum.reduceat(scores, starts)[list_of]
-        chance = np.exp(scores - top)
-        total = np.add.reduceat(chance, starts)
-        surprise = np.log(total).sum() - (scores - top)[relevant].sum() + TRUST * ((theta - 1) ** 2).sum() / 2
-        gradient = (chance / total[list_of]) @ points - points[relevant].sum(axis=0) + TRUST * (theta - 1)
-        return surprise, gradient
-
-    bounds = [(1e-3, None), (0, None), (0, None)]
-    found = minimize(loss, np.ones(3), jac=True, bounds=bounds, method="L-BFGS-B").x * unit
-    return Weights(*(round(float(value / found[0]), 4) for value in found[1:]))
-
-
-def _recall(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: np.ndarray, k: int = 5) -> float:
-    """Share of the lists whose relevant row is among the k best."""
-    hits = []
-    for marks, points in lists:
-        scores = points @ weights
-        hits.append(bool(marks.any()) and int((scores > scores[marks].max()).sum()) < k)
-    return float(np.mean(hits)) if hits else 0.0

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from cozyrag.config import OutputSettings
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.atomic_files import write_json
 from cozyrag.runtime.signals import Interrupted, Interrupts
@@ -43,6 +44,7 @@ class RunCallback(PhaseCallback):
     checkpoints: Checkpoints
     generator: Generator
     retriever: Retriever
+    reranker: Reranker | None
     log: RunLog
     interrupts: Interrupts
     resumed_from: Path | None
@@ -118,7 +120,7 @@ class RunCallback(PhaseCallback):
         self.progress.steps_so_far = self.log.steps
         self.progress.spent = self.log.under_way()
         self.progress.metrics = self.log.rows
-        self.checkpoints.save(self.progress, self.generator, self.retriever)
+        self.checkpoints.save(self.progress, self.generator, self.retriever, self.reranker)
         self.saved, self.saved_step = time.monotonic(), self.progress.step
 
     def skipped_step(self, report: StepReport, gradient_norm: float, rows: Callable[[], list[dict]]) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import starts_text
 from cozyrag.runtime.atomic_files import PARTIAL, SPARE, check_room, damage, seal, settle, write_json, writing
@@ -21,7 +22,8 @@ from cozyrag.runtime.distributed import main_decides, run_on_all
 from cozyrag.runtime.old_names import current_progress
 from cozyrag.training.output_dir import check_changes, complete_checkpoints
 
-PHASES = ("generator", "retriever", "evaluation")
+# Places in the names of checkpoints, which sort in the order of the run: "reranker" comes after "generator" by itself.
+PLACES = {"generator": 0, "reranker": 0, "retriever": 1, "evaluation": 2}
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Progress:
     @property
     def name(self) -> str:
         """The folder name; names sort in the order of the run."""
-        return f"round-{self.round:03d}-{PHASES.index(self.phase)}-{self.phase}-{self.step:06d}"
+        return f"round-{self.round:03d}-{PLACES[self.phase]}-{self.phase}-{self.step:06d}"
 
     def following(self, round_number: int, phase: str) -> "Progress":
         """The start of a later phase."""
@@ -112,7 +114,9 @@ class Checkpoints:
         check_changes(saved.pop("facts"), self.facts, allow_changes)
         return Progress(**current_progress(saved))
 
-    def save(self, progress: Progress, generator: Generator, retriever: Retriever) -> None:
+    def save(
+        self, progress: Progress, generator: Generator, retriever: Retriever, reranker: Reranker | None = None
+    ) -> None:
         """Write a checkpoint and delete the oldest beyond the limit. All processes must call it.
 
         Raises:
@@ -120,7 +124,7 @@ class Checkpoints:
         """
         final = self.folder / "checkpoints" / progress.name
         partial = final.with_name(final.name + PARTIAL)
-        needed = SPARE + checkpoint_bytes(generator, retriever, inside=progress.step > 0)
+        needed = SPARE + checkpoint_bytes(generator, retriever, reranker, inside=progress.step > 0)
         generator.gather()
 
         def save_models() -> None:
@@ -130,6 +134,8 @@ class Checkpoints:
                 check_room(final, needed)
                 generator.save(partial / "generator")
                 retriever.save(partial / "retriever")
+                if reranker is not None:
+                    reranker.save(partial / "reranker")
                 write_json(partial / "progress.json", asdict(progress) | self._facts_of(generator))
 
         def save_state() -> None:
@@ -169,8 +175,12 @@ def _read(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
 
 
-def checkpoint_bytes(generator: Generator, retriever: Retriever, *, inside: bool) -> int:
-    """Estimated bytes of a checkpoint; inside a phase, with AdamW's two moments of the larger model."""
-    weights = retriever.model.state_dict().values()
-    sizes = [generator.saved_bytes(), sum(tensor.numel() * tensor.element_size() for tensor in weights)]
+def checkpoint_bytes(
+    generator: Generator, retriever: Retriever, reranker: Reranker | None = None, *, inside: bool
+) -> int:
+    """Estimated bytes of a checkpoint; inside a phase, with AdamW's two moments of the largest model."""
+    sizes = [generator.saved_bytes()]
+    for other in (retriever, reranker):
+        weights = other.model.state_dict().values() if other is not None else ()
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in weights))
     return sum(sizes) + (2 * max(sizes) if inside else 0)

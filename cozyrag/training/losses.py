@@ -1,7 +1,9 @@
-"""The losses of the retriever as functions of vectors: tensors in, a scalar out.
+"""The losses of the retriever and of the reranker: tensors in, a scalar out.
 
-Left out: embedding texts (retriever.py), backward passes (retriever_phase.py), the generator's loss (token_losses.py).
+Left out: embedding and scoring texts (models/), backward passes (retriever_phase.py, reranker_phase.py), the generator's loss (token_losses.py).
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,22 @@ def sentence_loss(
     scores = queries[known] @ sentences.T / temperature
     every, correct = (scores.masked_fill(~mask[known], -torch.inf).logsumexp(dim=1) for mask in (own, right))
     return (every - correct).sum() / max(1, int(known.sum()))
+
+
+def ranking_loss(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Each list of scores must have its first element on top.
+
+    The negative log of the softmax over a list at its first element: the localized contrastive loss of Gao et al. 2021
+    (arXiv:2101.08751, eq. 6), and ListNet's top-one loss (Cao et al. 2007) with one relevant element.
+
+    Args:
+        scores: (n_scores,) of all lists, one after the other. counts: the length of each list.
+
+    Returns:
+        scalar, the mean in nats over the lists.
+    """
+    lists = torch.nn.utils.rnn.pad_sequence(scores.split(list(counts)), batch_first=True, padding_value=-torch.inf)
+    return F.cross_entropy(lists, torch.zeros(len(lists), dtype=torch.int64, device=scores.device))
 
 
 def feedback_loss(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from cozyrag.config import DEFAULTS
 from cozyrag.errors import InputError
 from cozyrag.runtime.atomic_files import NEXT, OLD, PARTIAL, flush, is_partial_of, write_json, write_text
 from cozyrag.runtime.contents import read_object
@@ -24,7 +25,7 @@ SETTINGS = "settings.json"
 FINISHED = "finished.json"  # written last, after a push
 OURS = (
     "checkpoints", "contexts", "feedback", "answers", EVALUATIONS, OLD_EVALUATIONS, "audit.json", "generator",
-    "retriever", "index", "pushing", "trackers", "skipped-steps", "report.html", "plots", "cozyrag.json",
+    "retriever", "reranker", "index", "pushing", "trackers", "skipped-steps", "report.html", "plots", "cozyrag.json",
     "metrics.jsonl", SETTINGS, FINISHED, "README.md", NEXT, OLD,
 )  # fmt: skip
 LOST_SETTINGS = "Without it the run cannot be resumed: start again with --overwrite_output_dir."
@@ -86,11 +87,11 @@ def check_output(folder: Path, settings: Mapping) -> bool:
 
 
 def settings_before(folder: Path) -> dict:
-    """The flat settings of the run in the folder.
+    """The flat settings of the run in the folder; those that its version did not have are at their defaults.
 
     Earlier versions did not store a precision that was not set: it was that of `accelerate launch`, or else float32.
     """
-    before = current_settings(read_object(folder / SETTINGS, LOST_SETTINGS))
+    before = DEFAULTS | current_settings(read_object(folder / SETTINGS, LOST_SETTINGS))
     precision = before.get("mixed_precision") or asked_at_launch(os.environ) or "no"
     return before | {"mixed_precision": precision}
 

@@ -20,7 +20,16 @@ from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
 from cozyrag.training.step_order import phase_seed, plan_steps, shard
-from cozyrag.training.trainer import Phase, PhaseCallback, Rows, chosen_together, first_cut, run_phase, trainable
+from cozyrag.training.trainer import (
+    Phase,
+    PhaseCallback,
+    Rows,
+    chosen_together,
+    first_cut,
+    run_phase,
+    sum_gradients,
+    trainable,
+)
 from cozyrag.training.training_pairs import RetrieverBatch, TrainingPair, retriever_batch, training_pairs
 
 
@@ -188,7 +197,7 @@ def retriever_step(
     accelerator.backward(loss)
     for side, leaf in zip(sides, leaves, strict=True):
         side.backward(leaf.grad)
-    _sum_gradients(accelerator, retriever.model)
+    sum_gradients(accelerator, retriever.model)
     parts = {term.name: value.item() for term, value in zip(batch.terms, values, strict=True)}
     return {"loss": loss.item()} | (parts if len(parts) > 1 else {})
 
@@ -243,14 +252,3 @@ class _Side:
             vectors = vectors if vectors.requires_grad else self._embed(micro_batch)
             vectors.backward(gradient[end - len(vectors) : end])
             end -= len(vectors)
-
-
-def _sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Sum the gradients over all processes. DDP hangs or is wrong if a weight takes no part in the loss."""
-    if accelerator.num_processes == 1:
-        return
-    parameters = trainable(model)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    flat = accelerator.reduce(flat, reduction="sum")
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter).clone()

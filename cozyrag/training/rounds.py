@@ -18,12 +18,15 @@ from cozyrag.data.corpus import Corpus
 from cozyrag.errors import InputError
 from cozyrag.evaluation.calibration import Calibration, calibrated, sentence
 from cozyrag.evaluation.evaluation import choose_threshold, evaluate_pair
+from cozyrag.evaluation.metrics import ranks_of, reciprocal_rank
 from cozyrag.hub.background_push import BackgroundPush
 from cozyrag.hub.model_cards import Example, write_cards
 from cozyrag.models.generator import Decoding, Generator
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import describe_pair, write_pair
 from cozyrag.reporting.run_reader import read_evaluation
+from cozyrag.retrieval.hybrid import RESULT_OF
 from cozyrag.runtime.atomic_files import NEXT, folder_bytes, replacing, switch, write_jsonl
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.fingerprints import weights_fingerprint
@@ -33,6 +36,7 @@ from cozyrag.training.callbacks import RunCallback
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.training.micro_batches import Cut, describe_cut
+from cozyrag.training.reranker_phase import reranker_cut, reranker_token_bytes, train_reranker
 from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
 from cozyrag.training.rollback import decide
 from cozyrag.training.round_cache import Caches
@@ -52,6 +56,7 @@ class Rounds:
         corpus: Corpus,
         generator: Generator,
         retriever: Retriever,
+        reranker: Reranker | None = None,
         checkpoints: Checkpoints,
         progress: Progress,
         resumed_from: Path | None,
@@ -59,7 +64,7 @@ class Rounds:
         pusher: BackgroundPush | None = None,
     ):
         self.accelerator, self.settings, self.corpus = accelerator, settings, corpus
-        self.generator, self.retriever = generator, retriever
+        self.generator, self.retriever, self.reranker = generator, retriever, reranker
         self.checkpoints, self.progress, self.resumed_from = checkpoints, progress, resumed_from
         self.interrupts, self.pusher = interrupts, pusher
         self.folder = Path(settings.output.output_dir)
@@ -82,6 +87,7 @@ class Rounds:
         self._choose_cuts()
         phases = {
             "generator": self.run_generator_phase,
+            "reranker": self.run_reranker_phase,
             "retriever": self.run_retriever_phase,
             "evaluation": self.evaluate,
         }
@@ -105,6 +111,10 @@ class Rounds:
             "generator": generator_token_bytes(*pair, context_tokens),
             "retriever": retriever_token_bytes(self.accelerator, self.retriever),
         }
+        if self.reranker is not None:
+            if "reranker" not in cuts:
+                cuts["reranker"] = asdict(reranker_cut(self.accelerator, self.reranker))
+            sizes["reranker"] = reranker_token_bytes(self.accelerator, self.reranker)
         for model, each in sizes.items():
             self.log.info(describe_cut(model, Cut(**cuts[model]), each))
 
@@ -115,6 +125,7 @@ class Rounds:
             corpus=self.corpus,
             generator=self.generator,
             retriever=retriever,
+            reranker=self.reranker,
             log=self.log,
         )
 
@@ -137,6 +148,7 @@ class Rounds:
             checkpoints=self.checkpoints,
             generator=self.generator,
             retriever=self.retriever,
+            reranker=self.reranker,
             log=self.log,
             interrupts=self.interrupts,
             resumed_from=self.resumed_from,
@@ -160,6 +172,27 @@ class Rounds:
             )
         if steps and self.settings.training.rollback == "on":
             self._keep_or_roll_back_generator()
+        following = "retriever" if self.reranker is None else "reranker"
+        self._advance(self.progress.following(self.progress.round, following))
+
+    def run_reranker_phase(self) -> None:
+        """Train the reranker on what the search of this round has found. The other two models are frozen."""
+        assert self.reranker is not None  # no other run has this phase
+        contexts = self.caches.training_contexts()
+        with self.interrupts.held(), self.log.timed("reranker phase", self.progress.round):
+            steps = train_reranker(
+                self.accelerator,
+                self.reranker,
+                contexts,
+                self.retrieval.passages,
+                depth=self.settings.contexts.rerank_passages,
+                settings=self.settings.training,
+                round_number=self.progress.round,
+                callback=self._callback("questions/s"),
+                left_out=fusion_questions(self.corpus.questions, self.settings)["id"][:],
+            )
+        if steps and self.settings.training.rollback == "on":
+            self._keep_or_roll_back_reranker(self.reranker)
         self._advance(self.progress.following(self.progress.round, "retriever"))
 
     def run_retriever_phase(self) -> None:
@@ -224,13 +257,27 @@ class Rounds:
         if not self._improved("generator", "f1", [row["f1"] for row in rows]):
             self.generator.restore(self.folder / "generator")
 
+    def _keep_or_roll_back_reranker(self, reranker: Reranker) -> None:
+        """Roll the reranker back if the search with it ranks worse than before the phase."""
+        columns = self._held_out_contexts().select_columns(["rows", "positive"])[:]
+        ranks = [ranks_of(rows, {row}) for rows, row in zip(columns["rows"], columns["positive"], strict=True)]
+        if not self._improved("reranker", "mrr@10", [reciprocal_rank(each, cutoff=10) for each in ranks]):
+            reranker.restore(self.folder / "reranker")
+
     def _keep_or_roll_back_retriever(self, contexts: Dataset) -> Dataset:
-        """Roll the retriever back if it finds less than before the phase; returns the contexts of the one kept."""
-        columns = contexts.select_columns(["rows", "positive"])[:]
+        """Roll the retriever back if it finds less than before the phase; returns the contexts of the one kept.
+
+        With a reranker, the searches before it are compared: it has changed as well.
+        """
+        columns = contexts.select_columns(["rows", "positive", "ranks"])[:]
         found = [
             float(positive in rows[:5]) for rows, positive in zip(columns["rows"], columns["positive"], strict=True)
         ]
-        if self._improved("retriever", "recall@5", found):
+        metric = "recall@5"
+        if self.reranker is not None:
+            search = RESULT_OF[self.settings.contexts.retrieval]
+            metric, found = f"{search}_recall@5", [float(0 < ranks[search] <= 5) for ranks in columns["ranks"]]
+        if self._improved("retriever", metric, found):
             return contexts
         self.retriever.restore(self.folder / "retriever")
         self.retrieval.forget()
@@ -319,10 +366,12 @@ class Rounds:
 
     def _save_pair(self) -> None:
         """Replace generator/, retriever/, index/ and cozyrag.json at once, so that they are never mixed."""
-        before = sum(folder_bytes(self.folder / name) for name in ("generator", "retriever", "index"))
+        before = sum(folder_bytes(self.folder / name) for name in ("generator", "retriever", "reranker", "index"))
         with replacing(self.folder / NEXT, needed=before) as coming:
             self.generator.save(coming / "generator")
             self.retriever.save(coming / "retriever")
+            if self.reranker is not None:
+                self.reranker.save(coming / "reranker")
             self.retrieval.index().save(coming / "index")
             write_pair(coming, self._description())
         switch(self.folder)
@@ -332,6 +381,7 @@ class Rounds:
         return describe_pair(
             fingerprint=self.retrieval.index().fingerprint,
             generator=weights_fingerprint(self.generator.model),
+            reranker=self.reranker.fingerprint() if self.reranker is not None else None,
             prompt=self.generator.prompt_facts,
             calibration=asdict(self.calibration) if self.calibration else None,
             retrieval=self.retrieval.description(),
@@ -376,13 +426,14 @@ class Rounds:
         self.log.round = progress.round
         self.resumed_from = None
         with self.interrupts.held():
-            self.checkpoints.save(progress, self.generator, self.retriever)
+            self.checkpoints.save(progress, self.generator, self.retriever, self.reranker)
 
     def _check_processes_agree(self) -> None:
         """Stop if the processes hold different weights, which would otherwise show only in bad results."""
         if self.accelerator.num_processes == 1:
             return
-        found = gather_object([[weights_fingerprint(model) for model in (self.generator.model, self.retriever.model)]])
+        models = [each.model for each in (self.generator, self.retriever, self.reranker) if each is not None]
+        found = gather_object([[weights_fingerprint(model) for model in models]])
         self.log.record(
             {"kind": "processes", "round": self.progress.round, "phase": self.progress.phase, "fingerprints": found}
         )

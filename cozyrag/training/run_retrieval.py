@@ -20,12 +20,14 @@ from cozyrag.data.questions import take
 from cozyrag.data.sentences import SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.index_file import made_by
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
+from cozyrag.retrieval.reranking import Reranking
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.run_log import RunLog
 
@@ -34,15 +36,18 @@ RETRIEVE_TOGETHER = 256  # questions of one search
 
 
 def fusion_questions(questions: Dataset, settings: Settings) -> Dataset:
-    """The training questions for fitting the fusion weights: a tenth of them, from which the retriever does not learn,
-    or up to all if it does not train.
+    """The training questions for fitting the weights of the search: a tenth of them, from which neither retriever nor
+    reranker learns, or up to all if neither trains.
 
-    On questions that the retriever has learned from, its vectors look better than on new ones and would weigh too much.
+    On questions that a model has learned from, its scores look better than on new ones and would weigh too much.
     """
-    if settings.contexts.retrieval != "hybrid":
+    if settings.contexts.retrieval != "hybrid" and settings.models.reranker is None:
         return questions.select([])
     training = settings.training
-    learns = training.rounds and training.retriever_steps != 0 and training.retriever_epochs > 0
+    learns = training.rounds and (
+        (training.retriever_steps != 0 and training.retriever_epochs > 0)
+        or (settings.models.reranker is not None and training.reranker_steps != 0)
+    )
     limit = min(WEIGHT_QUESTIONS, len(questions) // 10 if learns else len(questions))
     return take(questions, limit, training.seed) if limit else questions.select([])
 
@@ -56,10 +61,12 @@ def context_filter(settings: Settings, retriever: Retriever) -> str:
 class Snapshot:
     """Retrieval with one state of the retriever: nothing in it changes after it is made.
 
-    fingerprint: of all weights of the retriever; `index.fingerprint` is of those that encode passages.
+    fingerprint: of all weights of the retriever; `index.fingerprint` is of those that encode passages. reranker: of the
+    reranker; "" if there is none.
     """
 
     fingerprint: str
+    reranker: str
     index: PassageIndex
     searcher: Searcher
     builder: ContextBuilder
@@ -76,6 +83,7 @@ class Retrieval:
         corpus: Corpus,
         generator: Generator,
         retriever: Retriever,
+        reranker: Reranker | None = None,
         log: RunLog,
     ):
         self.accelerator = accelerator
@@ -83,6 +91,7 @@ class Retrieval:
         self.corpus = corpus
         self.generator = generator
         self.retriever = retriever
+        self.reranker = reranker
         self.log = log
         self.folder = Path(settings.output.output_dir)
         self.passages = Passages.of(corpus.passages)
@@ -109,6 +118,8 @@ class Retrieval:
                     snapshot.index.fingerprint,
                     snapshot.searcher.mode,
                     str(snapshot.searcher.fusion_weights),
+                    snapshot.reranker,
+                    str(snapshot.searcher.reranking and snapshot.searcher.reranking.weight),
                     questions._fingerprint,
                     str(self.log.round),
                     str(self.accelerator.process_index),
@@ -130,17 +141,23 @@ class Retrieval:
         return contexts
 
     def snapshot(self) -> Snapshot:
-        """Retrieval with the retriever as it is now. In hybrid mode, new vectors get new fusion weights."""
+        """Retrieval with the models as they are now. In hybrid mode, new vectors get new fusion weights; scores of
+        another reranker get another weight."""
         fingerprint = weights_fingerprint(self.retriever.model)
-        if self._snapshot is None or self._snapshot.fingerprint != fingerprint:
+        reranker = self.reranker.fingerprint() if self.reranker is not None else ""
+        kept = self._snapshot
+        if kept is None or kept.fingerprint != fingerprint:
             index = self.index()
             builder, lexical = self._builder(index), self._lexical()
             mode = self.settings.contexts.retrieval
             searcher = Searcher(index, lexical, encode=self.encode_questions, mode=mode, words=builder.words)
             if mode == "hybrid":
                 searcher = self._with_fitted_weights(searcher, builder, fingerprint)
-            self._snapshot = Snapshot(fingerprint, index, searcher, builder)
-        return self._snapshot
+            kept = Snapshot(fingerprint, "", index, searcher, builder)
+        if kept.reranker != reranker:
+            kept = replace(kept, reranker=reranker, searcher=self._with_reranking(kept, fingerprint + reranker))
+        self._snapshot = kept
+        return kept
 
     def _builder(self, index: PassageIndex) -> ContextBuilder:
         """A context builder over this index. Training changes no words, so those of the sentences are computed once."""
@@ -172,31 +189,55 @@ class Retrieval:
 
     def description(self) -> dict:
         """How the pair searches, for cozyrag.json."""
-        chosen, weights = self.settings.contexts, self.snapshot().searcher.fusion_weights
-        return {"mode": chosen.retrieval, "stemmer": chosen.stemmer, "weights": asdict(weights)}
+        chosen, searcher = self.settings.contexts, self.snapshot().searcher
+        facts = {"mode": chosen.retrieval, "stemmer": chosen.stemmer, "weights": asdict(searcher.fusion_weights)}
+        if searcher.reranking is None:
+            return facts
+        return facts | {"reranking": {"depth": searcher.reranking.depth, "weight": searcher.reranking.weight}}
 
     def _with_fitted_weights(self, searcher: Searcher, builder: ContextBuilder, fingerprint: str) -> Searcher:
         """The search with fusion weights fitted on training questions whose gold passage is known."""
+        questions, rows = self._known(builder)
+        if not questions:
+            self.log.info(
+                "No gold passage is known for the questions kept for fitting, so dense and sparse scores are fused "
+                "with the default weights."
+            )
+            return searcher
+        with self.log.timed("fit fusion weights", self.log.round):
+            fitted, facts = searcher.fitted(questions, rows)
+        # rounding differs between machines, but all processes need the same weights
+        weights = Weights(**broadcast_object_list([asdict(fitted.fusion_weights)])[0])
+        self._record_weights(fingerprint, facts)
+        return replace(fitted, weights=weights)
+
+    def _with_reranking(self, kept: Snapshot, fingerprint: str) -> Searcher:
+        """The search with the reranker and its fitted weight; an untrained one changes nothing."""
+        if self.reranker is None:
+            return replace(kept.searcher, reranking=None)
+        reranking = Reranking(self.reranker.score, self.passages, self.settings.contexts.rerank_passages)
+        if not self.reranker.is_trained:
+            return replace(kept.searcher, reranking=reranking)
+        with self.log.timed("fit reranker weight", self.log.round):
+            fitted, facts = kept.searcher.reranked_with(reranking, *self._known(kept.builder))
+        weight = broadcast_object_list([fitted.reranking.weight if fitted.reranking else 0.0])[0]
+        self._record_weights(fingerprint, facts)
+        return replace(fitted, reranking=replace(reranking, weight=weight))
+
+    def _known(self, builder: ContextBuilder) -> tuple[list[str], list[int]]:
+        """The questions for fitting whose gold passage is known, and its row."""
         columns = fusion_questions(self.corpus.questions, self.settings)[:]
         known = [
             (question, builder.row_of[gold])
             for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
             if gold is not None
         ]
-        if not known:
-            self.log.info(
-                "No gold passage is known for the questions kept for fitting, so dense and sparse scores are fused "
-                "with the default weights."
-            )
-            return searcher
-        questions, rows = (list(column) for column in zip(*known, strict=True))
-        with self.log.timed("fit fusion weights", self.log.round):
-            fitted, facts = searcher.fitted(questions, rows)
-        # rounding differs between machines, but all processes need the same weights
-        weights = Weights(**broadcast_object_list([asdict(fitted.fusion_weights)])[0])
-        if not self.log.holds(kind="weights", retriever=fingerprint):  # a resumed run fits the same weights again
+        return [question for question, _ in known], [row for _, row in known]
+
+    def _record_weights(self, fingerprint: str, facts: dict) -> None:
+        """Record fitted weights once: a resumed run fits the same ones again."""
+        if not self.log.holds(kind="weights", retriever=fingerprint):
             self.log.record({"kind": "weights", "round": self.log.round, "retriever": fingerprint} | facts)
-        return replace(fitted, weights=weights)
 
     def encode_questions(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32, the vectors of questions."""

@@ -26,6 +26,7 @@ from cozyrag.errors import InputError
 from cozyrag.models.fsdp import CONFIGS, LAUNCHED, check_sharding
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import check_int8, reading_precision
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.smollm2 import SMOLLM2
 from cozyrag.runtime.assets import GENERATOR_FOLDER
@@ -201,8 +202,8 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
 
 def load_models(
     accelerator: Accelerator, settings: Settings, corpus: Corpus, newest: Path | None
-) -> tuple[Generator, Retriever]:
-    """The two models on this process's device: those of the checkpoint `newest`, else those that the settings name."""
+) -> tuple[Generator, Retriever, Reranker | None]:
+    """The models on this process's device: those of the checkpoint `newest`, else those that the settings name."""
     models, device, reads = settings.models, accelerator.device, settings.contexts.passage_tokens
     if newest:
         generator = load_generator(newest, dropout=models.dropout)
@@ -224,9 +225,21 @@ def load_models(
         )
     if settings.training.freeze_document_encoder:
         retriever.freeze_documents()
-    generator.precision = retriever.precision = reading_precision(accelerator.mixed_precision)
+    reranker = _load_reranker(settings, newest, device)
+    for model in (generator, retriever, reranker):
+        if model is not None:
+            model.precision = reading_precision(accelerator.mixed_precision)
     generator.model.to(device)
-    return generator, retriever
+    return generator, retriever, reranker
+
+
+def _load_reranker(settings: Settings, newest: Path | None, device: torch.device) -> Reranker | None:
+    name = settings.models.reranker
+    if name is None:
+        return None
+    if newest is None and name == EMBEDDED:
+        return Reranker.load_embedded(device=str(device))
+    return Reranker.load(str(newest / "reranker" if newest else name), device=str(device))
 
 
 def _load_generator(settings: Settings, corpus: Corpus) -> Generator:

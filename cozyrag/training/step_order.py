@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PHASES = ("generator", "retriever", "evaluation")
+PHASES = ("generator", "retriever", "reranker")  # their places make the seeds, so new ones come last
 SORTING_POOL = 32  # batches whose rows are sorted by length together: little padding, yet well mixed
 
 

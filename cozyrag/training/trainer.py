@@ -102,6 +102,17 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Sum the gradients over all processes. DDP hangs or is wrong if a weight takes no part in the loss."""
+    if accelerator.num_processes == 1:
+        return
+    parameters = trainable(model)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    flat = accelerator.reduce(flat, reduction="sum")
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter).clone()
+
+
 def first_cut(settings: TrainingSettings, callback: PhaseCallback, choose: Callable[[], Cut]) -> Cut:
     """The micro-batches at the start of a phase: from the settings, else from the run, else from `choose`."""
     if settings.gradient_accumulation_steps is not None:
