@@ -218,10 +218,12 @@ class TrainingSettings:
         64, "Pairs of a retriever step, over all processes; the other pairs are in-batch negatives."
     )
     retriever_learning_rate: float = setting(3e-5, "Peak learning rate of the retriever (AdamW).")
+    reranker_epochs: float = setting(1.0, "Epochs of each reranker phase; may be a fraction.")
     reranker_steps: int | None = setting(
-        None,
-        "Maximum number of optimizer steps of each reranker phase, one of 16 questions. 0: the reranker is not "
-        "trained. None: all questions once.",
+        None, "Maximum number of optimizer steps of each reranker phase. 0: the reranker is not trained."
+    )
+    reranker_batch_size: int = setting(
+        16, "Questions of a reranker step, over all processes; each is ranked by itself, with four negatives."
     )
     reranker_learning_rate: float = setting(1e-4, "Peak learning rate of the reranker (AdamW).")
     temperature: float = setting(0.05, "Temperature of the contrastive loss.")

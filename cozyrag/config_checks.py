@@ -26,14 +26,15 @@ RANGES: dict[tuple[float, float | None], str] = {
     (0.0, 0.5): "eval_share",
     (1, None): (
         "max_questions max_eval_questions threads top_k context_tokens encode_batch_size answer_batch_size "
-        "generator_batch_size gradient_accumulation_steps max_skipped_steps refresh_steps repeat_ngram "
-        "short_tokens answer_tokens logging_steps save_total_limit"
+        "generator_batch_size reranker_batch_size gradient_accumulation_steps max_skipped_steps refresh_steps "
+        "repeat_ngram short_tokens answer_tokens logging_steps save_total_limit"
     ),
     (0, 2**32 - 1): "seed",
     (0.0, 0.99): "dropout lora_dropout",
     (0, None): (
-        "lora_rank rounds generator_epochs retriever_epochs generator_steps retriever_steps reranker_steps "
-        "generator_learning_rate retriever_learning_rate reranker_learning_rate weight_decay contrastive_weight sentence_weight "
+        "lora_rank rounds generator_epochs retriever_epochs generator_steps retriever_steps "
+        "reranker_epochs reranker_steps generator_learning_rate retriever_learning_rate reranker_learning_rate "
+        "weight_decay contrastive_weight sentence_weight "
         "feedback_weight repeat_penalty keyword_penalty short_penalty min_answer_tokens no_repeat_ngram_size "
         "save_steps save_minutes"
     ),
@@ -111,10 +112,11 @@ def _check_training(values: dict) -> None:
             "--contrastive_weight, --sentence_weight, --feedback_weight: expected at least one above 0, found all 0, "
             "so the retriever would have no loss. Set one of them, or --retriever_steps 0."
         )
-    if values["reranker"] == EMBEDDED and values["reranker_steps"] == 0:
+    untrained = next((f"--{name} 0" for name in ("reranker_steps", "reranker_epochs") if values[name] == 0), None)
+    if values["reranker"] == EMBEDDED and untrained:
         raise InputError(
             "--reranker embedded: expected it to be trained, because all its scores are equal before; found "
-            "--reranker_steps 0. Omit one of the two, or name a trained reranker."
+            f"{untrained}. Omit one of the two, or name a trained reranker."
         )
     if values["freeze_document_encoder"] and values["index_refresh"] != "phase":
         raise InputError(

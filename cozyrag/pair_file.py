@@ -156,7 +156,9 @@ def models_of(pair: Mapping) -> tuple[str, ...]:
 
 def _check_place(path: Path, role: str, place: Mapping) -> None:
     """Raise InputError for a piece without a place, a retriever or reranker without a fingerprint."""
-    needed = (("folder",) if "folder" in place else ("repo", "revision")) + ("fingerprint",) * (role in ("retriever", "reranker"))
+    needed = (("folder",) if "folder" in place else ("repo", "revision")) + ("fingerprint",) * (
+        role in ("retriever", "reranker")
+    )
     if missing := [name for name in needed if name not in place]:
         raise InputError(f"{path}: expected an entry '{role}.{missing[0]}', found none. {AGAIN}")
 

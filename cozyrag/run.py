@@ -183,7 +183,8 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
     if not output.push_to_hub or output.hub_model_id is None:  # config_checks.py asks for the second with the first
         return None
     main = accelerator.is_main_process
-    found = refusal(output.hub_model_id, private=output.hub_private, info=say) if main else None
+    reranker = settings.models.reranker is not None
+    found = refusal(output.hub_model_id, reranker=reranker, private=output.hub_private, info=say) if main else None
     refuse(gather_object([found]))
     every_round = output.hub_strategy == "every_round"
     if not main:
@@ -313,8 +314,9 @@ def self_test(rounds: Rounds) -> None:
     """
     started = time.perf_counter()
     sharded = is_split(rounds.settings.training.generator_sharding) and not rounds.generator.is_adapter
-    moving = ("retriever",) if sharded else ("generator", "retriever")
-    findings = check_terms(rounds.generator, rounds.retriever, rounds.corpus, rounds.settings, moving=moving)
+    moving = ("retriever", "reranker") if sharded else ("generator", "retriever", "reranker")
+    models = rounds.generator, rounds.retriever
+    findings = check_terms(*models, rounds.corpus, rounds.settings, reranker=rounds.reranker, moving=moving)
     seconds = round(time.perf_counter() - started, 2)
     rounds.log.record({"kind": "self-test", "seconds": seconds, "terms": [finding.row() for finding in findings]})
     refuse(gather_object([finding.fault for finding in findings]))  # a fault of one process stops them all

@@ -82,9 +82,9 @@ def check_settings(arguments: list[str]) -> None:
     accelerator = make_accelerator(settings)
     check_asked(settings.training.mixed_precision, accelerator.device.type)
     corpus = load_tables(accelerator, settings)
-    generator, retriever = load_models(accelerator, settings, corpus, None)
+    generator, retriever, reranker = load_models(accelerator, settings, corpus, None)
     started = time.perf_counter()
-    findings = check_terms(generator, retriever, corpus, settings)
+    findings = check_terms(generator, retriever, corpus, settings, reranker=reranker)
     seconds = time.perf_counter() - started
     tell = say if accelerator.is_main_process else (lambda text: None)
     if not findings:

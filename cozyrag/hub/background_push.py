@@ -14,11 +14,10 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from cozyrag.errors import InputError
 from cozyrag.hub.push import push_command, push_pair
-from cozyrag.pair_file import PAIR_FILE
+from cozyrag.pair_file import PAIR_FILE, pieces_of, read_pair
 from cozyrag.runtime.atomic_files import settle
 
 WAITING = "pushing"  # folder of the output folder; checkpointing.py knows it as the run's own
-PIECES = ("generator", "retriever", "index")
 AT_MOST = 3  # rounds that wait; each takes as much disk space as a pair, so the oldest is dropped
 
 
@@ -94,7 +93,7 @@ class BackgroundPush:
         final = self.folder / WAITING / tag
         partial = final.with_name(f"{tag}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        for piece in PIECES:
+        for piece in pieces_of(read_pair(self.folder)):
             shutil.copytree(self.folder / piece, partial / piece, symlinks=True)  # which a push refuses
         shutil.copy2(self.folder / PAIR_FILE, partial / PAIR_FILE)
         settle(partial, final)

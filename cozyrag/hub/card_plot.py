@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 SCORES = {  # of each model by itself
     "generator": {"f1": "F1", "em": "EM"},
     "retriever": {"dense_recall@5": "recall@5, vectors alone", "dense_recall@1": "recall@1, vectors alone"},
+    "reranker": {"reranked_recall@5": "recall@5, search with it", "reranked_recall@1": "recall@1, search with it"},
 }
 COLOURS = ("#3366aa", "#cc6633")
 
 
 def draw_curves(rows: Sequence[Mapping], path: Path, role: str) -> bool:
-    """Write a PNG of these rows of metrics.jsonl for the "generator" or "retriever".
+    """Write a PNG of these rows of metrics.jsonl for the "generator", "retriever" or "reranker".
 
     Returns False without Matplotlib, and for a model that was not trained or not measured by itself.
     """

@@ -1,4 +1,4 @@
-"""Cards of the three repositories: facts of a run, filled into the templates of model_cards/.
+"""Cards of the repositories of a pair: facts of a run, filled into the templates of model_cards/.
 
 A card states what its own model does by itself, on what it was measured, and with which settings; what only the pair
 does is called the pair's. It is written for the output folder and names its pieces FOLDER/...; a push replaces these
@@ -21,6 +21,8 @@ from cozyrag.evaluation.overlap_audit import audit_list, audit_table
 from cozyrag.hub.card_plot import draw_curves
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
+from cozyrag.pair_file import MODELS
+from cozyrag.retrieval.hybrid import RESULT_OF
 from cozyrag.retrieval.index_file import made_by, precision_of, read_facts
 from cozyrag.runtime.assets import shipped_folder
 from cozyrag.runtime.atomic_files import write_text
@@ -37,6 +39,8 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 # of base models; a model from another base gets no licence unless one is given
 LICENCES = {
     ("retriever", MINILM): "apache-2.0",
+    ("reranker", MINILM): "apache-2.0",
+    ("reranker", "cross-encoder/ms-marco-MiniLM-L6-v2"): "apache-2.0",
     ("generator", EMBEDDED): "cc-by-sa-4.0",
     ("generator", SMOLLM2): "apache-2.0",
     ("generator", "distilgpt2"): "apache-2.0",
@@ -50,14 +54,17 @@ TABLE_FILES = {".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".json", ".parquet",
 COLUMNS = {
     "generator": ("em", "f1", "answer_in_context"),
     "retriever": tuple(f"dense_{name}" for name in RETRIEVAL),
+    "reranker": ("reranked_recall@1", "reranked_recall@5", "reranked_mrr@10"),
 }
+TASKS = {"generator": "text-generation", "retriever": "sentence-similarity", "reranker": "text-ranking"}
 # metric -> its name in the model index
 INDEXED = {
     "generator": {"em": "exact_match", "f1": "f1"},
     "retriever": {name: name.removeprefix("dense_") for name in DENSE_INDEXED},
+    "reranker": {},  # it only orders what the pair's search finds
 }
 MEASURED_WITH = {"generator": "contexts found by the pair's {} search", "retriever": "dense search, vectors alone"}
-PARTS_SHOWN = {"generator": ("em", "f1"), "retriever": DENSE_INDEXED[:2]}  # in the leak audit
+PARTS_SHOWN = {"generator": ("em", "f1"), "retriever": DENSE_INDEXED[:2], "reranker": ()}  # in the leak audit
 PAIR_SEARCHES = {
     "dense": "dense search, by the retriever's vectors alone,",
     "bm25": "sparse search, by words (BM25) alone,",
@@ -127,7 +134,7 @@ def write_cards(
     audit: Mapping | None = None,
     example: Example | None = None,
 ) -> None:
-    """Write README.md into generator/, retriever/ and index/ of an output folder, and the plots of the training.
+    """Write README.md into the folder of each piece of an output folder, and the plots of the training.
 
     Args:
         settings: the run's settings, flat. defaults: their default values. rows: metrics.jsonl, with a row of kind
@@ -137,7 +144,7 @@ def write_cards(
     run = [row for row in rows if row["kind"] == "run"][-1]
     facts = _facts(settings, defaults, rows, run) | {"prompt": json.dumps(prompt, ensure_ascii=False), "times": times}
     templates, prompts = shipped_folder("model_cards"), _retriever_prompts(folder / "retriever")
-    for role in ("generator", "retriever"):
+    for role in (each for each in MODELS if settings.get(each)):
         base = _base(role, settings)
         evaluated = [row for row in rows if row["kind"] == "evaluation" and COLUMNS[role][0] in row]
         own: dict[str, Any] = facts | {
@@ -148,6 +155,8 @@ def write_cards(
             "vectors": _vectors(folder / "index"),
             "leaks": _leaks(audit, role),
             "example": example.quoted(role) if example and (role == "generator" or example.passage) else "",
+            "depth": settings["rerank_passages"],
+            "before": _search_before(rows, settings["retrieval"]),
             "question": json.dumps(example.question if example else "Your question?", ensure_ascii=False),
             "licences": _licences(role, settings, base),
         }
@@ -190,7 +199,7 @@ def _base(role: str, settings: Mapping) -> str:
     """The base model, by its name on the Hub if it has one."""
     if role == "generator":
         return hub_name(settings[role])
-    return MINILM if settings[role] == "embedded" else settings[role]
+    return MINILM if settings[role] == EMBEDDED else settings[role]
 
 
 def _model_data(role: str, settings: Mapping, base: str, measured: Sequence[Mapping]) -> ModelCardData:
@@ -202,7 +211,7 @@ def _model_data(role: str, settings: Mapping, base: str, measured: Sequence[Mapp
         language=_language(settings),
         license=_model_licence(role, settings, base),
         library_name="transformers" if generator else "sentence-transformers",
-        pipeline_tag="text-generation" if generator else "sentence-similarity",
+        pipeline_tag=TASKS[role],
         tags=["cozyrag", "rag", "retrieval-augmented-generation", "generated_from_trainer"],
         datasets=_hub_datasets(settings) or None,
         metrics=list(INDEXED[role].values()) if generator else None,
@@ -285,7 +294,7 @@ def results_table(summaries: Sequence[tuple[str, Mapping]], columns: Sequence[st
     if not summaries:
         return ""
     shown = [name for name in columns if all(name in summary for _, summary in summaries)]
-    heads = [name.removeprefix("dense_").replace("_", " ") for name in shown]
+    heads = [name.removeprefix("dense_").removeprefix("reranked_").replace("_", " ") for name in shown]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(shown)]
     lines += [
         f"| {name} | " + " | ".join(_cell(summary, metric) for metric in shown) + " |" for name, summary in summaries
@@ -305,6 +314,15 @@ def pair_sentence(summary: Mapping, mode: str) -> str:
         f"The pair's {PAIR_SEARCHES[mode]} finds the passage with the answer first for {summary['recall@1']:.1f} % of "
         f"the questions, and among the first five for {summary['recall@5']:.1f} %."
     )
+
+
+def _search_before(rows: Sequence[Mapping], mode: str) -> str:
+    """What the pair's search finds before the reranker, at the last evaluation, in a phrase; "" if not measured."""
+    last = [row for row in rows if row["kind"] == "evaluation"][-1]
+    search = RESULT_OF[mode]
+    if f"{search}_recall@1" not in last:
+        return ""
+    return f"{last[f'{search}_recall@1']:.1f} first and {last[f'{search}_recall@5']:.1f} among the first five"
 
 
 def _vectors(index: Path) -> str:
@@ -416,7 +434,7 @@ def card_for_hub(source: Path | None, role: str, repo_id: str) -> str:
         text = text.replace(old, new)
     card = (DatasetCard if role == "index" else ModelCard)(text)
     if role != "index" and card.data.get("model_name") == NAMELESS.format(role):
-        card.data["model_name"] = repo_id.split("/")[-1] + ("-retriever" if role == "retriever" else "")
+        card.data["model_name"] = repo_id.split("/")[-1] + ("" if role == "generator" else f"-{role}")
     added = {"tags": "cozyrag"} | ({"datasets": f"{repo_id}-index"} if role == "generator" else {})
     for name, value in added.items():
         card.data[name] = list(dict.fromkeys([*(card.data.get(name) or []), value]))
@@ -425,9 +443,9 @@ def card_for_hub(source: Path | None, role: str, repo_id: str) -> str:
 
 def _names_on_hub(repo_id: str) -> list[tuple[str, str]]:
     """(text in a card of the output folder, text on the Hub); longer ones first."""
-    retriever, index = f"{repo_id}-retriever", f"{repo_id}-index"
+    retriever, reranker, index = (f"{repo_id}-{role}" for role in ("retriever", "reranker", "index"))
     fetched = f'folder = Path(snapshot_download("{index}", repo_type="dataset"))'
-    names = {"/generator": repo_id, "/retriever": retriever, "/index": index, "": repo_id}
+    names = {"/generator": repo_id, "/retriever": retriever, "/reranker": reranker, "/index": index, "": repo_id}
     return [
         (FOLDER_NOTE, ""),
         ('folder = Path("FOLDER/index")', f"from huggingface_hub import snapshot_download\n\n{fetched}"),

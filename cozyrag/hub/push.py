@@ -1,15 +1,15 @@
 """Upload a trained pair to the Hugging Face Hub.
 
-A pair takes three repositories, one commit each. The retriever and the index (a dataset repository) go first. The
-generator goes last: its commit carries cozyrag.json, which names the exact revisions of the other two, so what loads is
-always one whole pair. Tokens are read where huggingface_hub looks for them and are never written.
-Left out: uploads during a run (background_push.py), retries and the wording of errors (hub_retry.py).
+A pair takes three repositories, one commit each, and a fourth if it has a reranker. The retriever and the index (a
+dataset repository) go first. The generator goes last: its commit carries cozyrag.json, which names the exact revisions
+of the others, so what loads is always one whole pair. Tokens are read where huggingface_hub looks for them and are
+never written. Left out: uploads during a run (background_push.py), retries and the wording of errors (hub_retry.py).
 """
 
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -21,18 +21,31 @@ from huggingface_hub.hf_api import RepoFile
 from cozyrag.errors import InputError, PushError
 from cozyrag.hub.model_cards import CARD, card_for_hub
 from cozyrag.models.lora import read_adapter
-from cozyrag.pair_file import CONTENTS, MODELS, PAIR_FILE, check_piece, read_pair
+from cozyrag.pair_file import CONTENTS, PAIR_FILE, check_piece, models_of, pieces_of, read_pair
 from cozyrag.retrieval.index_file import check_index_contents, made_by
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.contents import CHECKSUM, sealed
 from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
 
 # piece of a pair -> ending of the name and type of its repository, in the order of the upload
-REPOSITORIES = {"retriever": ("-retriever", "model"), "index": ("-index", "dataset"), "generator": ("", "model")}
+REPOSITORIES = {
+    "retriever": ("-retriever", "model"),
+    "reranker": ("-reranker", "model"),
+    "index": ("-index", "dataset"),
+    "generator": ("", "model"),
+}
 PUBLIC = {
     "retriever": "the retriever with its card",
+    "reranker": "the reranker with its card",
     "index": "the full text of all passages with their vectors",
     "generator": "the generator with its card",
+}
+# in the order in which they are named
+HOLDS = {
+    "generator": "generator; the name that loads the pair",
+    "retriever": "retriever",
+    "reranker": "reranker",
+    "index": "passages",
 }
 PRIVATE = "For private repositories, push to other names with --private (--hub_private when training)."
 SHOWN = 8  # names of files
@@ -62,7 +75,7 @@ def push_pair(
     kept: Path | None = None,
     again: str | None = None,
 ) -> str:
-    """Upload the pair in `folder`; returns the addresses of its three repositories in a phrase, the generator's first.
+    """Upload the pair in `folder`; returns the addresses of its repositories in a phrase, the generator's first.
 
     Args:
         tag: name of this state on the Hub; an existing tag moves. info: takes lines: what becomes public, before
@@ -80,13 +93,13 @@ def push_pair(
     message = f"CoZyRAG pair, {tag}" if tag else "CoZyRAG pair"
     kept, again = kept or folder, again or push_command(folder, repo_id, private=private, tag=tag)
     try:
-        repositories = _claim_all(repo_id, private, info)
+        repositories = _claim_all(repo_id, pieces_of(pair), private, info)
         repo_id = repositories["generator"].name
         files: dict[str, Files] = {
             role: paths | {CARD: card_for_hub(paths.get(CARD), role, repo_id).encode()}
             for role, paths in pieces.items()
         }
-        made = {role: repositories[role].publish(files[role], message) for role in ("retriever", "index")}
+        made = {role: repositories[role].publish(files[role], message) for role in files if role != "generator"}
         on_hub = _on_hub(pair, {role: each.name for role, each in repositories.items()}, made)
         last = {
             **files["generator"],
@@ -110,8 +123,8 @@ def push_pair(
 
 def _addresses(repositories: Mapping[str, "_Repository"]) -> str:
     """The addresses of a pair in a phrase."""
-    pair = [repositories[role].address for role in ("generator", "retriever", "index")]
-    return f"{pair[0]} (generator; the name that loads the pair), {pair[1]} (retriever) and {pair[2]} (passages)"
+    *first, last = [f"{repositories[role].address} ({words})" for role, words in HOLDS.items() if role in repositories]
+    return f"{', '.join(first)} and {last}"
 
 
 def _failed(error: BaseException, repo_id: str, again: str) -> str:
@@ -128,13 +141,13 @@ def push_command(folder: Path, repo_id: str, *, private: bool, tag: str | None) 
     return shlex.join(words + (["--tag", tag] if tag else []))
 
 
-def refusal(repo_id: str, *, private: bool = False, info: Info | None = None) -> str | None:
+def refusal(repo_id: str, *, reranker: bool = False, private: bool = False, info: Info | None = None) -> str | None:
     """Create the repositories before a run; returns why the Hub refuses them, or None.
 
     A Hub that cannot be reached now is no refusal: it may be back when the upload begins.
     """
     try:
-        _claim_all(repo_id, private, info, tries=2)
+        _claim_all(repo_id, [role for role in REPOSITORIES if reranker or role != "reranker"], private, info, tries=2)
     except InputError as error:
         return f"--push_to_hub: {error} Nothing was trained."
     except HUB_FAULTS as error:
@@ -163,7 +176,7 @@ def _pieces(folder: Path, pair: dict, info: Info | None) -> dict[str, dict[str, 
     """The files of each piece by their path in its repository. Raises InputError for missing or mixed pieces."""
     pieces: dict[str, dict[str, Path]] = {}
     other: list[str] = []
-    for role in REPOSITORIES:
+    for role in (each for each in REPOSITORIES if each in pair):
         pieces[role], strange = piece_files(folder, role)
         other += strange
         if not pieces[role]:
@@ -182,7 +195,7 @@ def _pieces(folder: Path, pair: dict, info: Info | None) -> dict[str, dict[str, 
             "the folder again."
         )
     check_index_contents(folder / "index", whole=True)
-    for role in MODELS:
+    for role in models_of(pair):
         check_piece(folder / role, pair[role], whole=True)
     return pieces
 
@@ -220,9 +233,11 @@ def _belongs(path: Path, folder: Path) -> bool:
 
 def _on_hub(pair: dict, names: Mapping[str, str], made: Mapping[str, str]) -> dict:
     """The content of cozyrag.json in the generator's repository."""
-    named = {role: {"repo": names[role], "revision": made[role]} for role in ("retriever", "index")}
-    named["retriever"] |= {CONTENTS: pair["retriever"][CONTENTS]} if CONTENTS in pair["retriever"] else {}
-    named["retriever"]["fingerprint"] = pair["retriever"]["fingerprint"]
+    named = {
+        role: {"repo": names[role], "revision": revision}
+        | {key: pair[role][key] for key in ("fingerprint", CONTENTS) if key in pair[role]}
+        for role, revision in made.items()
+    }
     return pair | {"generator": pair["generator"] | {"folder": "."}} | named
 
 
@@ -323,7 +338,9 @@ class _Repository:
         patiently(attempt, info=self.info)
 
 
-def _claim_all(repo_id: str, private: bool, info: Info | None, *, tries: int | None = None) -> dict[str, _Repository]:
+def _claim_all(
+    repo_id: str, pieces: Collection[str], private: bool, info: Info | None, *, tries: int | None = None
+) -> dict[str, _Repository]:
     """The repositories of a pair by piece. Says what will be public, before anything is uploaded.
 
     Raises InputError as `_Repository.claim`, HTTPError, OSError.
@@ -332,7 +349,7 @@ def _claim_all(repo_id: str, private: bool, info: Info | None, *, tries: int | N
     if get_token() is None:
         raise LocalTokenNotFoundError("no token")
     unclaimed = {role: _Repository(repo_id + end, kind, api, info) for role, (end, kind) in REPOSITORIES.items()}
-    claimed = {role: each.claim(private, tries) for role, each in unclaimed.items()}
+    claimed = {role: each.claim(private, tries) for role, each in unclaimed.items() if role in pieces}
     public = [f"{PUBLIC[role]} ({each.address})" for role, each in claimed.items() if not each.private]
     if public and info is not None:
         info(f"Anyone can read what is uploaded: {', '.join(public)}. {PRIVATE}")

@@ -20,9 +20,11 @@ from cozyrag.data.corpus import Corpus
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples, with_keywords
-from cozyrag.models.retriever import UNUSED, Retriever, texts_and_sentences
+from cozyrag.models.reranker import Reranker
+from cozyrag.models.retriever import Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import generator_losses, generator_penalties, generator_terms
+from cozyrag.training.losses import ranking_loss
 from cozyrag.training.training_pairs import LossTerm, TrainingPair, retriever_batch
 
 CANDIDATES = 256  # first questions of the table, from which the batch is chosen
@@ -40,6 +42,7 @@ NAMES = {  # of the terms in the phases: the name on the screen, and the setting
     "contrastive": ("contrastive loss", "--retriever_steps 0"),
     "sentence": ("sentence loss", "--sentence_weight 0"),
     "feedback": ("generator feedback", "--feedback_weight 0"),
+    "ranking": ("ranking loss", "--reranker_steps 0"),
 }
 
 
@@ -50,8 +53,8 @@ NAMES = {  # of the terms in the phases: the name on the screen, and the setting
 class Term:
     """One term of a loss.
 
-    switch: the setting that leaves the term out. model: the one it trains, "generator" or "retriever". value: computes
-    the term on the batch, a scalar with its graph. may_be_zero: without a graph.
+    switch: the setting that leaves the term out. model: the one it trains, "generator", "retriever" or "reranker".
+    value: computes the term on the batch, a scalar with its graph. may_be_zero: without a graph. note: for the log.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Term:
     model: str
     value: Callable[[], torch.Tensor]
     may_be_zero: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ def small_batch(corpus: Corpus) -> SmallBatch:
     )
 
 
-def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings) -> list[Term]:
+def active_terms(
+    generator: Generator, retriever: Retriever, corpus: Corpus, settings: Settings, reranker: Reranker | None = None
+) -> list[Term]:
     """The loss terms of a run with these settings, as the phases make them."""
     training = settings.training
     terms: list[Term] = []
@@ -112,6 +118,8 @@ def active_terms(generator: Generator, retriever: Retriever, corpus: Corpus, set
     if training.retriever_steps != 0 and training.retriever_epochs > 0:
         judged = _likelihoods(generator, batch, context_tokens) if training.feedback_weight else []
         terms += _retriever_terms(retriever, batch, training, judged)
+    if reranker is not None and training.reranker_steps != 0 and training.reranker_epochs > 0:
+        terms.append(_ranking_term(reranker, batch))
     return terms
 
 
@@ -183,6 +191,19 @@ def _retriever_terms(
         return recompute
 
     return [Term(*NAMES[term.name], "retriever", value(term)) for term in step.terms]
+
+
+def _ranking_term(reranker: Reranker, batch: SmallBatch) -> Term:
+    """The reranker's loss: each question's passage against the others of the batch."""
+    texts = batch.passages.to_read()
+    pairs = [
+        (question, texts[place])
+        for question, positive in zip(batch.questions, batch.positives, strict=True)
+        for place in (positive, *(other for other in range(len(texts)) if other != positive))
+    ]
+    counts = [len(texts)] * len(batch.questions)
+    note = "" if reranker.is_trained else ", all of them once its head is no longer zero"
+    return Term(*NAMES["ranking"], "reranker", lambda: ranking_loss(reranker.logits(pairs), counts), note=note)
 
 
 # ---- the result of a check
@@ -278,12 +299,14 @@ def check_terms(
     corpus: Corpus,
     settings: Settings,
     *,
-    moving: Collection[str] = ("generator", "retriever"),
+    reranker: Reranker | None = None,
+    moving: Collection[str] = ("generator", "retriever", "reranker"),
 ) -> list[Finding]:
     """A finding for each active term of the models in `moving`, on one small batch. The models are unchanged after."""
     models = {"generator": generator.model, "retriever": retriever.model}
+    models |= {"reranker": reranker.model} if reranker is not None else {}
     with left_as_found(models.values()):
-        terms = active_terms(generator, retriever, corpus, settings)
+        terms = active_terms(generator, retriever, corpus, settings, reranker)
         return [_check_term(term, models) for term in terms if term.model in moving]
 
 
@@ -320,7 +343,7 @@ def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    claimed = {name for name in weights if name.startswith(f"{term.model}: ") and UNUSED not in name}
+    claimed = {name for name in weights if name.startswith(f"{term.model}: ")}
     loss = term.value()
     gradients = _gradients(loss, weights)
     norms = {name: norm for name, gradient in gradients.items() if (norm := _norm(gradient)) != 0}
@@ -393,7 +416,7 @@ def findings_line(findings: Sequence[Finding], seconds: float) -> str:
             parts.append(f"{name} is zero on this batch")
         else:
             note = ", but a small step does not lower it" if finding.lowered is False else ""
-            parts.append(f"{name} moves {finding.moved} of {finding.tensors} {model} tensors{note}")
+            parts.append(f"{name} moves {finding.moved} of {finding.tensors} {model} tensors{finding.term.note}{note}")
     return f"self-test: {'; '.join(parts) or 'no loss term is active'} ({seconds:.1f} s)"
 
 

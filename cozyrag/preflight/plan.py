@@ -6,6 +6,7 @@ uploads; the second search after a rollback; and that a trained generator ends i
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
 from cozyrag.models.fsdp import held_bytes, is_split
 from cozyrag.models.generator import Generator
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.preflight.probe import Costs, Probe
 from cozyrag.retrieval.contexts import SEARCH_DEPTH
 from cozyrag.runtime.atomic_files import folder_bytes
 from cozyrag.training.generator_phase import generator_steps
 from cozyrag.training.index_refresh import RefreshPolicy
+from cozyrag.training.reranker_phase import reranker_steps
 from cozyrag.training.retriever_phase import retriever_steps
 from cozyrag.training.run_retrieval import fusion_questions
 from cozyrag.training.trainer import trainable
@@ -38,6 +41,8 @@ SHORTER = {  # settings that make a part shorter
     "retrieve": "--max_questions, --retrieval dense, --rounds",
     "generator phase": "--generator_steps, --max_questions, --context_tokens, --rounds",
     "feedback": "--feedback_passages, --max_questions, --context_tokens, --rounds",
+    "rerank": "--rerank_passages, --max_eval_questions, --rollback off, --rounds",
+    "reranker phase": "--reranker_steps, --max_questions, --rounds",
     "retriever phase": "--retriever_steps, --max_questions, --passage_tokens, --hard_negatives, --rounds",
     "evaluation": "--max_eval_questions, --answer_tokens, --rollback off, --rounds",
     "save": "--save_steps, --save_minutes, --rounds",
@@ -56,9 +61,10 @@ class PhaseSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of the tables, both phases, and bytes of the saved pair.
+    """Rows of the tables, the phases, and bytes of the saved pair.
 
-    answered: questions with an answer. fitted: questions for fitting the fusion weights.
+    answered: questions with an answer. fitted: questions for fitting the weights of the search. reranker: None without
+    one. reranks_first: whether the reranker has been trained before the run.
     """
 
     questions: int
@@ -71,6 +77,8 @@ class Sizes:
     retriever: PhaseSize
     processes: int = 1
     device: str = "cpu"
+    reranker: PhaseSize | None = None
+    reranks_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,11 +121,16 @@ class Plan:
 
 
 def make_plan(
-    accelerator: Accelerator, settings: Settings, corpus: Corpus, generator: Generator, retriever: Retriever
+    accelerator: Accelerator,
+    settings: Settings,
+    corpus: Corpus,
+    generator: Generator,
+    retriever: Retriever,
+    reranker: Reranker | None = None,
 ) -> Plan:
     """Probe and predict. The models are left as they were; only temporary files are written."""
     training, questions, rounds = settings.training, corpus.questions, bool(settings.training.rounds)
-    costs = Probe(accelerator, settings, corpus, generator, retriever).measure()
+    costs = Probe(accelerator, settings, corpus, generator, retriever, reranker).measure()
     fusion, answered = fusion_questions(questions, settings)["passage_id"], sum(map(bool, questions["answers"]))
     usable = len(questions) if training.no_answer else answered
     pairs = round(costs.usable * (len(questions) - len(fusion)))
@@ -126,15 +139,19 @@ def make_plan(
         for steps, count, each in (
             (generator_steps([1] * usable * rounds, training, 1), usable, generator),
             (retriever_steps([1] * pairs * rounds, training, 1), pairs, retriever),
+            (reranker_steps([1] * pairs * rounds, training, 1), pairs, reranker),
         )
+        if each is not None
     ]
     with tempfile.TemporaryDirectory() as folder:
         for name, tokenizer in ("generator", generator.tokenizer), ("retriever", retriever.model.tokenizer):
             tokenizer.save_pretrained(str(Path(folder) / name))
         pair = folder_bytes(Path(folder)) + phases[0].trained + held_bytes(retriever.model.parameters())
+        pair += held_bytes(reranker.model.parameters()) if reranker is not None else 0
     sizes = Sizes(
         len(questions), answered, sum(name is not None for name in fusion), len(corpus.eval_questions),
         len(corpus.passages), pair, phases[0], phases[1], accelerator.num_processes, accelerator.device.type,
+        *((phases[2], reranker.is_trained) if reranker is not None else ()),
     )  # fmt: skip
     return Plan(tuple(predict(settings, sizes, costs)), sizes, costs)
 
@@ -181,6 +198,7 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
         phase("generator", sizes.generator, "questions", shards),
         part("feedback", f"{sizes.answered * training.feedback_passages} passages scored", 0,
              seconds("feedback", 1, sizes.answered), scores, scores * rounds),
+        *_reranker_parts(settings, sizes, costs, phase),
         phase("retriever", sizes.retriever, f"pairs{'' if costs.usable in (0, 1) else ', about'}"),
         part("evaluation", f"{sizes.eval_questions} questions, {written} times a round", answers, answers * written,
              costs.answers),
@@ -190,6 +208,31 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
     return [each for each in parts if not absent.get(each.name)]
 
 
+def _reranker_parts(
+    settings: Settings, sizes: Sizes, costs: Costs, phase: Callable[[str, PhaseSize, str], Part]
+) -> list[Part]:
+    """Reading with the reranker, and training it; nothing without one.
+
+    It reads the validation questions at each evaluation and after its phase, the questions for fitting its weight
+    whenever it or the retriever has changed, and the training questions of a round that it begins trained.
+    """
+    if sizes.reranker is None:
+        return []
+    trains, moves = sizes.reranker.steps > 0, sizes.retriever.steps > 0
+    checked = trains and settings.training.rollback == "on"
+    each = sizes.eval_questions * (1 + checked) + sizes.fitted * ((trains and checked) + (trains or moves))
+    first = (sizes.eval_questions + sizes.fitted) * sizes.reranks_first
+    asked = [
+        first, *(each + sizes.questions * (sizes.reranks_first or number > 0)
+                 for number in range(settings.training.rounds)),
+    ]  # fmt: skip
+    seconds = tuple(costs.seconds("rerank", 1, count) if count else 0.0 for count in asked)
+    return [
+        Part("rerank", f"{settings.contexts.rerank_passages} passages a question", seconds),
+        phase("reranker", sizes.reranker, "questions, about"),
+    ]
+
+
 def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     """The pair after each evaluation, a checkpoint after each part of a round, and those inside the phases.
 
@@ -197,12 +240,14 @@ def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
     """
     output, rounds, pair, index = settings.output, settings.training.rounds, sizes.pair, sizes.passages * costs.stored
     states = []  # of both phases: checkpoints inside, and bytes of AdamW states in each
-    for name, phase in ("generator", sizes.generator), ("retriever", sizes.retriever):
+    phases = {"generator": sizes.generator, "retriever": sizes.retriever, "reranker": sizes.reranker}
+    for name, phase in ((name, phase) for name, phase in phases.items() if phase is not None):
         minutes = costs.seconds(name, phase.steps, phase.rows) / 60
         by_steps = max(0, phase.steps - 1) // output.save_steps if output.save_steps else 0
         states.append((max(by_steps, int(minutes / (output.save_minutes or math.inf))), 2 * phase.trained))
-    written = 4 * pair + index + sum(count * (pair + state) for count, state in states)
-    total = 1 + rounds * (3 + sum(count for count, _ in states))
+    parts = 3 + (sizes.reranker is not None)  # of a round
+    written = (1 + parts) * pair + index + sum(count * (pair + state) for count, state in states)
+    total = 1 + rounds * (parts + sum(count for count, _ in states))
     kept, most = min(output.save_total_limit, total), min(output.save_total_limit + 1, total)
     with_states = max(min(most, count) * state for count, state in states) if rounds else 0
     seconds = tuple(costs.seconds("write", 1, size) for size in (2 * pair + index, *[written] * rounds))

@@ -31,11 +31,14 @@ from cozyrag.data.questions import take
 from cozyrag.evaluation.evaluation import evaluate_pair
 from cozyrag.models.fsdp import held_bytes
 from cozyrag.models.generator import Decoding, Generator
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.preflight.loss_check import left_as_found
+from cozyrag.retrieval.reranking import Reranking
 from cozyrag.runtime.atomic_files import replacing, save_tensors
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.training.lm_feedback import answer_likelihoods
+from cozyrag.training.reranker_phase import reranker_cut, reranker_token_bytes, train_reranker
 from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, retriever_usable, train_retriever
 from cozyrag.training.run_log import RunLog, peak_memory
 from cozyrag.training.run_retrieval import Retrieval, fusion_questions
@@ -43,6 +46,7 @@ from cozyrag.training.trainer import PhaseCallback, StepReport, trainable
 
 T = TypeVar("T")
 SECONDS = {"index": 4.0, "retrieve": 2.0, "evaluation": 4.0, "feedback": 3.0, "generator": 6.0, "retriever": 6.0}
+SECONDS |= {"rerank": 3.0, "reranker": 6.0}
 PASSAGES = 100  # searched, at least
 SAMPLE = 512  # questions, at most
 STEPS = 1000  # of a phase, at most
@@ -64,7 +68,8 @@ class Costs:
     """What the probe measured while all processes work: seconds of each part by its rows, and bytes.
 
     lines: "index" and "words" (BM25 and the words of sentences) by passages; "fit" (fusion weights), "retrieve",
-    "evaluation" and "feedback" by questions; "generator" and "retriever" by rows; "write" by bytes. usable: share of
+    "evaluation", "feedback" and "rerank" by questions; "generator", "retriever" and "reranker" by rows; "write" by
+    bytes. usable: share of
     the questions that the retriever can learn from. Bytes: row, of the contexts table; held and stored, of the index
     for a passage in memory and on disk; answers, at the peak of answering; activations, at the peak of a step of each
     phase; before and peak, of this process before the probe and at most. spent: seconds of the probe.
@@ -104,9 +109,16 @@ class Probe:
     """Measures the parts of one run; `measure` is the entry point."""
 
     def __init__(
-        self, accelerator: Accelerator, settings: Settings, corpus: Corpus, generator: Generator, retriever: Retriever
+        self,
+        accelerator: Accelerator,
+        settings: Settings,
+        corpus: Corpus,
+        generator: Generator,
+        retriever: Retriever,
+        reranker: Reranker | None = None,
     ):
         self.accelerator, self.corpus, self.generator, self.retriever = accelerator, corpus, generator, retriever
+        self.reranker = reranker
         self.settings, self.contexts, self.training = settings, settings.contexts, settings.training
         self.base, self.peak = 0, 0
         self.lines: dict[str, Line] = {}
@@ -117,11 +129,13 @@ class Probe:
         started, before, silent = time.perf_counter(), psutil.Process().memory_info().rss, io.StringIO()
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(silent), redirect_stderr(silent):
             self.folder, self.log = Path(folder), RunLog(self.accelerator, Path(folder), [])
-            with left_as_found([self.generator.model, self.retriever.model], weights=True):
+            models = [each.model for each in (self.generator, self.retriever, self.reranker) if each is not None]
+            with left_as_found(models, weights=True):
                 self._grown()  # from here
                 self.base = self._grown()
                 retrieval = self._index()
                 table = self._retrieve(retrieval)
+                self._rerank(table, retrieval)
                 self._grown()
                 self._answer(table)
                 answers, likelihoods = self._grown(), self._feedback(table, retrieval)
@@ -243,6 +257,18 @@ class Probe:
             self.lines[part] = replace(self.lines[part], each=self.lines[part].each + more)
         return max(made[1:], key=len)
 
+    def _rerank(self, table: Dataset, retrieval: Retrieval) -> None:
+        """Time the reranker on the first passages of as many questions as fit."""
+        if self.reranker is None:
+            return
+        reranking = Reranking(self.reranker.score, retrieval.passages, self.contexts.rerank_passages)
+
+        def work(asked: Dataset) -> None:
+            columns = asked.select_columns(["question", "rows"])[:]
+            reranking.points(columns["question"], np.array(columns["rows"]))
+
+        self._read("rerank", table, len(table), work)
+
     # ---- the generator's answers, its feedback, and training
 
     def _answer(self, table: Dataset) -> None:
@@ -292,6 +318,14 @@ class Probe:
         cut = retriever_cut(self.accelerator, self.retriever)
         limit = cut.tokens, retriever_token_bytes(self.accelerator, self.retriever)
         self._phase("retriever", train, self.retriever.model, limit)
+        if self.reranker is not None:
+            depth = self.contexts.rerank_passages
+            train = partial(train_reranker, self.accelerator, self.reranker, table, passages, depth=depth)
+            limit = (
+                reranker_cut(self.accelerator, self.reranker).tokens,
+                reranker_token_bytes(self.accelerator, self.reranker),
+            )
+            self._phase("reranker", train, self.reranker.model, limit)
 
     def _phase(
         self, name: str, train: Callable[..., int], model: torch.nn.Module, limit: tuple, whole: int = 0

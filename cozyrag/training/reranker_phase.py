@@ -32,7 +32,6 @@ from cozyrag.training.trainer import (
 )
 
 NEGATIVES = 4  # passages that a question's passage must outrank in a step
-BATCH_SIZE = 16  # questions of a step; each is ranked by itself, so it takes no large batch
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,11 @@ def rankings_of(
 
 
 def reranker_steps(lengths: Sequence[int], settings: TrainingSettings, round_number: int) -> list[np.ndarray]:
-    """The steps of a reranker phase over rankings of these lengths, in tokens: one pass over all; see `plan_steps`."""
+    """The steps of a reranker phase over rankings of these lengths, in tokens; see `plan_steps`."""
     return plan_steps(
         lengths,
-        batch_size=BATCH_SIZE,
-        epochs=1.0,
+        batch_size=settings.reranker_batch_size,
+        epochs=settings.reranker_epochs,
         max_steps=settings.reranker_steps,
         seed=phase_seed(settings.seed, round_number=round_number, phase="reranker"),
     )

@@ -46,7 +46,7 @@ def fusion_questions(questions: Dataset, settings: Settings) -> Dataset:
     training = settings.training
     learns = training.rounds and (
         (training.retriever_steps != 0 and training.retriever_epochs > 0)
-        or (settings.models.reranker is not None and training.reranker_steps != 0)
+        or (settings.models.reranker is not None and training.reranker_steps != 0 and training.reranker_epochs > 0)
     )
     limit = min(WEIGHT_QUESTIONS, len(questions) // 10 if learns else len(questions))
     return take(questions, limit, training.seed) if limit else questions.select([])
