@@ -94,7 +94,8 @@ def describe_pair(
             there is one.
         prompt: `Generator.prompt_facts`; None: those of a plain prompt.
         calibration: the numbers of `Calibration`; None: certainty is the generator's own. Earlier versions ignore it.
-        retrieval: mode, stemmer, weights and reranking. contexts: top_k, context_tokens and the limits of answers, as for CozyRAG.
+        retrieval: mode, stemmer, weights and reranking. contexts: top_k, context_tokens and the limits of answers, as
+            for CozyRAG.
     """
     return {
         "format_version": RERANKING if reranker else STARTING if START in (prompt or {}) else FORMAT_VERSION,

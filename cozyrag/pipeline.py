@@ -45,8 +45,8 @@ class Source:
     """A passage that was retrieved for a question.
 
     `score`: its cosine with the question, its BM25 score, or the weighted sum of hybrid.py, with what a reranker adds
-    (reranking.py). `used`: (start, end), in characters of `text`, of each sentence in the context. `metadata`: its other columns in the file of passages, such
-    as url or page.
+    (reranking.py). `used`: (start, end), in characters of `text`, of each sentence in the context. `metadata`: its
+    other columns in the file of passages, such as url or page.
     """
 
     id: str

@@ -84,7 +84,7 @@ class Reranker:
     @property
     def config(self) -> PretrainedConfig:
         """The configuration of the transformer."""
-        return self.model[0].model.config
+        return self.model[0].get_submodule("model").config  # type: ignore[return-value]
 
     def count_tokens(self, pairs: Sequence[Pair]) -> list[int]:
         """Number of tokens that it reads of each pair."""

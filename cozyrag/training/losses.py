@@ -1,6 +1,7 @@
 """The losses of the retriever and of the reranker: tensors in, a scalar out.
 
-Left out: embedding and scoring texts (models/), backward passes (retriever_phase.py, reranker_phase.py), the generator's loss (token_losses.py).
+Left out: embedding and scoring texts (models/), backward passes (retriever_phase.py, reranker_phase.py), the
+generator's loss (token_losses.py).
 """
 
 from collections.abc import Sequence

@@ -98,7 +98,7 @@ def rankings_of(
     Args:
         columns: id, question, answers, positive (-1: unknown) and rows of a contexts table.
     """
-    excluded, forms, made = set(left_out), dict[int, str](), []
+    excluded, forms, made = set(left_out), dict[int, str](), list[Ranking]()
     for row_id, question, answers, positive, rows in zip(
         *(columns[name] for name in ("id", "question", "answers", "positive", "rows")), strict=True
     ):
