@@ -229,7 +229,12 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
 def _summary(rounds: Rounds) -> str:
     """The data, the models and the machine of a run, in three lines."""
     settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
-    sizes = [_parameters(model) / 1e6 for model in (rounds.generator.model, rounds.retriever.model)]
+    models = {"generator": rounds.generator, "retriever": rounds.retriever, "reranker": rounds.reranker}
+    named = ", ".join(
+        f"{role} {one_line(getattr(settings.models, role))} ({_parameters(each.model) / 1e6:.1f} M parameters)"
+        for role, each in models.items()
+        if each is not None
+    )
     sharding = settings.training.generator_sharding
     split = f", the generator's training sharded ({sharding})" if is_split(sharding) else ""
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
@@ -237,8 +242,7 @@ def _summary(rounds: Rounds) -> str:
     return (
         f"CoZyRAG: {len(corpus.questions)} training questions, {len(corpus.eval_questions)} validation questions, "
         f"{len(corpus.passages)} passages.\n"
-        f"generator {one_line(settings.models.generator)} ({sizes[0]:.1f} M parameters), "
-        f"retriever {one_line(settings.models.retriever)} ({sizes[1]:.1f} M parameters)\n"
+        f"{named}\n"
         f"{processes} on {accelerator.device.type}{split}, {torch.get_num_threads()} threads each; "
         f"{rounds_given} round{'' if rounds_given == 1 else 's'} into {one_line(settings.output.output_dir)}."
     )
@@ -344,8 +348,11 @@ def finish(rounds: Rounds, started: float) -> None:
         rounds.write_cards()
         rounds.log.info(f"Some answers:\n\n{examples(rows)}\n")
         minutes = (time.perf_counter() - started) / 60
+        held = ", ".join(
+            f"{piece}/" for piece in ("generator", "retriever", "reranker", "index") if (folder / piece).exists()
+        )
         rounds.log.info(
-            f"Done in {minutes:.1f} minutes. {folder}/ holds generator/, retriever/, index/ and metrics.jsonl. Try:\n"
+            f"Done in {minutes:.1f} minutes. {folder}/ holds {held} and metrics.jsonl. Try:\n"
             f"  cozyrag ask {quote(str(folder))} {quote(rows[0]['question'])}\n"
             f"  {training_command()} --questions your-questions.tsv --passages your-passages.jsonl --output_dir my-rag"
         )

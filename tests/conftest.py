@@ -68,6 +68,12 @@ def retriever_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def reranker_path(tmp_path_factory, retriever_path):
+    """Checkpoint folder of the tiny reranker, untrained."""
+    return tiny.make_reranker(tmp_path_factory.mktemp("reranker") / "base", retriever_path)
+
+
+@pytest.fixture(scope="session")
 def corpus_files(tmp_path_factory):
     """Files of the tiny corpus: {"questions": ..., "eval_questions": ..., "passages": ...}."""
     folder = tmp_path_factory.mktemp("corpus")

@@ -3,9 +3,13 @@
 import json
 import os
 
-from cozyrag.training import generator_phase, retriever_phase
+from cozyrag.training import generator_phase, reranker_phase, retriever_phase
 
-STEPS = {"generator_step": generator_phase, "retriever_step": retriever_phase}  # the modules that call them
+STEPS = {
+    "generator_step": generator_phase,
+    "retriever_step": retriever_phase,
+    "reranker_step": reranker_phase,
+}  # the modules that call them
 
 
 def at_step(monkeypatch, number, event, function="retriever_step"):

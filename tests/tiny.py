@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2Config
 
 from cozyrag.models.generator import Generator
+from cozyrag.models.reranker import Reranker
 
 PATIENCE = 600  # seconds that a test waits for what should come; no load of the machine may decide a test
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink", "grey", "orange")
@@ -99,4 +100,10 @@ def make_retriever(folder: Path, *, seed: int = 0) -> Path:
     SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save_pretrained(
         str(folder), create_model_card=False
     )
+    return folder
+
+
+def make_reranker(folder: Path, retriever: Path) -> Path:
+    """A CrossEncoder with the encoder of the tiny retriever and a head of zeros."""
+    Reranker.load(str(retriever)).save(folder)
     return folder

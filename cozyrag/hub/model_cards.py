@@ -63,7 +63,11 @@ INDEXED = {
     "retriever": {name: name.removeprefix("dense_") for name in DENSE_INDEXED},
     "reranker": {},  # it only orders what the pair's search finds
 }
-MEASURED_WITH = {"generator": "contexts found by the pair's {} search", "retriever": "dense search, vectors alone"}
+MEASURED_WITH = {
+    "generator": "contexts found by the pair's {} search",
+    "retriever": "dense search, vectors alone",
+    "reranker": "",  # it has no entry
+}
 PARTS_SHOWN = {"generator": ("em", "f1"), "retriever": DENSE_INDEXED[:2], "reranker": ()}  # in the leak audit
 PAIR_SEARCHES = {
     "dense": "dense search, by the retriever's vectors alone,",

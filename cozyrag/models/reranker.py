@@ -3,14 +3,15 @@
 Left out: which texts it reads and what its scores decide (retrieval/reranking.py), training (reranker_phase.py).
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from cozyrag.errors import InputError
 from cozyrag.models.foreign_files import refuse_foreign_code, refuse_sizes
@@ -20,7 +21,7 @@ from cozyrag.models.retriever import MOST_TOKENS, embedded_path
 from cozyrag.runtime.fingerprints import weights_fingerprint
 
 OTHERWISE = "use --reranker embedded, which needs no network"
-HEAD = "classifier"
+HEADED = ("ForSequenceClassification", "ForCausalLM")
 MOST_READ = 256  # tokens of question and text together; passages are a paragraph
 SCORED_TOGETHER = 32  # pairs of similar length padded together
 
@@ -39,7 +40,10 @@ class Reranker:
 
     @classmethod
     def load(cls, name: str, *, device: str = "cpu", token: str | None = None) -> "Reranker":
-        """Load a CrossEncoder folder or Hub id in float32. Raises InputError, with alternatives, if it fails."""
+        """Load a CrossEncoder folder or Hub id in float32; an encoder without a head gets a head of zeros.
+
+        Raises InputError, with alternatives, if it fails.
+        """
         with loading("--reranker", "CrossEncoder folder", name, OTHERWISE):
             refuse_foreign_code(name, token=token)
             refuse_sizes(Path(name))
@@ -49,23 +53,14 @@ class Reranker:
 
     @classmethod
     def load_embedded(cls, *, device: str = "cpu") -> "Reranker":
-        """The encoder of all-MiniLM-L6-v2 with a head of zeros: untrained, it scores all texts alike."""
-        return cls.from_encoder(embedded_path(), device=device)
-
-    @classmethod
-    def from_encoder(cls, folder: Path, *, device: str = "cpu") -> "Reranker":
-        """The encoder of a SentenceTransformer folder with a head of zeros."""
-        made = cls(_cross_encoder(str(folder), device, None, num_labels=1))
-        for name, parameter in made.model.named_parameters():
-            if HEAD in name:
-                torch.nn.init.zeros_(parameter)
-        return made
+        """The encoder of all-MiniLM-L6-v2 with a head of zeros."""
+        return cls.load(str(embedded_path()), device=device)
 
     @property
     def is_trained(self) -> bool:
-        """Whether its scores can differ: a head of zeros has not been trained."""
-        heads = [weight for name, weight in self.model.named_parameters() if f"{HEAD}.weight" in name]
-        return not heads or any(bool(weight.any()) for weight in heads)
+        """Whether its scores can differ: with a head of zeros all are equal."""
+        head = _head(self.model)
+        return head is None or bool(head.weight.any())
 
     def check_reading(self) -> None:
         """Raise ValueError if it does not turn a question and a text into one finite score."""
@@ -130,15 +125,43 @@ class Reranker:
         self.model.load_state_dict(Reranker.load(str(folder)).model.state_dict())
 
 
-def _cross_encoder(name: str, device: str, token: str | None, **kwargs: int) -> CrossEncoder:
-    return CrossEncoder(
-        name,
-        device=device,
-        token=token,
-        trust_remote_code=False,
-        model_kwargs={"dtype": torch.float32, "use_safetensors": True},  # a pytorch_model.bin is a pickle
-        **kwargs,
-    ).eval()
+def _cross_encoder(name: str, device: str, token: str | None) -> CrossEncoder:
+    config = AutoConfig.from_pretrained(name, token=token, trust_remote_code=False)
+    has_head = any(each.endswith(HEADED) for each in config.architectures or ())
+    with _quietly():
+        model = CrossEncoder(
+            name,
+            device=device,
+            token=token,
+            trust_remote_code=False,
+            model_kwargs={"dtype": torch.float32, "use_safetensors": True},  # a pytorch_model.bin is a pickle
+            num_labels=None if has_head else 1,
+        ).eval()
+    head = None if has_head else _head(model)
+    if head is not None:
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the libraries' warnings that an encoder is converted and that its head is new, which is meant so."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _head(model: CrossEncoder) -> torch.nn.Linear | None:
+    """The last layer, which makes the score of a text; None if there is none, as in a causal LM."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1]
+    return layers[-1] if layers else None
 
 
 def check_scores(scores: np.ndarray) -> None:
