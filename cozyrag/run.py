@@ -229,11 +229,11 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
 def _summary(rounds: Rounds) -> str:
     """The data, the models and the machine of a run, in three lines."""
     settings, corpus, accelerator = rounds.settings, rounds.corpus, rounds.accelerator
-    models = {"generator": rounds.generator, "retriever": rounds.retriever, "reranker": rounds.reranker}
+    modules: dict[str, torch.nn.Module] = {"generator": rounds.generator.model, "retriever": rounds.retriever.model}
+    modules |= {"reranker": rounds.reranker.model} if rounds.reranker is not None else {}
     named = ", ".join(
-        f"{role} {one_line(getattr(settings.models, role))} ({_parameters(each.model) / 1e6:.1f} M parameters)"
-        for role, each in models.items()
-        if each is not None
+        f"{role} {one_line(getattr(settings.models, role))} ({_parameters(module) / 1e6:.1f} M parameters)"
+        for role, module in modules.items()
     )
     sharding = settings.training.generator_sharding
     split = f", the generator's training sharded ({sharding})" if is_split(sharding) else ""

@@ -172,7 +172,8 @@ def test_the_script_is_an_entry_point_and_nothing_more():
 
 
 def test_only_the_phases_call_backward():
-    assert calling(lambda call: call[-1] == "backward") == {"training.generator_phase", "training.retriever_phase"}
+    phases = {f"training.{model}_phase" for model in ("generator", "retriever", "reranker")}
+    assert calling(lambda call: call[-1] == "backward") == phases
 
 
 def test_only_the_self_tests_take_gradients_aside():

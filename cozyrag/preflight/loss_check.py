@@ -21,7 +21,7 @@ from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples, with_keywords
 from cozyrag.models.reranker import Reranker
-from cozyrag.models.retriever import Retriever, texts_and_sentences
+from cozyrag.models.retriever import UNUSED, Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.generator_phase import generator_losses, generator_penalties, generator_terms
 from cozyrag.training.losses import ranking_loss
@@ -343,7 +343,8 @@ def _check_term(term: Term, models: dict[str, torch.nn.Module]) -> Finding:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    claimed = {name for name in weights if name.startswith(f"{term.model}: ")}
+    unused = UNUSED if term.model == "retriever" else None  # a reranker reads its pooler
+    claimed = {name for name in weights if name.startswith(f"{term.model}: ") and not (unused and unused in name)}
     loss = term.value()
     gradients = _gradients(loss, weights)
     norms = {name: norm for name, gradient in gradients.items() if (norm := _norm(gradient)) != 0}
