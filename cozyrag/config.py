@@ -223,7 +223,7 @@ class TrainingSettings:
         None, "Maximum number of optimizer steps of each reranker phase. 0: the reranker is not trained."
     )
     reranker_batch_size: int = setting(
-        16, "Questions of a reranker step, over all processes; each is ranked by itself, with four negatives."
+        8, "Questions of a reranker step, over all processes; each is ranked by itself, with four negatives."
     )
     reranker_learning_rate: float = setting(1e-4, "Peak learning rate of the reranker (AdamW).")
     temperature: float = setting(0.05, "Temperature of the contrastive loss.")

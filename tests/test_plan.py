@@ -166,6 +166,27 @@ def test_seconds_by_hand():
     assert "9 checkpoints" not in parts["save"].work and "15 checkpoints, 2 kept" in parts["save"].work
 
 
+def test_the_questions_that_a_reranker_reads_by_hand():
+    """100 validation questions, 100 to fit its weight, 1,000 for training, 0.5 s each."""
+    costs = replace(COSTS, lines=COSTS.lines | {"rerank": Line(0.5), "reranker": Line(0.02)})
+    reranker = PhaseSize(10, 800, 800, trained=1_600)
+    plain = counted()["retrieve"].seconds
+
+    def added(sizes, *arguments):
+        parts = counted(*arguments, sizes=sizes, costs=costs)
+        more = [found - before for found, before in zip(parts["retrieve"].seconds, plain, strict=True)]
+        return more, list(parts["fit reranker weight"].seconds)
+
+    untrained = replace(SIZES, reranker=reranker)
+    # after its phase and at the evaluation; training questions from the second round on
+    assert added(untrained) == (pytest.approx([0, 100, 600]), [0, 100, 100])
+    assert added(untrained, "--rollback", "off") == (pytest.approx([0, 50, 550]), [0, 50, 50])
+    trained = replace(untrained, reranks_first=True)
+    assert added(trained) == (pytest.approx([50, 600, 600]), [50, 100, 100])
+    assert counted(sizes=trained, costs=costs)["reranker phase"].seconds == pytest.approx((0, 16, 16))
+    assert "19 checkpoints, 2 kept" in counted("--feedback_weight", "0.5", sizes=trained, costs=costs)["save"].work
+
+
 def test_memory_and_disk_by_hand():
     parts = counted("--feedback_weight", "0.5")
     assert (parts["index"].memory, parts["index"].disk) == (500 * 178, 500 * 268)
@@ -285,11 +306,22 @@ CHANGES = [
 @pytest.mark.parametrize("changes", CHANGES, ids=[" ".join(each) or "defaults" for each in CHANGES])
 def test_steps_and_parts_are_those_of_the_run(arguments, changes, brief, tmp_path):
     arguments = [*arguments, *changes, "--rounds", "1", "--logging_steps", "1"]
+    check_parts(arguments, tmp_path)
+
+
+@pytest.mark.parametrize("retriever_steps", ["0", "2"])
+def test_the_parts_of_a_reranker_are_those_of_the_run(arguments, retriever_steps, reranker_path, brief, tmp_path):
+    changes = ["--reranker", str(reranker_path), "--rerank_passages", "5", "--retriever_steps", retriever_steps]
+    check_parts([*arguments, *changes, "--rounds", "1", "--logging_steps", "1"], tmp_path)
+
+
+def check_parts(arguments, tmp_path):
     plan = planned(arguments)
     assert not (tmp_path / "out").exists()
     train(arguments)
     steps = metrics(tmp_path / "out", "step")
-    for name, phase in (("generator", plan.sizes.generator), ("retriever", plan.sizes.retriever)):
+    phases = {name: vars(plan.sizes)[name] for name in ("generator", "retriever", "reranker")}
+    for name, phase in ((name, phase) for name, phase in phases.items() if phase is not None):
         assert phase.steps == sum(row["phase"] == name for row in steps), name
     spent = {part.name for part in plan.parts if part.name != "save" and (sum(part.seconds) or "phase" in part.name)}
     assert {row["part"] for row in metrics(tmp_path / "out", "time")} == spent
@@ -337,7 +369,7 @@ def test_nothing_is_changed_and_nothing_is_written(arguments, brief, tmp_path, m
     settings = parse_settings([*arguments, "--feedback_weight", "0.5", "--rounds", "1"])
     accelerator = Accelerator(cpu=True)
     tables = load_tables(accelerator, settings)
-    models = load_models(accelerator, settings, tables, None)
+    models = [each for each in load_models(accelerator, settings, tables, None) if each is not None]
     models[0].model.train()
 
     def state():

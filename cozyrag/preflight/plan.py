@@ -6,8 +6,7 @@ uploads; the second search after a rollback; and that a trained generator ends i
 
 import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -38,10 +37,10 @@ KEPT_IN_MEMORY = ("index", "retrieve")  # parts whose memory stays in use
 SHORTER = {  # settings that make a part shorter
     "index": "--passage_tokens, --freeze_document_encoder, --rounds, or fewer --passages",
     "fit fusion weights": "--retrieval dense, --rounds",
-    "retrieve": "--max_questions, --retrieval dense, --rounds",
+    "retrieve": "--max_questions, --retrieval dense, --rerank_passages, --rounds",
     "generator phase": "--generator_steps, --max_questions, --context_tokens, --rounds",
     "feedback": "--feedback_passages, --max_questions, --context_tokens, --rounds",
-    "rerank": "--rerank_passages, --max_eval_questions, --rollback off, --rounds",
+    "fit reranker weight": "--rerank_passages, --rounds",
     "reranker phase": "--reranker_steps, --max_questions, --rounds",
     "retriever phase": "--retriever_steps, --max_questions, --passage_tokens, --hard_negatives, --rounds",
     "evaluation": "--max_eval_questions, --answer_tokens, --rollback off, --rounds",
@@ -180,8 +179,7 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
         return Part(name, work, (before, *[each] * rounds), round(memory), round(disk))
 
     def phase(name: str, phase: PhaseSize, what: str, shards: int = 1) -> Part:
-        used = 3 * phase.trained / shards + costs.activations.get(name, 0) if phase.steps else 0
-        memory = used * (RESIDENT if sizes.device == "cpu" else 1)
+        memory = _phase_bytes(name, phase, sizes, costs, shards)
         work = f"{phase.steps} steps a round, {phase.usable} {what}"
         return part(f"{name} phase", work, 0, seconds(name, phase.steps, phase.rows), memory)
 
@@ -198,39 +196,61 @@ def predict(settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
         phase("generator", sizes.generator, "questions", shards),
         part("feedback", f"{sizes.answered * training.feedback_passages} passages scored", 0,
              seconds("feedback", 1, sizes.answered), scores, scores * rounds),
-        *_reranker_parts(settings, sizes, costs, phase),
         phase("retriever", sizes.retriever, f"pairs{'' if costs.usable in (0, 1) else ', about'}"),
         part("evaluation", f"{sizes.eval_questions} questions, {written} times a round", answers, answers * written,
              costs.answers),
         _save(settings, sizes, costs),
     ]  # fmt: skip
     absent = {"fit fusion weights": not sizes.fitted, "feedback": not (training.feedback_weight and moves)}
-    return [each for each in parts if not absent.get(each.name)]
+    return _with_reranker([each for each in parts if not absent.get(each.name)], settings, sizes, costs)
 
 
-def _reranker_parts(
-    settings: Settings, sizes: Sizes, costs: Costs, phase: Callable[[str, PhaseSize, str], Part]
-) -> list[Part]:
-    """Reading with the reranker, and training it; nothing without one.
+def _phase_bytes(name: str, phase: PhaseSize, sizes: Sizes, costs: Costs, shards: int = 1) -> float:
+    """Memory of a training phase: gradients, AdamW's moments and activations."""
+    used = 3 * phase.trained / shards + costs.activations.get(name, 0) if phase.steps else 0
+    return used * (RESIDENT if sizes.device == "cpu" else 1)
 
-    It reads the validation questions at each evaluation and after its phase, the questions for fitting its weight
-    whenever it or the retriever has changed, and the training questions of a round that it begins trained.
-    """
-    if sizes.reranker is None:
-        return []
-    trains, moves = sizes.reranker.steps > 0, sizes.retriever.steps > 0
-    checked = trains and settings.training.rollback == "on"
-    each = sizes.eval_questions * (1 + checked) + sizes.fitted * ((trains and checked) + (trains or moves))
-    first = (sizes.eval_questions + sizes.fitted) * sizes.reranks_first
-    asked = [
-        first, *(each + sizes.questions * (sizes.reranks_first or number > 0)
-                 for number in range(settings.training.rounds)),
-    ]  # fmt: skip
-    seconds = tuple(costs.seconds("rerank", 1, count) if count else 0.0 for count in asked)
+
+def _with_reranker(parts: list[Part], settings: Settings, sizes: Sizes, costs: Costs) -> list[Part]:
+    """The parts of a run with what its reranker adds, if it has one: time of retrieving, two parts of its own."""
+    own = sizes.reranker
+    if own is None:
+        return parts
+
+    def reading(questions: int) -> float:
+        return costs.seconds("rerank", 1, questions) if questions else 0.0
+
+    found, fitted = ([reading(count) for count in counts] for counts in _reranked(settings, sizes))
+    spent = costs.seconds("reranker", own.steps, own.rows)
+    times = (0.0, *[spent] * settings.training.rounds)
+    work = f"{own.steps} steps a round, about {own.usable} questions"
+    more = [Part("reranker phase", work, times, round(_phase_bytes("reranker", own, sizes, costs)))]
+    more += [Part("fit reranker weight", f"{sizes.fitted} questions", tuple(fitted))] if any(fitted) else []
+    at = [part.name for part in parts].index("retriever phase")
+    parts = [*parts[:at], *more, *parts[at:]]
     return [
-        Part("rerank", f"{settings.contexts.rerank_passages} passages a question", seconds),
-        phase("reranker", sizes.reranker, "questions, about"),
+        replace(part, seconds=tuple(map(sum, zip(part.seconds, found, strict=True))))
+        if part.name == "retrieve"
+        else part
+        for part in parts
     ]
+
+
+def _reranked(settings: Settings, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many questions the reranker reads before the rounds and in each: while retrieving, and to fit its weight.
+
+    It reads the training questions of a round that it begins trained, and the validation questions after its phase
+    and at the evaluation, unless nothing has changed in between.
+    """
+    rounds, training = range(settings.training.rounds), settings.training
+    trains, moves, first = bool(sizes.reranker and sizes.reranker.steps), sizes.retriever.steps > 0, sizes.reranks_first
+    checked = trains and training.rollback == "on"
+    evaluated, fitted = checked + (moves or not checked), checked + (moves or (trains and not checked))
+    found = [
+        sizes.questions * (first or (trains and number > 0)) + sizes.eval_questions * evaluated * (first or trains)
+        for number in rounds
+    ]
+    return (sizes.eval_questions * first, *found), (sizes.fitted * first, *(sizes.fitted * fitted for _ in rounds))
 
 
 def _save(settings: Settings, sizes: Sizes, costs: Costs) -> Part:
