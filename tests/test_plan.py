@@ -184,7 +184,7 @@ def test_the_questions_that_a_reranker_reads_by_hand():
     trained = replace(untrained, reranks_first=True)
     assert added(trained) == (pytest.approx([50, 600, 600]), [50, 100, 100])
     assert counted(sizes=trained, costs=costs)["reranker phase"].seconds == pytest.approx((0, 16, 16))
-    assert "19 checkpoints, 2 kept" in counted("--feedback_weight", "0.5", sizes=trained, costs=costs)["save"].work
+    assert "17 checkpoints, 2 kept" in counted("--feedback_weight", "0.5", sizes=trained, costs=costs)["save"].work
 
 
 def test_memory_and_disk_by_hand():

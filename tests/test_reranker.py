@@ -260,6 +260,7 @@ def test_a_run_trains_measures_and_saves_the_reranker(whole):
     assert retriever["metric"] == "hybrid_recall@5"  # the reranker has changed, too
     [checked] = rows(whole, "self-test")
     assert [term["model"] for term in checked["terms"]] == ["generator", "retriever", "reranker"]
+    assert checked["terms"][-1]["lowered"] is True  # though its head is zero
     pair = read_pair(whole)
     assert pair["format_version"] == 4 and pair["retrieval"]["reranking"]["depth"] == 6
     assert (whole / "reranker" / "README.md").is_file() and (whole / "report.html").is_file()
@@ -362,3 +363,37 @@ def test_it_goes_to_a_repository_of_its_own_and_comes_back(whole, tmp_path, monk
 def test_an_untrained_reranker_must_be_trained(off):
     with pytest.raises(InputError, match=f"--reranker embedded: expected it to be trained.*{off} 0"):
         parse_settings(["--reranker", "embedded", off, "0"])
+
+
+def test_the_benchmark_compares_the_search_with_and_without_it(whole, corpus_files, tmp_path, monkeypatch, capsys):
+    from benchmarks.quality import reranker as benchmark
+
+    words = ["reranker", str(whole), "--questions", str(corpus_files["eval_questions"]), "--limit", "6"]
+    monkeypatch.setattr("sys.argv", [*words, "--budgets", "20", "60", "--json", str(tmp_path / "out.json")])
+    benchmark.main()
+    screen, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert "6 questions, 40 passages, the first 6 reranked." in screen
+    assert list(found["ranks"]) == ["search", "with the reranker", "reranker alone"]
+    pair = CozyRAG.from_pretrained(whole)
+    questions = [json.loads(line) for line in corpus_files["eval_questions"].read_text().splitlines()]
+    first = pair.searcher.first([each["question"] for each in questions], 20).rows
+    everywhere = [1 + each.tolist().index(row) for each, row in zip(first, golds(pair, questions), strict=True)]
+    drawn = np.random.default_rng(0).permutation(len(questions))[:6]
+    assert found["ranks"]["search"] == [everywhere[at] for at in drawn]
+    shares = found["answer_in_context"]
+    assert set(shares) == {"search", "reranked", "reranked, sentences too"}
+    assert all(own["20"] <= own["60"] for own in shares.values())
+
+
+def golds(pair, questions):
+    """The rows of the gold passages."""
+    return [pair.index.passages.ids.index(each["passage_id"]) for each in questions]
+
+
+def test_the_benchmark_refuses_a_pair_without_one(pair_folder, corpus_files, monkeypatch, capsys):
+    from benchmarks.quality import reranker as benchmark
+
+    monkeypatch.setattr("sys.argv", ["x", str(pair_folder), "--questions", str(corpus_files["eval_questions"])])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "Expected a pair with a reranker" in capsys.readouterr().err

@@ -26,7 +26,7 @@ def evaluate(bench: Bench, pair: Pair, precision: str) -> list[dict]:
     pair.retriever.precision = precision
     folder = bench.options.index / precision
     index = stored_index(bench.accelerator, folder, bench.task.passages, pair.retriever)
-    searcher = bench.searcher(pair, index, pair.mode)
+    searcher = bench.searcher(pair, index, pair.mode, reranked=True)
     contexts = bench.contexts(searcher, bench.builder(pair, index), precision)
     return bench.answer(pair.generator, contexts, precision, pair.threshold)
 

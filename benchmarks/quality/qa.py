@@ -40,7 +40,7 @@ def compare(options: argparse.Namespace) -> None:
     bench, pair = Bench.load(options)
     bench.introduce(pair, len(bench.task.questions))
     index = bench.index(pair)
-    searcher = bench.searcher(pair, index, pair.mode)
+    searcher = bench.searcher(pair, index, pair.mode, reranked=True)
     systems, weights = answer_all(bench, pair, index, searcher)
     latency = None
     if options.latency:

@@ -141,10 +141,13 @@ class Bench:
         with self.clock.timed(f"passages of the {pair.name}"):
             return stored_index(self.accelerator, self.options.index, self.task.passages, pair.retriever)
 
-    def searcher(self, pair: Pair, index: PassageIndex, mode: str, *, whole: bool = False) -> Searcher:
+    def searcher(
+        self, pair: Pair, index: PassageIndex, mode: str, *, whole: bool = False, reranked: bool = False
+    ) -> Searcher:
         """The search of the pair. Fusion weights that were never fitted are fitted on training questions, as in a run.
 
-        `whole`: score whole passages instead of their best sentences, with other weights.
+        `whole`: score whole passages instead of their best sentences, with other weights. `reranked`: with the pair's
+        reranker, if it has one.
         """
         searcher = Searcher(
             index,
@@ -160,7 +163,8 @@ class Bench:
                     searcher, _ = searcher.fitted(*(list(column) for column in zip(*known, strict=True)))
         # All processes use the weights that the main process fitted.
         [weights] = broadcast_object_list([asdict(searcher.fusion_weights)])
-        return replace(searcher, weights=Weights(**weights))
+        reranking = replace(pair.reranking, passages=index.passages) if reranked and pair.reranking else None
+        return replace(searcher, weights=Weights(**weights), reranking=reranking)
 
     def builder(self, pair: Pair, index: PassageIndex) -> ContextBuilder:
         """The context builder with the context filter of MODEL and the sentence vectors of `pair`."""

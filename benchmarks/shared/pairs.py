@@ -19,6 +19,7 @@ from cozyrag.pair_file import PAIR_FILE, read_pair
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retrieval.hybrid import Weights
 from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.retrieval.reranking import Reranking
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 
 UNTUNED = "untuned baseline"
@@ -37,7 +38,7 @@ class ReadingSettings(Decoding):
 class Pair:
     """A generator and a retriever, with their search mode and the index that they came with, if any.
 
-    `weights`: fusion weights, None: to be fitted; `threshold`: see `CozyRAG`.
+    `weights`: fusion weights, None: to be fitted; `threshold`: see `CozyRAG`; `reranking`: of the search in its mode.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Pair:
     weights: Weights | None = None
     threshold: float | None = None
     index: PassageIndex | None = None
+    reranking: Reranking | None = None
 
 
 def load_pair(model: str, device: torch.device, precision: str | None = None) -> tuple[Pair, ReadingSettings]:
@@ -59,7 +61,7 @@ def load_pair(model: str, device: torch.device, precision: str | None = None) ->
     made = CozyRAG.from_pretrained(model, device=str(device), precision=precision)
     pair = Pair(
         Path(model).name, made.generator, made.retriever, made.searcher.mode, made.searcher.weights,
-        made.no_answer_threshold, made.index,
+        made.no_answer_threshold, made.index, made.searcher.reranking,
     )  # fmt: skip
     facts = read_pair(Path(model) if Path(model).is_dir() else Path(hf_hub_download(model, PAIR_FILE)).parent)
     return pair, _reading_settings({"context_filter": "sparse"} | facts["contexts"] | facts["retrieval"])

@@ -391,7 +391,7 @@ def _step_lowers(
 ) -> bool:
     """Whether a gradient step lowers the term; shorter steps are tried after a longer one. Weights are restored."""
     kept = [weight.clone() for weight, _ in moved]
-    size = math.hypot(*(_norm(weight) for weight in kept))
+    size = math.hypot(*(_norm(weight) for weight in kept)) or math.inf  # a head of zeros may move as far as it needs
     try:
         for share in STEPS:
             length = share * min(abs(value) / norm, size)
