@@ -98,7 +98,7 @@ class DataSettings:
 
 @dataclass
 class ModelSettings:
-    """The two models."""
+    """The models."""
 
     generator: str = setting(
         "distilgpt2",
@@ -302,7 +302,7 @@ class TrainingSettings:
 class OutputSettings:
     """Output, checkpoints, tracking and the Hub."""
 
-    output_dir: str = setting("cozyrag-output", "Folder for the two models, the index, metrics.jsonl and cozyrag.json.")
+    output_dir: str = setting("cozyrag-output", "Folder for the models, the index, metrics.jsonl and cozyrag.json.")
     plan: bool = setting(
         False, "Do not train; print the time, memory and disk space that the run would take, as `cozyrag plan` does."
     )
@@ -331,7 +331,7 @@ class OutputSettings:
     report_to: list[str] = setting(["none"], "Trackers: none, or any of mlflow wandb tensorboard trackio.")
     project_name: str = setting("cozyrag", "Project or experiment of the run in the trackers.")
     run_name: str | None = setting(None, "Name of the run in the trackers. None: the name of --output_dir.")
-    push_to_hub: bool = setting(False, "Upload both models and the index to the Hugging Face Hub.")
+    push_to_hub: bool = setting(False, "Upload the models and the index to the Hugging Face Hub.")
     hub_model_id: str | None = setting(
         None, "Repository of the generator, user/name; -retriever and -index are added for the other two."
     )
@@ -342,7 +342,7 @@ class OutputSettings:
     )
     model_license: str | None = setting(
         None,
-        "Licence of the two models for their cards, by its Hub name, such as apache-2.0. None: that of the base "
+        "Licence of the models for their cards, by its Hub name, such as apache-2.0. None: that of the base "
         "model if known.",
     )
     data_license: str | None = setting(

@@ -173,7 +173,7 @@ def write_cards(
 
 
 def _facts(settings: Mapping, defaults: Mapping, rows: Sequence[Mapping], run: Mapping) -> dict[str, str]:
-    """What the cards of both models say."""
+    """What the cards of the models say."""
     machine, precision = run["machine"], run.get("precision")
     last = [row for row in rows if row["kind"] == "evaluation"][-1]
     shown = public_settings(settings)

@@ -1,6 +1,6 @@
 """The checkpoints of a run in OUTPUT/checkpoints, and reading them to resume.
 
-A checkpoint folder is complete: progress, both models, within a phase the optimizer's state, and a manifest that
+A checkpoint folder is complete: progress, the models, within a phase the optimizer's state, and a manifest that
 reveals damage. Left out: when to save (callbacks.py, rounds.py), the output folder as a whole (output_dir.py).
 """
 

@@ -46,7 +46,7 @@ from cozyrag.training.tracking import log_numbers
 
 
 class Rounds:
-    """One run over a corpus: the two models, the tables, and the progress."""
+    """One run over a corpus: the models, the tables, and the progress."""
 
     def __init__(
         self,
@@ -392,7 +392,7 @@ class Rounds:
         )
 
     def write_cards(self) -> None:
-        """Write the README.md of both models and of the index from the log."""
+        """Write the README.md of the models and of the index from the log."""
         write_cards(
             self.folder,
             settings=self.settings.to_dict(),

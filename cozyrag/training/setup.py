@@ -1,4 +1,4 @@
-"""Set-up of runs and commands: the Accelerator and its precision, the tables, and the two models.
+"""Set-up of runs and commands: the Accelerator and its precision, the tables, and the models.
 
 No other module makes an Accelerator. Left out: what happens with them (run.py, the commands).
 """
