@@ -547,3 +547,17 @@ def test_several_files_are_named_without_their_folders(tmp_path, arguments, show
     assert found.data.datasets == on_hub
     dataset = found.data.eval_results[0]
     assert dataset.dataset_name.endswith(shown) and dataset.dataset_type == "custom"
+
+
+def test_the_card_of_a_reranker_gives_the_scores_of_the_search_with_it(tmp_path):
+    (tmp_path / "reranker").mkdir()
+    measured = {"reranked_recall@1": 75.0, "reranked_recall@5": 87.5, "reranked_mrr@10": 80.0}
+    found = measured | {"hybrid_recall@1": 62.5, "hybrid_recall@5": 86.0}
+    cards(tmp_path, "--reranker", "embedded", "--rerank_passages", "12", metrics=rows(BEFORE | found, AFTER | found))
+    made = ModelCard.load(tmp_path / "reranker" / "README.md")
+    assert made.data.pipeline_tag == "text-ranking" and made.data.license == "apache-2.0"
+    assert made.data.base_model == "sentence-transformers/all-MiniLM-L6-v2" and made.data.eval_results is None
+    assert "| after round 1 | 75.0 | 87.5 | 80.0 |" in made.text and "first 12\npassages" in made.text
+    assert "the right passage first for 62.5 % of the questions and among the first five for 86.0 %." in made.text
+    text = card_for_hub(tmp_path / "reranker" / "README.md", "reranker", "me/rag")
+    assert 'CrossEncoder("me/rag-reranker")' in text and "FOLDER" not in text

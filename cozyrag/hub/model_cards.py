@@ -321,12 +321,13 @@ def pair_sentence(summary: Mapping, mode: str) -> str:
 
 
 def _search_before(rows: Sequence[Mapping], mode: str) -> str:
-    """What the pair's search finds before the reranker, at the last evaluation, in a phrase; "" if not measured."""
+    """Where the pair's search places the right passage before the reranker, in a phrase; "" if not measured."""
     last = [row for row in rows if row["kind"] == "evaluation"][-1]
     search = RESULT_OF[mode]
     if f"{search}_recall@1" not in last:
         return ""
-    return f"{last[f'{search}_recall@1']:.1f} first and {last[f'{search}_recall@5']:.1f} among the first five"
+    first, five = (last[f"{search}_recall@{depth}"] for depth in (1, 5))
+    return f"first for {first:.1f} % of the questions and among the first five for {five:.1f} %"
 
 
 def _vectors(index: Path) -> str:
