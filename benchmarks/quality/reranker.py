@@ -11,7 +11,7 @@ Left out: training, and the answers themselves, which `cozyrag evaluate` measure
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -21,33 +21,55 @@ from cozyrag.cli import entry_point
 from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.errors import InputError
 from cozyrag.evaluation.metrics import bootstrap_interval, paired_bootstrap
-from cozyrag.models.reranker import Reranker
+from cozyrag.models.reranker import Pair
 from cozyrag.pair_evaluation import questions_for
 from cozyrag.pipeline import CozyRAG
 from cozyrag.retrieval.contexts import ContextBuilder
 from cozyrag.retrieval.hybrid import Found
+from cozyrag.retrieval.reranking import Reranking
 from cozyrag.runtime.atomic_files import write_json
 
 DEPTHS = (1, 4, 5, 20)
 ALONE = 1e9  # a weight beside which the score of the search is nothing
 
 
+Score = Callable[[Sequence[Pair]], np.ndarray]
+
+
+class Remembered:
+    """Scores that are computed once: every row and column of the tables needs the same.
+
+    Args:
+        seconds: spent on computing them so far.
+    """
+
+    def __init__(self, score: Score):
+        self.score, self.seconds, self.known = score, 0.0, dict[Pair, float]()
+
+    def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
+        began = time.perf_counter()
+        self.known |= zip(new, self.score(new).tolist(), strict=True) if new else ()
+        self.seconds += time.perf_counter() - began
+        return np.array([self.known[pair] for pair in pairs], dtype=np.float32)
+
+
 @dataclass(frozen=True)
 class SentenceReranking(ContextBuilder):
     """A builder whose sentences are scored by a reranker too."""
 
-    reranker: Reranker | None = None
+    score: Score | None = None
 
     @classmethod
-    def of(cls, builder: ContextBuilder, reranker: Reranker) -> "SentenceReranking":
+    def of(cls, builder: ContextBuilder, score: Score) -> "SentenceReranking":
         """The same builder, which asks this reranker."""
-        return cls(**{each.name: getattr(builder, each.name) for each in fields(builder)}, reranker=reranker)
+        return cls(**{each.name: getattr(builder, each.name) for each in fields(builder)}, score=score)
 
     def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
-        assert self.reranker is not None  # see `of`
+        assert self.score is not None  # see `of`
         titles = [self.passages.titles[row].replace("_", " ") for row in rows]
         sentences = [self._sentences[row][0] for row in rows]
-        found = self.reranker.score(
+        found = self.score(
             [(question, f"{title}\n{text}") for title, own in zip(titles, sentences, strict=True) for text in own]
         )
         return super()._scores(question, rows, cosines) + (found - found.mean()) / (found.std() or 1.0)
@@ -97,47 +119,48 @@ def compare(options: argparse.Namespace) -> None:
     questions = table.select(np.random.default_rng(options.seed).permutation(known)[: options.limit])[:]
     relevant = [builder.row_of[name] for name in questions["passage_id"]]
     print(f"{len(relevant)} questions, {len(builder.passages.ids)} passages, the first {reranking.depth} reranked.\n")
-    found, spent = searched(pair, questions["question"])
+    reading = Remembered(pair.reranker.score)
+    found = searched(pair, replace(reranking, score=reading), questions["question"])
     measured = {name: ranks(each, relevant) for name, each in found.items()}
-    print(f"{ranking_table(measured)}\n\nms a question: " + ", ".join(f"{name} {ms:.0f}" for name, ms in spent.items()))
+    spent = {"reranking": 1000 * reading.seconds / len(relevant)}
+    print(f"{ranking_table(measured)}\n\nReranking takes {spent['reranking']:.0f} ms a question.")
     search, reranked, _ = found.values()
-    asking = SentenceReranking.of(builder, pair.reranker)
+    sentences = Remembered(pair.reranker.score)
+    asking = SentenceReranking.of(builder, sentences)
     ways = {"search": (builder, search), "reranked": (builder, reranked), "reranked, sentences too": (asking, reranked)}
     shares = context_table(ways, questions, options.budgets)
+    spent["sentences"] = 1000 * sentences.seconds / len(relevant)
+    print(f"\nScoring sentences takes {spent['sentences']:.0f} ms a question.")
     if options.json:
         ranked = {name: [float(each) if np.isfinite(each) else None for each in own] for name, own in measured.items()}
         write_json(options.json, {"ranks": ranked, "ms": spent, "answer_in_context": shares})
 
 
-def searched(pair: CozyRAG, questions: Sequence[str]) -> tuple[dict[str, Found], dict[str, float]]:
-    """What the pair finds without its reranker, with it, and by the reranker alone, and the ms a question of each."""
-    assert pair.searcher.reranking is not None  # checked by the caller
-    reranking = pair.searcher.reranking
-    found, spent = {}, {}
-    for name, weight in {"search": 0.0, "with the reranker": reranking.weight, "reranker alone": ALONE}.items():
-        began = time.perf_counter()
-        searcher = replace(pair.searcher, reranking=replace(reranking, weight=weight))
-        found[name] = searcher.search(questions, max(reranking.depth, *DEPTHS))
-        spent[name] = 1000 * (time.perf_counter() - began) / len(questions)
-    return found, spent
+def searched(pair: CozyRAG, reranking: Reranking, questions: Sequence[str]) -> dict[str, Found]:
+    """What the pair finds without its reranker, with it, and by the reranker alone."""
+    weights = {"search": 0.0, "with the reranker": reranking.weight, "reranker alone": ALONE}
+    searchers = {
+        name: replace(pair.searcher, reranking=replace(reranking, weight=weight)) for name, weight in weights.items()
+    }
+    depth = max(reranking.depth, *DEPTHS)
+    return {name: searcher.search(questions, depth) for name, searcher in searchers.items()}
 
 
 def context_table(
     ways: Mapping[str, tuple[ContextBuilder, Found]], questions: dict, budgets: Sequence[int]
 ) -> dict[str, dict[int, float]]:
     """Print the share of contexts with an answer for each way and budget; returns it in percent."""
-    print("\n| answer in context | " + " | ".join(f"{budget} tokens" for budget in budgets) + " | ms a question |")
-    print("|---|" + "---:|" * (len(budgets) + 1))
+    print("\n| answer in context | " + " | ".join(f"{budget} tokens" for budget in budgets) + " |")
+    print("|---|" + "---:|" * len(budgets))
     shares: dict[str, dict[int, float]] = {}
     for name, (builder, found) in ways.items():
-        cells, began = [], time.perf_counter()
+        cells = []
         for budget in budgets:
             own = kept(replace(builder, budget=budget), questions, found)
             low, high = bootstrap_interval(own)
             cells.append(f"{100 * own.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})")
             shares.setdefault(name, {})[budget] = 100 * float(own.mean())
-        mean = 1000 * (time.perf_counter() - began) / len(found.rows) / len(budgets)
-        print(f"| {name} | " + " | ".join(cells) + f" | {mean:.0f} |", flush=True)
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     return shares
 
 
