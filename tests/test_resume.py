@@ -18,13 +18,14 @@ import cozyrag.run
 import cozyrag.training.callbacks
 import cozyrag.training.rounds
 from cozyrag.cli import entry_point
+from cozyrag.config import parse_settings
 from cozyrag.errors import InputError
 from cozyrag.run import train
 from cozyrag.runtime import hardware
 from cozyrag.runtime.hardware import changed_rounding
 from cozyrag.runtime.signals import Interrupted, Interrupts
 from cozyrag.training.checkpointing import Checkpoints, Progress
-from cozyrag.training.output_dir import FREE_TO_CHANGE, SAFE_TO_CHANGE, check_changes
+from cozyrag.training.output_dir import FREE_TO_CHANGE, SAFE_TO_CHANGE, check_changes, settings_before
 
 ROOT = Path(__file__).parents[1]
 
@@ -407,3 +408,14 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
     (tmp_path / "progress.json").write_text(json.dumps(kept))
     found = Checkpoints(Accelerator(cpu=True), tmp_path, limit=2, facts={}).read(tmp_path, allow_changes=False)
     assert found.cuts == {} and found.micro_batches == {"generator": 4}
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(tmp_path):
+    now = parse_settings(["--questions", "my.tsv", "--top_k", "3"]).to_dict()
+    earlier = {name: value for name, value in now.items() if name not in ("reranker", "rerank_passages")}
+    (tmp_path / "settings.json").write_text(json.dumps(earlier))
+    before = settings_before(tmp_path)
+    assert before["rerank_passages"] == 20 and before["top_k"] == 3
+    check_changes(before, now | {"mixed_precision": before["mixed_precision"]}, False)
+    with pytest.raises(InputError, match=r"rerank_passages \(was 20, now 9\)"):
+        check_changes(before, now | {"mixed_precision": before["mixed_precision"], "rerank_passages": 9}, False)
