@@ -60,7 +60,11 @@ def folder(tmp_path_factory, generator_path, retriever_path, corpus_files):
     retriever = Retriever.load(str(retriever_path), max_tokens=32)
     index = index_of(retriever, corpus_files)
     run = SimpleNamespace(
-        folder=root, settings=SETTINGS, generator=Generator.load(str(generator_path)), retriever=retriever
+        folder=root,
+        settings=SETTINGS,
+        generator=Generator.load(str(generator_path)),
+        retriever=retriever,
+        reranker=None,
     )
     run.retrieval = SimpleNamespace(
         index=lambda: index,
@@ -343,8 +347,8 @@ def test_a_missing_piece_is_refused(copy, piece):
         ("{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
         ("[]", "expected a JSON object, found a list"),
-        ("{}", "expected format_version 3 or lower, found None"),
-        ('{"format_version": 4}', "expected format_version 3 or lower, found 4"),
+        ("{}", "expected format_version 4 or lower, found None"),
+        ('{"format_version": 5}', "expected format_version 4 or lower, found 5"),
     ],
 )
 def test_an_unusable_cozyrag_json_is_refused(copy, content, words):

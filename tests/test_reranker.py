@@ -369,7 +369,9 @@ def test_the_benchmark_compares_the_search_with_and_without_it(whole, corpus_fil
     from benchmarks.quality import reranker as benchmark
 
     words = ["reranker", str(whole), "--questions", str(corpus_files["eval_questions"]), "--limit", "6"]
-    monkeypatch.setattr("sys.argv", [*words, "--budgets", "20", "60", "--json", str(tmp_path / "out.json")])
+    monkeypatch.setattr(
+        "sys.argv", [*words, "--budgets", "20", "60", "--sentences", "--json", str(tmp_path / "out.json")]
+    )
     benchmark.main()
     screen, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert "6 questions, 40 passages, the first 6 reranked." in screen

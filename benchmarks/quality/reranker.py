@@ -4,9 +4,9 @@
 
 The pair must have a reranker. First table: the search by itself, with the reranker's fitted weight, and the reranker
 alone over the same passages. Second table: the share of the questions whose context holds an answer, for several
-budgets, with the order of the search, with the new order, and if the reranker scores the sentences too (its z-scores
-are added to those of the pair's filter). A longer context is the other way to keep more answers: compare the columns.
-Left out: training, and the answers themselves, which `cozyrag evaluate` measures.
+budgets, with the order of the search, with the new order, and with `--sentences` if the reranker scores the sentences
+too (its z-scores are added to those of the pair's filter). A longer context is the other way to keep more answers:
+compare the columns. Left out: training, and the answers themselves, which `cozyrag evaluate` measures.
 """
 
 import argparse
@@ -125,12 +125,14 @@ def compare(options: argparse.Namespace) -> None:
     spent = {"reranking": 1000 * reading.seconds / len(relevant)}
     print(f"{ranking_table(measured)}\n\nReranking takes {spent['reranking']:.0f} ms a question.")
     search, reranked, _ = found.values()
+    ways = {"search": (builder, search), "reranked": (builder, reranked)}
     sentences = Remembered(pair.reranker.score)
-    asking = SentenceReranking.of(builder, sentences)
-    ways = {"search": (builder, search), "reranked": (builder, reranked), "reranked, sentences too": (asking, reranked)}
+    if options.sentences:
+        ways["reranked, sentences too"] = SentenceReranking.of(builder, sentences), reranked
     shares = context_table(ways, questions, options.budgets)
-    spent["sentences"] = 1000 * sentences.seconds / len(relevant)
-    print(f"\nScoring sentences takes {spent['sentences']:.0f} ms a question.")
+    if options.sentences:
+        spent["sentences"] = 1000 * sentences.seconds / len(relevant)
+        print(f"\nScoring sentences takes {spent['sentences']:.0f} ms a question.")
     if options.json:
         ranked = {name: [float(each) if np.isfinite(each) else None for each in own] for name, own in measured.items()}
         write_json(options.json, {"ranks": ranked, "ms": spent, "answer_in_context": shares})
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="questions, drawn with --seed (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 96, 128, 192], help="tokens of a context")
+    parser.add_argument("--sentences", action="store_true", help="score the sentences of the first passages too")
     parser.add_argument("--json", type=Path, help="file for the ranks and shares")
     options = parser.parse_args()
     entry_point(lambda: compare(options))
