@@ -559,5 +559,7 @@ def test_the_card_of_a_reranker_gives_the_scores_of_the_search_with_it(tmp_path)
     assert made.data.base_model == "sentence-transformers/all-MiniLM-L6-v2" and made.data.eval_results is None
     assert "| after round 1 | 75.0 | 87.5 | 80.0 |" in made.text and "first 12\npassages" in made.text
     assert "the right passage first for 62.5 % of the questions and among the first five for 86.0 %." in made.text
+    retriever = ModelCard.load(tmp_path / "retriever" / "README.md").text.replace("\n", " ")
+    assert "BM25 together, ordered again by its reranker, finds the passage" in retriever
     text = card_for_hub(tmp_path / "reranker" / "README.md", "reranker", "me/rag")
     assert 'CrossEncoder("me/rag-reranker")' in text and "FOLDER" not in text

@@ -1,6 +1,7 @@
 """The reranker: its scores, the search ordered by them, its training, and a pair that has one."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -293,6 +294,19 @@ def test_a_pair_whose_reranker_is_another_is_refused(whole, reranker_path, tmp_p
     )
     with pytest.raises(InputError, match="model.safetensors"):
         CozyRAG.from_pretrained(tmp_path / "copy")
+
+
+def test_a_table_that_is_lost_in_the_phase_is_made_again_with_the_reranker_before_it(
+    settings, whole, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, send(signal.SIGTERM), "reranker_step")
+        with pytest.raises(SystemExit):
+            entry_point(lambda: train([*settings, "--output_dir", str(out)]))
+    shutil.rmtree(out / "contexts")
+    train([*settings, "--output_dir", str(out)])
+    assert differences(left(whole, rounds=1), left(out, rounds=1)) == []
 
 
 @pytest.mark.parametrize("lost", ["reranker", "reranking"])

@@ -183,7 +183,8 @@ def _facts(settings: Mapping, defaults: Mapping, rows: Sequence[Mapping], run: M
         "questions": _public_names(settings["questions"]),
         "passages": f"{run['passages']:,}",
         "data": _data_lines(settings, run),
-        "pair": pair_sentence(last, settings["retrieval"]),
+        "pair": pair_sentence(last, settings["retrieval"], reranked=bool(settings.get("reranker"))),
+        "reranked": "yes" if settings.get("reranker") else "",
         "mode": settings["retrieval"],
         "few": few_questions(last["questions"]),
         "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
@@ -312,10 +313,11 @@ def _cell(summary: Mapping, metric: str) -> str:
     return f"{summary[metric]:.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
 
 
-def pair_sentence(summary: Mapping, mode: str) -> str:
+def pair_sentence(summary: Mapping, mode: str, *, reranked: bool = False) -> str:
     """What the pair finds with its own search, named as the pair's."""
+    search = f"{PAIR_SEARCHES[mode]}{' ordered again by its reranker,' if reranked else ''}"
     return (
-        f"The pair's {PAIR_SEARCHES[mode]} finds the passage with the answer first for {summary['recall@1']:.1f} % of "
+        f"The pair's {search} finds the passage with the answer first for {summary['recall@1']:.1f} % of "
         f"the questions, and among the first five for {summary['recall@5']:.1f} %."
     )
 

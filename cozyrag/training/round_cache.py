@@ -33,8 +33,8 @@ class Caches:
     """The tables of a run under OUTPUT/contexts and OUTPUT/feedback.
 
     Args:
-        at_start: gives retrieval as of the start of the round. A table that was lost during the retriever phase is made
-            again with it, so that it is the same.
+        at_start: gives retrieval as of the start of the round, with `reranked=True` its reranker too. A table that was
+            lost during a later phase is made again with it, so that it is the same.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Caches:
         *,
         corpus: Corpus,
         retrieval: Retrieval,
-        at_start: Callable[[], Retrieval],
+        at_start: Callable[..., Retrieval],
         log: RunLog,
     ):
         self.accelerator = accelerator
@@ -62,7 +62,7 @@ class Caches:
         path = self._contexts_path()
         if not self._whole(path):
             noise = self.settings.training.context_noise
-            contexts = self.at_start().contexts(
+            contexts = self.at_start(reranked=True).contexts(
                 self.corpus.questions, f"round {self.log.round}: retrieving", noise=noise
             )
             self._keep(contexts, path)

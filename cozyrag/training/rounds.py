@@ -75,7 +75,7 @@ class Rounds:
         self.calibration: Calibration | None = None  # of the certainty of answers, by the last evaluation
         self.log = RunLog(accelerator, self.folder, progress.metrics, steps=progress.steps_so_far, spent=progress.spent)
         self.log.round = progress.round
-        self.retrieval = self._search(retriever)
+        self.retrieval = self._search(retriever, reranker)
         self.caches = Caches(
             accelerator, settings, corpus=corpus, retrieval=self.retrieval, at_start=self._search_at_start, log=self.log
         )
@@ -118,27 +118,34 @@ class Rounds:
         for model, each in sizes.items():
             self.log.info(describe_cut(model, Cut(**cuts[model]), each))
 
-    def _search(self, retriever: Retriever) -> Retrieval:
+    def _search(self, retriever: Retriever, reranker: Reranker | None) -> Retrieval:
         return Retrieval(
             self.accelerator,
             self.settings,
             corpus=self.corpus,
             generator=self.generator,
             retriever=retriever,
-            reranker=self.reranker,
+            reranker=reranker,
             log=self.log,
         )
 
-    def _search_at_start(self) -> Retrieval:
-        """Retrieval as of the start of the round. In a resumed retriever phase, its retriever comes from the saved
-        pair."""
-        if not (self.progress.phase == "retriever" and self.progress.step):
+    def _search_at_start(self, *, reranked: bool = False) -> Retrieval:
+        """Retrieval as of the start of the round: models that have moved since come from the saved pair.
+
+        `reranked`: with the reranker of that time too; otherwise it does not matter.
+        """
+        phase, step = self.progress.phase, self.progress.step
+        moved = reranked and self.reranker is not None and (phase == "retriever" or (phase == "reranker" and step))
+        if not (moved or (phase == "retriever" and step)):
             return self.retrieval
         reads = self.settings.contexts.passage_tokens
         device = str(self.accelerator.device)
-        saved = Retriever.load(str(self.folder / "retriever"), max_tokens=reads, device=device)
-        saved.precision = self.retriever.precision
-        return self._search(saved)
+        retriever = Retriever.load(str(self.folder / "retriever"), max_tokens=reads, device=device)
+        retriever.precision = self.retriever.precision
+        reranker = Reranker.load(str(self.folder / "reranker"), device=device) if moved else self.reranker
+        if reranker is not None:
+            reranker.precision = self.retriever.precision
+        return self._search(retriever, reranker)
 
     def _callback(self, unit: str) -> RunCallback:
         return RunCallback(
