@@ -200,10 +200,10 @@ def test_questions_that_are_left_out_and_those_without_negatives_do_not_train():
 
 def test_the_gradients_do_not_depend_on_the_micro_batches(trained):
     rankings = [PAIRS[:2], PAIRS[1:], [("Who?", "stone"), ("Who?", "fox"), ("Who?", "river 3")]]
-    found = []
+    lengths, found = [sum(trained.count_tokens(each)) for each in rankings], []
     for cut in (Cut(), Cut(micro_batches=3), Cut(tokens=60)):
         trained.model.zero_grad()
-        loss = reranker_step(Accelerator(cpu=True), trained, rankings, cut=cut)["loss"]
+        loss = reranker_step(Accelerator(cpu=True), trained, rankings, lengths, cut=cut)["loss"]
         found.append((loss, [p.grad.clone() for p in trained.model.parameters() if p.grad is not None]))
     expected = ranking_loss(trained.logits([pair for each in rankings for pair in each]), [2, 2, 3]).item()
     assert found[0][0] == pytest.approx(expected, abs=1e-6)

@@ -19,8 +19,8 @@ from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.generator_phase import generator_cut, generator_step, train_generator
 from cozyrag.training.losses import contrastive_loss, feedback_loss, sentence_loss
 from cozyrag.training.micro_batches import Cut
-from cozyrag.training.retriever_phase import retriever_cut, retriever_step, train_retriever
-from cozyrag.training.trainer import PhaseCallback, first_cut
+from cozyrag.training.retriever_phase import retriever_step, train_retriever
+from cozyrag.training.trainer import PhaseCallback, encoder_cut, first_cut
 from cozyrag.training.training_pairs import TrainingPair, retriever_batch, step_sentences
 
 PENALTIES = {"repeat_penalty": 0.3, "repeat_ngram": 1, "keyword_penalty": 0.5, "short_penalty": 0.2}
@@ -389,7 +389,7 @@ def test_cuts_are_chosen_by_free_bytes_unless_settings_or_run_have_chosen(accele
     plenty = generator_cut(accelerator, generator, settings(), 64, free=1e9)
     scarce = generator_cut(accelerator, generator, settings(), 64, free=states + 2e6)
     assert plenty.tokens == 1200 < plenty.room and 1 < scarce.tokens == scarce.room < 200
-    few, many = (retriever_cut(accelerator, retriever, free=free) for free in (1e6, 1e9))
+    few, many = (encoder_cut(accelerator, retriever, free=free) for free in (1e6, 1e9))
     assert few.room is None and few.tokens < many.tokens
     callback = Reports()
     assert first_cut(settings(), callback, lambda: few) == few

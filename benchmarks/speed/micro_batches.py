@@ -28,8 +28,8 @@ from cozyrag.models.token_losses import TokenLosses
 from cozyrag.training.generator_phase import generator_cut, generator_step
 from cozyrag.training.losses import contrastive_loss
 from cozyrag.training.micro_batches import Cut
-from cozyrag.training.retriever_phase import retriever_cut, retriever_step
-from cozyrag.training.trainer import trainable
+from cozyrag.training.retriever_phase import retriever_step
+from cozyrag.training.trainer import encoder_cut, trainable
 from cozyrag.training.training_pairs import LossTerm, RetrieverBatch
 
 SHAPE = LlamaConfig(
@@ -56,7 +56,7 @@ def retriever_work(accelerator: Accelerator, wanted: str) -> tuple[torch.nn.Modu
     """The same for the retriever."""
     retriever = Retriever.load_embedded(max_tokens=192)
     retriever.model.eval()
-    cut = retriever_cut(accelerator, retriever) if wanted == "auto" else Cut(int(wanted))
+    cut = encoder_cut(accelerator, retriever) if wanted == "auto" else Cut(int(wanted))
     draw = random.Random(0)
     questions = ["what " + " ".join(draw.choices(WORDS, k=10)) for _ in range(64)]
     passages = [" ".join(draw.choices(WORDS, k=158)) for _ in range(128)]

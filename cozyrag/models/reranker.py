@@ -3,9 +3,8 @@
 Left out: which texts it reads and what its scores decide (retrieval/reranking.py), training (reranker_phase.py).
 """
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from cozyrag.models.int8_encoding import BF16, FLOAT32
 from cozyrag.models.loading import loading
 from cozyrag.models.retriever import MOST_TOKENS, embedded_path
 from cozyrag.runtime.fingerprints import weights_fingerprint
+from cozyrag.runtime.terminal import quiet_loggers
 
 OTHERWISE = "use --reranker embedded, which needs no network"
 HEADED = ("ForSequenceClassification", "ForCausalLM")
@@ -54,7 +54,7 @@ class Reranker:
     @classmethod
     def load_embedded(cls, *, device: str = "cpu") -> "Reranker":
         """The encoder of all-MiniLM-L6-v2 with a head of zeros."""
-        return cls.load(str(embedded_path()), device=device)
+        return cls.load(str(embedded_path("--reranker")), device=device)
 
     @property
     def is_trained(self) -> bool:
@@ -128,7 +128,7 @@ class Reranker:
 def _cross_encoder(name: str, device: str, token: str | None) -> CrossEncoder:
     config = AutoConfig.from_pretrained(name, token=token, trust_remote_code=False)
     has_head = any(each.endswith(HEADED) for each in config.architectures or ())
-    with _quietly():
+    with quiet_loggers("transformers", "sentence_transformers"):  # an encoder is converted, and its head is new
         model = CrossEncoder(
             name,
             device=device,
@@ -142,20 +142,6 @@ def _cross_encoder(name: str, device: str, token: str | None) -> CrossEncoder:
         for parameter in head.parameters():
             torch.nn.init.zeros_(parameter)
     return model
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the libraries' warnings that an encoder is converted and that its head is new, which is meant so."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _head(model: CrossEncoder) -> torch.nn.Linear | None:

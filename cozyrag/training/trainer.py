@@ -21,7 +21,10 @@ from transformers import get_scheduler
 
 from cozyrag.config import TrainingSettings
 from cozyrag.models.fsdp import joined, keep_state_whole
-from cozyrag.training.micro_batches import Cut, Load
+from cozyrag.models.reranker import Reranker
+from cozyrag.models.retriever import Retriever
+from cozyrag.runtime.hardware import room_for_training
+from cozyrag.training.micro_batches import Cut, Load, retriever_budget, token_bytes
 from cozyrag.training.step_order import phase_seed
 
 Rows: TypeAlias = Sequence[int] | np.ndarray  # of a step
@@ -125,6 +128,25 @@ def chosen_together(accelerator: Accelerator, cut: Cut) -> Cut:
     found = gather_object([(cut.tokens, cut.room)])
     tokens, rooms = ([each for each in column if each is not None] for column in zip(*found, strict=True))
     return replace(cut, tokens=min(tokens, default=None), room=min(rooms, default=None))
+
+
+def encoder_cut(accelerator: Accelerator, encoder: Retriever | Reranker, *, free: float | None = None) -> Cut:
+    """The micro-batches of a retriever or reranker phase, chosen from the free memory; the same on every process.
+
+    Args:
+        free: bytes available to this process for training; None: measured.
+    """
+    each = encoder_token_bytes(accelerator, encoder)
+    if each is None:
+        return Cut()
+    free = room_for_training(accelerator.device) if free is None else free
+    states = 3 * sum(weight.numel() * weight.element_size() for weight in trainable(encoder.model))
+    return chosen_together(accelerator, retriever_budget(each, free, states=states, device=accelerator.device.type))
+
+
+def encoder_token_bytes(accelerator: Accelerator, encoder: Retriever | Reranker) -> int | None:
+    """Estimated bytes of activations per token of a step; None for a model without layers."""
+    return None if encoder.config is None else token_bytes(encoder.config, precision=accelerator.mixed_precision)
 
 
 def run_phase(
