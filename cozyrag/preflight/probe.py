@@ -45,8 +45,10 @@ from cozyrag.training.run_retrieval import Retrieval, fusion_questions
 from cozyrag.training.trainer import PhaseCallback, StepReport, encoder_cut, encoder_token_bytes, trainable
 
 T = TypeVar("T")
-SECONDS = {"index": 4.0, "retrieve": 2.0, "evaluation": 4.0, "feedback": 3.0, "generator": 6.0, "retriever": 6.0}
-SECONDS |= {"rerank": 3.0, "reranker": 6.0}
+SECONDS = {
+    "index": 4.0, "retrieve": 2.0, "rerank": 3.0, "evaluation": 4.0, "feedback": 3.0, "generator": 6.0,
+    "retriever": 6.0, "reranker": 6.0,
+}  # fmt: skip
 PASSAGES = 100  # searched, at least
 SAMPLE = 512  # questions, at most
 STEPS = 1000  # of a phase, at most
