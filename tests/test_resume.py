@@ -389,7 +389,7 @@ def test_a_resumed_run_keeps_its_micro_batches_whatever_memory_is_free(
             train([*short_run, "--output_dir", str(out)])
     assert "generator: micro-batches of up to 1,200 tokens (about 0.0 GB of activations)" in capsys.readouterr().out
     monkeypatch.setattr("cozyrag.training.generator_phase.room_for_training", lambda device: 1.0)
-    monkeypatch.setattr("cozyrag.training.retriever_phase.room_for_training", lambda device: 1.0)
+    monkeypatch.setattr("cozyrag.training.trainer.room_for_training", lambda device: 1.0)
     train([*short_run, "--output_dir", str(out)])
     assert "generator: micro-batches of up to 1,200 tokens" in capsys.readouterr().out
     assert differences(undisturbed, left(out, rounds=1)) == []
