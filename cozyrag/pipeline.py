@@ -26,11 +26,11 @@ from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_evaluation import Evaluated, Evaluation, check_counts, questions_for
 from cozyrag.pair_file import PAIR_FILE, SavedPair, check_piece, models_of, pieces_of, read_pair, starts_text
-from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.passage_index import PassageIndex, check_fits
 from cozyrag.retrieval.reranking import Reranking
+from cozyrag.retrieval.words_on_disk import word_search
 from cozyrag.runtime.distributed import own_state
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.runtime.hub_retry import HUB_FAULTS, explain, patiently
@@ -125,8 +125,7 @@ class CozyRAG:
         self.generator, self.retriever, self.reranker, self.index = generator, retriever, reranker, index
         self.top_k, self.decoding, self.no_answer_threshold = top_k, decoding, no_answer_threshold
         self.calibration, self.min_certainty = calibration, min_certainty
-        lexical = None if mode == "dense" else LexicalIndex(index.passages.to_read(), stemmer=stemmer)
-        words = SentenceWords(index.passages.titles, index.passages.sentences(), stemmer=stemmer)
+        lexical, words = word_search(index, mode=mode, stemmer=stemmer)
         self.searcher = Searcher(
             index,
             lexical,

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import psutil
 import pytest
@@ -17,6 +18,8 @@ import tiny
 from cozyrag import cli
 from cozyrag.errors import InputError
 from cozyrag.models.retriever import Retriever
+from cozyrag.pipeline import CozyRAG
+from cozyrag.retrieval import words_on_disk
 from cozyrag.retrieval.faiss_index import open_vectors
 from cozyrag.retrieval.index_file import made_by
 from cozyrag.retrieval.passage_index import PassageIndex
@@ -185,7 +188,8 @@ def test_resumes_after_a_shard_and_keeps_the_old_index_until_then(tmp_path, retr
     np.testing.assert_allclose(resumed, fresh, atol=1e-5)
 
 
-def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, capsys):
+def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     passages = tiny.write_jsonl(tmp_path / "p.jsonl", rows(200))
     run(passages, tmp_path / "index", retriever_path, "--index_memory", "20KB")  # flat: 200 * 32 * 4 = 25,600 bytes
     assert json.loads((tmp_path / "index" / "index.json").read_text())["factory"] == "SQ8"
@@ -200,6 +204,27 @@ def test_a_memory_budget_chooses_a_quantised_index(tmp_path, retriever_path, cap
         run(passages, tmp_path / "index", retriever_path, "--index_memory", "1KB")
     made.save(tmp_path / "index")  # onto the file that its vectors are read from
     assert loaded(tmp_path / "index", retriever_path).factory == "SQ8"
+
+
+def test_the_words_of_an_index_that_saves_memory_are_made_with_it(
+    tmp_path, retriever_path, generator_path, corpus_files, monkeypatch
+):
+    """So it opens in seconds, in a run, too."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run(corpus_files["passages"], tmp_path / "flat", retriever_path)
+    assert not (tmp_path / "cache" / "cozyrag").exists()
+    run(corpus_files["passages"], tmp_path / "index", retriever_path, "--index_memory", "2KB", "--stemmer", "german")
+    assert made_by(tmp_path / "index") and list((tmp_path / "cache" / "cozyrag").glob("*-german-*.words"))
+    monkeypatch.setattr(words_on_disk, "_make", lambda *_: pytest.fail("made again"))
+    settings = {
+        "generator": generator_path,
+        "retriever": retriever_path,
+        "index": tmp_path / "index",
+        "output_dir": tmp_path / "out",
+    }
+    given = [f"--{name}={value}" for name, value in (corpus_files | settings).items()]
+    train([*given, *"--stemmer german --rounds 1 --generator_steps 1 --retriever_steps 0 --threads 1".split()])
+    assert CozyRAG.from_pretrained(tmp_path / "out").answer("What colour is the fox 3?").passages
 
 
 def test_a_run_reuses_the_vectors_of_the_same_retriever(

@@ -6,7 +6,7 @@ After a change of the passages, only new and changed ones are encoded, if the re
 
 --index_memory 400MB (or 8GB) selects the index: Flat (exact) if it fits, else SQ8 (a quarter of it),
 from 100,000 passages on lists of short codes (about a 25th, and faster), else the vectors stay on
-disk (exact and slow).
+disk (exact and slow). Beside all but Flat, texts and their words stay on the disk, too (--stemmer).
 --index_precision: auto is bf16 if the machine supports it, else float32; int8 is about 1.6 times as
 fast on a CPU, with cosines that differ by about 0.005, and needs pip install "cozyrag[int8]".
 --no_sentence_vectors saves about 4 KB per passage: hybrid search then compares whole passages, and
@@ -30,6 +30,7 @@ from typing import get_args
 from cozyrag.commands.options import add_columns, add_delimiter, at_least
 from cozyrag.config import DEFAULTS, KINDS
 from cozyrag.config_checks import EMBEDDED
+from cozyrag.data.matching import STEMMERS
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--index_memory", type=bytes_of, metavar="SIZE", help="memory limit of the index (default: no limit, exact)")
     help = "tokens of a passage that are encoded, as for train.py"
     add("--passage_tokens", type=at_least(8), default=DEFAULTS["passage_tokens"], metavar="N", help=help)
+    help = "of the words that are kept on the disk, as for train.py"
+    add("--stemmer", choices=STEMMERS, default=DEFAULTS["stemmer"], metavar="LANGUAGE", help=help)
     help = "passages per batch"
     add("--encode_batch_size", type=at_least(1), default=DEFAULTS["encode_batch_size"], metavar="N", help=help)
     precisions, default = get_args(KINDS["index_precision"]), DEFAULTS["index_precision"]

@@ -32,6 +32,7 @@ from cozyrag.retrieval.faiss_index import SENTENCE_VECTORS, memory_of, open_vect
 from cozyrag.retrieval.index_file import FILES, LISTS, made_by
 from cozyrag.retrieval.passage_index import Passages, write_index
 from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors, store_passages, write_vectors
+from cozyrag.retrieval.words_on_disk import prepare_words
 from cozyrag.runtime.atomic_files import PARTIAL, flush, writing
 from cozyrag.runtime.distributed import main_decides
 from cozyrag.runtime.folder_lock import LOCK
@@ -72,6 +73,7 @@ def _index(
     if accelerator.is_main_process:
         speed = f", {len(rows) / seconds:.1f} per second" if len(rows) else ""
         say(one_line(_finish(work, hashes, options.index_memory)))
+        prepare_words(work.folder, options.stemmer)
         say(f"{len(rows):,} passages encoded{speed}; {time.perf_counter() - started:.0f} s in total.")
     accelerator.wait_for_everyone()
 

@@ -1,13 +1,14 @@
 """Sparse search: BM25 over titles and texts, and the rare words that a question shares with single sentences.
 
 It finds the rare words and names that dense vectors blur. Left out: fusion with dense search (hybrid.py), and saving:
-the index is rebuilt from the passages in seconds.
+the index is rebuilt from the passages in seconds. Corpora for which that takes too long or too much memory have their
+words on the disk (words_on_disk.py).
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import bm25s
 import numpy as np
@@ -18,6 +19,16 @@ from cozyrag.data.matching import search_words
 from cozyrag.data.sentences import places_of
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG, which shows once the root logger has a handler
+
+K1, B = 1.5, 0.75  # saturation of repeated words, and how much the length of a text counts
+
+
+def stemmed_words(stemmer: str) -> Callable[[str], list[str]]:
+    """The function that splits a text into its words as `LexicalIndex` does, for one text at a time."""
+    if stemmer == "none":
+        return search_words
+    stem = lru_cache(1 << 17)(Stemmer.Stemmer(stemmer).stemWord)
+    return lambda text: [stem(word) for word in search_words(text)]
 
 
 def _tokenizer(stemmer: str) -> Callable:
@@ -33,7 +44,7 @@ def _tokenizer(stemmer: str) -> Callable:
 
 
 class LexicalIndex:
-    """BM25 (Robertson & Zaragoza 2009; Lucene's variant, k1 = 1.5, b = 0.75) over texts; scores are never negative.
+    """BM25 (Robertson & Zaragoza 2009; Lucene's variant) over texts; scores are never negative.
 
     Args:
         stemmer: Snowball stemmer of a language (one of STEMMERS), or "none".
@@ -41,7 +52,7 @@ class LexicalIndex:
 
     def __init__(self, texts: Sequence[str], *, stemmer: str = "none"):
         self._tokenize = _tokenizer(stemmer)
-        self._bm25 = bm25s.BM25(method="lucene")
+        self._bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
         found = self._tokenize(list(texts))
         # bm25s needs one word: without any, all texts get "", which no question has.
         self._bm25.index(found if found.vocab else ([[0]] * len(texts), {"": 0}), show_progress=False)

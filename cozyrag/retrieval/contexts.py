@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -19,6 +20,7 @@ from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.hybrid import SEARCHES, Found
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
+from cozyrag.retrieval.words_on_disk import WordsOnDisk
 
 FILTERS = ("sparse", "dense", "hybrid")
 SentenceSource = Callable[[Sequence[int]], list[np.ndarray]]  # rows of passages to (n_sentences, dim) each
@@ -28,7 +30,10 @@ RANKS = 3  # passages from this rank on (from 0) cost the same: the search is mo
 # answers are kept at 128 tokens.
 RANK_COST = 0.6
 NEGATIVE_RANKS = slice(3, SEARCH_DEPTH)  # ranks 4 to 60: nearer passages are too often unmarked positives
+REMEMBERED = 50_000  # passages whose sentences stay in memory, some 3 KB each
 Chosen = tuple[int, int, str]  # rank of the passage, number of the sentence in it, both from 0, and the sentence
+Split = tuple[list[str], list[int]]  # the sentences of a passage, and their lengths in tokens
+Kept = TypeVar("Kept")
 CONTEXT_FEATURES = Features(
     {
         "id": Value("string"),
@@ -62,6 +67,14 @@ def sentence_source(index: PassageIndex, retriever: Retriever) -> SentenceSource
     return encode
 
 
+def _remember(kept: dict[int, Kept], new: dict[int, Kept]) -> dict[int, Kept]:
+    """Put these among those that are kept, which are forgotten when they are too many; returns the new ones."""
+    if len(kept) > REMEMBERED:
+        kept.clear()
+    kept.update(new)
+    return new
+
+
 def _share_of(name: str) -> float:
     """A number from 0 to 1 that depends on the name alone, so that processes and resumed runs draw the same."""
     return zlib.crc32(name.encode()) / 2**32
@@ -84,7 +97,7 @@ def _standardized(values: np.ndarray) -> np.ndarray:
 class ContextBuilder:
     """Chooses from the passages found: sentences for the context, a positive and hard negatives for the retriever.
 
-    Threads can share it: its settings never change, and its caches only grow.
+    Threads can share it: its settings never change, and what its caches lose is made again.
 
     Args:
         passages: the columns of the passages table.
@@ -105,9 +118,9 @@ class ContextBuilder:
     hard_negatives: int = 0
     score_by: str = "sparse"
     sentence_vectors: SentenceSource | None = None
-    words: SentenceWords | None = None
+    words: SentenceWords | WordsOnDisk | None = None
     _forms: dict[int, str] = field(default_factory=dict)
-    _sentences: dict[int, tuple[list[str], list[int]]] = field(default_factory=dict)
+    _sentences: dict[int, Split] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.score_by not in FILTERS:
@@ -121,14 +134,15 @@ class ContextBuilder:
         return {passage_id: row for row, passage_id in enumerate(self.passages.ids)}
 
     @cached_property
-    def _sentence_words(self) -> SentenceWords:
+    def _sentence_words(self) -> SentenceWords | WordsOnDisk:
         return self.words or SentenceWords(self.passages.titles, self.passages.sentences())
 
     def holds_answer(self, row: int, answers: Sequence[str]) -> bool:
         """Whether the passage of that row contains one of the answers as whole words."""
-        if row not in self._forms:
-            self._forms[row] = matching_form(self.passages.texts[row])
-        return contains_answer(self._forms[row], answers)
+        form = self._forms.get(row)
+        if form is None:
+            form = _remember(self._forms, {row: matching_form(self.passages.texts[row])})[row]
+        return contains_answer(form, answers)
 
     def contexts(
         self, questions: Sequence[str], found: Sequence[Sequence[int]], vectors: np.ndarray | None = None
@@ -154,31 +168,34 @@ class ContextBuilder:
         """
         competing = [rows[: self.top_k if top_k is None else top_k] for rows in found]
         rows = sorted({row for each in competing for row in each})
-        self._read(rows)
+        read = self._read(rows)
         if self.score_by == "sparse":
-            return [self._choose(question, each) for question, each in zip(questions, competing, strict=True)]
+            return [self._choose(question, each, read) for question, each in zip(questions, competing, strict=True)]
         if self.sentence_vectors is None or vectors is None:
             raise ValueError(f"expected vectors of sentences and questions for the {self.score_by} filter, found none")
         sentences = dict(zip(rows, self.sentence_vectors(rows) if rows else [], strict=True))
         return [
-            self._choose(question, each, [_cosines(sentences[row], vector) for row in each])
+            self._choose(question, each, read, [_cosines(sentences[row], vector) for row in each])
             for question, each, vector in zip(questions, competing, vectors, strict=True)
         ]
 
-    def _choose(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray] = ()) -> list[Chosen]:
+    def _choose(
+        self, question: str, rows: Sequence[int], read: dict[int, Split], cosines: Sequence[np.ndarray] = ()
+    ) -> list[Chosen]:
         """The best-scored sentences of these passages, in original order, within the budget.
 
         Earlier passages win ties. Each passage brings its title along.
 
         Args:
-            cosines: of the sentences of each passage with the question; NaN beyond the retriever's maximum length.
+            read: the sentences of these passages. cosines: of the sentences of each passage with the question; NaN
+                beyond the retriever's maximum length.
         """
         choices = [
             (rank, number, sentence, tokens)
             for rank, row in enumerate(rows)
-            for number, (sentence, tokens) in enumerate(zip(*self._sentences[row], strict=True))
+            for number, (sentence, tokens) in enumerate(zip(*read[row], strict=True))
         ]
-        scores = self._scores(question, rows, cosines)
+        scores = self._scores(question, rows, [len(read[row][0]) for row in rows], cosines)
         kept: list[Chosen] = []
         room, titled = self.budget, set()
         for _, (rank, number, sentence, length) in sorted(zip((-scores).tolist(), choices, strict=True)):
@@ -189,11 +206,15 @@ class ContextBuilder:
                 room -= cost
         return sorted(kept)
 
-    def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
-        """The score of each sentence in standard deviations, less `RANK_COST` per rank of its passage up to `RANKS`."""
+    def _scores(
+        self, question: str, rows: Sequence[int], counts: Sequence[int], cosines: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """The score of each sentence in standard deviations, less `RANK_COST` per rank of its passage up to `RANKS`.
+
+        `counts`: the number of sentences of each passage.
+        """
         if not rows:
             return np.zeros(0)
-        counts = [len(self._sentences[row][0]) for row in rows]
         scores = -RANK_COST * np.repeat(np.minimum(np.arange(len(rows)), RANKS), counts)
         if self.score_by != "sparse":
             scores = scores + _standardized(np.concatenate(cosines))
@@ -210,14 +231,15 @@ class ContextBuilder:
             parts.append(f"{title}: {text}" if title else text)
         return "\n".join(parts)
 
-    def _read(self, rows: Sequence[int]) -> None:
+    def _read(self, rows: Sequence[int]) -> dict[int, Split]:
         """Split passages into sentences and count their tokens, all at once: one call of a tokenizer is slow."""
-        new = [row for row in rows if row not in self._sentences]
+        held = {row: kept for row in rows if (kept := self._sentences.get(row)) is not None}
+        new = [row for row in rows if row not in held]
         split = [split_sentences(self.passages.texts[row]) for row in new]
         texts = [f" {sentence}" for sentences in split for sentence in sentences]
         counts = iter(self.count_tokens(texts) if texts else [])
-        for row, sentences in zip(new, split, strict=True):
-            self._sentences[row] = (sentences, list(islice(counts, len(sentences))))
+        made = ((sentences, list(islice(counts, len(sentences)))) for sentences in split)
+        return held | _remember(self._sentences, dict(zip(new, made, strict=True)))
 
     def _title_tokens(self, row: int) -> int:
         title = self.passages.titles[row]

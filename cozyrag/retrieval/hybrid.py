@@ -17,6 +17,7 @@ from cozyrag.retrieval.faiss_index import best
 from cozyrag.retrieval.fitting import fit_points, recall_of
 from cozyrag.retrieval.passage_index import PassageIndex
 from cozyrag.retrieval.reranking import NATS, Reranking
+from cozyrag.retrieval.words_on_disk import WordsOnDisk
 
 MODES = ("dense", "bm25", "hybrid")
 # names of results; sparse is mode bm25
@@ -78,10 +79,10 @@ class Searcher:
     """
 
     index: PassageIndex
-    lexical: LexicalIndex | None
+    lexical: LexicalIndex | WordsOnDisk | None
     encode: Callable[[Sequence[str]], np.ndarray]
     mode: str
-    words: SentenceWords | None = None
+    words: SentenceWords | WordsOnDisk | None = None
     weights: Weights | None = None
     reranking: Reranking | None = None
 
@@ -97,7 +98,7 @@ class Searcher:
         return self.weights or Weights.default(self._words is not None)
 
     @property
-    def _words(self) -> SentenceWords | None:
+    def _words(self) -> SentenceWords | WordsOnDisk | None:
         return self.words if self.index.sentences is not None else None
 
     def search(self, questions: Sequence[str], k: int) -> Found:
@@ -179,7 +180,9 @@ class Searcher:
         fitted, facts = reranking.fitted(questions, first.scores, first.rows, relevant, mode=self.mode)
         return replace(self, reranking=fitted), facts
 
-    def _pool(self, lexical: LexicalIndex, questions: Sequence[str], vectors: np.ndarray, depth: int) -> "_Pool":
+    def _pool(
+        self, lexical: LexicalIndex | WordsOnDisk, questions: Sequence[str], vectors: np.ndarray, depth: int
+    ) -> "_Pool":
         """For each question the union of the best rows of both searches, with the scores of each row."""
         _, dense_rows = self.index.search(vectors, depth)
         _, lexical_rows = lexical.search(questions, depth)
@@ -189,7 +192,9 @@ class Searcher:
             candidates.append((rows, self._points(lexical, words, vector, rows)))
         return _Pool(candidates, dense_rows, lexical_rows)
 
-    def _points(self, lexical: LexicalIndex, words: list[str], vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _points(
+        self, lexical: LexicalIndex | WordsOnDisk, words: list[str], vector: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
         """(n_rows, 3): BM25, cosine, shared rarity; the last two of the best sentence if sentences are known."""
         cosines, shared = self.index.vectors[rows] @ vector, np.zeros(len(rows), dtype=np.float32)
         kept = self.index.sentences

@@ -6,6 +6,7 @@ fail. Left out: encoding (retriever.py), index.json (index_file.py), and the use
 
 import hashlib
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,8 +44,19 @@ from cozyrag.retrieval.faiss_index import (
     stretches,
     tune,
 )
-from cozyrag.retrieval.index_file import COPY_AGAIN, LISTS, checked_facts, hashed, keeps_sentences, write_facts
+from cozyrag.retrieval.index_file import (
+    CONTENTS,
+    COPY_AGAIN,
+    FILES,
+    LISTS,
+    checked_facts,
+    hashed,
+    keeps_sentences,
+    made_by,
+    write_facts,
+)
 from cozyrag.runtime.atomic_files import flush, save_tensors
+from cozyrag.runtime.contents import HASH
 from cozyrag.runtime.machine_faults import fault_sentence, is_environment
 from cozyrag.runtime.terminal import one_line
 
@@ -145,6 +157,8 @@ class PassageIndex:
             vectors themselves.
         precision: in which the retriever encoded the passages, "float32" or "int8".
         lists, tuned: contents and search parameters of an index with lists; None: they are computed.
+        source, cache: the folder whose files are mapped, and the beginning of the path of what is made of its passages
+            on the disk; None: all is in memory.
     """
 
     def __init__(
@@ -158,11 +172,13 @@ class PassageIndex:
         precision: str = FLOAT32,
         lists: Lists | None = None,
         tuned: Tuned | None = None,
+        source: Path | None = None,
+        cache: Path | None = None,
     ):
         if len(table) != len(vectors):  # datasets would attach a wrong number of vectors without an error
             raise ValueError(f"expected one vector for each of {len(table)} passages, found {len(vectors)}")
         self.passages = Passages.of(table, mapped=factory != "Flat")
-        self.vectors, self.sentences = vectors, sentences
+        self.vectors, self.sentences, self.source, self.cache = vectors, sentences, source, cache
         self.fingerprint, self.factory, self.precision = fingerprint, factory, precision
         self.lists = lists or Lists.of(vectors, factory)
         self._index = self.lists.faiss() if self.lists else build_faiss(vectors, factory)
@@ -206,9 +222,12 @@ class PassageIndex:
         return self._table.search_batch(COLUMN, queries, tuned.candidates(k, len(self)), params=params)
 
     def save(self, folder: str | Path) -> None:
-        """Write passages, vectors, FAISS file and index.json."""
+        """Write passages, vectors, FAISS file and index.json. What is mapped from files is copied with them, so that it
+        never is in memory as a whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.source is not None and made_by(self.source) == self.fingerprint:
+            return _copy(self.source, folder)
         columns = (self.passages.ids, self.passages.titles, self.passages.texts)
         table = Dataset.from_dict({name: list(column) for name, column in zip(FIELDS, columns, strict=True)})
         if self.passages.metadata is not None:
@@ -249,8 +268,12 @@ class PassageIndex:
         folder = Path(folder)
         facts = checked_facts(folder, fingerprint)
         factory = facts.get("factory", "Flat")
+        cache = None
         try:
-            table = _mapped(folder / PASSAGES) if factory != "Flat" else _in_memory(folder / PASSAGES)
+            if factory == "Flat":
+                table = _in_memory(folder / PASSAGES)
+            else:
+                table, cache = mapped_passages(folder, facts)
             tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
             vectors = tensors[COLUMN]
             _check_tensors(tensors, len(table), facts, evident=hashed(folder))
@@ -277,7 +300,7 @@ class PassageIndex:
                 f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(vectors)}: the "
                 f"files belong to different indexes, so wrong passages would be found. {COPY_AGAIN}"
             )
-        if expected is not None and Passages.of(table) != expected:
+        if expected is not None and Passages.of(table, mapped=cache is not None) != expected:
             raise InputError(
                 f"Expected the index in {folder} to hold the {len(expected.ids)} passages that are searched, found "
                 f"{len(table)} passages that differ from them. Run `cozyrag index` again with that passage file: only "
@@ -292,7 +315,20 @@ class PassageIndex:
             precision=facts.get("precision", FLOAT32),
             lists=lists,
             tuned=tuned,
+            source=folder if cache else None,
+            cache=cache,
         )
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copy the files of an index, index.json last; a file that is mapped stays readable."""
+    if source.resolve() == folder.resolve():
+        return
+    (folder / LISTS).unlink(missing_ok=True)
+    for name in (LISTS, *FILES):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / f"{name}.new")
+            os.replace(folder / f"{name}.new", folder / name)
 
 
 def _in_memory(path: Path) -> Dataset:
@@ -338,12 +374,23 @@ def _is_text(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
-def _mapped(path: Path) -> Dataset:
-    """The same, memory-mapped from an Arrow file in the cache of `datasets`, or, if that is read-only, a temporary
-    one."""
+def mapped_passages(folder: Path, facts: dict) -> tuple[Dataset, Path]:
+    """The passages of an index, memory-mapped, and the beginning of the path of what is made of them on the disk.
+
+    That is in the cache of `datasets`, the same for copies of an index: it names the hash of the file, or its place,
+    size and time if index.json (`facts`) is of a version without hashes. Raises as reading the Parquet file does.
+    """
+    path = folder / PASSAGES
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:32]
-    kept = Path(datasets.config.HF_DATASETS_CACHE) / "cozyrag" / f"{key}.arrow"
+    known = facts.get(CONTENTS, {}).get(PASSAGES, {}).get(HASH)
+    key = known or f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "cozyrag" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    return _mapped(path, cache), cache
+
+
+def _mapped(path: Path, cache: Path) -> Dataset:
+    """The same, memory-mapped from an Arrow file in the cache, or, if that is read-only, a temporary one."""
+    kept = cache.with_name(f"{cache.name}.arrow")
     if kept.exists():
         with suppress(pyarrow.ArrowException, OSError):  # damaged: made again
             return Dataset.from_file(str(kept))

@@ -22,12 +22,13 @@ from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
-from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
+from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.index_file import made_by
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.retrieval.reranking import Reranking
+from cozyrag.retrieval.words_on_disk import WordSearch, WordsOnDisk, word_search
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.run_log import RunLog
 
@@ -155,10 +156,10 @@ class Retrieval:
         reranker = self.reranker.fingerprint() if self.reranker is not None else ""
         kept = self._snapshot
         if kept is None or kept.fingerprint != fingerprint:
-            index = self.index()
-            builder, lexical = self._builder(index), self._lexical()
-            mode = self.settings.contexts.retrieval
-            searcher = Searcher(index, lexical, encode=self.encode_questions, mode=mode, words=builder.words)
+            index, mode = self.index(), self.settings.contexts.retrieval
+            lexical, words = self._word_search(index)
+            builder = self._builder(index, words)
+            searcher = Searcher(index, lexical, encode=self.encode_questions, mode=mode, words=words)
             if mode == "hybrid":
                 searcher = self._with_fitted_weights(searcher, builder, fingerprint)
             kept = Snapshot(fingerprint, "", index, searcher, builder)
@@ -167,33 +168,29 @@ class Retrieval:
         self._snapshot = kept
         return kept
 
-    def _builder(self, index: PassageIndex) -> ContextBuilder:
-        """A context builder over this index. Training changes no words, so those of the sentences are computed once."""
+    def _word_search(self, index: PassageIndex) -> WordSearch:
+        """Search by words, made once: training changes no words."""
+        if self._snapshot is not None:
+            return self._snapshot.searcher.lexical, self._snapshot.searcher.words
+        with self.log.timed("index", self.log.round):
+            contexts = self.settings.contexts
+            return word_search(index, mode=contexts.retrieval, stemmer=contexts.stemmer)
+
+    def _builder(self, index: PassageIndex, words: SentenceWords | WordsOnDisk | None) -> ContextBuilder:
+        """A context builder over this index."""
         source = sentence_source(index, self.retriever)
         if self._snapshot is not None:
             return replace(self._snapshot.builder, sentence_vectors=source)
-        with self.log.timed("index", self.log.round):
-            stemmer = self.settings.contexts.stemmer
-            words = SentenceWords(self.passages.titles, self.passages.sentences(), stemmer=stemmer)
-            return ContextBuilder(
-                self.passages,
-                self.generator.count_tokens,
-                top_k=self.settings.contexts.top_k,
-                budget=self.settings.contexts.context_tokens,
-                hard_negatives=self.settings.training.hard_negatives,
-                score_by=self.context_filter,
-                sentence_vectors=source,
-                words=words,
-            )
-
-    def _lexical(self) -> LexicalIndex | None:
-        """BM25 over the passages, computed once, or None for dense search."""
-        if self._snapshot is not None:
-            return self._snapshot.searcher.lexical
-        if self.settings.contexts.retrieval == "dense":
-            return None
-        with self.log.timed("index", self.log.round):
-            return LexicalIndex(self.passages.to_read(), stemmer=self.settings.contexts.stemmer)
+        return ContextBuilder(
+            self.passages,
+            self.generator.count_tokens,
+            top_k=self.settings.contexts.top_k,
+            budget=self.settings.contexts.context_tokens,
+            hard_negatives=self.settings.training.hard_negatives,
+            score_by=self.context_filter,
+            sentence_vectors=source,
+            words=words,
+        )
 
     def description(self) -> dict:
         """How the pair searches, for cozyrag.json."""

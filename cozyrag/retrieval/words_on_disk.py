@@ -1,0 +1,341 @@
+"""Sparse search from the disk, for corpora whose tables of words (bm25.py) do not fit into memory.
+
+An inverted file (Tantivy) proposes passages. Their texts, read again, decide: BM25 and the words shared with sentences
+have the formulas of bm25.py. The files are memory-mapped, so the processes of a machine share them. They are made once
+for a corpus, beside its Arrow file in the cache of `datasets`; a corpus of which most passages were there before takes
+over their entries. Left out: tables in memory (bm25.py), fusion with dense search (hybrid.py).
+"""
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import cast
+
+import numpy as np
+import tantivy
+from filelock import FileLock
+from tqdm import tqdm
+
+from cozyrag.data.deduplication import repeats, text_hash
+from cozyrag.data.sentences import split_sentences
+from cozyrag.errors import InputError
+from cozyrag.retrieval.bm25 import K1, B, LexicalIndex, SentenceWords, stemmed_words
+from cozyrag.retrieval.faiss_index import SPARE, best, open_vectors
+from cozyrag.retrieval.index_file import read_facts
+from cozyrag.retrieval.passage_index import PART, PassageIndex, Passages, mapped_passages, passage_text
+from cozyrag.runtime.atomic_files import flush, replacing, save_tensors, write_json
+from cozyrag.runtime.contents import read_object
+
+VERSION = 1  # increase with every change of the words of a text, or of the files
+FACTS, ROWS, INVERTED = "words.json", "rows.safetensors", "inverted"
+HEAP = 128_000_000  # bytes that Tantivy fills before it writes a segment
+BYTES = 300  # on the disk for each passage, at most: measured are some 200
+KEPT = 2048  # passages whose words stay in memory, some 10 KB each
+WORTHWHILE = 0.5  # share of the passages that an earlier corpus must have to be taken over
+
+
+@dataclass(frozen=True)
+class PassageWords:
+    """The words of a passage: how often each occurs, how many there are, and those of each sentence."""
+
+    counts: Counter[str]
+    length: int
+    sentences: list[frozenset[str]]
+
+
+class WordsOnDisk:
+    """What `LexicalIndex` and `SentenceWords` do together, with a memory that does not grow with the passages.
+
+    Scores differ from theirs by rounding only, except in scripts without spaces, where pairs of characters end with
+    their sentence, and where passages repeat, which count once. After passages were removed, words count as a little
+    less rare until Tantivy merges its segments.
+
+    Args:
+        place: a folder that `opened` made for these passages.
+    """
+
+    nbytes = 0  # in memory
+    _beside: TemporaryDirectory | None = None
+
+    def __init__(self, place: Path, passages: Passages, *, stemmer: str):
+        self.passages, self._count = passages, len(passages.ids)
+        self._words = stemmed_words(stemmer)
+        self._inverted = tantivy.Index.open(str(place / INVERTED))
+        self._found = self._inverted.searcher()
+        self._hashes, self._rows = (open_vectors(place / ROWS, name) for name in ("hashes", "rows"))
+        self._mean_length = read_object(place / FACTS, "")["mean_length"]
+        self.read = lru_cache(KEPT)(self._read)
+        self._holders = lru_cache(1 << 16)(lambda word: self._found.doc_freq("words", word))
+
+    @classmethod
+    def opened(cls, cache: Path, passages: Passages, *, stemmer: str) -> "WordsOnDisk":
+        """The words of these passages, made if they are not there; other processes wait meanwhile.
+
+        Args:
+            cache: the beginning of the path, which names the content of the passages.
+
+        Raises:
+            InputError: the disk is full, or may not be written.
+        """
+        place = cache.with_name(f"{cache.name}-{stemmer}-{VERSION}.words")
+        if found := cls._complete(place, passages, stemmer):
+            return found
+        if not _may_write(place.parent):
+            beside = TemporaryDirectory(ignore_cleanup_errors=True)
+            made = cls.opened(Path(beside.name) / cache.name, passages, stemmer=stemmer)
+            made._beside = beside  # removed with this object
+            return made
+        with FileLock(place.with_suffix(".lock")):
+            if found := cls._complete(place, passages, stemmer):
+                return found
+            _make(place, passages, stemmer)
+        return cls(place, passages, stemmer=stemmer)
+
+    @classmethod
+    def _complete(cls, place: Path, passages: Passages, stemmer: str) -> "WordsOnDisk | None":
+        """What is in a folder; None if nothing is, or if it is damaged."""
+        if (place / FACTS).exists():
+            with suppress(ValueError, OSError, KeyError, InputError):
+                return cls(place, passages, stemmer=stemmer)
+        return None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (n, k) float32, descending, and rows (n, k) int64 of the k best passages; ties are sorted by row.
+
+        Tantivy's own scores (k1 = 1.2, lengths rounded) only choose the k + `SPARE` passages that are scored.
+        """
+        k = min(k, len(self))
+        found = [self._search(words, k) for words in self.split(questions)]
+        shape = (len(found), k)
+        return (
+            np.array([scores for scores, _ in found], np.float32).reshape(shape),
+            np.array([rows for _, rows in found], np.int64).reshape(shape),
+        )
+
+    def _search(self, words: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (k,) and rows (k,) for one question; passages without any of its words fill up the places."""
+        terms = [self._term(word, times) for word, times in sorted(Counter(words).items())]
+        query = tantivy.Query.boolean_query([(tantivy.Occur.Should, term) for term in terms])
+        hits = self._found.search(query, limit=min(len(self), k + SPARE), count=False).hits if terms else []
+        hashes = np.array(self._found.fast_field_values("hash", [at for _, at in hits]), np.uint64)
+        rows = self._rows_of(hashes)
+        if len(rows) < k:
+            rows = np.concatenate([rows, np.setdiff1d(np.arange(k + len(rows)), rows)[: k - len(rows)]])
+        return best(self.scores_at(words, rows), rows, k)
+
+    def _term(self, word: str, times: int) -> tantivy.Query:
+        term = tantivy.Query.term_query(self._inverted.schema, "words", word, "freq")
+        return tantivy.Query.boost_query(term, float(times)) if times > 1 else term
+
+    def _rows_of(self, hashes: np.ndarray) -> np.ndarray:
+        """The rows of the passages with these hashes; equal passages have one."""
+        starts, ends = (np.searchsorted(self._hashes, hashes, side=side) for side in ("left", "right"))
+        return np.concatenate([np.zeros(0, np.int64), *(self._rows[a:b] for a, b in zip(starts, ends, strict=True))])
+
+    def split(self, questions: Sequence[str]) -> list[list[str]]:
+        """The words of each question, as `scores_at` and `shared` take them."""
+        return [self._words(question) for question in questions]
+
+    def scores_at(self, words: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        """BM25 scores (n_rows,) float32 of one question, given as its words, for chosen rows only."""
+        asked = {word: times * self._weight(word) for word, times in sorted(Counter(words).items())}
+        return np.array([self._score(asked, self.read(row)) for row in np.asarray(rows).tolist()], np.float32)
+
+    def _weight(self, word: str) -> float:
+        """The inverse document frequency of a word as Lucene counts it."""
+        holders = self._holders(word)
+        return math.log1p((len(self) - holders + 0.5) / (holders + 0.5))
+
+    def _score(self, asked: dict[str, float], held: PassageWords) -> float:
+        saturation = K1 * (1 - B + B * held.length / self._mean_length)
+        return sum(
+            weight * held.counts[word] / (held.counts[word] + saturation)
+            for word, weight in asked.items()
+            if word in held.counts
+        )
+
+    def rarity_of(self, word: str) -> float:
+        """The rarity of one word; 0 if no passage has it."""
+        return math.fsum(map(self._rarity, self._words(word)))
+
+    def _rarity(self, word: str) -> float:
+        holders = self._holders(word)
+        return math.log1p(len(self) / holders) if holders else 0.0
+
+    def shared(self, words: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The summed rarity of these words in each sentence of some passages, and (n_rows,) the sentences of each."""
+        own = [self._overlaps(words, row) for row in np.asarray(rows).tolist()]
+        return np.concatenate([np.zeros(0, np.float32), *own]), np.array([len(each) for each in own], np.int64)
+
+    def overlaps(self, question: str, rows: Sequence[int]) -> list[np.ndarray]:
+        """For each of these passages (n_sentences,) float32: the summed rarity of words shared with the question."""
+        words = self._words(question)
+        return [self._overlaps(words, int(row)) for row in rows]
+
+    def _overlaps(self, words: Sequence[str], row: int) -> np.ndarray:
+        rarity = {word: self._rarity(word) for word in sorted(set(words))}
+        sums = (math.fsum(rarity[word] for word in rarity if word in held) for held in self.read(row).sentences)
+        return np.fromiter(sums, np.float32)
+
+    def _read(self, row: int) -> PassageWords:
+        title, *sentences = _parts(self._words, self.passages.titles[row], self.passages.texts[row])
+        counts = Counter(chain(title, *sentences))
+        return PassageWords(counts, counts.total(), [frozenset(own) for own in sentences])
+
+
+def _parts(words: Callable[[str], list[str]], title: str, text: str) -> list[list[str]]:
+    """The words of the title, then those of each sentence."""
+    return [words(title.replace("_", " ")), *map(words, split_sentences(text))]
+
+
+# ---- making the files
+
+
+def _may_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def _make(place: Path, passages: Passages, stemmer: str) -> None:
+    """Write the files of `WordsOnDisk`; see `replacing` for what it raises."""
+    shutil.rmtree(place, ignore_errors=True)  # damaged: nothing is taken over from it
+    hashes = _content_hashes(passages)
+    order = np.argsort(hashes, kind="stable")
+    known, known_lengths, earlier = _earlier(place, hashes, stemmer)
+    lengths = np.zeros(len(hashes), np.int32)
+    with replacing(place, needed=BYTES * len(hashes), kept=False) as coming:
+        writer = _writer(coming / INVERTED, earlier)
+        for gone in known[~np.isin(known, hashes)].tolist():
+            writer.delete_documents_by_term("hash", gone)
+        new = np.flatnonzero(~np.isin(hashes, known) & ~repeats(hashes))
+        for row, length in _added(writer, passages, new, hashes, stemmer):
+            lengths[row] = length
+        writer.commit()
+        writer.wait_merging_threads()
+        every = np.concatenate([known, hashes[new]])
+        by_hash = np.concatenate([known_lengths, lengths[new]])[np.argsort(every)]
+        own = by_hash[np.searchsorted(np.sort(every), hashes)]
+        kept = {"hashes": hashes[order], "rows": order, "lengths": own[order]}
+        save_tensors(kept, coming / ROWS)
+        flush(coming / ROWS)  # Tantivy has flushed its own files
+        facts = {"passages": len(hashes), "mean_length": max(1.0, float(own.mean())) if len(own) else 1.0}
+        write_json(coming / FACTS, facts)
+
+
+def _content_hashes(passages: Passages) -> np.ndarray:
+    """(n,) uint64, of title and text of each passage."""
+    made = np.empty(len(passages.ids), np.uint64)
+    for start in range(0, len(made), PART):
+        part = slice(start, start + PART)
+        both = zip(passages.titles[part], passages.texts[part], strict=True)
+        made[part] = [text_hash(passage_text(title, text)) for title, text in both]
+    return made
+
+
+def _earlier(place: Path, hashes: np.ndarray, stemmer: str) -> tuple[np.ndarray, np.ndarray, Path | None]:
+    """Hashes, lengths and folder of the corpus in the cache that has most of these passages, if it has many of them.
+
+    Hashes are sorted, equal ones are there once.
+    """
+    most: tuple[np.ndarray, np.ndarray, Path | None] = np.zeros(0, np.uint64), np.zeros(0, np.int32), None
+    least = max(1, math.ceil(WORTHWHILE * len(hashes)))
+    for folder in place.parent.glob(f"*-{stemmer}-{VERSION}.words"):
+        try:
+            tantivy.Index.open(str(folder / INVERTED))
+            held, lengths = (np.asarray(open_vectors(folder / ROWS, name)) for name in ("hashes", "lengths"))
+        except (OSError, ValueError, KeyError):
+            continue
+        first = np.flatnonzero(~repeats(held)) if len(held) <= len(hashes) / WORTHWHILE else np.zeros(0, np.int64)
+        if (shared := int(np.isin(held[first], hashes).sum())) >= least:
+            least, most = shared + 1, (held[first], lengths[first], folder)
+    return most
+
+
+def _writer(folder: Path, earlier: Path | None) -> tantivy.IndexWriter:
+    """A writer into a new folder, or into one that begins with the segments of an earlier corpus."""
+    folder.mkdir(parents=True)
+    if earlier is None:
+        schema = tantivy.SchemaBuilder()
+        schema.add_text_field("words", tokenizer_name="whitespace", index_option="freq")
+        schema.add_unsigned_field("hash", indexed=True, fast=True)
+        index = tantivy.Index(schema.build(), path=str(folder))
+    else:
+        for path in (earlier / INVERTED).iterdir():
+            if path.suffix in (".json", ".lock"):
+                shutil.copyfile(path, folder / path.name)
+            else:
+                _share(path, folder / path.name)
+        index = tantivy.Index.open(str(folder))
+    return cast(tantivy.IndexWriter, index.writer(heap_size=HEAP, num_threads=1))  # one: rows keep their order
+
+
+def _share(path: Path, other: Path) -> None:
+    """The same file under another name; segments never change, so they need no second place on the disk."""
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, other)
+
+
+def _added(
+    writer: tantivy.IndexWriter, passages: Passages, rows: np.ndarray, hashes: np.ndarray, stemmer: str
+) -> Iterator[tuple[int, int]]:
+    """Add these passages; yields the row and the number of words of each."""
+    words = stemmed_words(stemmer)
+    for row in tqdm(rows.tolist(), desc="words", unit="passage", disable=len(rows) < PART):
+        found = list(chain.from_iterable(_parts(words, passages.titles[row], passages.texts[row])))
+        document = tantivy.Document()
+        document.add_text("words", " ".join(found))
+        document.add_unsigned("hash", int(hashes[row]))
+        writer.add_document(document)
+        yield row, len(found)
+
+
+# ---- the choice
+
+
+def prepare_words(folder: Path, stemmer: str) -> None:
+    """Make the files for the index in a folder now, so that it opens in seconds.
+
+    Nothing is done for a Flat one, whose words are in memory, and where the cache may not be written.
+    """
+    facts = read_facts(folder)
+    if facts.get("factory", "Flat") == "Flat":
+        return
+    table, cache = mapped_passages(folder, facts)
+    if _may_write(cache.parent):
+        WordsOnDisk.opened(cache, Passages.of(table, mapped=True), stemmer=stemmer)
+
+
+WordSearch = tuple[LexicalIndex | WordsOnDisk | None, SentenceWords | WordsOnDisk | None]
+
+
+def word_search(index: PassageIndex, *, mode: str, stemmer: str) -> WordSearch:
+    """BM25 over the passages of an index, None for dense search, and the words of their sentences.
+
+    They are on the disk beside an index that saves memory, else in memory.
+
+    Args:
+        mode: one of the MODES of hybrid.py. stemmer: see `LexicalIndex`.
+    """
+    passages = index.passages
+    if index.cache is not None:
+        both = WordsOnDisk.opened(index.cache, passages, stemmer=stemmer)
+        return None if mode == "dense" else both, both
+    lexical = None if mode == "dense" else LexicalIndex(passages.to_read(), stemmer=stemmer)
+    return lexical, SentenceWords(passages.titles, passages.sentences(), stemmer=stemmer)
