@@ -65,7 +65,7 @@ class DataSettings:
     )
     passages: Files | None = setting(
         None,
-        "Passages to search, in the same formats. None: the contexts in the question files.",
+        "Passages to search, in the same formats. None: those of --index, else the contexts in the question files.",
     )
     question_writer: str | None = setting(
         None,
@@ -82,8 +82,8 @@ class DataSettings:
     )
     index: str | None = setting(
         None,
-        "Folder that `cozyrag index` made from --passages. Its vectors are used while the retriever is the one that "
-        "made them, so a run starts without encoding.",
+        "Folder that `cozyrag index` made. Its vectors are used while the retriever is the one that made them, so a "
+        "run starts without encoding; without --passages, its passages are searched.",
     )
     questions_split: str = setting("train", "Split to read if --questions is a Hub dataset.")
     eval_split: str = setting("validation", "Split to read if --eval_questions is a Hub dataset.")

@@ -26,6 +26,7 @@ from cozyrag.preflight.loss_check import check_terms, findings_line
 from cozyrag.preflight.plan import format_time, make_plan, plan_table, rough_generator_seconds, verdict
 from cozyrag.reporting.html_report import report_at_end
 from cozyrag.reporting.run_reader import FinishedRun
+from cozyrag.retrieval.passage_index import TextColumn
 from cozyrag.runtime.atomic_files import switch, write_json, writing
 from cozyrag.runtime.distributed import main_decides, refuse
 from cozyrag.runtime.fingerprints import tables_fingerprint
@@ -127,11 +128,12 @@ def train_rounds(accelerator: Accelerator, settings: Settings, interrupts: Inter
 
 def _facts(accelerator: Accelerator, corpus: Corpus) -> dict:
     """What must be unchanged when the run resumes, besides its settings."""
-    tables = [table[:] for table in (corpus.questions, corpus.eval_questions, corpus.passages)]
-    for table in tables[:2]:
+    tables = [table[:] for table in (corpus.questions, corpus.eval_questions)]
+    for table in tables:
         if not any(table["negative_ids"]):  # earlier versions had no such column
             del table["negative_ids"]
-    data = tables_fingerprint(*tables)
+    passages = {name: TextColumn(corpus.passages.data.column(name)) for name in corpus.passages.column_names}
+    data = tables_fingerprint(*tables, passages)
     return {"data": data, "processes": accelerator.num_processes}
 
 

@@ -115,9 +115,10 @@ def compare(options: argparse.Namespace) -> None:
             f"Expected a pair with a reranker in {options.model}, found one without. Train with --reranker."
         )
     table = questions_for(options.questions, builder, limit=None)
-    known = [at for at, name in enumerate(table["passage_id"]) if name in builder.row_of]
+    row_of = builder.passages.rows_of(table["passage_id"][:])
+    known = [at for at, name in enumerate(table["passage_id"]) if name in row_of]
     questions = table.select(np.random.default_rng(options.seed).permutation(known)[: options.limit])[:]
-    relevant = [builder.row_of[name] for name in questions["passage_id"]]
+    relevant = [row_of[name] for name in questions["passage_id"]]
     print(f"{len(relevant)} questions, {len(builder.passages.ids)} passages, the first {reranking.depth} reranked.\n")
     reading = Remembered(pair.reranker.score)
     found = searched(pair, replace(reranking, score=reading), questions["question"])

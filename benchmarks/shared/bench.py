@@ -130,7 +130,8 @@ class Bench:
 
     def known_golds(self, table: Dataset) -> list[tuple[str, int]]:
         """(question, row of its gold passage) for the questions whose gold passage is among the passages."""
-        columns, row_of = table[:], self.sparse_builder.row_of
+        columns = table[:]
+        row_of = self.sparse_builder.passages.rows_of(columns["passage_id"])
         pairs = zip(columns["question"], columns["passage_id"], strict=True)
         return [(question, row_of[gold]) for question, gold in pairs if gold in row_of]
 

@@ -6,11 +6,12 @@ a share of the training questions is held out. Left out: the file formats (reade
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from datasets import Dataset
 
-from cozyrag.data.passages import merge_passages, read_passages
+from cozyrag.data.passages import merge_passages, read_column, read_passages, rows_of
 from cozyrag.data.questions import Questions, hold_out, read_questions, take
 from cozyrag.data.readers import Sources, described
 from cozyrag.data.rows import Columns
@@ -31,6 +32,7 @@ def load_corpus(
     questions: Sources,
     eval_questions: Sources | None,
     passages: Sources | None,
+    indexed: Callable[[], Dataset] | None = None,
     questions_split: str,
     eval_split: str,
     passages_split: str,
@@ -45,6 +47,8 @@ def load_corpus(
     info: Callable[[str], None],
 ) -> Corpus:
     """Read the tables; `info` receives one line for each setting with skipped rows or notes.
+
+    `indexed` gives the passages of an index, which are searched if `passages` is None.
 
     See `read_questions` for columns, bad rows, `needs_answer` and `delimiter`.
 
@@ -62,6 +66,8 @@ def load_corpus(
         pool, skipped = read_passages(passages, split=passages_split, **reading)
         if skipped:
             info(skipped)
+    elif indexed is not None:
+        pool = indexed()
     elif carried := [table for table in (train.passages, validation.passages) if table is not None]:
         pool = merge_passages(carried)
     else:
@@ -85,11 +91,11 @@ def _with_known(questions: Questions, passages: Dataset, source: str, info: Call
     in the question file is looked up among the passages by its text; one that is missing there is unknown, and counted,
     as is a hard negative.
     """
-    columns, pool = questions.table[:], passages[:]
-    known, place = set(pool["id"]), dict[str, str | None]()
+    columns, place = questions.table[:], dict[str, str | None]()
+    known = _known_ids(passages, columns)
     if questions.passages is not None:
-        by_text, carried = dict(zip(pool["text"], pool["id"], strict=True)), questions.passages[:]
-        place = {own: by_text.get(text) for own, text in zip(carried["id"], carried["text"], strict=True)}
+        place = _by_text(passages, questions.passages)
+        known |= set(filter(None, place.values()))
         named = sum(gold is not None for gold in columns["passage_id"])
         columns["passage_id"] = [gold if gold in known else place.get(gold, gold) for gold in columns["passage_id"]]
         if unknown := named - sum(gold is not None for gold in columns["passage_id"]):
@@ -100,7 +106,7 @@ def _with_known(questions: Questions, passages: Dataset, source: str, info: Call
     for row_id, gold in zip(columns["id"], columns["passage_id"], strict=True):
         if gold is not None and gold not in known:
             raise InputError(
-                f"{source}, question {row_id!r}: its gold passage {gold!r} is not among the {len(known)} passages. "
+                f"{source}, question {row_id!r}: its gold passage {gold!r} is not among the {len(passages)} passages. "
                 "Give the passage file that belongs to the questions, or remove the passage_id column."
             )
     negatives = [[key if key in known else place.get(key) for key in keys] for keys in columns["negative_ids"]]
@@ -108,6 +114,19 @@ def _with_known(questions: Questions, passages: Dataset, source: str, info: Call
     if lost := sum(key is None for keys in negatives for key in keys):
         info(f"{source}: {lost} hard negatives are not among the passages and are not used.")
     return Dataset.from_dict(columns, features=questions.table.features)
+
+
+def _known_ids(passages: Dataset, columns: dict[str, list]) -> set[str]:
+    """The gold passages and hard negatives of questions that are among the passages."""
+    return set(rows_of(read_column(passages, "id"), chain(columns["passage_id"], *columns["negative_ids"])))
+
+
+def _by_text(passages: Dataset, carried: Dataset) -> dict[str, str | None]:
+    """The id among the passages of each passage of a question file, by its own id; None if no passage has its text."""
+    own = dict(zip(carried["id"][:], carried["text"][:], strict=True))
+    row_of = rows_of(read_column(passages, "text"), own.values())
+    ids = dict(zip(row_of.values(), passages.select(list(row_of.values()))["id"][:], strict=True))
+    return {key: ids[row_of[text]] if text in row_of else None for key, text in own.items()}
 
 
 def gold_ids(questions: Dataset, own: Dataset | None, ids: Sequence[str], texts: Sequence[str]) -> Dataset:
@@ -119,8 +138,11 @@ def gold_ids(questions: Dataset, own: Dataset | None, ids: Sequence[str], texts:
         own: the passages that the question file contains, if any. ids, texts: of the passages searched.
     """
     columns = questions[:]
-    known, by_text = set(ids), dict(zip(texts, ids, strict=True))
     carried = own[:] if own is not None else {"id": [], "text": []}
-    place = {key: by_text.get(text) for key, text in zip(carried["id"], carried["text"], strict=True)}
+    known, by_text = rows_of(ids, columns["passage_id"]), rows_of(texts, carried["text"])
+    place = {
+        key: ids[by_text[text]] if text in by_text else None
+        for key, text in zip(carried["id"], carried["text"], strict=True)
+    }
     columns["passage_id"] = [key if key in known else place.get(key) for key in columns["passage_id"]]
     return Dataset.from_dict(columns, features=questions.features)

@@ -134,6 +134,21 @@ def _parsed(row: Row, columns: Columns) -> tuple[str, str, str]:
     return key or passage_id(text), title, text
 
 
+def read_column(table: "Dataset", name: str) -> Iterator[str]:
+    """The values of a column, some thousand in memory at a time."""
+    for batch in table.select_columns([name]).iter(batch_size=4096):
+        yield from batch[name]
+
+
+def rows_of(values: Iterable[str], wanted: Iterable[str | None]) -> dict[str, int]:
+    """The first row of each wanted value among the values, which are read once and not kept."""
+    missing, found = set(wanted) - {None}, dict[str, int]()
+    for row, value in enumerate(values):
+        if value in missing:
+            found.setdefault(value, row)
+    return found
+
+
 def passages_from_contexts(rows: Iterable[tuple[str, str]]) -> "Dataset":
     """The passages among (title, context) pairs: one per text with its first title, in first-seen order."""
     titles: dict[str, str] = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cozyrag.data.corpus import Corpus
 from cozyrag.data.matching import comparable
+from cozyrag.data.passages import read_column, rows_of
 from cozyrag.evaluation.evaluation import summarize
 from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
@@ -127,9 +128,10 @@ def audit(
 
 def audit_corpus(corpus: Corpus, *, retriever: str, generator: str) -> dict:
     """The audit of the tables of a run, with notes on the base models."""
-    passages = corpus.passages[:]
-    texts = dict(zip(passages["id"], passages["text"], strict=True))
-    return audit(corpus.questions[:], corpus.eval_questions[:], texts, bases=base_notes(retriever, generator))
+    train, asked = corpus.questions[:], corpus.eval_questions[:]
+    row_of = rows_of(read_column(corpus.passages, "id"), train["passage_id"] + asked["passage_id"])
+    texts = dict(zip(row_of, corpus.passages.select(list(row_of.values()))["text"][:], strict=True))
+    return audit(train, asked, texts, bases=base_notes(retriever, generator))
 
 
 def near_duplicates(

@@ -17,6 +17,7 @@ import torch
 
 from cozyrag.config import Settings, TrainingSettings
 from cozyrag.data.corpus import Corpus
+from cozyrag.data.passages import read_column, rows_of
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import encode_examples, with_keywords
@@ -84,15 +85,15 @@ def small_batch(corpus: Corpus) -> SmallBatch:
 
     Questions with answers come first, the longest answers before others: short ones repeat nothing.
     """
-    asked, ids = corpus.questions[:CANDIDATES], corpus.passages.select_columns(["id"])[:]["id"]
-    row_of = {passage_id: row for row, passage_id in enumerate(ids)}
+    asked, count = corpus.questions[:CANDIDATES], len(corpus.passages)
+    row_of = rows_of(read_column(corpus.passages, "id"), asked["passage_id"])
     answers = [each[0] if each else "" for each in asked["answers"]]
     order = sorted(
         range(len(answers)),
         key=lambda row: (not answers[row], asked["passage_id"][row] not in row_of, -len(answers[row])),
     )[:QUESTIONS]
-    gold = [row_of.get(asked["passage_id"][row], place % len(ids)) for place, row in enumerate(order)]
-    chosen = list(dict.fromkeys([*gold, *range(min(2, len(ids)))]))  # a contrastive loss needs two
+    gold = [row_of.get(asked["passage_id"][row], place % count) for place, row in enumerate(order)]
+    chosen = list(dict.fromkeys([*gold, *range(min(2, count))]))  # a contrastive loss needs two
     found = corpus.passages[chosen]
     texts = [text[:CHARACTERS] for text in found["text"]]
     return SmallBatch(

@@ -27,6 +27,7 @@ from datasets import Dataset
 
 from cozyrag.config import Settings
 from cozyrag.data.corpus import Corpus
+from cozyrag.data.passages import read_column, rows_of
 from cozyrag.data.questions import take
 from cozyrag.evaluation.evaluation import evaluate_pair
 from cozyrag.models.fsdp import held_bytes
@@ -231,7 +232,7 @@ class Probe:
     def _sample(self, count: int) -> Retrieval:
         """Retrieval for questions of a sample in `count` passages: their gold ones and evenly spread ones."""
         sample, passages = take(self.corpus.questions, SAMPLE, self.training.seed), self.corpus.passages
-        row_of = {name: row for row, name in enumerate(passages["id"])}
+        row_of = rows_of(read_column(passages, "id"), sample["passage_id"])
         gold = [row_of.get(name, -1) for name in sample["passage_id"]]
         spread = np.linspace(0, len(passages) - 1, count).astype(int).tolist()
         rows = list(dict.fromkeys([row for row in gold if row >= 0] + spread))[:count]

@@ -129,11 +129,6 @@ class ContextBuilder:
             raise ValueError(f"expected sentence vectors for the {self.score_by} filter, found none")
 
     @cached_property
-    def row_of(self) -> dict[str, int]:
-        """The row of each passage, by its id."""
-        return {passage_id: row for row, passage_id in enumerate(self.passages.ids)}
-
-    @cached_property
     def _sentence_words(self) -> SentenceWords | WordsOnDisk:
         return self.words or SentenceWords(self.passages.titles, self.passages.sentences())
 
@@ -309,7 +304,8 @@ def attach_contexts(
         columns: dict[str, list] = {name: [] for name in features if name not in questions.column_names}
         rows = result.rows.tolist()
         named = batch.get("negative_ids") or [()] * len(rows)
-        golds = [builder.row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
+        row_of = builder.passages.rows_of(chain(batch["passage_id"], *named))
+        golds = [row_of.get(passage_id, -1) for passage_id in batch["passage_id"]]
         noised = [_share_of(f"{noise_seed}|{row_id}") < noise for row_id in batch["id"]]
         read = [
             builder.without_answer(found, gold, answers) if noisy else found
@@ -325,7 +321,7 @@ def attach_contexts(
             columns["answer_in_context"].append(contains_answer(matching_form(context), answers))
             columns["gold_row"].append(gold)
             columns["positive"].append(positive)
-            given = [builder.row_of[key] for key in named[i] if key in builder.row_of]
+            given = [row_of[key] for key in named[i] if key in row_of]
             mined_from = [ranking[i] for ranking in rankings]
             columns["negatives"].append(
                 builder.negatives(positive, mined_from, answers, given) if positive >= 0 else []

@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,7 @@ from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError, safe_open
 
 from cozyrag.data.metadata import METADATA, metadata_in, with_metadata
+from cozyrag.data.passages import rows_of
 from cozyrag.data.sentences import SentenceVectors, Span, sentence_spans, split_sentences
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import FLOAT32
@@ -119,6 +121,16 @@ class Passages:
             return cls(ids, titles, texts)
         others = table.select_columns([METADATA]).with_format("arrow")[:].column(METADATA)
         return cls(ids, titles, texts, TextColumn(others) if others.null_count < len(others) else None)
+
+    def rows_of(self, ids: Iterable[str | None]) -> dict[str, int]:
+        """The row of each of these ids that is among the passages."""
+        if isinstance(self.ids, TextColumn):  # no table of all ids, which may be millions
+            return rows_of(self.ids, ids)
+        return {name: self._row_of[name] for name in ids if name is not None and name in self._row_of}
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids)}
 
     def metadata_of(self, row: int) -> dict[str, str | int | float | bool]:
         """The other columns of a passage, such as its url."""
@@ -268,33 +280,13 @@ class PassageIndex:
         folder = Path(folder)
         facts = checked_facts(folder, fingerprint)
         factory = facts.get("factory", "Flat")
-        cache = None
-        try:
-            if factory == "Flat":
-                table = _in_memory(folder / PASSAGES)
-            else:
-                table, cache = mapped_passages(folder, facts)
+        with _damage_told(folder):
+            table, cache = _passages_of(folder, facts)
             tensors = _tensors(folder / "vectors.safetensors", mapped=factory != "Flat")
             vectors = tensors[COLUMN]
             _check_tensors(tensors, len(table), facts, evident=hashed(folder))
             lists = Lists.load(folder / LISTS, factory, vectors.shape)
             tuned = Tuned(**facts["search"]) if lists else None
-        except (
-            SafetensorError,
-            pyarrow.ArrowException,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            OverflowError,
-            MemoryError,
-        ) as error:
-            if is_environment(error):
-                raise InputError(f"The index cannot be read. {fault_sentence(error, folder)}") from error
-            raise InputError(
-                f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
-                f"{COPY_AGAIN}"
-            ) from error
         if len(table) != len(vectors):
             raise InputError(
                 f"Expected one vector for each of the {len(table)} passages in {folder}, found {len(vectors)}: the "
@@ -318,6 +310,44 @@ class PassageIndex:
             source=folder if cache else None,
             cache=cache,
         )
+
+
+def indexed_passages(folder: str | Path) -> Dataset:
+    """The passages of an index, memory-mapped unless it is Flat. Raises InputError as `PassageIndex.load`."""
+    folder = Path(folder)
+    facts = checked_facts(folder, made_by(folder) or "")
+    with _damage_told(folder):
+        return _passages_of(folder, facts)[0]
+
+
+def _passages_of(folder: Path, facts: dict) -> tuple[Dataset, Path | None]:
+    """The passages of an index, and where what is made of them is on the disk; None: they are in memory."""
+    if facts.get("factory", "Flat") == "Flat":
+        return _in_memory(folder / PASSAGES), None
+    return mapped_passages(folder, facts)
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    """Turn what the libraries raise for a damaged file into an InputError."""
+    try:
+        yield
+    except (
+        SafetensorError,
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        if is_environment(error):
+            raise InputError(f"The index cannot be read. {fault_sentence(error, folder)}") from error
+        raise InputError(
+            f"The index in {folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+            f"{COPY_AGAIN}"
+        ) from error
 
 
 def _copy(source: Path, folder: Path) -> None:

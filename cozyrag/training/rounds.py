@@ -416,7 +416,7 @@ class Rounds:
         """Title and text of the gold passage of a validation question, if it is known."""
         asked, passages = self.corpus.eval_questions[:], self.retrieval.passages
         gold = asked["passage_id"][asked["id"].index(question_id)]
-        row = passages.ids.index(gold) if gold in passages.ids else None
+        row = passages.rows_of([gold]).get(gold)
         return None if row is None else (passages.titles[row], passages.texts[row])
 
     def _push_round(self, number: int) -> None:

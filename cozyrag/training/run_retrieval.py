@@ -95,7 +95,7 @@ class Retrieval:
         self.reranker = reranker
         self.log = log
         self.folder = Path(settings.output.output_dir)
-        self.passages = Passages.of(corpus.passages)
+        self.passages = Passages.of(corpus.passages, mapped=bool(corpus.passages.cache_files))
         self.context_filter = context_filter(settings, retriever)
         self._index: PassageIndex | None = None
         self._snapshot: Snapshot | None = None
@@ -232,8 +232,9 @@ class Retrieval:
     def _known(self, builder: ContextBuilder) -> tuple[list[str], list[int]]:
         """The questions for fitting whose gold passage is known, and its row."""
         columns = fusion_questions(self.corpus.questions, self.settings)[:]
+        row_of = builder.passages.rows_of(columns["passage_id"])
         known = [
-            (question, builder.row_of[gold])
+            (question, row_of[gold])
             for question, gold in zip(columns["question"], columns["passage_id"], strict=True)
             if gold is not None
         ]

@@ -29,6 +29,7 @@ from cozyrag.models.int8_encoding import check_int8, reading_precision
 from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.smollm2 import SMOLLM2
+from cozyrag.retrieval.passage_index import indexed_passages
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
 from cozyrag.runtime.distributed import refuse
@@ -183,8 +184,10 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
         files = {name: QUICKSTART_FILES[name] if file in (None, QUICKSTART) else file for name, file in files.items()}
     if is_synthetic(settings):
         files = synthetic_files(settings)
+    index = data.index
     return load_corpus(
         **files,
+        indexed=None if index is None else lambda: indexed_passages(index),
         questions_split=data.questions_split,
         eval_split=data.eval_split,
         passages_split=data.passages_split,
