@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -48,6 +49,7 @@ from cozyrag.retrieval.words_on_disk import prepare_words, word_search
 MOVED = 0.4  # distance of a made vector from a real one, in differences of two real ones
 DEEP = 500  # passages that the exact sparse search scores
 TIMED = 200  # questions that are asked one at a time
+LINUX = sys.platform == "linux"
 NAME = "0" * 16  # stands for the fingerprint of a retriever
 Vectors = dict[str, np.ndarray]
 
