@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from huggingface_hub import ModelCard
 from transformers import GPT2Config
 
 from benchmarks.quality.answer_spans import measure
@@ -20,6 +21,7 @@ from cozyrag.config import parse_settings
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
+from cozyrag.preflight import probe
 from cozyrag.retrieval.contexts import attach_contexts
 from cozyrag.run import run
 from cozyrag.runtime.distributed import own_state
@@ -33,6 +35,7 @@ from cozyrag.synthesis.request import Making, Places
 from cozyrag.synthesis.results import facts_of, lines_of
 from cozyrag.training import run_retrieval
 from cozyrag.training.synthetic import make_questions, synthetic_files
+from scripts import train_question_writer
 
 KILLED = Path(__file__).parent / "killed_questions.py"
 NILE = Passage(
@@ -645,11 +648,11 @@ def test_a_killed_command_resumes_to_the_same_files(tmp_path):
 # ---- teaching a writer
 
 
-def test_a_writer_is_taught_on_questions_turned_round(tmp_path, generator, monkeypatch, capsys):
-    from scripts import train_question_writer
-
-    folder = tmp_path / "base"
-    generator.save(folder)
+@pytest.fixture
+def lessons(tmp_path, generator, monkeypatch):
+    """Words of the command line that teach a tiny model in 8 steps."""
+    monkeypatch.setitem(probe.SECONDS, "generator", 0.1)
+    generator.save(tmp_path / "base")
     rows = [
         {
             "question": each["question"],
@@ -659,15 +662,85 @@ def test_a_writer_is_taught_on_questions_turned_round(tmp_path, generator, monke
         for each in tiny.corpus()[1]
     ]
     source = tiny.write_jsonl(tmp_path / "squad.jsonl", rows)
-    words = f"--questions {source} --generator {folder} --output_dir {tmp_path / 'writer'} --use_cpu"
-    how = "--steps 8 --batch_size 8 --learning_rate 3e-3 --context_tokens 64 --threads 1"
-    monkeypatch.setattr("sys.argv", ["train_question_writer.py", *words.split(), *how.split()])
-    train_question_writer.main()
-    facts = json.loads((tmp_path / "writer" / turned.MARKER).read_text())
-    assert facts["steps"] == 8 and "questions: loss" in capsys.readouterr().out
+    words = f"--questions {source} --generator {tmp_path / 'base'} --use_cpu --save_steps 3"
+    return f"{words} --steps 8 --batch_size 8 --learning_rate 3e-3 --context_tokens 64 --threads 1".split()
+
+
+def teach(lessons, folder):
+    with own_state():
+        train_question_writer.teach(train_question_writer.parsed([*lessons, "--output_dir", str(folder)]))
+
+
+def test_a_writer_is_taught_on_questions_turned_round(tmp_path, lessons, capsys):
+    teach(lessons, tmp_path / "writer")
+    facts = json.loads((tmp_path / "writer" / "generator" / turned.MARKER).read_text())
+    assert facts["steps"] == 8
     assert all(facts["after"][kind] < facts["before"][kind] for kind in ("answers", "questions", "lists"))
+    out = capsys.readouterr().out
+    assert "questions: loss" in out and "for 8 steps of 8 rows, by a few steps on this machine." in out
     writer = writers.load_writer(str(tmp_path / "writer"), "auto", batch_size=4, seed=0)
     assert type(writer) is writers.TrainedWriter and len(writer.draft(PASSAGES[:2], 2)) == 2
+    settings = json.loads((tmp_path / "writer" / "settings.json").read_text())
+    assert settings["generator_steps"] == 8 and settings["generator_learning_rate"] == 3e-3
+    with pytest.raises(InputError, match="holds a finished run; nothing was changed"):
+        teach(lessons, tmp_path / "writer")
+
+
+def test_the_card_of_a_writer_says_what_it_was_taught(tmp_path, lessons):
+    teach(lessons, tmp_path / "writer")
+    card = ModelCard.load(tmp_path / "writer" / "generator" / "README.md")
+    assert card.data.tags == ["cozyrag", "question-generation", "generated_from_trainer"]
+    facts = json.loads((tmp_path / "writer" / "generator" / turned.MARKER).read_text())
+    line = f"| questions | {facts['before']['questions']:.3f} | {facts['after']['questions']:.3f} |"
+    assert line in card.text and f"on {facts['rows']} rows" in card.text and "8 steps" in card.text
+    assert "| generator_learning_rate | 0.003 |" in card.text and "| top_k |" not in card.text
+    assert str(tmp_path) not in card.text and "`squad.jsonl`" in card.text and "None" not in card.text
+
+
+def test_estimating_the_time_does_not_change_what_is_learned(tmp_path, lessons, monkeypatch):
+    teach(lessons, tmp_path / "estimated")
+    monkeypatch.setattr(train_question_writer.Teaching, "_expected", lambda self: "")
+    teach(lessons, tmp_path / "plain")
+    one, other = (weights_of(tmp_path / name) for name in ("estimated", "plain"))
+    assert one == other
+
+
+def weights_of(folder):
+    return (folder / "generator" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_teaching_resumes_to_the_same_weights(tmp_path, lessons):
+    """Killed after a checkpoint within the phase, again with the phase just ended, and before anything is saved."""
+    teach(lessons, tmp_path / "whole")
+    command = [sys.executable, str(KILLED.with_name("killed_teaching.py"))]
+
+    def give(kill):
+        words = [*command, str(kill), *lessons, "--output_dir", str(tmp_path / "killed")]
+        return subprocess.run(words, capture_output=True, text=True, timeout=tiny.PATIENCE)
+
+    for kill, saved in ((-1, 0), (2, 2), (1, 2)):  # the phase has 2 checkpoints within, and one at its end
+        assert give(kill).returncode == -signal.SIGKILL
+        assert len(list((tmp_path / "killed" / "checkpoints").glob("round-*"))) == saved
+        assert not (tmp_path / "killed" / "generator").exists()
+    last = give(0)
+    assert last.returncode == 0, last.stderr
+    assert "Resuming from round-001-2-evaluation" in last.stdout
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
+    rows = [[row for row in rows_of(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
+    for row in (row for own in rows for row in own):
+        for name in ("seconds", "rate", "machine", "precision"):
+            row.pop(name, None)
+    assert rows[0] == rows[1] and sum(row["kind"] == "step" for row in rows[0]) == 1
+
+
+def test_teaching_needs_passages_and_tells_so(tmp_path, lessons):
+    words = ["--questions", str(tiny.write_jsonl(tmp_path / "bare.jsonl", tiny.corpus()[1][:4])), *lessons[2:]]
+    with pytest.raises(InputError, match=r"bare.jsonl: expected questions with their passage"):
+        teach(words, tmp_path / "writer")
+    assert not (tmp_path / "writer" / "generator").exists()
+    with pytest.raises(InputError, match="--generator_learning_rate: expected a value of at least 0"):
+        teach([*lessons, "--learning_rate", "-1"], tmp_path / "writer")
 
 
 # ---- a run without questions
