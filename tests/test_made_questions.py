@@ -30,7 +30,7 @@ from cozyrag.synthesis.answer_spans import propose
 from cozyrag.synthesis.checks import REASONS, agreement, fault_of, ranks, repeated, score_of
 from cozyrag.synthesis.drafts import Draft, Passage, Reading, parse_pairs
 from cozyrag.synthesis.endpoint import EndpointWriter, check_endpoint
-from cozyrag.synthesis.making import chosen, make
+from cozyrag.synthesis.making import check, chosen, write
 from cozyrag.synthesis.request import Making, Places
 from cozyrag.synthesis.results import facts_of, lines_of
 from cozyrag.training import run_retrieval
@@ -249,6 +249,11 @@ def test_the_agreement_is_f1_and_numbers_must_not_contradict(written, read, expe
 # ---- making
 
 
+def make(asked, passages, writer, reader, how, **more):
+    """Written and checked, as `running.fulfil` does."""
+    return check(write(asked, writer, reader if how.least_f1 else None, how, **more), asked, passages, how)
+
+
 def made(tmp_path, writer=None, info=lambda text: None, **how):
     writer, making = writer or Known(), Making(batch_size=8, **how)
     return make(PASSAGES[:30], PASSAGES, writer, writer, making, parts=tmp_path / "parts", info=info)
@@ -331,8 +336,25 @@ def test_a_stopped_run_resumes_with_the_next_batch_and_ends_with_the_same(tmp_pa
         made(tmp_path / "stopped", writer)
     again, told = Known(), []
     assert made(tmp_path / "stopped", again, info=told.append) == whole
-    assert told == ["Resuming: 2 of 4 batches are finished already."]
+    assert told[:-1] == ["Resuming: 2 of 4 batches are finished already."]
+    assert told[-1].startswith("28 questions written and read in ") and told[-1].endswith(" a minute.")
     assert again.written == [f"p{number}" for number in range(16, 30)]
+
+
+def test_the_same_drafts_are_checked_in_several_ways(tmp_path):
+    writer = Known()
+    writer.answers |= {"What colour is the fox 0?": "orange", "What was made in a house?": "red"}
+    writer._of = lambda passage: [*Known._of(writer, passage), Draft("What was made in a house?", "red")]
+    how = Making(batch_size=8, pairs=9, top_k=5)
+    drafted = write(PASSAGES[:30], writer, writer, how, parts=tmp_path / "parts")
+    assert {pair.fault for pair in drafted} == {None} and len(writer.written) == 30
+    for least in (0.6, 0.0):
+        own = replace(how, least_f1=least)
+        again = make(PASSAGES[:30], PASSAGES, writer, writer, own, parts=tmp_path / str(least))
+        assert check(drafted, PASSAGES[:30], PASSAGES, own) == again
+    checked, unread = (check(drafted, PASSAGES[:30], PASSAGES, replace(how, least_f1=least)) for least in (0.6, 0.0))
+    assert checked.rejected["read_differently"] == 1 and unread.rejected["read_differently"] == 0
+    assert len(unread.kept) == len(checked.kept) + 1 and all(pair.reading is None for pair in unread.pairs)
 
 
 def test_parts_of_other_passages_settings_or_weights_are_not_used(tmp_path):
@@ -346,8 +368,10 @@ def test_parts_of_other_passages_settings_or_weights_are_not_used(tmp_path):
     made(tmp_path, other)
     assert len(other.written) == 30
     same = Known()
-    made(tmp_path, same, top_k=5, eval_share=0.3)
+    made(tmp_path, same, top_k=5, eval_share=0.3, least_f1=0.9)
     assert same.written == []
+    made(tmp_path, same, least_f1=0.0)  # nothing is read, so these are other parts
+    assert len(same.written) == 30
 
 
 def test_a_sample_of_the_passages_depends_on_the_seed_alone():
