@@ -27,7 +27,7 @@ from cozyrag.run import run
 from cozyrag.runtime.distributed import own_state
 from cozyrag.synthesis import running, turned, writers
 from cozyrag.synthesis.answer_spans import propose
-from cozyrag.synthesis.checks import REASONS, agreement, fault_of, ranks, repeated, score_of
+from cozyrag.synthesis.checks import REASONS, agreement, fault_of, faults_of, ranks, repeated, score_of
 from cozyrag.synthesis.drafts import Draft, Passage, Reading, parse_pairs
 from cozyrag.synthesis.endpoint import EndpointWriter, check_endpoint
 from cozyrag.synthesis.making import check, chosen, write
@@ -199,6 +199,12 @@ def test_a_full_stop_that_stands_in_the_passage_stays():
 def test_each_fault_of_a_pair_has_its_name(question, answer, fault):
     assert fault_of(Draft(question, answer), NILE) == fault
     assert fault is None or fault in REASONS
+
+
+def test_all_faults_of_a_pair_are_found_in_the_order_of_the_reasons():
+    draft = Draft("Does the passage say Aswan? Then", "Cairo")
+    assert faults_of(draft, NILE) == ["answer_not_in_passage", "no_question", "several_questions", "names_the_passage"]
+    assert faults_of(Draft("Where was the Nile dammed?", "Aswan"), NILE) == []
 
 
 def test_an_answer_of_many_words_is_too_long():
