@@ -81,7 +81,7 @@ def test_a_study_trains_on_as_many_questions_of_each_kind_and_compares(tmp_path,
     assert {("made", other) for other in ("untuned", "real", "unread", "noise")} <= pairs
     assert "| made against | EM | F1 | recall@5 |" in out and "over untuned" in out
     stages = {row["stage"]: row for row in rows_of(folder / "stages.jsonl")}
-    assert stages["draft"]["questions"] == 40 and stages["draft"]["questions_a_minute"] > 0
+    assert stages["draft"]["questions"] == stages["draft"]["drafts"] == 40 and stages["draft"]["questions_a_minute"] > 0
     assert all(row["seconds"] >= 0 and row["processor_seconds"] >= 0 for row in stages.values())
     assert len(known.written) == 20
 
@@ -109,6 +109,24 @@ def test_a_stopped_study_does_no_stage_twice(tmp_path, words, known, monkeypatch
     assert "train: made: done before" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"found other options: paragraphs \(was 20, now 19\)"):
         study([*words, "--paragraphs", "19"])
+
+
+def test_drafting_resumes_and_its_rate_is_of_what_is_new(tmp_path, words, known):
+    draft = known.draft
+
+    def stopped(passages, count):
+        if len(known.written) >= 16:
+            raise KeyboardInterrupt
+        return draft(passages, count)
+
+    known.draft = stopped
+    with pytest.raises(KeyboardInterrupt):
+        study(words)
+    known.draft = draft
+    study([*words, "--variants", "untuned"])
+    assert len(known.written) == 20
+    (row,) = [row for row in rows_of(tmp_path / "study" / "stages.jsonl") if row["stage"] == "draft"]
+    assert row["drafts"] == 40 and row["questions"] == 8
 
 
 def test_the_share_of_the_gain_is_told_only_if_there_is_one():

@@ -134,10 +134,14 @@ class Study:
         request = Request(generator=options.generator, way=options.prompt, reader=options.reader, how=self.how)
         rows = read_json_lines(self.asked)
         asked = passages_of({name: [row[name] for row in rows] for name in ("id", "title", "text")})
-        return drafted(request, asked, self.folder / "drafts")
+        return drafted(request, asked, self._parts)
 
     def _draft(self) -> dict:
-        facts = {"questions": sum(bool(pair.draft.question) for pair in self._drafts.pairs)}
+        before = set(self._parts.glob("*.jsonl"))
+        drafts = len(self._drafts.pairs)
+        new = [row for path in set(self._parts.glob("*.jsonl")) - before for row in read_json_lines(path)]
+        # Those of an earlier, stopped command took none of these seconds.
+        facts = {"drafts": drafts, "questions": sum(bool(row["draft"]["question"]) for row in new)}
         write_json(self.folder / "drafts.json", facts)
         return facts
 
@@ -216,6 +220,10 @@ class Study:
 
     # ---- where things are
 
+    @property
+    def _parts(self) -> Path:
+        return self.folder / "drafts"
+
     def _places(self, name: str) -> Places:
         return Places.of(self.folder / f"{name}.jsonl")
 
@@ -224,7 +232,8 @@ class Study:
 
     def _questions(self, name: str) -> tuple[Path, Path]:
         """The files for training and for validation."""
-        return tuple(self.folder / "questions" / f"{name}{end}.jsonl" for end in ("", ".validation"))  # type: ignore[return-value]
+        places = Places.of(self.folder / "questions" / f"{name}.jsonl")
+        return places.training, places.validation
 
     def _pair(self, name: str) -> Path:
         return self.folder / "pairs" / name
