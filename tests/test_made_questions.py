@@ -94,6 +94,7 @@ def test_spans_are_names_and_numbers_with_their_sentences():
         ("It fell in 776 BC and in the 1990s.", ["776 BC", "1990s"]),
         ("It cost $1.2 million in the 16th century.", ["$1.2 million", "16th century"]),
         ("It has six boroughs and J.R.R. Tolkien.", ["six boroughs", "J.R.R. Tolkien"]),
+        ("The census of 2003 was late, that of 1999 has 12 gaps.", ["2003", "1999", "12 gaps"]),
         ("The war of 1914–18 was won by Marks & Spencer.", ["1914–18", "Marks & Spencer"]),
     ],
 )
