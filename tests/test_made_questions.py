@@ -25,7 +25,7 @@ from cozyrag.preflight import probe
 from cozyrag.retrieval.contexts import attach_contexts
 from cozyrag.run import run
 from cozyrag.runtime.distributed import own_state
-from cozyrag.synthesis import running, turned, writers
+from cozyrag.synthesis import making, running, turned, writers
 from cozyrag.synthesis.answer_spans import propose
 from cozyrag.synthesis.checks import REASONS, agreement, fault_of, faults_of, ranks, repeated, score_of
 from cozyrag.synthesis.drafts import Draft, Passage, Reading, parse_pairs
@@ -362,6 +362,14 @@ def test_the_same_drafts_are_checked_in_several_ways(tmp_path):
     checked, unread = (check(drafted, PASSAGES[:30], PASSAGES, replace(how, least_f1=least)) for least in (0.6, 0.0))
     assert checked.rejected["read_differently"] == 1 and unread.rejected["read_differently"] == 0
     assert len(unread.kept) == len(checked.kept) + 1 and all(pair.reading is None for pair in unread.pairs)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(59, ""), (60, "about 1.0 minutes."), (780, "about 13.0 minutes."), (7200, "about 2.0 hours.")],
+)
+def test_the_first_batch_tells_how_long_the_rest_takes(seconds, told):
+    assert told in making._expected(seconds / 5, 8, 48) and bool(told) == bool(making._expected(seconds / 5, 8, 48))
 
 
 def test_parts_of_other_passages_settings_or_weights_are_not_used(tmp_path):

@@ -212,7 +212,7 @@ def _expected(seconds: float, done: int, left: int) -> str:
     rest = seconds / done * (left - done)
     if rest < LONG:
         return ""
-    told = f"{rest / 60:.0f} minutes" if rest < 5400 else f"{rest / 3600:.1f} hours"
+    told = f"{rest / 60:.1f} minutes" if rest < 5400 else f"{rest / 3600:.1f} hours"
     return (
         f"The first {done} passages took {seconds:.0f} seconds, so the other {left - done:,} take about {told}. "
         "Ctrl-C keeps what is finished; the same command resumes."
