@@ -133,9 +133,9 @@ def test_the_share_of_the_gain_is_told_only_if_there_is_one():
     def scores(**means):
         return {name: {"em": {"mean": mean}, "f1": {"mean": mean}} for name, mean in means.items()}
 
-    assert made_questions.gain_lines(scores(untuned=10.0, real=20.0, made=16.0, unread=12.0, noise=9.0))[0] == (
+    assert made_questions.gain_lines(scores(untuned=10.0, real=20.0, made=16.0, unread=12.0, noise=9.0), ["em"])[0] == (
         "em: real questions gain +10.0 points over untuned; of that made 60 %, unread 20 %, noise -10 %."
     )
-    lines = made_questions.gain_lines(scores(untuned=10.0, real=9.0, made=16.0, unread=12.0, noise=9.0))
-    assert lines[0] == "em: real questions gain -1.0 points over untuned."
-    assert made_questions.gain_lines(scores(made=10.0)) == []
+    lines = made_questions.gain_lines(scores(untuned=10.0, real=11.0, made=16.0, unread=12.0, noise=9.0), [])
+    assert lines[0] == "em: real questions gain +1.0 points over untuned, no more than noise."
+    assert made_questions.gain_lines(scores(made=10.0), []) == []

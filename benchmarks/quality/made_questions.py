@@ -212,7 +212,12 @@ class Study:
         rows = {name: read_json_lines(self._scores(name)) for name in VARIANTS if self._scores(name).exists()}
         scores = {name: scores_of(own, METRICS) for name, own in rows.items()}
         tests = paired_tests(rows, METRICS)
-        gains = gain_lines(scores)
+        certain = [
+            test["metric"]
+            for test in tests
+            if (test["first"], test["second"]) == ("untuned", "real") and test["interval"][1] < 0
+        ]
+        gains = gain_lines(scores, certain)
         write_json(self.folder / "report.json", {"scores": scores, "tests": tests, "gains": gains})
         first = next(iter(rows))
         parts = [score_table(scores, METRICS), test_table(tests, first), *gains]
@@ -256,18 +261,21 @@ def _about(table: Dataset, passages: set[str]) -> list[dict]:
     return [{name: row[name] for name in names} for row in table.to_list() if row["passage_id"] in passages]
 
 
-def gain_lines(scores: Mapping[str, Mapping]) -> list[str]:
-    """How much of the gain of people's questions over no training each kind of made questions has, in EM and F1."""
+def gain_lines(scores: Mapping[str, Mapping], certain: Sequence[str]) -> list[str]:
+    """How much of the gain of people's questions over no training each kind of made questions has, in EM and F1.
+
+    certain: metrics of which that gain is more than noise; of another one, a share would say nothing.
+    """
     if not {"untuned", "real"} <= set(scores):
         return []
     lines = []
     for metric in METRICS[:2]:
         base, best = (scores[name][metric]["mean"] for name in ("untuned", "real"))
         own = {name: scores[name][metric]["mean"] - base for name in VARIANTS if name not in ("untuned", "real")}
-        told = [f"{name} {100 * gain / (best - base):.0f} %" for name, gain in own.items() if best > base]
+        told = [f"{name} {100 * gain / (best - base):.0f} %" for name, gain in own.items() if metric in certain]
         lines.append(
             f"{metric}: real questions gain {best - base:+.1f} points over untuned"
-            + (f"; of that {', '.join(told)}." if told else ".")
+            + (f"; of that {', '.join(told)}." if told else ", no more than noise.")
         )
     return lines
 
