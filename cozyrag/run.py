@@ -3,12 +3,14 @@
 Left out: every detail, which is in the module that a step calls.
 """
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shlex import quote
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +50,7 @@ from cozyrag.training.output_dir import (
     write_given,
 )
 from cozyrag.training.rounds import Rounds
+from cozyrag.training.run_log import RunLog
 from cozyrag.training.setup import load_models, load_tables, peers_lost, training_accelerator
 from cozyrag.training.synthetic import make_questions, synthetic_facts
 from cozyrag.training.tracking import end_trackers, start_trackers, wanted_trackers
@@ -75,15 +78,34 @@ def run(settings: Settings, files: Mapping[Path, str] = MappingProxyType({})) ->
         files: texts of files named by the settings, which are written when the output folder is this run's.
     """
     started = time.perf_counter()
+    with opened(settings) as own:
+        main_decides(own.accelerator, lambda: write_given(files, begun=own.begun))
+        finish(train_rounds(own.accelerator, settings, own.interrupts, own.precision), started)
+
+
+class Opened(NamedTuple):
+    """What a run has while it holds its output folder. begun: whether the folder has a checkpoint to resume from."""
+
+    accelerator: Accelerator
+    precision: Precision
+    interrupts: Interrupts
+    begun: bool
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Opened]:
+    """Hold the output folder of the settings, with signals handled.
+
+    Raises InputError if the folder holds something else, Interrupted with what to do next after a signal.
+    """
     folder = Path(settings.output.output_dir)
-    resuming = check_output(folder, settings.to_dict()) and complete_checkpoints(folder)
-    kept = Precision.began_with(settings_before(folder)) if resuming else None
+    begun = check_output(folder, settings.to_dict()) and bool(complete_checkpoints(folder))
+    kept = Precision.began_with(settings_before(folder)) if begun else None
     accelerator, precision = training_accelerator(settings, kept)
     interrupts = Interrupts()
     try:
         with locked(accelerator, folder), interrupts.watched(), peers_lost():
-            main_decides(accelerator, lambda: write_given(files, begun=bool(resuming)))
-            finish(train_rounds(accelerator, settings, interrupts, precision), started)
+            yield Opened(accelerator, precision, interrupts, begun)
     except Interrupted as interrupted:
         end_trackers(accelerator)
         raise Interrupted(interrupted.number, _how_to_resume(folder)) from None
@@ -205,7 +227,9 @@ def announce(rounds: Rounds, resuming: bool, precision: Precision) -> None:
     rounds.log.info(f"{_summary(rounds)}\n{precision.sentence()}.")
     if rounds.retriever.prompts_sentence:
         rounds.log.info(one_line(rounds.retriever.prompts_sentence))
-    record_facts(rounds, precision)
+    corpus = rounds.corpus
+    sizes = {name: len(vars(corpus)[name]) for name in ("questions", "eval_questions", "passages")}
+    record_facts(rounds.log, precision, sizes | synthetic_facts(rounds.settings))
     if rounds.settings.models.generator == SCRATCH:
         rounds.log.info(
             "Note: a generator from scratch has no knowledge of language. From a few thousand questions it learns "
@@ -295,22 +319,20 @@ def audit_overlap(rounds: Rounds, rows: list[dict] | None = None) -> None:
         write_json(rounds.folder / "audit.json", found)
 
 
-def record_facts(rounds: Rounds, precision: Precision) -> None:
-    """Add the row of metrics.jsonl with the sizes and the machine, which the cards report. A resumed run has it
-    already, and logs whether the machine is another."""
-    corpus, accelerator = rounds.corpus, rounds.accelerator
-    sizes = {name: len(vars(corpus)[name]) for name in ("questions", "eval_questions", "passages")}
+def record_facts(log: RunLog, precision: Precision, facts: Mapping) -> None:
+    """Add the row of metrics.jsonl with these facts, such as sizes, and the machine, which the cards report. A resumed
+    run has it already, and logs whether the machine is another."""
+    accelerator = log.accelerator
     machine = machine_facts(
         processes=accelerator.num_processes, threads=torch.get_num_threads(), device=accelerator.device.type
     )
-    for row in rounds.log.rows:
+    for row in log.rows:
         if row["kind"] == "run":
             if sentence := changed_rounding(row.get("machine", {}), machine):
-                rounds.log.info(one_line(sentence))
+                log.info(one_line(sentence))
             return
     computed = {"name": precision.name} | precision.facts()
-    made = synthetic_facts(rounds.settings)
-    rounds.log.record({"kind": "run"} | sizes | {"machine": machine, "precision": computed} | made)
+    log.record({"kind": "run"} | dict(facts) | {"machine": machine, "precision": computed})
 
 
 def self_test(rounds: Rounds) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from huggingface_hub import ModelCard
 from transformers import GPT2Config
 
 from benchmarks.quality.answer_spans import measure
@@ -20,19 +21,21 @@ from cozyrag.config import parse_settings
 from cozyrag.data.questions import read_questions
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
+from cozyrag.preflight import probe
 from cozyrag.retrieval.contexts import attach_contexts
 from cozyrag.run import run
 from cozyrag.runtime.distributed import own_state
-from cozyrag.synthesis import running, turned, writers
+from cozyrag.synthesis import making, running, turned, writers
 from cozyrag.synthesis.answer_spans import propose
-from cozyrag.synthesis.checks import REASONS, agreement, fault_of, ranks, repeated, score_of
+from cozyrag.synthesis.checks import REASONS, agreement, fault_of, faults_of, ranks, repeated, score_of
 from cozyrag.synthesis.drafts import Draft, Passage, Reading, parse_pairs
 from cozyrag.synthesis.endpoint import EndpointWriter, check_endpoint
-from cozyrag.synthesis.making import chosen, make
+from cozyrag.synthesis.making import check, chosen, write
 from cozyrag.synthesis.request import Making, Places
 from cozyrag.synthesis.results import facts_of, lines_of
 from cozyrag.training import run_retrieval
 from cozyrag.training.synthetic import make_questions, synthetic_files
+from scripts import train_question_writer
 
 KILLED = Path(__file__).parent / "killed_questions.py"
 NILE = Passage(
@@ -91,6 +94,7 @@ def test_spans_are_names_and_numbers_with_their_sentences():
         ("It fell in 776 BC and in the 1990s.", ["776 BC", "1990s"]),
         ("It cost $1.2 million in the 16th century.", ["$1.2 million", "16th century"]),
         ("It has six boroughs and J.R.R. Tolkien.", ["six boroughs", "J.R.R. Tolkien"]),
+        ("The census of 2003 was late, that of 1999 has 12 gaps.", ["2003", "1999", "12 gaps"]),
         ("The war of 1914–18 was won by Marks & Spencer.", ["1914–18", "Marks & Spencer"]),
     ],
 )
@@ -198,6 +202,12 @@ def test_each_fault_of_a_pair_has_its_name(question, answer, fault):
     assert fault is None or fault in REASONS
 
 
+def test_all_faults_of_a_pair_are_found_in_the_order_of_the_reasons():
+    draft = Draft("Does the passage say Aswan? Then", "Cairo")
+    assert faults_of(draft, NILE) == ["answer_not_in_passage", "no_question", "several_questions", "names_the_passage"]
+    assert faults_of(Draft("Where was the Nile dammed?", "Aswan"), NILE) == []
+
+
 def test_an_answer_of_many_words_is_too_long():
     passage = Passage("x", "", " ".join(f"w{number}" for number in range(30)))
     for count, fault in ((20, None), (21, "length")):
@@ -244,6 +254,11 @@ def test_the_agreement_is_f1_and_numbers_must_not_contradict(written, read, expe
 
 
 # ---- making
+
+
+def make(asked, passages, writer, reader, how, **more):
+    """Written and checked, as `running.fulfil` does."""
+    return check(write(asked, writer, reader if how.least_f1 else None, how, **more), asked, passages, how)
 
 
 def made(tmp_path, writer=None, info=lambda text: None, **how):
@@ -328,8 +343,33 @@ def test_a_stopped_run_resumes_with_the_next_batch_and_ends_with_the_same(tmp_pa
         made(tmp_path / "stopped", writer)
     again, told = Known(), []
     assert made(tmp_path / "stopped", again, info=told.append) == whole
-    assert told == ["Resuming: 2 of 4 batches are finished already."]
+    assert told[:-1] == ["Resuming: 2 of 4 batches are finished already."]
+    assert told[-1].startswith("28 questions written and read in ") and told[-1].endswith(" a minute.")
     assert again.written == [f"p{number}" for number in range(16, 30)]
+
+
+def test_the_same_drafts_are_checked_in_several_ways(tmp_path):
+    writer = Known()
+    writer.answers |= {"What colour is the fox 0?": "orange", "What was made in a house?": "red"}
+    writer._of = lambda passage: [*Known._of(writer, passage), Draft("What was made in a house?", "red")]
+    how = Making(batch_size=8, pairs=9, top_k=5)
+    drafted = write(PASSAGES[:30], writer, writer, how, parts=tmp_path / "parts")
+    assert {pair.fault for pair in drafted} == {None} and len(writer.written) == 30
+    for least in (0.6, 0.0):
+        own = replace(how, least_f1=least)
+        again = make(PASSAGES[:30], PASSAGES, writer, writer, own, parts=tmp_path / str(least))
+        assert check(drafted, PASSAGES[:30], PASSAGES, own) == again
+    checked, unread = (check(drafted, PASSAGES[:30], PASSAGES, replace(how, least_f1=least)) for least in (0.6, 0.0))
+    assert checked.rejected["read_differently"] == 1 and unread.rejected["read_differently"] == 0
+    assert len(unread.kept) == len(checked.kept) + 1 and all(pair.reading is None for pair in unread.pairs)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(59, ""), (60, "about 1.0 minutes."), (780, "about 13.0 minutes."), (7200, "about 2.0 hours.")],
+)
+def test_the_first_batch_tells_how_long_the_rest_takes(seconds, told):
+    assert told in making._expected(seconds / 5, 8, 48) and bool(told) == bool(making._expected(seconds / 5, 8, 48))
 
 
 def test_parts_of_other_passages_settings_or_weights_are_not_used(tmp_path):
@@ -343,8 +383,10 @@ def test_parts_of_other_passages_settings_or_weights_are_not_used(tmp_path):
     made(tmp_path, other)
     assert len(other.written) == 30
     same = Known()
-    made(tmp_path, same, top_k=5, eval_share=0.3)
+    made(tmp_path, same, top_k=5, eval_share=0.3, least_f1=0.9)
     assert same.written == []
+    made(tmp_path, same, least_f1=0.0)  # nothing is read, so these are other parts
+    assert len(same.written) == 30
 
 
 def test_a_sample_of_the_passages_depends_on_the_seed_alone():
@@ -645,11 +687,11 @@ def test_a_killed_command_resumes_to_the_same_files(tmp_path):
 # ---- teaching a writer
 
 
-def test_a_writer_is_taught_on_questions_turned_round(tmp_path, generator, monkeypatch, capsys):
-    from scripts import train_question_writer
-
-    folder = tmp_path / "base"
-    generator.save(folder)
+@pytest.fixture
+def lessons(tmp_path, generator, monkeypatch):
+    """Words of the command line that teach a tiny model in 8 steps."""
+    monkeypatch.setitem(probe.SECONDS, "generator", 0.1)
+    generator.save(tmp_path / "base")
     rows = [
         {
             "question": each["question"],
@@ -659,15 +701,85 @@ def test_a_writer_is_taught_on_questions_turned_round(tmp_path, generator, monke
         for each in tiny.corpus()[1]
     ]
     source = tiny.write_jsonl(tmp_path / "squad.jsonl", rows)
-    words = f"--questions {source} --generator {folder} --output_dir {tmp_path / 'writer'} --use_cpu"
-    how = "--steps 8 --batch_size 8 --learning_rate 3e-3 --context_tokens 64 --threads 1"
-    monkeypatch.setattr("sys.argv", ["train_question_writer.py", *words.split(), *how.split()])
-    train_question_writer.main()
-    facts = json.loads((tmp_path / "writer" / turned.MARKER).read_text())
-    assert facts["steps"] == 8 and "questions: loss" in capsys.readouterr().out
+    words = f"--questions {source} --generator {tmp_path / 'base'} --use_cpu --save_steps 3"
+    return f"{words} --steps 8 --batch_size 8 --learning_rate 3e-3 --context_tokens 64 --threads 1".split()
+
+
+def teach(lessons, folder):
+    with own_state():
+        train_question_writer.teach(train_question_writer.parsed([*lessons, "--output_dir", str(folder)]))
+
+
+def test_a_writer_is_taught_on_questions_turned_round(tmp_path, lessons, capsys):
+    teach(lessons, tmp_path / "writer")
+    facts = json.loads((tmp_path / "writer" / "generator" / turned.MARKER).read_text())
+    assert facts["steps"] == 8
     assert all(facts["after"][kind] < facts["before"][kind] for kind in ("answers", "questions", "lists"))
+    out = capsys.readouterr().out
+    assert "questions: loss" in out and "for 8 steps of 8 rows, by a few steps on this machine." in out
     writer = writers.load_writer(str(tmp_path / "writer"), "auto", batch_size=4, seed=0)
     assert type(writer) is writers.TrainedWriter and len(writer.draft(PASSAGES[:2], 2)) == 2
+    settings = json.loads((tmp_path / "writer" / "settings.json").read_text())
+    assert settings["generator_steps"] == 8 and settings["generator_learning_rate"] == 3e-3
+    with pytest.raises(InputError, match="holds a finished run; nothing was changed"):
+        teach(lessons, tmp_path / "writer")
+
+
+def test_the_card_of_a_writer_says_what_it_was_taught(tmp_path, lessons):
+    teach(lessons, tmp_path / "writer")
+    card = ModelCard.load(tmp_path / "writer" / "generator" / "README.md")
+    assert card.data.tags == ["cozyrag", "question-generation", "generated_from_trainer"]
+    facts = json.loads((tmp_path / "writer" / "generator" / turned.MARKER).read_text())
+    line = f"| questions | {facts['before']['questions']:.3f} | {facts['after']['questions']:.3f} |"
+    assert line in card.text and f"on {facts['rows']} rows" in card.text and "8 steps" in card.text
+    assert "| generator_learning_rate | 0.003 |" in card.text and "| top_k |" not in card.text
+    assert str(tmp_path) not in card.text and "`squad.jsonl`" in card.text and "None" not in card.text
+
+
+def test_estimating_the_time_does_not_change_what_is_learned(tmp_path, lessons, monkeypatch):
+    teach(lessons, tmp_path / "estimated")
+    monkeypatch.setattr(train_question_writer.Teaching, "_expected", lambda self: "")
+    teach(lessons, tmp_path / "plain")
+    one, other = (weights_of(tmp_path / name) for name in ("estimated", "plain"))
+    assert one == other
+
+
+def weights_of(folder):
+    return (folder / "generator" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_teaching_resumes_to_the_same_weights(tmp_path, lessons):
+    """Killed after a checkpoint within the phase, again with the phase just ended, and before anything is saved."""
+    teach(lessons, tmp_path / "whole")
+    command = [sys.executable, str(KILLED.with_name("killed_teaching.py"))]
+
+    def give(kill):
+        words = [*command, str(kill), *lessons, "--output_dir", str(tmp_path / "killed")]
+        return subprocess.run(words, capture_output=True, text=True, timeout=tiny.PATIENCE)
+
+    for kill, saved in ((-1, 0), (2, 2), (1, 2)):  # the phase has 2 checkpoints within, and one at its end
+        assert give(kill).returncode == -signal.SIGKILL
+        assert len(list((tmp_path / "killed" / "checkpoints").glob("round-*"))) == saved
+        assert not (tmp_path / "killed" / "generator").exists()
+    last = give(0)
+    assert last.returncode == 0, last.stderr
+    assert "Resuming from round-001-2-evaluation" in last.stdout
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
+    rows = [[row for row in rows_of(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
+    for row in (row for own in rows for row in own):
+        for name in ("seconds", "rate", "machine", "precision"):
+            row.pop(name, None)
+    assert rows[0] == rows[1] and sum(row["kind"] == "step" for row in rows[0]) == 1
+
+
+def test_teaching_needs_passages_and_tells_so(tmp_path, lessons):
+    words = ["--questions", str(tiny.write_jsonl(tmp_path / "bare.jsonl", tiny.corpus()[1][:4])), *lessons[2:]]
+    with pytest.raises(InputError, match=r"bare.jsonl: expected questions with their passage"):
+        teach(words, tmp_path / "writer")
+    assert not (tmp_path / "writer" / "generator").exists()
+    with pytest.raises(InputError, match="--generator_learning_rate: expected a value of at least 0"):
+        teach([*lessons, "--learning_rate", "-1"], tmp_path / "writer")
 
 
 # ---- a run without questions

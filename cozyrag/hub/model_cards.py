@@ -172,9 +172,47 @@ def write_cards(
     write_text(folder / "index" / CARD, str(index))
 
 
+def write_writer_card(
+    folder: Path, *, settings: Mapping, shown: Sequence[str], rows: Sequence[Mapping], taught: Mapping
+) -> None:
+    """Write README.md into the folder of a question writer.
+
+    Args:
+        settings: of its training, flat. shown: those that the card lists. rows: metrics.jsonl, with a row of kind
+            "run". taught: number of `rows`, of `held` rows and of `steps`, and the losses `before` and `after`, by the
+            kind of row.
+    """
+    run, base = [row for row in rows if row["kind"] == "run"][-1], _base("generator", settings)
+    lines = [f"| {kind} | {before:.3f} | {taught['after'][kind]:.3f} |" for kind, before in taught["before"].items()]
+    own: dict[str, Any] = _machine_facts(rows, run) | {
+        "base": "embedded, the small GPT-2 of CoZyRAG" if base == EMBEDDED else _public(base),
+        "questions": _public_names(settings["questions"]),
+        "licences": _licences("generator", settings, base),
+        "losses": "\n".join(["| rows | before | after |", "|---|---:|---:|", *lines]),
+        "settings": "\n".join(
+            f"| {name} | {value} |" for name, value in public_settings(settings).items() if name in shown
+        ),
+        **{name: f"{taught[name]:,}" for name in ("rows", "held", "steps")},
+    }
+    template = shipped_folder("model_cards") / "question_writer.md"
+    data = _model_data("generator", settings, base, [])
+    data.tags, data.metrics = ["cozyrag", "question-generation", "generated_from_trainer"], None
+    write_text(folder / CARD, str(ModelCard.from_template(data, template_path=str(template), **own)))
+
+
+def _machine_facts(rows: Sequence[Mapping], run: Mapping) -> dict[str, str]:
+    """On what, how precisely and with which versions a model was trained."""
+    machine, precision = run["machine"], run.get("precision")
+    return {
+        "machine": machine_sentence(machine),
+        "precision": f"{display_name(precision['name'])}, {precision['reason']}" if precision else "",
+        "energy": energy_sentence(machine, sum(row["seconds"] for row in rows if row["kind"] == "time")),
+        "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+    }
+
+
 def _facts(settings: Mapping, defaults: Mapping, rows: Sequence[Mapping], run: Mapping) -> dict[str, str]:
     """What the cards of the models say."""
-    machine, precision = run["machine"], run.get("precision")
     last = [row for row in rows if row["kind"] == "evaluation"][-1]
     shown = public_settings(settings)
     changed = {name: value for name, value in shown.items() if settings[name] != defaults.get(name)}
@@ -188,13 +226,9 @@ def _facts(settings: Mapping, defaults: Mapping, rows: Sequence[Mapping], run: M
         "mode": settings["retrieval"],
         "few": few_questions(last["questions"]),
         "adapter": ADAPTER_NOTE if settings["lora_rank"] else "",
-        "machine": machine_sentence(machine),
-        "precision": f"{display_name(precision['name'])}, {precision['reason']}" if precision else "",
-        "energy": energy_sentence(machine, sum(row["seconds"] for row in rows if row["kind"] == "time")),
-        "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
         "changed": "\n".join(f"| {name} | {value} |" for name, value in changed.items()),
         "kept": "\n".join(f"| {name} | {value} |" for name, value in kept.items()),
-    }
+    } | _machine_facts(rows, run)
 
 
 # ---- the metadata of a card

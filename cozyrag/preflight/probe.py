@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
-from cozyrag.config import Settings
+from cozyrag.config import Settings, TrainingSettings
 from cozyrag.data.corpus import Corpus
 from cozyrag.data.passages import read_column, rows_of
 from cozyrag.data.questions import take
@@ -155,15 +155,7 @@ class Probe:
         )  # fmt: skip
 
     def _line(self, part: str, whole: int, measure: Callable[[int], tuple[float, float]]) -> None:
-        """Fit a line to the (rows, seconds) that `measure` gives: one row a process first, then more while they fit."""
-        count, ends, over = min(self.accelerator.num_processes, whole), time.perf_counter() + SECONDS[part], False
-        measure(count)  # sets caches up
-        measured: list[tuple[float, float]] = []
-        while not over:
-            measured.append(measure(count))
-            over, seconds = of_first_process((time.perf_counter() > ends, measured[-1][1]))
-            count = next_count(whole, count, seconds, SECONDS[part] / 2)
-        self.lines[part] = fit(measured)
+        self.lines[part] = line_of(self.accelerator, part, whole, measure)
 
     def _read(self, part: str, table: Dataset, whole: int, work: Callable[[Dataset], object]) -> None:
         """Time `work` on rows of a table, each time on the next ones."""
@@ -336,24 +328,48 @@ class Probe:
         """limit: tokens of a micro-batch, and bytes of the activations of a token; None: unknown. whole: tokens of a
         step. On a CPU these are counted too: what loading has freed serves the first steps, so the process grows less.
         """
-        batch, largest, once = vars(self.training)[f"{name}_batch_size"], 0, 0.0
-
-        def measure(rows: int) -> tuple[float, float]:
-            """The mean step, without the first one, which sets memory up."""
-            nonlocal largest, once
-            settings, watch = copy.copy(self.training), Watch(rows, SECONDS[name] / 8)
-            vars(settings).update({f"{name}_batch_size": rows, f"{name}_steps": STEPS, f"{name}_epochs": STEPS})
-            whole = timed(lambda: train(settings=settings, round_number=1, callback=watch))
-            largest, once = max(largest, rows), max(0.0, whole - sum(watch.steps))
-            return rows, float(np.mean(watch.steps[1:]))
-
+        batch = vars(self.training)[f"{name}_batch_size"]
         self._grown()
-        self._line(name, batch, measure)
-        self.lines[name] = replace(self.lines[name], once=once)
+        self.lines[name], largest = phase_line(self.accelerator, name, train, self.training)
         activations = max(0, self._grown() - 3 * held_bytes(trainable(model)))
         most = min(activations * batch / largest, math.prod(each or math.inf for each in limit))
         counted = min(whole, limit[0] or 0) * (limit[1] or 0) if self.accelerator.device.type == "cpu" else 0
         self.activations[name] = round(max(activations, most, counted))
+
+
+def line_of(accelerator: Accelerator, part: str, whole: int, measure: Callable[[int], tuple[float, float]]) -> Line:
+    """A line through the (rows, seconds) that `measure` gives: one row a process first, then more while they fit."""
+    count, ends, over = min(accelerator.num_processes, whole), time.perf_counter() + SECONDS[part], False
+    measure(count)  # sets caches up
+    measured: list[tuple[float, float]] = []
+    while not over:
+        measured.append(measure(count))
+        over, seconds = of_first_process((time.perf_counter() > ends, measured[-1][1]))
+        count = next_count(whole, count, seconds, SECONDS[part] / 2)
+    return fit(measured)
+
+
+def phase_line(
+    accelerator: Accelerator, name: str, train: Callable[..., int], training: TrainingSettings
+) -> tuple[Line, int]:
+    """Seconds of the steps of a phase by their rows, and the most rows that were tried; the weights move.
+
+    Args:
+        train: `train_generator` or its like, without settings, round_number and callback.
+    """
+    largest, once = 0, 0.0
+
+    def measure(rows: int) -> tuple[float, float]:
+        """The mean step, without the first one, which sets memory up."""
+        nonlocal largest, once
+        settings, watch = copy.copy(training), Watch(rows, SECONDS[name] / 8)
+        vars(settings).update({f"{name}_batch_size": rows, f"{name}_steps": STEPS, f"{name}_epochs": STEPS})
+        whole = timed(lambda: train(settings=settings, round_number=1, callback=watch))
+        largest, once = max(largest, rows), max(0.0, whole - sum(watch.steps))
+        return rows, float(np.mean(watch.steps[1:]))
+
+    line = line_of(accelerator, name, vars(training)[f"{name}_batch_size"], measure)
+    return replace(line, once=once), largest
 
 
 def next_count(whole: int, rows: int, seconds: float, time: float) -> int:

@@ -20,6 +20,15 @@ from cozyrag.synthesis.checks import repeats_title
 
 Span = tuple[str, str]  # with its sentence
 
+_FUNCTION_WORDS = frozenset(
+    """a about above across after against all along also although am among an and another any are around as at be
+    because been before being below between both but by can could despite did do does during each either every few for
+    from had has have he her here him his how however i if in into is it its itself many may might more most much must
+    my near neither no nor not of off often on once one only onto or other our out over own per she should since so some
+    such than that the their them themselves then there these they this those though through thus to too toward towards
+    under until up upon us very was we were what when where whether which while who whom whose why will with within
+    without would yet you your""".split()
+)
 _WORD = r"(?:(?:\p{Lu}\.\s?)+(?=\p{Lu}\p{Ll}))?\p{Lu}[\p{L}\p{M}\p{N}]*(?:[-–'’.&]\p{L}[\p{L}\p{M}\p{N}]*)*"
 _LINK = r"(?:of(?:\sthe)?|de|del|di|da|du|la|le|von|van|der|den|&)"
 _DIGITS = r"\p{Nd}+(?:[.,:]\p{Nd}+)*"
@@ -27,7 +36,8 @@ _NAME = rf"(?:\p{{Nd}}{{1,2}}\s)?{_WORD}(?:\s(?:{_LINK}\s){{0,2}}(?:{_WORD}|{_DI
 _YEARS = r"\p{Nd}{3,4}(?:s\b|\s(?:BCE?|CE|AD)\b|[-–]\p{Nd}{2,4}\b)|\p{Nd}+(?:st|nd|rd|th)\b(?:\scentur(?:y|ies))?"
 _COUNT = r"hundred|thousand|million|billion"
 _SPELLED = rf"\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|{_COUNT})\b"
-_UNIT = r"(?:\s?%|\s(?:per cent|percent|\p{Ll}{2,}s\b))?"
+_NO_UNIT = "|".join(sorted(word for word in _FUNCTION_WORDS if word.endswith("s")))  # in "in 2003 was"
+_UNIT = rf"(?:\s?%|\s(?:per cent|percent|(?!(?:{_NO_UNIT})\b)\p{{Ll}}{{2,}}s\b))?"
 _SPAN = regex.compile(rf"{_YEARS}|{_NAME}|(?:[$€£¥]?{_DIGITS}|{_SPELLED})(?:\s(?:{_COUNT})\b)?{_UNIT}")
 _CLAUSE = regex.compile(r"[^\s,;:()、，；：。！？!?.\"“”][^,;:()、，；：。！？!?.\n\"“”]*")
 _PHRASE_WORD = regex.compile(r"[$€£¥]?[\p{L}\p{M}\p{N}]+(?:[-–'’.,&][\p{L}\p{M}\p{N}]+)*%?")
@@ -38,15 +48,6 @@ LONGEST_PHRASE = 3  # words of a phrase
 _NO_NOUN = ("ed", "ly")  # endings of verbs and adverbs, with which no phrase ends
 ENGLISH = 0.2  # share of function words from which a text is taken for English
 _SIDES = {"north", "south", "east", "west"}  # begin a sentence with a capital and no name too
-_FUNCTION_WORDS = frozenset(
-    """a about above across after against all along also although am among an and another any are around as at be
-    because been before being below between both but by can could despite did do does during each either every few for
-    from had has have he her here him his how however i if in into is it its itself many may might more most much must
-    my near neither no nor not of off often on once one only onto or other our out over own per she should since so some
-    such than that the their them themselves then there these they this those though through thus to too toward towards
-    under until up upon us very was we were what when where whether which while who whom whose why will with within
-    without would yet you your""".split()
-)
 
 
 def propose(text: str, count: int | None, seed: str, *, title: str = "") -> tuple[list[Span], list[str]]:

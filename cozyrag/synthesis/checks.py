@@ -54,6 +54,11 @@ _NAMES_IT = re.compile(
 
 def fault_of(draft: Draft, passage: Passage) -> str | None:
     """The first reason against a pair that no model and no other pair is needed for; None: there is none."""
+    return next(iter(faults_of(draft, passage)), None)
+
+
+def faults_of(draft: Draft, passage: Passage) -> list[str]:
+    """All reasons against a pair that no model and no other pair is needed for."""
     faults = {
         "repeats_title": repeats_title(draft.answer, passage.title),
         "empty": not comparable(draft.question) or not comparable(draft.answer),
@@ -66,7 +71,7 @@ def fault_of(draft: Draft, passage: Passage) -> str | None:
         "names_the_passage": names_the_passage(draft.question),
         "gives_the_answer_away": gives_away(draft.answer, draft.question),
     }
-    return next((reason for reason, found in faults.items() if found), None)
+    return [reason for reason, found in faults.items() if found]
 
 
 def stands_in(answer: str, text: str) -> bool:

@@ -1,8 +1,8 @@
-"""Questions made from passages: written, checked, and divided into training and validation.
+"""Questions made from passages: written and read again, then checked and divided into training and validation.
 
-Passages are taken in batches, and the drafts of each are a file beside the output, so a run that was stopped resumes
-with the next batch and ends with the same pairs. Checks that need all pairs follow at the end. Left out: writing and
-reading (writers.py, endpoint.py), the files (results.py).
+Passages are taken in batches, and what was written and read of each is a file beside the output, so a run that was
+stopped resumes with the next batch and ends with the same pairs. Checks ask no model: the same drafts can be checked
+again in another way. Left out: writing and reading (writers.py, endpoint.py), the files (results.py).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from cozyrag.synthesis.checks import agreement, fault_of, ranks, repeated, score
 from cozyrag.synthesis.drafts import Draft, Passage, Reader, Reading, Writer
 from cozyrag.synthesis.request import Making
 
-VERSION = 2  # of the content of a part: parts of another version are not used
+VERSION = 3  # of the content of a part: parts of another version are not used
 LONG = 60  # seconds above which the expected time is told
 
 
@@ -76,50 +76,61 @@ def chosen(passages: Sequence[Passage], limit: int | None, seed: int) -> list[Pa
     return [passages[row] for row in sorted(random.Random(seed).sample(range(len(passages)), limit))]
 
 
-def make(
+def write(
     asked: Sequence[Passage],
-    passages: Sequence[Passage],
     writer: Writer,
-    reader: Reader,
+    reader: Reader | None,
     how: Making,
     *,
     parts: Path,
     progress: Callable[[int], object] = lambda count: None,
     info: Callable[[str], None] = lambda text: None,
-) -> Made:
-    """Write pairs about the passages that are `asked` about, and check them.
+) -> list[Pair]:
+    """Pairs about the passages, with what the reader answers to those that no passage speaks against; none is judged.
 
     Args:
-        passages: all that are searched. parts: folder for finished batches. progress: called with passages done.
-        info: takes a line for the user.
+        reader: None: nothing is read again. how: of it, the number of pairs, the size of batches and the seed.
+        parts: folder for finished batches. progress: called with passages done. info: takes a line for the user.
     """
     pairs = list[Pair]()
     files = list(_parts(asked, writer, reader, how, parts))
     if finished := sum(path.is_file() for _, path in files):
         info(f"Resuming: {finished} of {len(files)} batches are finished already.")
-    begun, first = time.monotonic(), True
+    begun, questions = time.monotonic(), 0
     for start, path in files:
         own = asked[start : start + how.batch_size]
         if path.is_file():
-            drafted = read_json_lines(path)
+            rows = read_json_lines(path)
         else:
-            drafted = [asdict(pair) for pair in _drafted(own, writer, reader, how)]
-            write_jsonl(path, drafted)
-            if first and (told := _expected(time.monotonic() - begun, len(own), len(asked) - start)):
+            rows = [_row(pair) for pair in _drafted(own, writer, reader, how)]
+            write_jsonl(path, rows)
+            if not questions and (told := _expected(time.monotonic() - begun, len(own), len(asked) - start)):
                 info(told)
-            first = False
-        pairs += [_read_back(row, start) for row in drafted]
+            questions += sum(bool(row["draft"]["question"]) for row in rows)
+        pairs += [_read_back(row, start) for row in rows]
         progress(len(own))
+    if questions:
+        info(_rate(questions, time.monotonic() - begun))
+    return pairs
+
+
+def check(drafted: Sequence[Pair], asked: Sequence[Passage], passages: Sequence[Passage], how: Making) -> Made:
+    """Judge what `write` gave, and divide what is kept; with `least_f1` 0 as if nothing had been read.
+
+    passages: all that are searched.
+    """
+    pairs = [_judged(pair, asked[pair.row], how) for pair in drafted]
     pairs = _searched(_without_repeats(pairs, asked), asked, passages, how)
     return Made(asked, pairs, _for_validation([pair.row for pair in pairs if pair.fault is None], how))
 
 
 def _parts(
-    asked: Sequence[Passage], writer: Writer, reader: Reader, how: Making, folder: Path
+    asked: Sequence[Passage], writer: Writer, reader: Reader | None, how: Making, folder: Path
 ) -> Iterator[tuple[int, Path]]:
     """The first row of each batch, and its file, whose name changes with anything that its content depends on."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = (VERSION, writer.fingerprint, reader.fingerprint, how.pairs, how.batch_size, how.least_f1, how.seed)
+    read = reader.fingerprint if reader else None
+    facts = (VERSION, writer.fingerprint, read, how.pairs, how.batch_size, how.seed)
     for start in range(0, len(asked), how.batch_size):
         own = asked[start : start + how.batch_size]
         table = {name: [getattr(passage, name) for passage in own] for name in ("id", "title", "text")}
@@ -127,25 +138,36 @@ def _parts(
         yield start, folder / f"{start:08d}-{key}.jsonl"
 
 
-def _drafted(passages: Sequence[Passage], writer: Writer, reader: Reader, how: Making) -> list[Pair]:
+def _drafted(passages: Sequence[Passage], writer: Writer, reader: Reader | None, how: Making) -> list[Pair]:
     """The pairs of a batch; those without fault so far are read again."""
     drafts = writer.draft(passages, how.pairs)
-    pairs = [Pair(row, draft, fault=fault_of(draft, passages[row])) for row, own in enumerate(drafts) for draft in own]
-    if not how.least_f1:
+    pairs = [Pair(row, draft) for row, own in enumerate(drafts) for draft in own]
+    if reader is None:
         return pairs
-    left = [place for place, pair in enumerate(pairs) if pair.fault is None]
+    left = [place for place, pair in enumerate(pairs) if fault_of(pair.draft, passages[pair.row]) is None]
     readings = reader.read(
         [pairs[place].draft.question for place in left], [passages[pairs[place].row] for place in left]
     )
     for place, reading in zip(left, readings, strict=True):
-        differs = agreement(pairs[place].draft, reading) < how.least_f1
-        pairs[place] = replace(pairs[place], reading=reading, fault="read_differently" if differs else None)
+        pairs[place] = replace(pairs[place], reading=reading)
     return pairs
 
 
+def _row(pair: Pair) -> dict:
+    return {name: value for name, value in asdict(pair).items() if name in ("row", "draft", "reading")}
+
+
 def _read_back(row: dict, start: int) -> Pair:
-    reading = row["reading"] and Reading(**row["reading"])
-    return Pair(row["row"] + start, Draft(**row["draft"]), reading, row["fault"])
+    return Pair(row["row"] + start, Draft(**row["draft"]), row["reading"] and Reading(**row["reading"]))
+
+
+def _judged(pair: Pair, passage: Passage, how: Making) -> Pair:
+    """The pair with the first fault that needs no other pair."""
+    reading = pair.reading if how.least_f1 else None
+    fault = fault_of(pair.draft, passage)
+    if fault is None and reading and agreement(pair.draft, reading) < how.least_f1:
+        fault = "read_differently"
+    return replace(pair, reading=reading, fault=fault)
 
 
 def _without_repeats(pairs: Sequence[Pair], asked: Sequence[Passage]) -> list[Pair]:
@@ -180,12 +202,17 @@ def _for_validation(rows: Sequence[int], how: Making) -> frozenset[int]:
     return frozenset(random.Random(how.seed).sample(different, max(0, count)))
 
 
+def _rate(questions: int, seconds: float) -> str:
+    told = f"{seconds / 60:.1f} minutes" if seconds >= LONG else f"{seconds:.1f} seconds"
+    return f"{questions:,} questions written and read in {told}: {60 * questions / max(seconds, 1e-9):,.1f} a minute."
+
+
 def _expected(seconds: float, done: int, left: int) -> str:
     """What the first batch says of the rest."""
     rest = seconds / done * (left - done)
     if rest < LONG:
         return ""
-    told = f"{rest / 60:.0f} minutes" if rest < 5400 else f"{rest / 3600:.1f} hours"
+    told = f"{rest / 60:.1f} minutes" if rest < 5400 else f"{rest / 3600:.1f} hours"
     return (
         f"The first {done} passages took {seconds:.0f} seconds, so the other {left - done:,} take about {told}. "
         "Ctrl-C keeps what is finished; the same command resumes."

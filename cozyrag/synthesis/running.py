@@ -6,6 +6,8 @@ Left out: each of these, which is in a module of its own.
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -13,7 +15,7 @@ from cozyrag.errors import InputError
 from cozyrag.runtime.terminal import say_above_bars
 from cozyrag.synthesis.drafts import Passage, Reader, Writer
 from cozyrag.synthesis.endpoint import EndpointWriter
-from cozyrag.synthesis.making import Made, chosen, make
+from cozyrag.synthesis.making import Made, Pair, check, chosen, write
 from cozyrag.synthesis.request import Places, Request
 from cozyrag.synthesis.results import facts_of, write_results
 from cozyrag.synthesis.writers import default_generator, load_reader, load_writer
@@ -24,35 +26,43 @@ def passages_of(columns: Mapping[str, Sequence[str]]) -> list[Passage]:
     return [Passage(*each) for each in zip(columns["id"], columns["title"], columns["text"], strict=True)]
 
 
+class Drafted(NamedTuple):
+    """Pairs that nobody has judged, the passages `asked` about, and the names of who wrote and who read."""
+
+    asked: Sequence[Passage]
+    pairs: list[Pair]
+    writer: str
+    reader: str
+
+
 def fulfil(request: Request, passages: Sequence[Passage], places: Places, settings: Mapping) -> dict:
     """Make the questions, write all files, and return the numbers of the summary.
 
     settings: what the summary shows of how it was asked for. Raises InputError if a model cannot be used, or if no pair
     is left; finished batches are kept then.
     """
-    writer = _writer(request)
-    reader = _reader(request, writer)
-    asked = chosen(passages, request.limit, request.how.seed)
-    made = _made(request, asked, passages, writer, reader, places)
-    read = reader.name if request.how.least_f1 else "nobody"
-    facts = facts_of(made, writer=writer.name, reader=read, settings=dict(settings))
+    drafts = drafted(request, passages, places.parts)
+    made = check(drafts.pairs, drafts.asked, passages, request.how)
+    facts = facts_of(made, writer=drafts.writer, reader=drafts.reader, settings=dict(settings))
     write_results(made, places, facts)
     _check_kept(made, places)
     shutil.rmtree(places.parts)
     return facts
 
 
-def _made(
-    request: Request,
-    asked: Sequence[Passage],
-    passages: Sequence[Passage],
-    writer: Writer,
-    reader: Reader,
-    places: Places,
-) -> Made:
+def drafted(request: Request, passages: Sequence[Passage], parts: Path) -> Drafted:
+    """Write the pairs of a request, and read them again; what is finished in the folder `parts` is not done again.
+
+    Raises InputError if a model cannot be used.
+    """
+    how = request.how
+    writer = _writer(request)
+    reader = _reader(request, writer)
+    asked = chosen(passages, request.limit, how.seed)
     tell: Callable[[str], None] = lambda text: say_above_bars(text, file=sys.stderr)  # noqa: E731
     with tqdm(total=len(asked), desc="writing questions", unit="passage") as bar:
-        return make(asked, passages, writer, reader, request.how, parts=places.parts, progress=bar.update, info=tell)
+        pairs = write(asked, writer, reader, how, parts=parts, progress=bar.update, info=tell)
+    return Drafted(asked, pairs, writer.name, reader.name if reader else "nobody")
 
 
 def _writer(request: Request) -> Writer:
@@ -63,11 +73,11 @@ def _writer(request: Request) -> Writer:
     return load_writer(name, request.way, batch_size=how.batch_size, seed=how.seed)
 
 
-def _reader(request: Request, writer: Writer) -> Reader:
-    """The reader of the request; the writer, if there is none or nothing is read again."""
-    if request.reader and request.how.least_f1:
-        return load_reader(request.reader, batch_size=request.how.batch_size)
-    return writer
+def _reader(request: Request, writer: Writer) -> Reader | None:
+    """The reader of the request, which is the writer if it names none; None: nothing is read again."""
+    if not request.how.least_f1:
+        return None
+    return load_reader(request.reader, batch_size=request.how.batch_size) if request.reader else writer
 
 
 def _check_kept(made: Made, places: Places) -> None:

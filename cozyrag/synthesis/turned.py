@@ -52,6 +52,12 @@ def is_trained(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def folder_of(name: str) -> str:
+    """The folder of the model, for the output folder of the script that taught it; else the name."""
+    inner = Path(name) / "generator"
+    return str(inner) if is_trained(inner) else name
+
+
 def mark_trained(folder: Path, **facts: object) -> None:
     """Note in the folder of a model that it was taught so, and on what."""
     write_json(folder / MARKER, {"asks": [ASK_ANSWERS, ask_question("...")]} | facts)

@@ -262,6 +262,7 @@ def default_generator() -> str:
 
 def load_writer(name: str, way: str, *, batch_size: int, seed: int) -> Writer:
     """The writer of this name. Raises InputError if it cannot be loaded, or not be used in this way."""
+    name = turned.folder_of(name)
     if way == "auto" and turned.is_trained(Path(name)):
         way = "trained"
     # SmolLM2 chats too, but at 135 M parameters it follows examples better than instructions.

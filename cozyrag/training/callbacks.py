@@ -43,7 +43,7 @@ class RunCallback(PhaseCallback):
     progress: Progress
     checkpoints: Checkpoints
     generator: Generator
-    retriever: Retriever
+    retriever: Retriever | None
     reranker: Reranker | None
     log: RunLog
     interrupts: Interrupts

@@ -115,9 +115,13 @@ class Checkpoints:
         return Progress(**current_progress(saved))
 
     def save(
-        self, progress: Progress, generator: Generator, retriever: Retriever, reranker: Reranker | None = None
+        self,
+        progress: Progress,
+        generator: Generator,
+        retriever: Retriever | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
-        """Write a checkpoint and delete the oldest beyond the limit. All processes must call it.
+        """Write a checkpoint of these models and delete the oldest beyond the limit. All processes must call it.
 
         Raises:
             InputError: the disk is full or not writable; the earlier checkpoints are unchanged.
@@ -133,9 +137,9 @@ class Checkpoints:
                 partial.mkdir(parents=True)
                 check_room(final, needed)
                 generator.save(partial / "generator")
-                retriever.save(partial / "retriever")
-                if reranker is not None:
-                    reranker.save(partial / "reranker")
+                for name, model in (("retriever", retriever), ("reranker", reranker)):
+                    if model is not None:
+                        model.save(partial / name)
                 write_json(partial / "progress.json", asdict(progress) | self._facts_of(generator))
 
         def save_state() -> None:
@@ -176,7 +180,7 @@ def _read(checkpoint: Path) -> dict:
 
 
 def checkpoint_bytes(
-    generator: Generator, retriever: Retriever, reranker: Reranker | None = None, *, inside: bool
+    generator: Generator, retriever: Retriever | None, reranker: Reranker | None = None, *, inside: bool
 ) -> int:
     """Estimated bytes of a checkpoint; inside a phase, with AdamW's two moments of the largest model."""
     sizes = [generator.saved_bytes()]

@@ -212,7 +212,7 @@ def load_models(
         generator = load_generator(newest, dropout=models.dropout)
         retriever = Retriever.load(str(newest / "retriever"), max_tokens=reads, device=str(device))
     else:
-        generator = _load_generator(settings, corpus)
+        generator = named_generator(settings, corpus.passages)
         if models.retriever == EMBEDDED:
             retriever = Retriever.load_embedded(max_tokens=reads, device=str(device))
         else:
@@ -245,10 +245,11 @@ def _load_reranker(settings: Settings, newest: Path | None, device: torch.device
     return Reranker.load(str(newest / "reranker" if newest else name), device=str(device))
 
 
-def _load_generator(settings: Settings, corpus: Corpus) -> Generator:
+def named_generator(settings: Settings, passages: datasets.Dataset) -> Generator:
+    """The generator that the settings name, on the CPU; an untrained one reads the passages for its tokenizer."""
     models = settings.models
     if models.generator == SCRATCH:
-        return Generator.from_scratch(corpus.passages[:]["text"])
+        return Generator.from_scratch(passages[:]["text"])
     name = str(GENERATOR_FOLDER) if models.generator == EMBEDDED else models.generator
     chat = models.chat_template == "on" or models.chat_template == "auto" and models.generator != SMOLLM2
     generator = Generator.load(name, revision=models.generator_revision, dropout=models.dropout, chat_template=chat)
