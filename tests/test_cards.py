@@ -199,7 +199,8 @@ def test_the_energy_is_the_result_of_its_formula():
 def test_this_machine_can_be_described():
     machine = machine_facts(processes=1, threads=1, device="cpu")
     assert json.loads(json.dumps(machine)) == machine and machine["busy_cores"] == 1 and machine["memory_gb"] > 0
-    assert machine["versions"]["torch"] == torch.__version__ and "1 of " in machine_sentence(machine)
+    assert machine["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert "1 of " in machine_sentence(machine)
 
 
 def test_the_plot_of_a_card_is_of_its_own_model_and_the_same_png_each_time(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from huggingface_hub import metadata_load
 
 evaluate = pytest.importorskip("evaluate")
@@ -128,7 +129,7 @@ def test_two_processes_give_the_scores_of_one(name, tmp_path):
         subprocess.Popen([*command, str(n), str(tmp_path), json.dumps(rows)], stdout=subprocess.PIPE, text=True)
         for n in range(2)
     ]
-    first, second = (json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started)
+    first, second = (json.loads(process.communicate(timeout=tiny.PATIENCE)[0].splitlines()[-1]) for process in started)
     alone = evaluate.load(metric_module(name)).compute(
         predictions=[row[0] for row in rows], references=[row[1] for row in rows]
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 from test_train_script import MACHINE, launch
 
@@ -67,7 +68,7 @@ def test_two_machines_take_the_steps_of_one(cluster, settings, tmp_path):
     script = (ROOT / "examples" / "slurm.sh").read_text().replace("train.py", str(ROOT / "tests" / "node_run.py"))
     (tmp_path / "slurm.sh").write_text(script)
     command = ["bash", str(tmp_path / "slurm.sh"), *map(str, settings), "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=tiny.PATIENCE)
     logs = [(tmp_path / f"node-{node}.log").read_text() for node in (0, 1)]
     assert done.returncode == 0, done.stderr + logs[0][-3000:] + logs[1][-3000:]
     notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.numpy import load_file
 from test_train_script import MACHINE, launch, metrics
@@ -49,7 +50,7 @@ def phases(generator_path, retriever_path, tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
     place = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_MIXED_PRECISION": "no"}
-    done = subprocess.run(command, env=clean | MACHINE | place, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=clean | MACHINE | place, capture_output=True, text=True, timeout=tiny.PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from huggingface_hub import HfApi, constants
 from local_hub import LocalHub
 from push_under_faults import push_rounds
@@ -66,7 +67,7 @@ def python(code, *arguments, environment, cwd):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=tiny.PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

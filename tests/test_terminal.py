@@ -177,7 +177,9 @@ def printed_into(tmp_path, prints, redirection):
     done = tmp_path / "done"
     (tmp_path / "program.py").write_text(PRINTS.format(root=str(PACKAGE.parent), done=str(done), prints=prints))
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / 'program.py'))} {redirection}"
-    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=tiny.PATIENCE
+    )
     return ended.returncode, done.exists(), ended.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +26,9 @@ ROOT = Path(__file__).parents[1]
 MACHINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(arguments, *, config=None, cwd=None, environment=None, check=True, timeout=240, script=ROOT / "train.py"):
+def launch(
+    arguments, *, config=None, cwd=None, environment=None, check=True, timeout=tiny.PATIENCE, script=ROOT / "train.py"
+):
     """Run train.py: under `accelerate launch --config_file`, or plainly when no config is named."""
     start = [sys.executable, str(script)]
     if config:
@@ -299,7 +302,7 @@ def test_accelerate_launch_with_cpu_and_two_processes_is_refused(settings, tmp_p
         env=os.environ | MACHINE,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=tiny.PATIENCE,
     )
     assert done.returncode != 0 and "cpu_ddp.yaml" in done.stderr
     assert not (tmp_path / "out").exists()

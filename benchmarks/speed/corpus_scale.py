@@ -38,6 +38,7 @@ from cozyrag.data.corpus import gold_ids
 from cozyrag.data.passages import read_passages
 from cozyrag.data.questions import read_questions, take
 from cozyrag.data.sentences import split_sentences
+from cozyrag.errors import InputError
 from cozyrag.models.retriever import Retriever
 from cozyrag.pair_file import read_pair
 from cozyrag.retrieval.faiss_index import ADDED, open_vectors, search_shards, stretches
@@ -67,7 +68,7 @@ class Task:
     stemmer: str
     weights: Weights
     threads: int
-    index_memory: int | None
+    index_memory: int
 
     @property
     def questions(self) -> list[str]:
@@ -90,7 +91,7 @@ def main() -> None:
     add("--limit", type=int, default=2000, metavar="N", help="questions, at most (default: 2000)")
     add("--texts", required=True, metavar="FILE", help="passages whose sentences make up the made ones")
     add("--passages", type=int, required=True, metavar="N", help="passages of the index")
-    add("--index_memory", type=bytes_of, metavar="SIZE", default=bytes_of("4GB"), help="as of `cozyrag index` (4GB)")
+    add("--index_memory", type=bytes_of, metavar="SIZE", help="as of `cozyrag index` (default: 100 bytes a passage)")
     add("--threads", type=int, default=2, help="threads of FAISS (default: 2)")
     add("--folder", default=tempfile.gettempdir(), help="place for the index: 3 KB for each passage")
     add("--json", metavar="FILE", help="write the figures to this file")
@@ -132,7 +133,7 @@ def _task(options: argparse.Namespace, folder: Path) -> Task:
     search = read_pair(model)["retrieval"]
     return Task(
         folder, dict(zip(chosen, encoded, strict=True)), np.array([gold[each] for each in chosen]), search["stemmer"],
-        Weights.default(sentences=False), options.threads, options.index_memory,
+        Weights.default(sentences=False), options.threads, options.index_memory or 100 * options.passages,
     )  # fmt: skip
 
 
@@ -199,6 +200,8 @@ def _built(task: Task) -> dict:
         vectors = open_vectors(task.folder / "vectors.safetensors")
         factory, share = write_index(task.folder, NAME, vectors, task.index_memory)
         between = time.perf_counter()
+        if factory == "Flat":
+            raise InputError("--index_memory: expected too little for a Flat index, which is not measured here.")
         prepare_words(task.folder, task.stemmer)
     facts = {"index": factory, "recall_when_tuned": share, "build_index_s": between - started}
     return facts | {"build_words_s": time.perf_counter() - between, "build_own_MB": peak.megabytes}

@@ -26,6 +26,8 @@ from cozyrag.errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+DEEPEST = 32  # lists within lists of answers
+
 
 def features() -> "Features":
     """The columns of a table of questions."""
@@ -236,12 +238,17 @@ def _answers(value: object, column: str, written: bool) -> list[str]:
     return list(dict.fromkeys(text for text in stripped if text))
 
 
-def _flat(answers: object) -> list[object]:
-    """The texts in any of the accepted layouts; `text_of` refuses what is in none of them."""
+def _flat(answers: object, depth: int = 0) -> list[object]:
+    """The texts in any of the accepted layouts; `text_of` refuses what is in none of them.
+
+    Raises RecursionError beyond a depth of its own: that of Python depends on its version.
+    """
+    if depth > DEEPEST:
+        raise RecursionError
     if isinstance(answers, Mapping) and "text" in answers:
-        return _flat(answers["text"])
+        return _flat(answers["text"], depth + 1)
     if isinstance(answers, list):
-        return [text for item in answers for text in _flat(item)]
+        return [text for item in answers for text in _flat(item, depth + 1)]
     if isinstance(answers, bool):
         return ["yes" if answers else "no"]
     return [answers]

@@ -63,4 +63,4 @@ def shard(rows: Sequence[int], *, parts: int) -> list[list[int]]:
 
     Neighbours stay together: rows are sorted by length, so every part needs little padding.
     """
-    return [[int(rows[at]) for at in part] for part in np.array_split(np.arange(len(rows)), parts)]
+    return [[int(rows[at]) for at in part.tolist()] for part in np.array_split(np.arange(len(rows)), parts)]
