@@ -1,11 +1,11 @@
 """Kill commands, cut their unfinished files, fill their disk, write twice at once, and feed them hostile documents.
 
-    python tests/attack_run.py --kills 20 --cuts 40 --full 10 --twice 10 --documents --flips 150
+    python tests/attack_run.py --kills 20 --cuts 40 --full 10 --twice 10 --documents --flips 150 --requests 200
 
 `index`, `passages`, `report` and `push` (to a Hub on loopback) are disturbed, then given again: what they leave must
 equal what an undisturbed one left, or a sentence must name what to delete or to copy. Files that were flushed to disk
 are not cut. All is drawn from --seed; children are forked from a process with loaded libraries. Left out: kills of a
-run (kill_run.py), damaged pairs (damage_run.py).
+run (kill_run.py), damaged pairs (damage_run.py), what is sent to a server (request_run.py).
 """
 
 import argparse
@@ -29,6 +29,7 @@ import damage_run
 import evaluated
 import kill_run
 import pytest
+import request_run
 import tiny
 from forked import start
 from local_hub import LocalHub, point_client_at
@@ -407,6 +408,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", metavar="COMMAND", help="only these commands")
     parser.add_argument("--flips", type=int, default=0, help="bits to flip in a checkpoint")
     parser.add_argument("--documents", action="store_true", help="hostile documents")
+    parser.add_argument("--requests", type=int, default=0, help="to a served pair, from several clients")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     chosen = parser.parse_args()
     failed: list[str] = []
@@ -424,6 +426,7 @@ if __name__ == "__main__":
     for wanted, run in (
         (chosen.flips, lambda root: run_flips(chosen.flips, chosen.seed, root)),
         (chosen.documents, run_documents),
+        (chosen.requests, lambda root: request_run.run_requests(chosen.requests, chosen.seed, root)),
     ):
         if wanted:
             with tempfile.TemporaryDirectory() as temporary:
