@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
-from cozyrag.data.rows import Columns
+from cozyrag.data.rows import BadValue, Columns, text_of
 from cozyrag.data.sentences import sentence_spans
 from cozyrag.errors import InputError
 from cozyrag.evaluation.calibration import Calibration, certainty_of, check_least
@@ -220,7 +220,7 @@ class CozyRAG:
     def answers(self, questions: Sequence[str], *, top_k: int | None = None) -> list[Answer]:
         """Answer questions from the passages, greedily, each with its sources.
 
-        Raises TypeError for anything but texts, InputError for an empty one.
+        Raises TypeError for anything but texts, InputError for one that is empty or not UTF-8.
         """
         check_least(self.min_certainty)
         questions, k = _checked(questions), self._passages_to_find(top_k)
@@ -373,7 +373,7 @@ def _columns(names: dict[str, str]) -> Columns:
 
 
 def _checked(questions: Sequence[str]) -> list[str]:
-    """The questions without superfluous spaces. Raises TypeError, or InputError for an empty one."""
+    """The questions without superfluous spaces. Raises TypeError, or InputError for one that is empty or no text."""
     if isinstance(questions, str | bytes) or not isinstance(questions, Iterable):
         raise TypeError(f"expected a list of questions, found {questions!r}; `answer` takes a single question")
     questions = list(questions)
@@ -383,6 +383,11 @@ def _checked(questions: Sequence[str]) -> list[str]:
     questions = [" ".join(question.split()) for question in questions]
     if not all(questions):
         raise InputError("Expected a question, found an empty text.")
+    for question in questions:
+        try:
+            text_of(question, f"the question {question!r:.60}")  # JSON and other encodings leave halves of characters
+        except BadValue as error:
+            raise InputError(f"Expected questions in UTF-8, but {error}. Ask without it, or in UTF-8.") from error
     return questions
 
 

@@ -1,11 +1,11 @@
 """Kill commands, cut their unfinished files, fill their disk, write twice at once, and feed them hostile documents.
 
-    python tests/attack_run.py --kills 20 --cuts 40 --full 10 --twice 10 --documents --flips 150
+    python tests/attack_run.py --kills 20 --cuts 40 --full 10 --twice 10 --documents --flips 150 --requests 200
 
-`index`, `passages`, `report` and `push` (to a Hub on loopback) are disturbed, then given again: what they leave must
-equal what an undisturbed one left, or a sentence must name what to delete or to copy. Files that were flushed to disk
-are not cut. All is drawn from --seed; children are forked from a process with loaded libraries. Left out: kills of a
-run (kill_run.py), damaged pairs (damage_run.py).
+`index`, `passages`, `report`, `push` (to a Hub on loopback) and `train` are disturbed, then given again: what they
+leave must equal what an undisturbed one left, or, of a run, a sentence must name what to delete. Files that were
+flushed to disk are not cut. All is drawn from --seed; children are forked from a process with loaded libraries. Left
+out: kills of a run (kill_run.py), damaged pairs (damage_run.py), what is sent to a server (request_run.py).
 """
 
 import argparse
@@ -29,11 +29,12 @@ import damage_run
 import evaluated
 import kill_run
 import pytest
+import request_run
 import tiny
 from forked import start
 from local_hub import LocalHub, point_client_at
 from short_run import at_step, send
-from spawned import measured
+from spawned import Took, measured
 
 from cozyrag import cli
 from cozyrag.run import train
@@ -43,6 +44,7 @@ from cozyrag.runtime.signals import Interrupted
 WAITED = 120.0  # seconds on the clock for one command: the machine may be busy
 SECONDS, MEMORY = 5.0, 500e6  # of the processor, and bytes, for one hostile document
 UNFINISHED = {"work", "out.jsonl.parts"}
+TOLD = "told what to delete"
 CUTS: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "cut": lambda content: content[: len(content) // 2],
@@ -52,11 +54,15 @@ CUTS: dict[str, Callable[[bytes], bytes]] = {
 
 @dataclass
 class Work:
-    """A command and what it writes: `place(folder)` gives its words, `left(folder)` what must be equal."""
+    """A command and what it writes: `words(folder)` gives its words, `left(folder)` what must be equal.
+
+    `may_tell`: given again, it may say in a sentence what to delete.
+    """
 
     words: Callable[[Path], list[str]]
     left: Callable[[Path], object]
     prepare: Callable[[Path], None] = lambda folder: folder.mkdir(parents=True)
+    may_tell: bool = False
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -76,6 +82,9 @@ def works(root: Path, hub: LocalHub) -> dict[str, Work]:
     source, retriever = tiny.write_jsonl(root / "p.jsonl", rows), tiny.make_retriever(root / "retriever")
     pair = damage_run.make_pair(root)
     scored = [evaluated.row(number, em=number % 2) for number in range(80)]
+
+    (root / "run").mkdir()
+    settings = [word for word in kill_run.materials(root / "run") if word not in kill_run.PUSHING]
 
     def run_folder(folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -103,6 +112,11 @@ def works(root: Path, hub: LocalHub) -> dict[str, Work]:
         ),
         "report": Work(lambda folder: ["report", str(folder / "run"), "--latency", "0"], files_of, run_folder),
         "push": Work(lambda folder: ["push", str(pair), repo(folder)], on_hub),
+        "train": Work(
+            lambda folder: ["train", *settings, "--output_dir", str(folder / "out"), "--save_steps", "2"],
+            lambda folder: kill_run.left(folder / "out"),
+            may_tell=True,
+        ),
     }
 
 
@@ -128,6 +142,8 @@ def fault_of(code: int, log: Path, *, may_refuse: bool) -> str:
 def compared(work: Work, folder: Path, expected: object, log: Path) -> str:
     """Give the command (again), and compare what it leaves; returns the fault or nothing."""
     code, _ = ended(start(work.words(folder), log))
+    if work.may_tell and code == 2 and not fault_of(code, log, may_refuse=True) and "elete" in log.read_text():
+        return TOLD
     if fault := fault_of(code, log, may_refuse=False):
         return fault
     return "" if work.left(folder) == expected else "it left something else"
@@ -234,15 +250,17 @@ def twice(work: Work, name: str, root: Path, number: int, chance: random.Random,
 
 
 def verdict_of(fault: str | None) -> str:
-    """How an attack ended: with a fault, with none (an empty one), or without a try (None)."""
-    return "not tried" if fault is None else "FAILED" if fault else "as undisturbed"
+    """How an attack ended: with a fault, with none (an empty one), with what to delete, or without a try (None)."""
+    return "not tried" if fault is None else TOLD if fault == TOLD else "FAILED" if fault else "as undisturbed"
 
 
 def counted(table: Counter, attack: str, name: str) -> str:
     """How many of the attacks that were tried ended as undisturbed, and how many were not tried."""
-    done, failed, untried = (table[attack, name, each] for each in ("as undisturbed", "FAILED", "not tried"))
-    apart = f", {untried} more not tried, since not even the input fits" if untried else ""
-    return f"{done} of {done + failed} ended as undisturbed{apart}"
+    ends = ("as undisturbed", TOLD, "FAILED", "not tried")
+    done, told, failed, untried = (table[attack, name, each] for each in ends)
+    apart = f", {told} {TOLD}" if told else ""
+    apart += f", {untried} more not tried, since not even the input fits" if untried else ""
+    return f"{done} of {done + told + failed} ended as undisturbed{apart}"
 
 
 def run_attack(attack, names, count: int, seed: int, root: Path, table: Counter) -> list[str]:
@@ -252,6 +270,7 @@ def run_attack(attack, names, count: int, seed: int, root: Path, table: Counter)
         sleep = time.sleep
         point_client_at(hub, patches, cache=root / "cache")
         patches.setattr(time, "sleep", sleep)
+        patches.setattr("cozyrag.run.refusal", lambda *_, **__: None)
         made = works(root, hub)
         for name in names:
             expected, seconds = undisturbed(made[name], root, name)
@@ -259,7 +278,7 @@ def run_attack(attack, names, count: int, seed: int, root: Path, table: Counter)
                 chance = random.Random(f"{seed} {attack.__name__} {name} {number}")
                 fault = attack(made[name], name, root, number, chance, expected, seconds)
                 table[attack.__name__, name, verdict_of(fault)] += 1
-                if fault:
+                if fault and fault != TOLD:
                     failures.append(f"{attack.__name__} {name} {number}: {fault}")
                     print(failures[-1], flush=True)
                 shutil.rmtree(root / f"{name}-{number}", ignore_errors=True)
@@ -366,34 +385,63 @@ def documents() -> Iterator[tuple[str, bytes]]:
                 yield f"{what}.{ending}", file.read()
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a document took beyond a plain text: seconds of the processor, and bytes."""
+
+    name: str
+    seconds: float
+    bytes: float
+
+    @property
+    def kind(self) -> str:
+        """The end of the file's name."""
+        return self.name.partition(".")[2]
+
+
+def cost_table(costs: list[Cost]) -> str:
+    """The worst of each kind of document, as a Markdown table."""
+    lines = ["| kind | documents | most CPU seconds | of | most MB | of |", "|---|---:|---:|---|---:|---|"]
+    for kind in sorted({cost.kind for cost in costs}):
+        own = [cost for cost in costs if cost.kind == kind]
+        slow, large = max(own, key=lambda cost: cost.seconds), max(own, key=lambda cost: cost.bytes)
+        lines.append(
+            f"| {kind} | {len(own)} | {max(0, slow.seconds):.1f} | {slow.name} | {max(0, large.bytes) / 1e6:.0f} | "
+            f"{large.name} |"
+        )
+    return "\n".join(lines)
+
+
+def passages_of(name: str, content: bytes, root: Path, *, others: bool) -> Took:
+    """Give a document to `cozyrag passages`. `others`: a pipe and a device lie beside it."""
+    (folder := root / name.replace(".", "-")).mkdir()
+    (folder / name).write_bytes(content)
+    if others:
+        os.mkfifo(folder / "pipe.md")
+        (folder / "zero.md").symlink_to("/dev/zero")
+    words = ["passages", str(folder), "--workers", "1", "--skip_bad_rows", "--output", str(root / "out.jsonl")]
+    end = measured(["-m", "cozyrag.cli", *words], root / "log", waited=WAITED)
+    shutil.rmtree(folder)
+    return end
+
+
 def run_documents(root: Path) -> list[str]:
     """Give each document to `cozyrag passages`; returns those that took too much or were no bad row."""
-    failures, worst, count, base = [], {"seconds": (0.0, ""), "bytes": (0.0, "")}, 0, None
-    for name, content in [("plain.md", b"A text that is long enough to be kept as a passage."), *documents()]:
-        (folder := root / name.replace(".", "-")).mkdir()
-        (folder / name).write_bytes(content)
-        if count == 1:
-            os.mkfifo(folder / "pipe.md")
-            (folder / "zero.md").symlink_to("/dev/zero")
-        words = ["passages", str(folder), "--workers", "1", "--skip_bad_rows", "--output", str(root / "out.jsonl")]
-        end = measured(["-m", "cozyrag.cli", *words], root / "log", waited=WAITED)
-        took = {"seconds": end.seconds, "bytes": float(end.bytes)}
-        base = base or took
-        took = {what: value - base[what] for what, value in took.items()}  # beyond those of a plain text
+    failures: list[str] = []
+    plain = passages_of("plain.md", b"A text that is long enough to be kept as a passage.", root, others=False)
+    costs: list[Cost] = []
+    for name, content in documents():
+        end = passages_of(name, content, root, others=not costs)
+        costs.append(Cost(name, end.seconds - plain.seconds, float(end.bytes - plain.bytes)))
         fault = fault_of(end.code, root / "log", may_refuse=True)
-        if took["seconds"] > SECONDS or took["bytes"] > MEMORY:
-            fault = f"{took['seconds']:.1f} s, {took['bytes'] / 1e6:.0f} MB {fault}"
-        for what, value in took.items():
-            worst[what] = max(worst[what], (value, name))
-        count += 1
+        if costs[-1].seconds > SECONDS or costs[-1].bytes > MEMORY:
+            fault = f"{costs[-1].seconds:.1f} s, {costs[-1].bytes / 1e6:.0f} MB {fault}"
         if fault:
             failures.append(f"document {name}: {fault}")
             print(failures[-1], flush=True)
-        shutil.rmtree(folder)
-    (seconds, slow), (most, large) = worst["seconds"], worst["bytes"]
     print(
-        f"documents: {count - len(failures)} of {count} read or refused in bounds; the worst took {seconds:.1f} s "
-        f"({slow}) and {most / 1e6:.0f} MB ({large}) more than a plain text"
+        f"documents: {len(costs) - len(failures)} of {len(costs)} read or refused in bounds; what each took beyond a "
+        f"plain text with {plain.seconds:.1f} s and {plain.bytes / 1e6:.0f} MB:\n\n{cost_table(costs)}"
     )
     return failures
 
@@ -401,18 +449,19 @@ def run_documents(root: Path) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="of each command")
-    parser.add_argument("--cuts", type=int, default=0, help="power cuts of each of index and passages")
+    parser.add_argument("--cuts", type=int, default=0, help="power cuts of each of index, passages and train")
     parser.add_argument("--full", type=int, default=0, help="full disks, for each command that writes files")
     parser.add_argument("--twice", type=int, default=0, help="pairs of each of index and passages")
     parser.add_argument("--only", nargs="+", metavar="COMMAND", help="only these commands")
     parser.add_argument("--flips", type=int, default=0, help="bits to flip in a checkpoint")
     parser.add_argument("--documents", action="store_true", help="hostile documents")
+    parser.add_argument("--requests", type=int, default=0, help="to a served pair, from several clients")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     chosen = parser.parse_args()
     failed: list[str] = []
     attacks = (
         (kills, ("index", "passages", "report", "push"), chosen.kills),
-        (cuts, ("index", "passages"), chosen.cuts),
+        (cuts, ("index", "passages", "train"), chosen.cuts),
         (full, ("index", "passages", "report"), chosen.full),
         (twice, ("index", "passages"), chosen.twice),
     )
@@ -424,6 +473,7 @@ if __name__ == "__main__":
     for wanted, run in (
         (chosen.flips, lambda root: run_flips(chosen.flips, chosen.seed, root)),
         (chosen.documents, run_documents),
+        (chosen.requests, lambda root: request_run.run_requests(chosen.requests, chosen.seed, root)),
     ):
         if wanted:
             with tempfile.TemporaryDirectory() as temporary:

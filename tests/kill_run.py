@@ -39,9 +39,9 @@ LIMIT = 60.0  # seconds within which the other processes must end after a kill
 SMALL = (
     "--generator_batch_size 8 --retriever_batch_size 16 --top_k 3 --context_tokens 64 --answer_tokens 6 --rounds 2 "
     "--generator_learning_rate 3e-3 --retriever_learning_rate 1e-3 --generator_epochs 2 --feedback_weight 0.5 "
-    "--context_noise 0.2 --index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1 "
-    "--push_to_hub --hub_model_id someone/tiny"
+    "--context_noise 0.2 --index_refresh steps --refresh_steps 2 --logging_steps 3 --threads 1"
 ).split()
+PUSHING = "--push_to_hub --hub_model_id someone/tiny".split()
 TIMES = ("seconds", "rate")
 
 
@@ -57,6 +57,7 @@ def materials(root: Path, precision: str = "no") -> list[str]:
     }
     return [part for name, path in files.items() for part in (f"--{name}", str(path))] + [
         *SMALL,
+        *PUSHING,
         "--mixed_precision",
         precision,
     ]

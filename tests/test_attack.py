@@ -27,8 +27,18 @@ def test_exit_code_output_and_a_command_that_does_not_end(tmp_path):
     assert measured(["-c", "import time; time.sleep(600)"], log, waited=0.5).code == -9
 
 
-def test_what_was_not_tried_is_counted_apart():
+def test_what_was_not_tried_or_only_told_is_counted_apart():
     table = Counter({("full", "index", attack_run.verdict_of(end)): 3 for end in ("", None)})
     assert attack_run.counted(table, "full", "index").startswith("3 of 3 ended as undisturbed, 3 more not tried")
     table["full", "index", attack_run.verdict_of("exit code 1")] += 1
     assert attack_run.counted(table, "full", "index").startswith("3 of 4 ")
+    told = Counter({("cuts", "train", attack_run.verdict_of(end)): 2 for end in ("", attack_run.TOLD)})
+    assert attack_run.counted(told, "cuts", "train") == "2 of 4 ended as undisturbed, 2 told what to delete"
+
+
+def test_of_each_kind_of_document_the_slowest_and_the_largest_are_named():
+    costs = [attack_run.Cost("a.md", 1.25, 2e6), attack_run.Cost("b.md", 0.5, 30e6), attack_run.Cost("c.csv", -0.1, -1)]
+    assert attack_run.cost_table(costs).split("\n")[2:] == [
+        "| csv | 1 | 0.0 | c.csv | 0 | c.csv |",
+        "| md | 2 | 1.2 | a.md | 30 | b.md |",
+    ]

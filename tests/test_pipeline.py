@@ -269,6 +269,12 @@ def test_an_empty_question_is_refused(pair, asked):
         pair.answers([ASKED[0], asked])
 
 
+@pytest.mark.parametrize("call", ["answers", "retrieve"])
+def test_half_a_character_is_refused_since_no_tokenizer_takes_it(pair, call):
+    with pytest.raises(InputError, match=r"'a \\udcff\?' holds half a surrogate pair at character 3"):
+        getattr(pair, call)([ASKED[0], "a  \udcff?"])
+
+
 def test_a_question_too_long_for_the_generator_is_refused_and_not_truncated(pair):
     with pytest.raises(InputError, match="160 tokens"):
         pair.answer("What colour is the fox? " * 40)

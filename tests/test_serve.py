@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import httpx
 import pytest
 import tiny
 
+from benchmarks.speed.serving import server
 from cozyrag import cli
 from cozyrag.errors import InputError
 from cozyrag.pipeline import Answer, CozyRAG, Source
@@ -226,15 +226,9 @@ def test_a_crowd_beyond_the_queue_is_told_to_come_back():
 def served(pair_folder):
     """(address, process) of the tiny pair, served by the command with a key."""
     pytest.importorskip("fastapi")
-    command = [sys.executable, "-m", "cozyrag.cli", "serve", str(pair_folder), "--port", "0"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=MACHINE | {"COZYRAG_API_KEY": KEY}, **streams)
-    try:
-        line = next((line for line in process.stdout if "answers at" in line), "")
-        yield re.search(r"http://127\.0\.0\.1:\d+", line)[0], process
-    finally:
-        process.kill()
-        process.wait()
+    environment = MACHINE | {"COZYRAG_API_KEY": KEY}
+    with server(str(pair_folder), errors=subprocess.STDOUT, environment=environment) as running:
+        yield running
 
 
 def test_openai_clients_get_the_answers_of_the_pair(served, pair_folder):
@@ -270,6 +264,16 @@ def test_plain_answers_and_searches_are_those_of_the_pair(served, pair_folder):
             assert [each["read"] for each in found["sources"]] == [list(each.read) for each in answer.passages]
             passages = client.post("/search", json={"question": question, "top_k": k}).json()["passages"]
             assert [each["id"] for each in passages] == [each.id for each in pair.retrieve(question, k)]
+
+
+def test_what_is_malformed_is_refused_on_each_path(served):
+    request_run = pytest.importorskip("request_run")
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with httpx.Client(base_url=served[0], headers=headers, timeout=tiny.PATIENCE) as client:
+        for path in request_run.PATHS:
+            for content in request_run.MALFORMED:
+                reply = client.post(path, content=content)
+                assert reply.status_code in (400, 422) and reply.json()["error"]["message"], (path, content[:80])
 
 
 def test_a_client_that_goes_in_mid_stream_harms_nobody(served):

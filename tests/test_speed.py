@@ -1,6 +1,8 @@
 """The speed benchmark with tiny models: its rows, its arithmetic, and equal data for both loops."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ from benchmarks.shared.training_sides import (
     generator_sides,
     has_trl,
 )
-from benchmarks.speed import round
+from benchmarks.speed import checks, round
 from cozyrag.errors import InputError
 from cozyrag.models.batching import collate
 from cozyrag.models.generator import Generator
@@ -356,3 +358,16 @@ def test_the_8_bit_side_encodes_with_8_bits_while_it_is_timed(files, retriever_p
     (whole, _), (coarse, _) = plain.build(8)(), eight.build(8)()
     near = (whole * coarse).sum(axis=1)
     assert 0.97 < near.min() < near.max() < 1 - 1e-7
+
+
+def test_the_cost_of_the_checks_is_that_of_loading_and_finishing_without_them(pair_folder, tmp_path, capsys):
+    checks.table(argparse.Namespace(pair=str(pair_folder), repeats=1))
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.split("\n") if line.startswith("| ")]
+    assert rows == ["", "loading the pair", "finishing the index"]
+    broken = shutil.copytree(pair_folder, tmp_path / "pair")
+    path = broken / "index" / "vectors.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\xc0\x7f")  # NaN
+    with pytest.raises(InputError, match="other contents"):
+        checks.CozyRAG.from_pretrained(broken)
+    with checks.unchecked():
+        checks.CozyRAG.from_pretrained(broken)

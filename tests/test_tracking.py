@@ -3,16 +3,19 @@
 import importlib.util
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import yaml
 from accelerate import PartialState, tracking
+from short_run import at_step, rows, send
 
 from cozyrag.config import parse_settings
 from cozyrag.config_checks import TRACKERS
@@ -365,3 +368,82 @@ def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers_and_of_a
         assert sorted(tags) == [("resumed.resume", "True"), ("resumed.rounds", "5")]
         assert rows("SELECT name, status FROM runs") == [("my-run", "FINISHED")]
         assert ("my-project",) in rows("SELECT name FROM experiments")
+
+
+# ---- a run that is killed, resumed, and given more rounds, with all packages that are installed
+
+INSTALLED = [name for name in TRACKERS if importlib.util.find_spec(name)]
+
+
+@pytest.fixture(scope="module")
+def thrice(short_run, tmp_path_factory):
+    """The output of a run with all trackers that SIGTERM ends, that resumes, and that gets a second round.
+
+    Each time it is a process, ends as it should, and no tracker fails.
+    """
+    place = tmp_path_factory.mktemp("thrice")
+    words = ["train", *short_run, "--output_dir", str(place / "out"), "--report_to", *(INSTALLED or ["none"])]
+    for code, given in ((143, words), (0, words), (0, [*words, "--resume", "--rounds", "2"])):
+
+        def before(code=code):
+            for variable in OURS:
+                os.environ.pop(variable, None)
+            os.environ["HOME"] = str(place)
+            if code:
+                at_step(pytest.MonkeyPatch(), 3, send(signal.SIGTERM), "generator_step")
+
+        ended = os.waitstatus_to_exitcode(os.waitpid(forked.start(given, place / "log", before), 0)[1])
+        told = (place / "log").read_text()
+        assert ended == code and "Traceback" not in told and "the tracker" not in told, told[-3000:]
+    return place / "out"
+
+
+def losses(out):
+    """{step: loss} of the generator, in both rounds."""
+    found = {row["steps_so_far"]: row["loss"] for row in rows(out, "step") if row["phase"] == "generator"}
+    assert len(found) == 6 and max(found) > 10
+    return found
+
+
+def needs(name):
+    return pytest.mark.skipif(name not in INSTALLED, reason=f"{name} is not installed")
+
+
+@pytest.mark.slow
+@needs("tensorboard")
+def test_tensorboard_has_every_step_of_a_run_that_was_killed_resumed_and_given_more_rounds(thrice):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [folder] = {path.parent for path in (thrice / "trackers").glob("*/events.*")}
+    points = EventAccumulator(str(folder)).Reload().Scalars("generator/loss")
+    assert {point.step: point.value for point in points} == pytest.approx(losses(thrice))
+    assert len(points) == len(losses(thrice))
+
+
+@pytest.mark.slow
+@needs("wandb")
+def test_wandb_continues_one_run_that_was_killed_resumed_and_given_more_rounds(thrice):
+    records = sorted((thrice / "trackers" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 3 and len({path.name for path in records}) == 1
+    assert all(b"generator/loss" in path.read_bytes() for path in records)
+
+
+@pytest.mark.slow
+@needs("mlflow")
+def test_mlflow_has_every_step_of_a_run_that_was_killed_resumed_and_given_more_rounds(thrice):
+    with sqlite3.connect(thrice / "trackers" / "mlflow.db") as database:
+        assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+        found = database.execute("SELECT step, value FROM metrics WHERE key = 'generator/loss'").fetchall()
+    assert dict(found) == pytest.approx(losses(thrice)) and len(found) == len(losses(thrice))
+
+
+@pytest.mark.slow
+@needs("trackio")
+def test_trackio_has_every_step_of_a_run_that_was_killed_resumed_and_given_more_rounds(thrice):
+    [path] = (thrice / "trackers" / "trackio").glob("*.db")
+    with sqlite3.connect(path) as database:
+        stored = database.execute("SELECT step, metrics, run_name FROM metrics").fetchall()
+    values = [(step, json.loads(each)) for step, each, _ in stored]
+    found = [(step, each["generator/loss"]) for step, each in values if "generator/loss" in each]
+    assert dict(found) == pytest.approx(losses(thrice)) and len(found) == len(losses(thrice))
+    assert len({name for *_, name in stored}) == 1

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,16 +29,19 @@ PATIENCE = 600  # seconds for one answer
 
 
 @contextmanager
-def server(folder: str) -> Iterator[tuple[str, psutil.Process]]:
-    """The address of `cozyrag serve` for this pair, and its process, which ends with the context."""
+def server(folder: str, *, errors: int | None = None, environment: Mapping | None = None) -> Iterator[tuple]:
+    """The address of `cozyrag serve` for this pair, and its process (a psutil.Popen), which ends with the context.
+
+    `errors` is where its standard error goes, and `environment` its variables, both as for Popen.
+    """
     command = [sys.executable, "-m", "cozyrag.cli", "serve", folder, "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True)
     try:
-        assert process.stdout is not None
         found = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)))
-        yield found[0], psutil.Process(process.pid)
+        yield found[0], process
     finally:
-        process.terminate()
+        if process.poll() is None:
+            process.terminate()
         process.wait()
 
 

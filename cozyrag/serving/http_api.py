@@ -62,14 +62,14 @@ class Chat(BaseModel):
     stream: bool = False
     top_k: int | None = Field(None, ge=1, le=MOST_PASSAGES)
 
-    def asked(self) -> Asked:
+    def question(self) -> str:
         """The last message of the user. Raises HTTPException if there is none, or a bad one."""
         text = next((each.text for each in reversed(self.messages) if each.role == "user"), "").strip()
         if not text:
             raise HTTPException(422, "Expected a message of the user with a text, found none.")
         if len(text) > LONGEST:
             raise HTTPException(413, f"Expected a question of at most {LONGEST:,} characters, found {len(text):,}.")
-        return Asked(question=text, top_k=self.top_k)
+        return text
 
 
 def source_data(source: Source) -> dict:
@@ -122,8 +122,7 @@ def _add_chat(app: FastAPI, questions: QuestionQueue, *, name: str) -> None:
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(asked: Chat) -> dict | StreamingResponse:
-        question = asked.asked()
-        answer = await questions.answer(question.question, question.top_k)
+        answer = await questions.answer(asked.question(), asked.top_k)
         if asked.stream:
             return StreamingResponse(_events(answer, name), media_type="text/event-stream")
         message = {"role": "assistant", "content": answer.text or SILENT}
