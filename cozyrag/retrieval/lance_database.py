@@ -84,16 +84,10 @@ def check_lancedb(where: str) -> None:
 
 def load_lancedb() -> ModuleType:
     """LanceDB, with its log about new tables off."""
-    os.environ.setdefault("LANCE_LOG", "error")
+    os.environ.setdefault("LANCEDB_LOG", "error")
     import lancedb
 
     return lancedb
-
-
-def vectors_in(table: "pa.Table", dimensions: int) -> "np.ndarray":
-    """The vectors (n, dimensions) float32 of passages."""
-    chunks = [chunk.flatten().to_numpy() for chunk in table["vector"].chunks]
-    return np.concatenate([np.zeros(0, np.float32), *chunks]).reshape(-1, dimensions)
 
 
 class LanceDatabase:

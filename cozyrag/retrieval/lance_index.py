@@ -17,7 +17,7 @@ from cozyrag.data.sentences import RULES, SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.retrieval.faiss_index import SPARE, best
 from cozyrag.retrieval.index_file import write_database
-from cozyrag.retrieval.lance_database import AGAIN, LanceDatabase, vectors_in
+from cozyrag.retrieval.lance_database import AGAIN, LanceDatabase
 from cozyrag.retrieval.passage_index import Column, Passages
 from cozyrag.retrieval.words_of_texts import WordsOfTexts
 
@@ -38,6 +38,12 @@ class Row(NamedTuple):
     metadata: str
     vector: np.ndarray
     sentences: np.ndarray
+
+
+def vectors_in(table: "pa.Table", dimensions: int) -> np.ndarray:
+    """The vectors (n, dimensions) float32 of passages."""
+    chunks = [chunk.flatten().to_numpy() for chunk in table["vector"].chunks]
+    return np.concatenate([np.zeros(0, np.float32), *chunks]).reshape(-1, dimensions)
 
 
 class LanceRows:

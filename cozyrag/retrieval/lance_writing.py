@@ -20,16 +20,8 @@ import pyarrow as pa
 from cozyrag.errors import InputError
 from cozyrag.retrieval.bm25 import stemmed_words
 from cozyrag.retrieval.faiss_index import MANY, TARGET, imitated
-from cozyrag.retrieval.lance_database import (
-    FACTS,
-    HOW,
-    PASSAGES,
-    VERSION,
-    WORDS,
-    LanceDatabase,
-    load_lancedb,
-    vectors_in,
-)
+from cozyrag.retrieval.lance_database import FACTS, HOW, PASSAGES, VERSION, WORDS, LanceDatabase, load_lancedb
+from cozyrag.retrieval.lance_index import vectors_in
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.retrieval.words_of_texts import words_of
 
