@@ -82,8 +82,8 @@ class DataSettings:
     )
     index: str | None = setting(
         None,
-        "Folder that `cozyrag index` made. Its vectors are used while the retriever is the one that made them, so a "
-        "run starts without encoding; without --passages, its passages are searched.",
+        "Folder or lancedb:URI that `cozyrag index` made. Its vectors are used while the retriever is the one that "
+        "made them, so a run starts without encoding. Without --passages, the passages of a folder are searched.",
     )
     questions_split: str = setting("train", "Split to read if --questions is a Hub dataset.")
     eval_split: str = setting("validation", "Split to read if --eval_questions is a Hub dataset.")

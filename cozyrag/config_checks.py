@@ -14,6 +14,7 @@ from cozyrag.data.matching import STEMMERS
 from cozyrag.data.rows import Columns
 from cozyrag.errors import InputError
 from cozyrag.models.smollm2 import SMOLLM2
+from cozyrag.retrieval.lance_database import database_of
 
 EMBEDDED = "embedded"
 SCRATCH = "scratch"
@@ -112,6 +113,7 @@ def _check_training(values: dict) -> None:
             "--contrastive_weight, --sentence_weight, --feedback_weight: expected at least one above 0, found all 0, "
             "so the retriever would have no loss. Set one of them, or --retriever_steps 0."
         )
+    _check_database(values)
     untrained = next((f"--{name} 0" for name in ("reranker_steps", "reranker_epochs") if values[name] == 0), None)
     if values["reranker"] == EMBEDDED and untrained:
         raise InputError(
@@ -122,6 +124,16 @@ def _check_training(values: dict) -> None:
         raise InputError(
             f"--index_refresh {values['index_refresh']}: with --freeze_document_encoder the vectors of passages never "
             "change. Omit one of the two."
+        )
+
+
+def _check_database(values: dict) -> None:
+    learns = values["rounds"] and values["retriever_epochs"] and values["retriever_steps"] != 0
+    if values["index"] and database_of(values["index"]) and learns and not values["freeze_document_encoder"]:
+        raise InputError(
+            f"--index {values['index']}: expected vectors of passages that stay as they are, but this run trains their "
+            "encoder, and a database is not written again in each round. Give --freeze_document_encoder True, "
+            "--retriever_steps 0, or an index in a folder."
         )
 
 

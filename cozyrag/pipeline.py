@@ -28,7 +28,7 @@ from cozyrag.pair_evaluation import Evaluated, Evaluation, check_counts, questio
 from cozyrag.pair_file import PAIR_FILE, SavedPair, check_piece, models_of, pieces_of, read_pair, starts_text
 from cozyrag.retrieval.contexts import Chosen, ContextBuilder, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
-from cozyrag.retrieval.passage_index import PassageIndex, check_fits
+from cozyrag.retrieval.opening import Index, check_fits, open_index
 from cozyrag.retrieval.reranking import Reranking
 from cozyrag.retrieval.words_on_disk import word_search
 from cozyrag.runtime.distributed import own_state
@@ -105,7 +105,7 @@ class CozyRAG:
         self,
         generator: Generator,
         retriever: Retriever,
-        index: PassageIndex,
+        index: Index,
         *,
         mode: str,
         weights: dict[str, float],
@@ -192,7 +192,7 @@ class CozyRAG:
         generator.precision = precision or reading_precision(fitting(torch.device(device).type).name)
         retriever = Retriever.load(str(pieces["retriever"]), device=device)
         found, named = retriever.fingerprint(), pair["retriever"]["fingerprint"]
-        index = PassageIndex.load(pieces["index"], fingerprint=found)
+        index = open_index(pieces["index"], fingerprint=found)
         if found != named:
             raise InputError(
                 f"{PAIR_FILE} of {name} names retriever {named}, but the one found is {found}: they belong to "

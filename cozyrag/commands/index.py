@@ -9,6 +9,10 @@ from 100,000 passages on lists of short codes (about a 25th, and faster), else t
 disk (exact and slow). Beside all but Flat, texts and their words stay on the disk, too (--stemmer).
 --index_precision: auto is bf16 if the machine supports it, else float32; int8 is about 1.6 times as
 fast on a CPU, with cosines that differ by about 0.005, and needs pip install "cozyrag[int8]".
+--output lancedb:URI writes into a database of LanceDB (pip install "cozyrag[lancedb]") instead: a
+folder, or s3://, gs:// or az:// with credentials from the environment. Every process writes its share;
+it needs no --index_memory, and --stemmer must be that of the searches. Others search it meanwhile as
+it was, and one of another retriever is refused.
 --no_sentence_vectors saves about 4 KB per passage: hybrid search then compares whole passages, and
 the context filter encodes sentences at query time.
 
@@ -18,6 +22,7 @@ examples:
     --output wiki-index
   cozyrag index wiki.parquet --retriever my-rag/retriever --output my-rag/index --index_memory 8GB
   cozyrag train --questions qa.tsv --passages passages.jsonl --index my-index
+  cozyrag index wiki.parquet --output lancedb:s3://my-bucket/wiki
 
 Left out: storing and finding vectors (vector_shards.py).
 """
@@ -31,6 +36,7 @@ from cozyrag.commands.options import add_columns, add_delimiter, at_least
 from cozyrag.config import DEFAULTS, KINDS
 from cozyrag.config_checks import EMBEDDED
 from cozyrag.data.matching import STEMMERS
+from cozyrag.retrieval.lance_database import database_of
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -39,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add("passages", nargs="+", metavar="PASSAGES", help="output of `cozyrag passages`, or any --passages of train.py")
-    add("--output", required=True, metavar="DIR", help="folder for the index; an existing index in it is updated")
+    help = "folder for the index, or lancedb:URI; an existing index in it is updated"
+    add("--output", required=True, metavar="DIR", help=help)
     add("--retriever", default=EMBEDDED, metavar="NAME", help="folder or Hub id of a SentenceTransformer")
     add("--retriever_revision", metavar="REV", help="Hub revision of --retriever")
     help = "text before every question, as for train.py; the index is for a run with the same prompts"
@@ -68,6 +75,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Encode what has no vector yet and build the index. Raises InputError; encoded shards are kept for a later run."""
     add_arguments(parser)
     options = parser.parse_args(arguments)
+    if database_of(options.output) and options.index_memory is not None:
+        parser.error("--index_memory: an index in LanceDB is never in memory; omit the option")
     from cozyrag.commands.passage_encoding import build_index  # torch: only once the options are correct
 
     build_index(options)

@@ -23,13 +23,14 @@ from cozyrag.data.metadata import OtherColumns
 from cozyrag.data.passages import stream_passages
 from cozyrag.data.readers import described, size_of
 from cozyrag.data.rows import SHOWN, BadRows, Row, no_rows
-from cozyrag.data.sentences import SentenceVectors
+from cozyrag.data.sentences import RULES, SentenceVectors
 from cozyrag.errors import InputError
 from cozyrag.hub.model_cards import CARD
 from cozyrag.models.int8_encoding import check_int8, reading_precision
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.faiss_index import SENTENCE_VECTORS, memory_of, open_vectors
 from cozyrag.retrieval.index_file import FILES, LISTS, made_by
+from cozyrag.retrieval.lance_database import database_of
 from cozyrag.retrieval.passage_index import Passages, write_index
 from cozyrag.retrieval.vector_shards import Known, encode_shards, known_vectors, store_passages, write_vectors
 from cozyrag.retrieval.words_on_disk import prepare_words
@@ -50,6 +51,9 @@ def build_index(options: argparse.Namespace) -> None:
     retriever.precision = reading_precision(main_decides(accelerator, lambda: fitting(accelerator.device.type).name))
     sentences = not options.no_sentence_vectors and retriever.reads_sentences
     precision = retriever.reads_in(options.index_precision)
+    if uri := database_of(options.output):
+        _fill_database(accelerator, retriever, uri, options, precision, sentences)
+        return accelerator.end_training()
     work = _Workspace(Path(options.output), retriever.fingerprint(), precision, sentences)
     with locked(accelerator, work.folder, "--output"), writing(work.folder):
         _index(accelerator, retriever, work, options, started)
@@ -76,6 +80,36 @@ def _index(
         prepare_words(work.folder, options.stemmer)
         say(f"{len(rows):,} passages encoded{speed}; {time.perf_counter() - started:.0f} s in total.")
     accelerator.wait_for_everyone()
+
+
+def _fill_database(
+    accelerator: Accelerator, retriever: Retriever, uri: str, options: argparse.Namespace, precision: str,
+    sentences: bool,
+) -> None:  # fmt: skip
+    """Write passages and vectors into a database."""
+    from cozyrag.commands.database_encoding import DatabaseFilling
+    from cozyrag.retrieval.lance_writing import LanceWriter
+
+    started = time.perf_counter()
+    writer = LanceWriter(
+        uri,
+        retriever_fingerprint=retriever.fingerprint(),
+        precision=precision,
+        sentence_rules=RULES if sentences else None,
+        stemmer=options.stemmer,
+        dimensions=retriever.dimensions,
+    )
+    filling = DatabaseFilling(
+        accelerator,
+        writer,
+        stage=partial(_stage, options),
+        encode=_encoder(retriever, options.encode_batch_size, sentences),
+        reading=partial(retriever.reading_in, precision),
+        size=options.shard_size,
+    )
+    count = filling.run(retriever.prompts_sentence)
+    if accelerator.is_main_process:
+        say(f"{count:,} passages encoded; {time.perf_counter() - started:.0f} s in total.")
 
 
 class _Workspace:
@@ -203,6 +237,20 @@ def _repeated(options: argparse.Namespace, ids: np.ndarray, contents: np.ndarray
 # ---- vectors and index
 
 
+def _encoder(
+    retriever: Retriever, batch_size: int, sentences: bool
+) -> Callable[[Passages], tuple[np.ndarray, SentenceVectors | None]]:
+    """Passages to their vectors and, if wanted, those of their sentences."""
+
+    def encode(passages: Passages) -> tuple[np.ndarray, SentenceVectors | None]:
+        texts = passages.to_read()
+        if sentences:
+            return retriever.encode_passages(texts, passages.spans(range(len(texts))), batch_size=batch_size)
+        return retriever.encode(texts, kind="document", batch_size=batch_size), None
+
+    return encode
+
+
 def _encode(
     accelerator: Accelerator, retriever: Retriever, work: _Workspace, rows: np.ndarray, hashes: np.ndarray,
     options: argparse.Namespace,
@@ -212,13 +260,7 @@ def _encode(
     rank, world, size = accelerator.process_index, accelerator.num_processes, options.shard_size
     mine = sum(len(rows[start : start + size]) for start in range(rank * size, len(rows), world * size))
     desc = "encoding" if world == 1 else "encoding (share of the main process)"
-
-    def encode(passages: Passages) -> tuple[np.ndarray, SentenceVectors | None]:
-        texts, batch_size = passages.to_read(), options.encode_batch_size
-        if work.sentences:
-            return retriever.encode_passages(texts, passages.spans(range(len(texts))), batch_size=batch_size)
-        return retriever.encode(texts, kind="document", batch_size=batch_size), None
-
+    encode = _encoder(retriever, options.encode_batch_size, work.sentences)
     reading = retriever.reading_in(work.precision) if mine else nullcontext()
     with reading, tqdm(total=mine, desc=desc, unit="passage", disable=not accelerator.is_main_process) as bar:
         encode_shards(

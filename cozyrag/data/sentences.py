@@ -59,6 +59,14 @@ class SentenceVectors:
         chosen = torch.from_numpy(self.vectors[places]).float()  # NumPy takes four times as long to widen float16
         return (chosen @ torch.from_numpy(vector)).numpy()
 
+    def nearest(self, rows: np.ndarray, vector: np.ndarray, without: np.ndarray) -> np.ndarray:
+        """(n_rows,) the largest dot product of a sentence of each of these passages with a vector (dim,).
+
+        `without` (n_rows,): for passages without sentences.
+        """
+        places, counts = places_of(self.ends, rows)
+        return best_of(self.products(places, vector), counts, without)
+
     def of(self, rows: Sequence[int]) -> list[np.ndarray]:
         """For each of these passages the vectors of its sentences."""
         return [self.vectors[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows]

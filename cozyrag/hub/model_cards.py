@@ -23,7 +23,7 @@ from cozyrag.models.smollm2 import BASE as SMOLLM2
 from cozyrag.models.smollm2 import hub_name
 from cozyrag.pair_file import MODELS
 from cozyrag.retrieval.hybrid import RESULT_OF
-from cozyrag.retrieval.index_file import made_by, precision_of, read_facts
+from cozyrag.retrieval.index_file import LANCEDB, made_by, precision_of, read_facts
 from cozyrag.runtime.assets import shipped_folder
 from cozyrag.runtime.atomic_files import write_text
 from cozyrag.runtime.contents import read_object
@@ -167,9 +167,18 @@ def write_cards(
         data = _model_data(role, settings, base, evaluated[-1:])
         card = ModelCard.from_template(data, template_path=str(templates / f"{role}.md"), **own)
         write_text(folder / role / CARD, str(card))
-    own = {**facts, "fingerprint": str(made_by(folder / "index")), "licences": _licences("index", settings, "")}
-    index = DatasetCard.from_template(_index_data(settings, run), template_path=str(templates / "index.md"), **own)
-    write_text(folder / "index" / CARD, str(index))
+    _write_index_card(folder / "index", templates, settings, run, facts)
+
+
+def _write_index_card(folder: Path, templates: Path, settings: Mapping, run: Mapping, facts: Mapping) -> None:
+    database = read_facts(folder).get("database")
+    own = {**facts, "fingerprint": str(made_by(folder)), "licences": _licences("index", settings, "")}
+    card = DatasetCard.from_template(
+        _index_data(settings, run, in_files=database is None),
+        template_path=str(templates / ("index.md" if database is None else "database.md")),
+        **own | {"database": database},
+    )
+    write_text(folder / CARD, str(card))
 
 
 def write_writer_card(
@@ -261,15 +270,16 @@ def _model_data(role: str, settings: Mapping, base: str, measured: Sequence[Mapp
     )
 
 
-def _index_data(settings: Mapping, run: Mapping) -> DatasetCardData:
+def _index_data(settings: Mapping, run: Mapping, *, in_files: bool) -> DatasetCardData:
+    """`in_files`: whether the repository has the passages."""
     return DatasetCardData(
         language=_language(settings),
         license=_data_licence(settings),
         pretty_name="CoZyRAG passages and vectors",
-        tags=["cozyrag", "rag", "faiss", "embeddings"],
+        tags=["cozyrag", "rag", "faiss" if in_files else "lancedb", "embeddings"],
         task_categories=["question-answering"],
         size_categories=next((name for limit, name in SIZES if run["passages"] < limit), "10M<n<100M"),
-        configs=[{"config_name": "default", "data_files": "passages.parquet"}],
+        configs=[{"config_name": "default", "data_files": "passages.parquet"}] if in_files else None,
     )
 
 
@@ -370,6 +380,7 @@ def _vectors(index: Path) -> str:
     """How the vectors of the passages were computed and searched, since that may change the scores of the retriever."""
     factory = read_facts(index).get("factory", "Flat")
     how = "compared exactly" if factory in ("Flat", "Mapped") else f"searched approximately ({factory})"
+    how = "searched in LanceDB" if factory == LANCEDB else how
     return f"vectors computed in {precision_of(index)} and {how}"
 
 

@@ -42,6 +42,7 @@ EXTRAS = {  # of setup.cfg, with a module of each
     "office": "pypandoc",
     "lora": "peft",
     "int8": "onnxruntime",
+    "lancedb": "lancedb",
     "mlflow": "mlflow",
     "wandb": "wandb",
     "tensorboard": "tensorboard",

@@ -14,7 +14,8 @@ from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import FLOAT32
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.retrieval.faiss_index import STRETCH
+from cozyrag.retrieval.opening import Index
 
 REENCODED = 32  # passages of an index that are encoded again
 NEAR = 0.999  # least cosine of the two vectors of a passage; another batch size changes the 7th digit
@@ -38,8 +39,9 @@ def check_pair(folder: Path) -> Iterator[str]:
     yield _check_answer(pair)
 
 
-def _check_lengths(index: PassageIndex) -> None:
-    lengths = np.linalg.norm(index.vectors, axis=1)
+def _check_lengths(index: Index) -> None:
+    starts = range(0, len(index), STRETCH)
+    lengths = np.concatenate([np.linalg.norm(index.vectors[start : start + STRETCH], axis=1) for start in starts])
     wrong = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT))  # true for NaN, too
     if len(wrong):
         row = int(wrong[0])
@@ -50,11 +52,10 @@ def _check_lengths(index: PassageIndex) -> None:
         )
 
 
-def _check_vectors(index: PassageIndex, retriever: Retriever) -> str:
+def _check_vectors(index: Index, retriever: Retriever) -> str:
     """Encode evenly spread passages again and compare."""
     rows = np.unique(np.linspace(0, len(index) - 1, REENCODED).round().astype(int))
-    texts = index.passages.to_read()
-    recompute = retriever.encode([texts[row] for row in rows], kind="document", batch_size=REENCODED)
+    recompute = retriever.encode(index.passages.select(rows.tolist()), kind="document", batch_size=REENCODED)
     near = NEAR if index.precision == FLOAT32 else NEAR_INT8
     cosines = np.einsum("ij,ij->i", recompute, index.vectors[rows])  # all are of length 1
     worst = int(np.argmin(cosines))

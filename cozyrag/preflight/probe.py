@@ -234,8 +234,7 @@ class Probe:
     def _index_bytes(self, retrieval: Retrieval) -> tuple[float, float]:
         """Bytes of the index for a passage, with BM25 in memory and with the text on disk."""
         index, texts, snapshot = retrieval.index(), retrieval.passages.texts, retrieval.snapshot()
-        vectors = 2 * index.vectors.nbytes  # as they are, and in the FAISS index
-        vectors += index.sentences.vectors.nbytes + index.sentences.ends.nbytes if index.sentences else 0
+        vectors = index.nbytes
         words = sum(each.nbytes for each in (snapshot.builder.words, snapshot.searcher.lexical) if each)
         return (vectors + words) / len(texts), (vectors + sum(len(text.encode()) for text in texts)) / len(texts)
 

@@ -22,6 +22,7 @@ from cozyrag.pair_file import PAIR_FILE, pieces_of, read_pair
 from cozyrag.reporting.demo_app import evaluation_questions
 from cozyrag.reporting.extras import load_gradio
 from cozyrag.reporting.templates import render
+from cozyrag.retrieval.index_file import read_facts
 from cozyrag.runtime.assets import PAGES_FOLDER
 from cozyrag.runtime.atomic_files import folder_bytes
 from cozyrag.runtime.folder_lock import check_new, new_folder
@@ -102,6 +103,11 @@ def _copy_pair(source: Path, target: Path) -> None:
     for piece in pieces:
         if not (source / piece).is_dir():
             raise InputError(f"Expected {piece}/ in {source.absolute()}, found none. Copy the run's folder again.")
+    if (database := read_facts(source / "index").get("database")) is not None:
+        raise InputError(
+            f"Expected a pair with its index in files, found one in LanceDB at {database}, which a Space does not "
+            "have. Index the passages into the pair's folder: `cozyrag index PASSAGES --output FOLDER/index`."
+        )
     for piece in pieces:  # as in a push, no other file goes to the Hub
         for name, path in piece_files(source, piece)[0].items():
             (target / piece / name).parent.mkdir(parents=True, exist_ok=True)

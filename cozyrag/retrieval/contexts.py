@@ -19,8 +19,9 @@ from cozyrag.data.sentences import split_sentences
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.hybrid import SEARCHES, Found
-from cozyrag.retrieval.passage_index import PassageIndex, Passages
-from cozyrag.retrieval.words_on_disk import WordsOnDisk
+from cozyrag.retrieval.opening import Index
+from cozyrag.retrieval.passage_index import Passages
+from cozyrag.retrieval.words_of_texts import WordsOfTexts
 
 FILTERS = ("sparse", "dense", "hybrid")
 SentenceSource = Callable[[Sequence[int]], list[np.ndarray]]  # rows of passages to (n_sentences, dim) each
@@ -54,7 +55,7 @@ CONTEXT_FEATURES = Features(
 MEASURED_FEATURES = Features(CONTEXT_FEATURES | {"ranks": dict.fromkeys(SEARCHES, Value("int64"))})
 
 
-def sentence_source(index: PassageIndex, retriever: Retriever) -> SentenceSource:
+def sentence_source(index: Index, retriever: Retriever) -> SentenceSource:
     """Vectors of the sentences of passages, by row: kept with the index, or computed when needed."""
     if index.sentences is not None:
         return index.sentences.of
@@ -118,7 +119,7 @@ class ContextBuilder:
     hard_negatives: int = 0
     score_by: str = "sparse"
     sentence_vectors: SentenceSource | None = None
-    words: SentenceWords | WordsOnDisk | None = None
+    words: SentenceWords | WordsOfTexts | None = None
     _forms: dict[int, str] = field(default_factory=dict)
     _sentences: dict[int, Split] = field(default_factory=dict)
 
@@ -129,7 +130,7 @@ class ContextBuilder:
             raise ValueError(f"expected sentence vectors for the {self.score_by} filter, found none")
 
     @cached_property
-    def _sentence_words(self) -> SentenceWords | WordsOnDisk:
+    def _sentence_words(self) -> SentenceWords | WordsOfTexts:
         return self.words or SentenceWords(self.passages.titles, self.passages.sentences())
 
     def holds_answer(self, row: int, answers: Sequence[str]) -> bool:

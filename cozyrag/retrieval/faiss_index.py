@@ -267,7 +267,7 @@ def tune(index: faiss.Index, vectors: np.ndarray, *, asked: int = 200, k: int = 
     real questions are farther from passages than passages from each other. If even all lists do not reach the target,
     the best search seen is returned. An index without lists is only measured.
     """
-    queries, k = _imitated(vectors, asked), min(k, len(vectors))
+    queries, k = imitated(vectors, asked), min(k, len(vectors))
     exact = search_shards(stretches(vectors), queries, k)[1]
 
     def share(tuned: Tuned) -> float:
@@ -286,7 +286,8 @@ def tune(index: faiss.Index, vectors: np.ndarray, *, asked: int = 200, k: int = 
     return most
 
 
-def _imitated(vectors: np.ndarray, asked: int) -> np.ndarray:
+def imitated(vectors: np.ndarray, asked: int) -> np.ndarray:
+    """Vectors (n, dim) of imitated questions, see `tune`."""
     rows = evenly(vectors, asked)
     to, off = np.random.default_rng(0).integers(0, len(vectors), (2, len(rows)))
     moved = _float32(vectors[rows]) + MOVED * (_float32(vectors[to]) - _float32(vectors[off]))

@@ -11,13 +11,13 @@ from functools import cached_property
 
 import numpy as np
 
-from cozyrag.data.sentences import best_of, places_of
+from cozyrag.data.sentences import best_of
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.faiss_index import best
 from cozyrag.retrieval.fitting import fit_points, recall_of
-from cozyrag.retrieval.passage_index import PassageIndex
+from cozyrag.retrieval.opening import Index
 from cozyrag.retrieval.reranking import NATS, Reranking
-from cozyrag.retrieval.words_on_disk import WordsOnDisk
+from cozyrag.retrieval.words_of_texts import WordsOfTexts
 
 MODES = ("dense", "bm25", "hybrid")
 # names of results; sparse is mode bm25
@@ -78,11 +78,11 @@ class Searcher:
         reranking: how the first passages of the result are ordered again; None: not at all.
     """
 
-    index: PassageIndex
-    lexical: LexicalIndex | WordsOnDisk | None
+    index: Index
+    lexical: LexicalIndex | WordsOfTexts | None
     encode: Callable[[Sequence[str]], np.ndarray]
     mode: str
-    words: SentenceWords | WordsOnDisk | None = None
+    words: SentenceWords | WordsOfTexts | None = None
     weights: Weights | None = None
     reranking: Reranking | None = None
 
@@ -98,7 +98,7 @@ class Searcher:
         return self.weights or Weights.default(self._words is not None)
 
     @property
-    def _words(self) -> SentenceWords | WordsOnDisk | None:
+    def _words(self) -> SentenceWords | WordsOfTexts | None:
         return self.words if self.index.sentences is not None else None
 
     def search(self, questions: Sequence[str], k: int) -> Found:
@@ -181,7 +181,7 @@ class Searcher:
         return replace(self, reranking=fitted), facts
 
     def _pool(
-        self, lexical: LexicalIndex | WordsOnDisk, questions: Sequence[str], vectors: np.ndarray, depth: int
+        self, lexical: LexicalIndex | WordsOfTexts, questions: Sequence[str], vectors: np.ndarray, depth: int
     ) -> "_Pool":
         """For each question the union of the best rows of both searches, with the scores of each row."""
         _, dense_rows = self.index.search(vectors, depth)
@@ -193,14 +193,13 @@ class Searcher:
         return _Pool(candidates, dense_rows, lexical_rows)
 
     def _points(
-        self, lexical: LexicalIndex | WordsOnDisk, words: list[str], vector: np.ndarray, rows: np.ndarray
+        self, lexical: LexicalIndex | WordsOfTexts, words: list[str], vector: np.ndarray, rows: np.ndarray
     ) -> np.ndarray:
         """(n_rows, 3): BM25, cosine, shared rarity; the last two of the best sentence if sentences are known."""
         cosines, shared = self.index.vectors[rows] @ vector, np.zeros(len(rows), dtype=np.float32)
         kept = self.index.sentences
         if kept is not None and self.words is not None:
-            places, counts = places_of(kept.ends, rows)
-            cosines = best_of(kept.products(places, vector), counts, cosines)
+            cosines = kept.nearest(rows, vector, cosines)
             shared = best_of(*self.words.shared(words, rows), shared)
         return np.stack([lexical.scores_at(words, rows), cosines, shared], axis=1)
 

@@ -11,6 +11,7 @@ from cozyrag.data.sentences import RULES
 from cozyrag.errors import InputError
 from cozyrag.models.int8_encoding import BF16, FLOAT32, INT8
 from cozyrag.retrieval.faiss_index import Tuned, is_known, listed
+from cozyrag.retrieval.lance_database import PASSAGES, check_address, check_lancedb
 from cozyrag.runtime.atomic_files import write_json
 from cozyrag.runtime.contents import (
     check_contents,
@@ -27,6 +28,7 @@ from cozyrag.runtime.machine_faults import check_readable
 FILES = ("passages.parquet", "vectors.safetensors", "index.faiss", "index.json")
 LISTS = "lists.safetensors"  # only for an index with lists
 NEEDED = tuple(name for name in FILES if name != "index.faiss")  # written for other programs, never read here
+LANCEDB = "LanceDB"  # the kind of an index whose folder has only index.json, which names a database
 COPY_AGAIN = "Copy the whole folder again, or train again."
 CONTENTS = "files"  # bytes and hashes of the other files; earlier versions wrote only "bytes", or nothing
 FIELDS: dict[str, Kind | dict] = {
@@ -39,6 +41,8 @@ FIELDS: dict[str, Kind | dict] = {
     "sentence_rules": whole(0, 2**31),
     "precision": one_of((FLOAT32, BF16, INT8)),
     CONTENTS: Kind("the bytes and hashes of files in the folder", is_contents),
+    "database": text(2000),
+    "collection": one_of((PASSAGES,)),
 }
 OPTIONAL = {*FIELDS} - {"retriever_fingerprint"}
 
@@ -100,6 +104,35 @@ def write_facts(
     write_json(folder / "index.json", sealed(known | {CONTENTS: contents_of(folder, held)}))
 
 
+def write_database(folder: Path, uri: str, facts: dict) -> None:
+    """Write index.json of an index in LanceDB, the only file of its folder. `facts`: of `LanceDatabase.open`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {
+        **{name: facts[name] for name in ("retriever_fingerprint", "passages", "dimensions", "precision")},
+        "metric": "inner product",
+        "factory": LANCEDB,
+        "database": uri,
+        "collection": PASSAGES,
+    }
+    write_json(folder / "index.json", sealed(known))
+
+
+def checked_database(folder: Path, fingerprint: str) -> str | None:
+    """The database that the index.json in a folder names; None for an index in files. Raises InputError."""
+    path = folder / "index.json"
+    if read_facts(folder).get("factory") != LANCEDB:
+        return None
+    check_readable([path])
+    facts = _known_facts(path)
+    if missing := [name for name in ("database", "collection") if name not in facts]:
+        raise InputError(f"{path}: expected an entry {missing[0]!r}, found none. {COPY_AGAIN}")
+    check_seal(path, facts, COPY_AGAIN)
+    check_address(facts["database"], str(path))
+    check_lancedb(str(path))
+    _check_retriever(folder, facts, fingerprint)
+    return str(facts["database"])
+
+
 def checked_facts(folder: Path, fingerprint: str) -> dict:
     """The contents of index.json.
 
@@ -118,12 +151,7 @@ def checked_facts(folder: Path, fingerprint: str) -> dict:
                 f"Expected {size} bytes in {folder / name}, found {found}: the file was cut short or replaced. "
                 f"{COPY_AGAIN}"
             )
-    if facts["retriever_fingerprint"] != fingerprint:
-        raise InputError(
-            f"The index in {folder} was made by retriever {facts['retriever_fingerprint']}, but the retriever in use "
-            f"is {fingerprint}: their vectors do not compare. Use the retriever that was saved with the index, or "
-            "index the passages again."
-        )
+    _check_retriever(folder, facts, fingerprint)
     if not is_known(facts.get("factory", "Flat")):
         raise InputError(
             f"{path}: expected a FAISS index such as Flat, SQ8, IVF1024,PQ96x4fs or Mapped, found "
@@ -132,6 +160,15 @@ def checked_facts(folder: Path, fingerprint: str) -> dict:
     check_seal(path, facts, COPY_AGAIN)
     _check_held(folder, facts.get(CONTENTS, {}), NEEDED[:-1])
     return facts
+
+
+def _check_retriever(folder: Path, facts: dict, fingerprint: str) -> None:
+    if facts["retriever_fingerprint"] != fingerprint:
+        raise InputError(
+            f"The index in {folder} was made by retriever {facts['retriever_fingerprint']}, but the retriever in use "
+            f"is {fingerprint}: their vectors do not compare. Use the retriever that was saved with the index, or "
+            "index the passages again."
+        )
 
 
 def _known_facts(path: Path) -> dict:

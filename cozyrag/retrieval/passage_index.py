@@ -75,8 +75,17 @@ def passage_text(title: str, text: str) -> str:
     return f"{title.replace('_', ' ')}\n{text}" if title else text
 
 
-class TextColumn(Sequence):
-    """A column of texts that Arrow reads from a memory-mapped file; equal to any sequence of the same texts."""
+class Column(Sequence):
+    """A column of texts that is not a list; equal to any sequence of the same texts."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(str.__eq__, self, other))
+
+
+class TextColumn(Column):
+    """A column of texts that Arrow reads from a memory-mapped file."""
 
     def __init__(self, column: pyarrow.ChunkedArray):
         self._column = column
@@ -90,11 +99,6 @@ class TextColumn(Sequence):
     def __iter__(self) -> Iterator[str]:
         for chunk in self._column.chunks:
             yield from chunk.to_pylist()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        return len(self) == len(other) and all(map(str.__eq__, self, other))
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Passages:
 
     def rows_of(self, ids: Iterable[str | None]) -> dict[str, int]:
         """The row of each of these ids that is among the passages."""
-        if isinstance(self.ids, TextColumn):  # no table of all ids, which may be millions
+        if isinstance(self.ids, Column):  # no table of all ids, which may be millions
             return rows_of(self.ids, ids)
         return {name: self._row_of[name] for name in ids if name is not None and name in self._row_of}
 
@@ -202,6 +206,12 @@ class PassageIndex:
 
     def __len__(self) -> int:
         return len(self.passages.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the vectors, as they are and in the FAISS index, and of the sentence vectors."""
+        own = self.sentences
+        return 2 * self.vectors.nbytes + (own.vectors.nbytes + own.ends.nbytes if own else 0)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best passages of each query.
@@ -523,15 +533,6 @@ def _check_sentences(vectors: np.ndarray, ends: np.ndarray, count: int, dimensio
         raise ValueError(f"expected the ends of the sentences of {count} passages, found others")
     if not np.isfinite(vectors[evenly(vectors, CHECKED)] if len(vectors) > CHECKED else vectors).all():
         raise ValueError("expected finite sentence vectors, found NaN or infinity")
-
-
-def check_fits(index: PassageIndex, dimensions: int) -> None:
-    """Raise InputError for an index in which a retriever with vectors of so many `dimensions` cannot search."""
-    if index.vectors.shape[1] != dimensions or not len(index):
-        raise InputError(
-            f"Expected an index of vectors with {dimensions} dimensions, as the retriever makes them, found "
-            f"{len(index)} with {index.vectors.shape[1]}. {COPY_AGAIN}"
-        )
 
 
 def _sentences(folder: Path, tensors: dict[str, np.ndarray]) -> SentenceVectors | None:

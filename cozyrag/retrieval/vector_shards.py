@@ -176,13 +176,13 @@ def encode_shards(
 
     Args:
         passages: Parquet file of `store_passages`. rows: which of them, ascending. hashes: (n,) of all of them.
-        encode: passages, without ids, to their vectors (n, dim) float32 and, if wanted, their sentence vectors.
+        encode: passages to their vectors (n, dim) float32 and, if wanted, their sentence vectors.
         done: called with the number of passages of each shard that was written.
     """
     file = pq.ParquetFile(passages, memory_map=True)
     for start in range(share[0] * size, len(rows), share[1] * size):
         mine = rows[start : start + size]
-        vectors, sentences = encode(_read(file, mine))
+        vectors, sentences = encode(read_passages(file, mine))
         tensors = {COLUMN: vectors, "hashes": hashes[mine]}
         if sentences is not None:
             tensors |= {SENTENCE_VECTORS: sentences.vectors, SENTENCE_ENDS: sentences.ends}
@@ -197,14 +197,14 @@ def encode_shards(
         done(len(mine))
 
 
-def _read(file: pq.ParquetFile, rows: np.ndarray) -> Passages:
-    """Some passages, without their ids; rows ascending."""
+def read_passages(file: pq.ParquetFile, rows: np.ndarray) -> Passages:
+    """Some passages of a file of `store_passages`; rows ascending."""
     chosen = []
     for group in np.unique(rows // ROWS):
-        table = file.read_row_group(int(group), columns=["title", "text"])
+        table = file.read_row_group(int(group), columns=SCHEMA.names)
         chosen.append(table.take(rows[rows // ROWS == group] - group * ROWS))
     table = pa.concat_tables(chosen)
-    return Passages([""] * len(rows), table["title"].to_pylist(), table["text"].to_pylist())
+    return Passages(*(table[name].to_pylist() for name in SCHEMA.names))
 
 
 def write_vectors(path: Path, hashes: np.ndarray, known: Known) -> np.ndarray:

@@ -1,20 +1,18 @@
 """Sparse search from the disk, for corpora whose tables of words (bm25.py) do not fit into memory.
 
-An inverted file (Tantivy) proposes passages. Their texts, read again, decide: BM25 and the words shared with sentences
-have the formulas of bm25.py. The files are memory-mapped, so the processes of a machine share them. They are made once
-for a corpus, beside its Arrow file in the cache of `datasets`; a corpus of which most passages were there before takes
-over their entries. Left out: tables in memory (bm25.py), fusion with dense search (hybrid.py).
+An inverted file (Tantivy) proposes passages; their texts decide (words_of_texts.py). The files are memory-mapped, so
+the processes of a machine share them. They are made once for a corpus, beside its Arrow file in the cache of
+`datasets`; a corpus of which most passages were there before takes over their entries. Left out: tables in memory
+(bm25.py), fusion with dense search (hybrid.py).
 """
 
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import cast
@@ -25,12 +23,14 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from cozyrag.data.deduplication import repeats, text_hash
-from cozyrag.data.sentences import split_sentences
 from cozyrag.errors import InputError
-from cozyrag.retrieval.bm25 import K1, B, LexicalIndex, SentenceWords, stemmed_words
-from cozyrag.retrieval.faiss_index import SPARE, best, open_vectors
+from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords, stemmed_words
+from cozyrag.retrieval.faiss_index import open_vectors
 from cozyrag.retrieval.index_file import read_facts
-from cozyrag.retrieval.passage_index import PART, PassageIndex, Passages, mapped_passages, passage_text
+from cozyrag.retrieval.lance_index import LanceIndex
+from cozyrag.retrieval.opening import Index
+from cozyrag.retrieval.passage_index import PART, Passages, mapped_passages, passage_text
+from cozyrag.retrieval.words_of_texts import WordsOfTexts, words_of
 from cozyrag.runtime.atomic_files import flush, replacing, save_tensors, write_json
 from cozyrag.runtime.contents import read_object
 
@@ -38,42 +38,28 @@ VERSION = 1  # increase with every change of the words of a text, or of the file
 FACTS, ROWS, INVERTED = "words.json", "rows.safetensors", "inverted"
 HEAP = 128_000_000  # bytes that Tantivy fills before it writes a segment
 BYTES = 300  # on the disk for each passage, at most: measured are some 200
-KEPT = 2048  # passages whose words stay in memory, some 10 KB each
 WORTHWHILE = 0.5  # share of the passages that an earlier corpus must have to be taken over
 
 
-@dataclass(frozen=True)
-class PassageWords:
-    """The words of a passage: how often each occurs, how many there are, and those of each sentence."""
+class WordsOnDisk(WordsOfTexts):
+    """`WordsOfTexts` by files of Tantivy, whose own scores have k1 = 1.2 and rounded lengths.
 
-    counts: Counter[str]
-    length: int
-    sentences: list[frozenset[str]]
-
-
-class WordsOnDisk:
-    """What `LexicalIndex` and `SentenceWords` do together, with a memory that does not grow with the passages.
-
-    Scores differ from theirs by rounding only, except in scripts without spaces, where pairs of characters end with
-    their sentence, and where passages repeat, which count once. After passages were removed, words count as a little
-    less rare until Tantivy merges its segments.
+    Passages that repeat count once. After passages were removed, words count as a little less rare until Tantivy
+    merges its segments.
 
     Args:
         place: a folder that `opened` made for these passages.
     """
 
-    nbytes = 0  # in memory
     _beside: TemporaryDirectory | None = None
 
     def __init__(self, place: Path, passages: Passages, *, stemmer: str):
-        self.passages, self._count = passages, len(passages.ids)
-        self._words = stemmed_words(stemmer)
+        super().__init__(len(passages.ids), read_object(place / FACTS, "")["mean_length"], stemmer=stemmer)
+        self.passages = passages
         self._inverted = tantivy.Index.open(str(place / INVERTED))
         self._found = self._inverted.searcher()
         self._hashes, self._rows = (open_vectors(place / ROWS, name) for name in ("hashes", "rows"))
-        self._mean_length = read_object(place / FACTS, "")["mean_length"]
-        self.read = lru_cache(KEPT)(self._read)
-        self._holders = lru_cache(1 << 16)(lambda word: self._found.doc_freq("words", word))
+        self._counted = lru_cache(1 << 16)(lambda word: self._found.doc_freq("words", word))
 
     @classmethod
     def opened(cls, cache: Path, passages: Passages, *, stemmer: str) -> "WordsOnDisk":
@@ -107,32 +93,17 @@ class WordsOnDisk:
                 return cls(place, passages, stemmer=stemmer)
         return None
 
-    def __len__(self) -> int:
-        return self._count
-
-    def search(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (n, k) float32, descending, and rows (n, k) int64 of the k best passages; ties are sorted by row.
-
-        Tantivy's own scores (k1 = 1.2, lengths rounded) only choose the k + `SPARE` passages that are scored.
-        """
-        k = min(k, len(self))
-        found = [self._search(words, k) for words in self.split(questions)]
-        shape = (len(found), k)
-        return (
-            np.array([scores for scores, _ in found], np.float32).reshape(shape),
-            np.array([rows for _, rows in found], np.int64).reshape(shape),
-        )
-
-    def _search(self, words: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (k,) and rows (k,) for one question; passages without any of its words fill up the places."""
+    def _proposed(self, words: list[str], limit: int) -> np.ndarray:
         terms = [self._term(word, times) for word, times in sorted(Counter(words).items())]
         query = tantivy.Query.boolean_query([(tantivy.Occur.Should, term) for term in terms])
-        hits = self._found.search(query, limit=min(len(self), k + SPARE), count=False).hits if terms else []
-        hashes = np.array(self._found.fast_field_values("hash", [at for _, at in hits]), np.uint64)
-        rows = self._rows_of(hashes)
-        if len(rows) < k:
-            rows = np.concatenate([rows, np.setdiff1d(np.arange(k + len(rows)), rows)[: k - len(rows)]])
-        return best(self.scores_at(words, rows), rows, k)
+        hits = self._found.search(query, limit=limit, count=False).hits
+        return self._rows_of(np.array(self._found.fast_field_values("hash", [at for _, at in hits]), np.uint64))
+
+    def _holders(self, word: str) -> int:
+        return self._counted(word)
+
+    def _text(self, row: int) -> tuple[str, str]:
+        return self.passages.titles[row], self.passages.texts[row]
 
     def _term(self, word: str, times: int) -> tantivy.Query:
         term = tantivy.Query.term_query(self._inverted.schema, "words", word, "freq")
@@ -142,61 +113,6 @@ class WordsOnDisk:
         """The rows of the passages with these hashes; equal passages have one."""
         starts, ends = (np.searchsorted(self._hashes, hashes, side=side) for side in ("left", "right"))
         return np.concatenate([np.zeros(0, np.int64), *(self._rows[a:b] for a, b in zip(starts, ends, strict=True))])
-
-    def split(self, questions: Sequence[str]) -> list[list[str]]:
-        """The words of each question, as `scores_at` and `shared` take them."""
-        return [self._words(question) for question in questions]
-
-    def scores_at(self, words: Sequence[str], rows: np.ndarray) -> np.ndarray:
-        """BM25 scores (n_rows,) float32 of one question, given as its words, for chosen rows only."""
-        asked = {word: times * self._weight(word) for word, times in sorted(Counter(words).items())}
-        return np.array([self._score(asked, self.read(row)) for row in np.asarray(rows).tolist()], np.float32)
-
-    def _weight(self, word: str) -> float:
-        """The inverse document frequency of a word as Lucene counts it."""
-        holders = self._holders(word)
-        return math.log1p((len(self) - holders + 0.5) / (holders + 0.5))
-
-    def _score(self, asked: dict[str, float], held: PassageWords) -> float:
-        saturation = K1 * (1 - B + B * held.length / self._mean_length)
-        return sum(
-            weight * held.counts[word] / (held.counts[word] + saturation)
-            for word, weight in asked.items()
-            if word in held.counts
-        )
-
-    def rarity_of(self, word: str) -> float:
-        """The rarity of one word; 0 if no passage has it."""
-        return math.fsum(map(self._rarity, self._words(word)))
-
-    def _rarity(self, word: str) -> float:
-        holders = self._holders(word)
-        return math.log1p(len(self) / holders) if holders else 0.0
-
-    def shared(self, words: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The summed rarity of these words in each sentence of some passages, and (n_rows,) the sentences of each."""
-        own = [self._overlaps(words, row) for row in np.asarray(rows).tolist()]
-        return np.concatenate([np.zeros(0, np.float32), *own]), np.array([len(each) for each in own], np.int64)
-
-    def overlaps(self, question: str, rows: Sequence[int]) -> list[np.ndarray]:
-        """For each of these passages (n_sentences,) float32: the summed rarity of words shared with the question."""
-        words = self._words(question)
-        return [self._overlaps(words, int(row)) for row in rows]
-
-    def _overlaps(self, words: Sequence[str], row: int) -> np.ndarray:
-        rarity = {word: self._rarity(word) for word in sorted(set(words))}
-        sums = (math.fsum(rarity[word] for word in rarity if word in held) for held in self.read(row).sentences)
-        return np.fromiter(sums, np.float32)
-
-    def _read(self, row: int) -> PassageWords:
-        title, *sentences = _parts(self._words, self.passages.titles[row], self.passages.texts[row])
-        counts = Counter(chain(title, *sentences))
-        return PassageWords(counts, counts.total(), [frozenset(own) for own in sentences])
-
-
-def _parts(words: Callable[[str], list[str]], title: str, text: str) -> list[list[str]]:
-    """The words of the title, then those of each sentence."""
-    return [words(title.replace("_", " ")), *map(words, split_sentences(text))]
 
 
 # ---- making the files
@@ -298,7 +214,7 @@ def _added(
     """Add these passages; yields the row and the number of words of each."""
     words = stemmed_words(stemmer)
     for row in tqdm(rows.tolist(), desc="words", unit="passage", disable=len(rows) < PART):
-        found = list(chain.from_iterable(_parts(words, passages.titles[row], passages.texts[row])))
+        found = words_of(words, passages.titles[row], passages.texts[row])
         document = tantivy.Document()
         document.add_text("words", " ".join(found))
         document.add_unsigned("hash", int(hashes[row]))
@@ -322,20 +238,24 @@ def prepare_words(folder: Path, stemmer: str) -> None:
         WordsOnDisk.opened(cache, Passages.of(table, mapped=True), stemmer=stemmer)
 
 
-WordSearch = tuple[LexicalIndex | WordsOnDisk | None, SentenceWords | WordsOnDisk | None]
+WordSearch = tuple[LexicalIndex | WordsOfTexts | None, SentenceWords | WordsOfTexts | None]
 
 
-def word_search(index: PassageIndex, *, mode: str, stemmer: str) -> WordSearch:
+def word_search(index: Index, *, mode: str, stemmer: str) -> WordSearch:
     """BM25 over the passages of an index, None for dense search, and the words of their sentences.
 
-    They are on the disk beside an index that saves memory, else in memory.
+    They are in the database with an index in LanceDB, on the disk beside an index that saves memory, else in memory.
 
     Args:
         mode: one of the MODES of hybrid.py. stemmer: see `LexicalIndex`.
     """
     passages = index.passages
-    if index.cache is not None:
+    both: WordsOfTexts | None = None
+    if isinstance(index, LanceIndex):
+        both = index.words(stemmer=stemmer)
+    elif index.cache is not None:
         both = WordsOnDisk.opened(index.cache, passages, stemmer=stemmer)
+    if both is not None:
         return None if mode == "dense" else both, both
     lexical = None if mode == "dense" else LexicalIndex(passages.to_read(), stemmer=stemmer)
     return lexical, SentenceWords(passages.titles, passages.sentences(), stemmer=stemmer)

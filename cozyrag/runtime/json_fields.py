@@ -71,7 +71,7 @@ def check_fields(
     content: object,
     known: Mapping[str, Kind | Mapping],
     *,
-    path: Path,
+    path: Path | str,
     remedy: str,
     optional: Collection[str] = (),
     closed: Collection[str] = (),

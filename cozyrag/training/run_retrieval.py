@@ -26,9 +26,12 @@ from cozyrag.retrieval.bm25 import SentenceWords
 from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
 from cozyrag.retrieval.hybrid import Searcher, Weights
 from cozyrag.retrieval.index_file import made_by
+from cozyrag.retrieval.lance_database import database_of
+from cozyrag.retrieval.opening import Index, open_index
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.retrieval.reranking import Reranking
-from cozyrag.retrieval.words_on_disk import WordSearch, WordsOnDisk, word_search
+from cozyrag.retrieval.words_of_texts import WordsOfTexts
+from cozyrag.retrieval.words_on_disk import WordSearch, word_search
 from cozyrag.runtime.fingerprints import weights_fingerprint
 from cozyrag.training.run_log import RunLog
 
@@ -68,7 +71,7 @@ class Snapshot:
 
     fingerprint: str
     reranker: str
-    index: PassageIndex
+    index: Index
     searcher: Searcher
     builder: ContextBuilder
 
@@ -97,7 +100,7 @@ class Retrieval:
         self.folder = Path(settings.output.output_dir)
         self.passages = Passages.of(corpus.passages, mapped=bool(corpus.passages.cache_files))
         self.context_filter = context_filter(settings, retriever)
-        self._index: PassageIndex | None = None
+        self._index: Index | None = None
         self._snapshot: Snapshot | None = None
         self._measured: tuple[str, Dataset] | None = None  # the last measured table, by its fingerprint
 
@@ -168,7 +171,7 @@ class Retrieval:
         self._snapshot = kept
         return kept
 
-    def _word_search(self, index: PassageIndex) -> WordSearch:
+    def _word_search(self, index: Index) -> WordSearch:
         """Search by words, made once: training changes no words."""
         if self._snapshot is not None:
             return self._snapshot.searcher.lexical, self._snapshot.searcher.words
@@ -176,7 +179,7 @@ class Retrieval:
             contexts = self.settings.contexts
             return word_search(index, mode=contexts.retrieval, stemmer=contexts.stemmer)
 
-    def _builder(self, index: PassageIndex, words: SentenceWords | WordsOnDisk | None) -> ContextBuilder:
+    def _builder(self, index: Index, words: SentenceWords | WordsOfTexts | None) -> ContextBuilder:
         """A context builder over this index."""
         source = sentence_source(index, self.retriever)
         if self._snapshot is not None:
@@ -253,7 +256,7 @@ class Retrieval:
         """Drop the index after the retriever was rolled back: the one saved with the older retriever is read again."""
         self._index = None
 
-    def index(self) -> PassageIndex:
+    def index(self) -> Index:
         """The index of the retriever as it is now: in memory, read from the output folder or from --index, or made."""
         fingerprint = self.retriever.fingerprint()
         if self._index is not None and self._index.fingerprint == fingerprint:
@@ -271,16 +274,19 @@ class Retrieval:
                 )
         return self._index
 
-    def _kept_index(self, fingerprint: str) -> PassageIndex | None:
-        """The index of the output folder, or that of --index, if it was made with this retriever."""
+    def _kept_index(self, fingerprint: str) -> Index | None:
+        """The index of the output folder, or that of --index, if it was made with this retriever.
+
+        A database of another retriever is refused: who has one does not expect its passages to be encoded into memory.
+        """
         if made_by(self.folder / "index") == fingerprint:
             try:
-                return PassageIndex.load(self.folder / "index", fingerprint=fingerprint)
+                return open_index(self.folder / "index", fingerprint=fingerprint)
             except InputError as error:
                 self.log.info(f"{error.args[0].split(' Copy ')[0]} The passages are indexed again.")
         given = self.settings.data.index
-        if given is not None and made_by(given) == fingerprint:
-            return PassageIndex.load(given, fingerprint=fingerprint, expected=self.passages)
+        if given is not None and (database_of(given) or made_by(given) == fingerprint):
+            return open_index(given, fingerprint=fingerprint, expected=self.passages)
         return None
 
     def _encode_passages(self) -> tuple[np.ndarray, SentenceVectors | None]:

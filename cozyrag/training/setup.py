@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -29,6 +30,7 @@ from cozyrag.models.int8_encoding import check_int8, reading_precision
 from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.smollm2 import SMOLLM2
+from cozyrag.retrieval.lance_database import database_of
 from cozyrag.retrieval.passage_index import indexed_passages
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.assets import QUICKSTART as QUICKSTART_FILES
@@ -184,10 +186,10 @@ def load_tables(accelerator: Accelerator, settings: Settings) -> Corpus:
         files = {name: QUICKSTART_FILES[name] if file in (None, QUICKSTART) else file for name, file in files.items()}
     if is_synthetic(settings):
         files = synthetic_files(settings)
-    index = data.index
+    folder = data.index if data.index and database_of(data.index) is None else None
     return load_corpus(
         **files,
-        indexed=None if index is None else lambda: indexed_passages(index),
+        indexed=partial(indexed_passages, folder) if folder else None,
         questions_split=data.questions_split,
         eval_split=data.eval_split,
         passages_split=data.passages_split,
