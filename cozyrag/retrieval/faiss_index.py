@@ -287,6 +287,7 @@ def tune(index: faiss.Index, vectors: np.ndarray, *, asked: int = 200, k: int = 
 
 
 def imitated(vectors: np.ndarray, asked: int) -> np.ndarray:
+    """Vectors (n, dim) of imitated questions, see `tune`."""
     rows = evenly(vectors, asked)
     to, off = np.random.default_rng(0).integers(0, len(vectors), (2, len(rows)))
     moved = _float32(vectors[rows]) + MOVED * (_float32(vectors[to]) - _float32(vectors[off]))
