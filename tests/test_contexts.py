@@ -214,7 +214,7 @@ def test_earlier_passages_are_preferred_up_to_the_fourth():
     texts = ["None here.", "A fox.", "A fox.", "A fox, a grey fox."] + ["A fox."] * 3
     builder = builder_of(*texts, budget=2)
     assert context_of(builder, "fox", [2, 1]) == context_of(builder, "fox", [1, 2]) == "A fox."
-    scores = builder._scores("grey fox", [0, 1, 2, 4, 5, 6], [1] * 6, [])
+    scores = builder._scores("grey fox", [0, 1, 2, 4, 5, 6], [["One."]] * 6, [])
     assert scores[1] - scores[2] == pytest.approx(0.6) and scores[2] - scores[3] == pytest.approx(0.6)
     assert scores[3] == scores[4] == scores[5] > scores[0]
     assert context_of(builder_of(*texts, budget=5), "grey fox", [1, 2, 4, 3]) == "A fox, a grey fox."

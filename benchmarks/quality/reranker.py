@@ -65,14 +65,15 @@ class SentenceReranking(ContextBuilder):
         """The same builder, which asks this reranker."""
         return cls(**{each.name: getattr(builder, each.name) for each in fields(builder)}, score=score)
 
-    def _scores(self, question: str, rows: Sequence[int], cosines: Sequence[np.ndarray]) -> np.ndarray:
+    def _scores(
+        self, question: str, rows: Sequence[int], sentences: Sequence[list[str]], cosines: Sequence[np.ndarray]
+    ) -> np.ndarray:
         assert self.score is not None  # see `of`
         titles = [self.passages.titles[row].replace("_", " ") for row in rows]
-        sentences = [self._sentences[row][0] for row in rows]
         found = self.score(
             [(question, f"{title}\n{text}") for title, own in zip(titles, sentences, strict=True) for text in own]
         )
-        return super()._scores(question, rows, cosines) + (found - found.mean()) / (found.std() or 1.0)
+        return super()._scores(question, rows, sentences, cosines) + (found - found.mean()) / (found.std() or 1.0)
 
 
 def ranks(found: Found, relevant: Sequence[int]) -> np.ndarray:

@@ -191,7 +191,7 @@ class ContextBuilder:
             for rank, row in enumerate(rows)
             for number, (sentence, tokens) in enumerate(zip(*read[row], strict=True))
         ]
-        scores = self._scores(question, rows, [len(read[row][0]) for row in rows], cosines)
+        scores = self._scores(question, rows, [read[row][0] for row in rows], cosines)
         kept: list[Chosen] = []
         room, titled = self.budget, set()
         for _, (rank, number, sentence, length) in sorted(zip((-scores).tolist(), choices, strict=True)):
@@ -203,14 +203,15 @@ class ContextBuilder:
         return sorted(kept)
 
     def _scores(
-        self, question: str, rows: Sequence[int], counts: Sequence[int], cosines: Sequence[np.ndarray]
+        self, question: str, rows: Sequence[int], sentences: Sequence[list[str]], cosines: Sequence[np.ndarray]
     ) -> np.ndarray:
         """The score of each sentence in standard deviations, less `RANK_COST` per rank of its passage up to `RANKS`.
 
-        `counts`: the number of sentences of each passage.
+        `sentences`: of each passage.
         """
         if not rows:
             return np.zeros(0)
+        counts = [len(own) for own in sentences]
         scores = -RANK_COST * np.repeat(np.minimum(np.arange(len(rows)), RANKS), counts)
         if self.score_by != "sparse":
             scores = scores + _standardized(np.concatenate(cosines))
