@@ -16,7 +16,7 @@ from cozyrag.errors import InputError
 from cozyrag.evaluation.overlap_audit import base_notes
 from cozyrag.models.generator import Generator
 from cozyrag.models.smollm2 import FILE, SHA256, load_smollm2
-from cozyrag.training.setup import _load_generator
+from cozyrag.training.setup import named_generator
 
 CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
@@ -203,7 +203,7 @@ def test_the_real_file():
 @pytest.mark.parametrize(("value", "chat"), [("auto", False), ("on", True), ("off", False)])
 def test_its_chat_template_is_used_only_on_request(wheel, value, chat):
     settings = parse_settings(["--questions", "own.tsv", "--generator", "smollm2", "--chat_template", value])
-    assert (_load_generator(settings, None).tokenizer.chat_template is not None) == chat
+    assert (named_generator(settings, None).tokenizer.chat_template is not None) == chat
 
 
 def test_it_is_the_default_of_the_quickstart_only():
