@@ -165,7 +165,7 @@ def test_a_run_and_its_index_have_the_prompts_of_the_settings(
 ):
     machine = SimpleNamespace(device="cpu", mixed_precision="no")
     settings = settings_for(generator_path, retriever_path, *given)
-    retriever = load_models(machine, settings, None, None)[1]
+    retriever = load_models(machine, settings, SimpleNamespace(passages=None), None)[1]
     assert [retriever.model.prompts[kind] for kind in ("query", "document")] == list(prompts)
     common = ["--retriever", str(retriever_path), "--output", str(tmp_path), "--threads", "1", *given]
     cli.run("index", [str(corpus_files["passages"]), *common])
@@ -176,7 +176,7 @@ def test_a_run_from_e5_has_its_prompts_and_keeps_them_when_it_is_loaded_again(ge
     """As does a retriever that an earlier version trained without them, which a pair or a checkpoint names."""
     old = tiny.make_retriever(tmp_path / "e5-small-v2")
     machine = SimpleNamespace(device="cpu", mixed_precision="no")
-    made = load_models(machine, settings_for(generator_path, old), None, None)[1]
+    made = load_models(machine, settings_for(generator_path, old), SimpleNamespace(passages=None), None)[1]
     made.save(tmp_path / "retriever")
     assert Retriever.load(str(tmp_path / "retriever"), max_tokens=160).fingerprint() == made.fingerprint()
     assert made.prompts_sentence == "The retriever reads questions after 'query: ', passages after 'passage: '."
