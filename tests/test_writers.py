@@ -316,6 +316,8 @@ def test_files_that_stay_are_written_in_one_place():
         ("merge", "write_text"),
         ("pair_evaluation", "write_text"),  # temporary
         ("passage_encoding", "replace"),  # of what was flushed
+        ("passage_index", "copyfile"),  # beside, then renamed
         ("passage_index", "replace"),
         ("probe", "write_text"),  # in /proc
+        ("words_on_disk", "copyfile"),  # into a folder that `replacing` renames
     }
