@@ -155,3 +155,18 @@ def undisturbed(short_run, tmp_path_factory):
 
     train([*short_run, "--output_dir", str(folder)])
     return left(folder, rounds=1)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The texts that were encoded."""
+    from cozyrag.models.retriever import Retriever
+
+    seen, real = [], Retriever.encode_passages
+
+    def encode(self, texts, spans, **options):
+        seen.extend(texts)
+        return real(self, texts, spans, **options)
+
+    monkeypatch.setattr(Retriever, "encode_passages", encode)
+    return seen

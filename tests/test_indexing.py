@@ -37,19 +37,6 @@ def rows(count, start=0):
     ]
 
 
-@pytest.fixture
-def encoded(monkeypatch):
-    """The texts that were encoded."""
-    seen, real = [], Retriever.encode_passages
-
-    def encode(self, texts, spans, **options):
-        seen.extend(texts)
-        return real(self, texts, spans, **options)
-
-    monkeypatch.setattr(Retriever, "encode_passages", encode)
-    return seen
-
-
 def run(passages, folder, retriever, *more):
     cli.run("index", [str(passages), "--retriever", str(retriever), "--output", str(folder), "--threads", "1", *more])
 

@@ -224,19 +224,6 @@ def test_an_index_that_is_being_changed_is_searched_as_it_was(own):
 # ---- the command
 
 
-@pytest.fixture
-def encoded(monkeypatch):
-    """The texts that were encoded."""
-    seen, real = [], Retriever.encode_passages
-
-    def encode(self, texts, spans, **options):
-        seen.extend(texts)
-        return real(self, texts, spans, **options)
-
-    monkeypatch.setattr(Retriever, "encode_passages", encode)
-    return seen
-
-
 def rows(count):
     return [
         {"id": f"p{n}", "title": f"Hill {n}", "text": f"The hill {n} is red. It is {n} m high.", "page": n}

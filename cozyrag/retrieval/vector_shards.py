@@ -101,6 +101,14 @@ def _stored_hashes(path: Path) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.uint64), *hashes])
 
 
+def content_hashes(passages: Passages) -> np.ndarray:
+    """The hashes (n,) of the retriever's inputs, some thousand passages in memory at a time."""
+    starts = range(0, len(passages.ids), ROWS)
+    parts = [slice(start, start + ROWS) for start in starts]
+    found = [_hashes(passages.titles[part], passages.texts[part]) for part in parts]
+    return np.concatenate([np.zeros(0, np.uint64), *found])
+
+
 def _hashes(titles: Sequence[str], texts: Sequence[str]) -> np.ndarray:
     # the length of the title counts, because a title has no sentences of its own
     read = (f"{len(title)}|{passage_text(title, text)}" for title, text in zip(titles, texts, strict=True))

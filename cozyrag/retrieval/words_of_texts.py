@@ -114,18 +114,22 @@ class WordsOfTexts(ABC):
 
     def shared(self, words: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The summed rarity of these words in each sentence of some passages, and (n_rows,) the sentences of each."""
-        own = [self._overlaps(words, row) for row in np.asarray(rows).tolist()]
+        own = self._overlaps(words, np.asarray(rows).tolist())
         return np.concatenate([np.zeros(0, np.float32), *own]), np.array([len(each) for each in own], np.int64)
 
     def overlaps(self, question: str, rows: Sequence[int]) -> list[np.ndarray]:
         """For each of these passages (n_sentences,) float32: the summed rarity of words shared with the question."""
         [words] = self.split([question])
-        return [self._overlaps(words, int(row)) for row in rows]
+        return self._overlaps(words, [int(row) for row in rows])
 
-    def _overlaps(self, words: Sequence[str], row: int) -> np.ndarray:
-        rarity = {word: self._rarity(word) for word in sorted(set(words))}
-        sums = (math.fsum(rarity[word] for word in rarity if word in held) for held in self.read(row).sentences)
-        return np.fromiter(sums, np.float32)
+    def _overlaps(self, words: Sequence[str], rows: Sequence[int]) -> list[np.ndarray]:
+        rarity = {word: self._rarity(word) for word in set(words)}
+
+        def of(row: int) -> np.ndarray:
+            held = self.read(row).sentences
+            return np.array([math.fsum(rarity[word] for word in rarity.keys() & own) for own in held], np.float32)
+
+        return [of(row) for row in rows]
 
     def _read(self, row: int) -> PassageWords:
         title, *sentences = parts_of(self._words, *self._text(row))

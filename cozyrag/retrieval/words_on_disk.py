@@ -22,14 +22,15 @@ import tantivy
 from filelock import FileLock
 from tqdm import tqdm
 
-from cozyrag.data.deduplication import repeats, text_hash
+from cozyrag.data.deduplication import repeats
 from cozyrag.errors import InputError
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords, stemmed_words
 from cozyrag.retrieval.faiss_index import open_vectors
 from cozyrag.retrieval.index_file import read_facts
 from cozyrag.retrieval.lance_index import LanceIndex
 from cozyrag.retrieval.opening import Index
-from cozyrag.retrieval.passage_index import PART, Passages, mapped_passages, passage_text
+from cozyrag.retrieval.passage_index import PART, Passages, mapped_passages
+from cozyrag.retrieval.vector_shards import content_hashes
 from cozyrag.retrieval.words_of_texts import WordsOfTexts, words_of
 from cozyrag.runtime.atomic_files import flush, replacing, save_tensors, write_json
 from cozyrag.runtime.contents import read_object
@@ -130,7 +131,7 @@ def _may_write(folder: Path) -> bool:
 def _make(place: Path, passages: Passages, stemmer: str) -> None:
     """Write the files of `WordsOnDisk`; see `replacing` for what it raises."""
     shutil.rmtree(place, ignore_errors=True)  # damaged: nothing is taken over from it
-    hashes = _content_hashes(passages)
+    hashes = content_hashes(passages)
     order = np.argsort(hashes, kind="stable")
     known, known_lengths, earlier = _earlier(place, hashes, stemmer)
     lengths = np.zeros(len(hashes), np.int32)
@@ -151,16 +152,6 @@ def _make(place: Path, passages: Passages, stemmer: str) -> None:
         flush(coming / ROWS)  # Tantivy has flushed its own files
         facts = {"passages": len(hashes), "mean_length": max(1.0, float(own.mean())) if len(own) else 1.0}
         write_json(coming / FACTS, facts)
-
-
-def _content_hashes(passages: Passages) -> np.ndarray:
-    """(n,) uint64, of title and text of each passage."""
-    made = np.empty(len(passages.ids), np.uint64)
-    for start in range(0, len(made), PART):
-        part = slice(start, start + PART)
-        both = zip(passages.titles[part], passages.texts[part], strict=True)
-        made[part] = [text_hash(passage_text(title, text)) for title, text in both]
-    return made
 
 
 def _earlier(place: Path, hashes: np.ndarray, stemmer: str) -> tuple[np.ndarray, np.ndarray, Path | None]:
