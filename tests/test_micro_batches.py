@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from cozyrag.models.lean_layers import lean_layers
 from cozyrag.training.micro_batches import (
     Cut,
     Load,
@@ -113,6 +114,16 @@ def test_the_estimate_is_close_to_the_activations_of_a_model(name, precision):
         found = kept_bytes(model, lambda: core(input_ids=ids, attention_mask=torch.ones_like(ids), **options), 4 * 120)
     expected = token_bytes(model.config, precision=precision, dropout="with dropout" in name, length=120)
     assert 0.85 < expected / found < 1.4
+
+
+@pytest.mark.parametrize("length", [60, 240])
+def test_the_estimate_is_close_to_the_activations_of_lean_layers(length):
+    model, ids = MODELS["SmolLM2-135M"]().train(), torch.arange(4 * length).view(4, length) % 500
+    with torch.autocast("cpu", dtype=torch.bfloat16), lean_layers(model, alone=True):
+        found = kept_bytes(model, lambda: model.base_model(input_ids=ids, use_cache=False), 4 * length)
+    cast = sum(2 * weight.numel() for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2)
+    expected = token_bytes(model.config, precision="bf16", length=length, lean=True)
+    assert 0.85 < expected / (found - cast / (4 * length)) < 1.4
 
 
 def test_a_model_of_unknown_sizes_has_no_estimate():

@@ -29,6 +29,7 @@ from cozyrag.cli import entry_point
 from cozyrag.config import TrainingSettings
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import reading_precision
+from cozyrag.models.lean_layers import bf16_step
 from cozyrag.models.prompts import Example
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.token_losses import TokenLosses
@@ -84,7 +85,12 @@ def training_step(accelerator: Accelerator, generator: Generator) -> Callable[[]
     cut = generator_cut(accelerator, generator, TrainingSettings(), TOKENS)
     module = accelerator.prepare(TokenLosses(generator.model))
     rows = [Example(torch.randint(5, 8_000, (TOKENS,)).tolist(), TOKENS - ANSWER) for _ in range(ROWS)]
-    return step_of(accelerator, module, lambda: generator_step(accelerator, module, rows, pad_id=0, cut=cut))
+
+    def gradients() -> None:
+        with bf16_step(accelerator, generator.model):
+            generator_step(accelerator, module, rows, pad_id=0, cut=cut)
+
+    return step_of(accelerator, module, gradients)
 
 
 def rates(precision: str) -> dict[str, float]:

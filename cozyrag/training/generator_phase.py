@@ -17,6 +17,7 @@ from cozyrag.config import TrainingSettings
 from cozyrag.models.batching import answer_tokens, collate
 from cozyrag.models.fsdp import Sharded, is_split
 from cozyrag.models.generator import Generator
+from cozyrag.models.lean_layers import bf16_step, trains_lean
 from cozyrag.models.loading import DROPOUT_FIELDS
 from cozyrag.models.penalties import Penalties
 from cozyrag.models.prompts import Example, encode_examples, with_keywords
@@ -127,7 +128,8 @@ def generator_token_bytes(accelerator: Accelerator, generator: Generator, contex
     """Estimated bytes of activations per token of a generator step; None if the model's sizes are unknown."""
     config = generator.model.config.get_text_config()
     dropout = any(getattr(config, name, None) for name in DROPOUT_FIELDS)
-    return token_bytes(config, precision=accelerator.mixed_precision, dropout=dropout, length=context_tokens)
+    precision, lean = accelerator.mixed_precision, trains_lean(accelerator, generator.model)
+    return token_bytes(config, precision=precision, dropout=dropout, length=context_tokens, lean=lean)
 
 
 def generator_gradients(
@@ -154,7 +156,10 @@ def generator_gradients(
     def take_step(rows: Rows, cut: Cut) -> dict[str, float]:
         batch = [examples[row] for row in rows]
         pad_id, weights = generator.tokenizer.pad_token_id, penalties.weights
-        with recomputing(generator.model, cut.recomputes(max(len(example.input_ids) for example in batch))):
+        longest = max(len(example.input_ids) for example in batch)
+        # a sharded module is cast by PyTorch's FSDP
+        whole = bf16_step(accelerator, generator.model) if generator.parts is None else nullcontext()
+        with recomputing(generator.model, cut.recomputes(longest)), whole:
             values = generator_step(accelerator, module, batch, pad_id=pad_id, cut=cut, weights=weights)
         return dict(zip(["loss", *penalties.names], values, strict=True))
 
@@ -230,6 +235,7 @@ def generator_step(
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with accelerator.no_sync(module) if number + 1 < len(mine) else nullcontext():
             parts = generator_terms(module, batch) * shares * bool(rows)
-            accelerator.backward((parts * factors).sum())
+            with torch.autocast(accelerator.device.type, enabled=False):  # of no use in a backward pass
+                accelerator.backward((parts * factors).sum())
         values += parts.detach()
     return accelerator.reduce(values, reduction="mean").tolist()

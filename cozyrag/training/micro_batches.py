@@ -21,6 +21,7 @@ OF_WIDTH = 11
 OF_DROPOUT = 9
 OF_INNER = {"gelu": 2, "relu": 2, "silu": 4}  # by activation; silu is gated
 OF_OTHER_INNER = 5  # gelu_new and others that are written in Python
+LEAN_WIDTH, LEAN_INNER = 9, 3  # the same in bf16 with the layers of lean_layers.py
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,15 @@ def _padded_together(lengths: Sequence[int], together: int) -> int:
 
 
 def token_bytes(
-    config: PretrainedConfig, *, precision: str = "no", dropout: bool = False, length: int = 0
+    config: PretrainedConfig, *, precision: str = "no", dropout: bool = False, length: int = 0, lean: bool = False
 ) -> int | None:
     """Estimated bytes of activations per token of training; None if the model's config does not give its sizes.
 
     Args:
         precision: as Accelerate names it. In half precision norms and sums stay in float32.
         dropout: whether the model trains with dropout.
-        length: tokens of a row, which counts only for attention without a fused kernel ("eager").
+        length: tokens of a row, which counts only for attention without a fused kernel ("eager", or lean).
+        lean: the layers are those of lean_layers.py, in bf16.
     """
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     layers, width, heads = (getattr(config, name, None) for name in names)
@@ -151,6 +153,8 @@ def token_bytes(
         return None
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     wide = max(width, heads * (getattr(config, "head_dim", None) or 0))
+    if lean:
+        return layers * 2 * (LEAN_WIDTH * wide + LEAN_INNER * inner + heads * length)
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or ""
     kept = (OF_WIDTH + OF_DROPOUT * dropout) * wide + OF_INNER.get(activation, OF_OTHER_INNER) * inner
     if getattr(config, "_attn_implementation", None) == "eager":
