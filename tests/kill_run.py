@@ -46,13 +46,14 @@ TIMES = ("seconds", "rate")
 
 
 def materials(root: Path, precision: str = "no") -> list[str]:
-    """Create tiny models and a tiny corpus; returns the settings of a run with them."""
+    """Create tiny models and a tiny corpus; returns the settings of a run with them. In bf16 a Llama is trained."""
     passages, questions = tiny.corpus()
+    make_generator = tiny.make_llama if precision == "bf16" else tiny.make_generator
     files = {
         "questions": tiny.write_jsonl(root / "train.jsonl", questions[:48]),
         "eval_questions": tiny.write_jsonl(root / "eval.jsonl", questions[64:]),
         "passages": tiny.write_jsonl(root / "passages.jsonl", passages),
-        "generator": tiny.make_generator(root / "generator"),
+        "generator": make_generator(root / "generator"),
         "retriever": tiny.make_retriever(root / "retriever"),
     }
     return [part for name, path in files.items() for part in (f"--{name}", str(path))] + [
@@ -242,7 +243,7 @@ if __name__ == "__main__":
         "--precision",
         choices=["no", "bf16"],
         default="no",
-        help="bf16 is emulated where the processor lacks it (default: no)",
+        help="bf16 trains a Llama, and is emulated where the processor lacks it (default: no)",
     )
     parser.add_argument("--folder", type=Path, help="for runs and logs (default: a temporary folder)")
     chosen = parser.parse_args()

@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2Config
+from transformers import BertConfig, BertModel, BertTokenizerFast, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from cozyrag.models.generator import Generator
 from cozyrag.models.reranker import Reranker
@@ -65,6 +65,18 @@ def make_generator(folder: Path, *, seed: int = 0) -> Path:
     texts = [passage["text"] for passage in corpus()[0]] + [question["question"] for question in corpus()[1]]
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=160)
     Generator.from_scratch(texts, config=config, vocab_size=400).save(folder)
+    return folder
+
+
+def make_llama(folder: Path, *, seed: int = 0) -> Path:
+    """The same with the architecture of SmolLM2."""
+    generator = Generator.load(str(make_generator(folder, seed=seed)))
+    ends = {"bos_token_id": generator.end, "eos_token_id": generator.end, "pad_token_id": generator.end}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 160}
+    torch.manual_seed(seed)
+    generator.model = LlamaForCausalLM(LlamaConfig(vocab_size=len(generator.tokenizer), **size, **heads, **ends))
+    generator.save(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -43,6 +44,7 @@ QUESTION = "Which river flows past the old stone bridge?"
 PARTS = {
     "distilgpt2": "generator steps, distilgpt2, rows/s",
     "smollm2": "generator steps, SmolLM2, rows/s",
+    "plain": "the same, layers of transformers, rows/s",
     "retriever": "retriever steps, questions/s",
     "encoding": "encoding, passages/s",
     "answers": "answers, SmolLM2, questions/s",
@@ -79,15 +81,17 @@ def generator_of(accelerator: Accelerator, model: PreTrainedModel) -> Generator:
     return generator
 
 
-def training_step(accelerator: Accelerator, generator: Generator) -> Callable[[], None]:
-    """A step of the generator over ROWS rows."""
+def training_step(
+    accelerator: Accelerator, generator: Generator, around: Callable[..., AbstractContextManager] = bf16_step
+) -> Callable[[], None]:
+    """A step of the generator over ROWS rows. around: as training enters it for each step."""
     generator.model.train()
     cut = generator_cut(accelerator, generator, TrainingSettings(), TOKENS)
     module = accelerator.prepare(TokenLosses(generator.model))
     rows = [Example(torch.randint(5, 8_000, (TOKENS,)).tolist(), TOKENS - ANSWER) for _ in range(ROWS)]
 
     def gradients() -> None:
-        with bf16_step(accelerator, generator.model):
+        with around(accelerator, generator.model):
             generator_step(accelerator, module, rows, pad_id=0, cut=cut)
 
     return step_of(accelerator, module, gradients)
@@ -119,6 +123,7 @@ def rates(precision: str) -> dict[str, float]:
     answers = ["the river"] * NUMBER
     found["likelihoods"] = rate(NUMBER, lambda: generator.log_likelihoods(asked, contexts, answers, context_tokens=96))
     found["smollm2"] = rate(ROWS, training_step(accelerator, generator))
+    found["plain"] = rate(ROWS, training_step(accelerator, generator, lambda *_: nullcontext()))
     return found
 
 
@@ -145,6 +150,8 @@ def compare(options: argparse.Namespace) -> None:
             measured[name].append(in_own_process(precision, options.threads))
     peak = dict(zip(("float32", "bf16"), measure_products(device), strict=True)) if auto.ratio else {}
     print("\n".join(table_of(measured, display_name(auto.name))))
+    if peak:
+        print(f"\n{share_of_peak(measured['auto'], peak[reading_precision(auto.name)])}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"auto": auto.name, "rates": measured, "products": peak}, indent=2) + "\n")
@@ -160,6 +167,20 @@ def table_of(measured: dict[str, list[dict[str, float]]], auto: str) -> list[str
             f"| {title} | {median(before):.2f} | {median(after):.2f} | {median(gains):.2f} | {spread(gains, '.2f')} |"
         )
     return lines
+
+
+def share_of_peak(runs: list[dict[str, float]], peak: float) -> str:
+    """How much of the rate of a square product, in GFLOP/s, the generator steps of SmolLM2's shape reach.
+
+    Six FLOPs for each weight of the layers and token; attention, head, and optimizer count as nothing.
+    """
+    with torch.device("meta"):
+        layers = LlamaForCausalLM(SHAPE).model.layers
+    flops = 6 * TOKENS * sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
+    each = {name: median(run[name] for run in runs) * flops / 1e9 for name in ("smollm2", "plain")}
+    shares = ", ".join(f"{PARTS[name].removesuffix(', rows/s')} {rate:.0f}" for name, rate in each.items())
+    percents = " and ".join(f"{100 * rate / peak:.0f} %" for rate in each.values())
+    return f"GFLOP/s in the products of the layers: {shares}: {percents} of the {peak:.0f} of a square product."
 
 
 def main() -> None:

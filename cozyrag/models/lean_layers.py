@@ -10,6 +10,7 @@ transformers' "eager" attention. Left out: inference, float32, other families (G
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
 
+Forward: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 ATTENTION = "cozyrag_products"  # a name for transformers' table of attention functions
 
 
@@ -31,10 +33,9 @@ def bf16_step(accelerator: Accelerator, model: PreTrainedModel) -> Iterator[None
     if accelerator.mixed_precision != "bf16":
         yield
         return
-    lean = (
-        lean_layers(model, alone=accelerator.num_processes == 1) if trains_lean(accelerator, model) else nullcontext()
-    )
-    with accelerator.autocast(), lean:  # autocast keeps cast weights until its outermost context ends
+    lean, alone = trains_lean(accelerator, model), accelerator.num_processes == 1
+    # autocast keeps cast weights until its outermost context ends
+    with accelerator.autocast(), lean_layers(model, alone=alone) if lean else nullcontext():
         yield
 
 
@@ -53,10 +54,10 @@ def lean_layers(model: LlamaForCausalLM, *, alone: bool) -> Iterator[None]:
     alone: there is one process. DDP has to see every gradient, so the vocabulary's are then left to autograd.
     """
     config, kept = model.config, model.config._attn_implementation
-    changed = {
-        module: partial(FORWARDS[type(module)], module) for module in model.modules() if type(module) in FORWARDS
-    }
-    changed |= _in_place(model) if alone else {}
+    changed = _in_place(model) if alone else {}
+    for module in model.modules():
+        if type(module) in FORWARDS:
+            changed[module] = partial(FORWARDS[type(module)], module)
     config._attn_implementation = ATTENTION
     for module, forward in changed.items():
         vars(module)["forward"] = forward
@@ -164,7 +165,7 @@ def _mlp(module: LlamaMLP, states: torch.Tensor) -> torch.Tensor:
     return module.down_proj(_SwiGLU.apply(module.gate_proj(states), module.up_proj(states)))
 
 
-FORWARDS = {LlamaRMSNorm: _norm, LlamaMLP: _mlp}
+FORWARDS: dict[type, Callable] = {LlamaRMSNorm: _norm, LlamaMLP: _mlp}
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
@@ -205,10 +206,10 @@ class _Logits(torch.autograd.Function):
         return gradient @ cast, None, None
 
 
-def _in_place(model: LlamaForCausalLM) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+def _in_place(model: LlamaForCausalLM) -> dict[nn.Module, Forward]:
     """The forward functions of the embedding and the head, where these are trained and plain."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    forwards: dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]] = {}
+    forwards: dict[nn.Module, Forward] = {}
     if type(embedding) is nn.Embedding and embedding.weight.requires_grad:
         anchor = torch.zeros((), requires_grad=True)  # autograd calls `backward` only if an input wants a gradient
         forwards[embedding] = lambda ids: _Lookup.apply(ids, embedding, anchor)
