@@ -11,8 +11,8 @@ from transformers.models.llama import modeling_llama
 from cozyrag.models import lean_layers as lean
 from cozyrag.models.prompts import Example
 from cozyrag.models.token_losses import TokenLosses, recomputing
-from cozyrag.training.generator_phase import generator_step
-from cozyrag.training.micro_batches import Cut
+from cozyrag.training.generator_phase import generator_step, generator_token_bytes
+from cozyrag.training.micro_batches import Cut, token_bytes
 
 SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 70}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
@@ -186,3 +186,10 @@ def test_weights_are_cast_once_for_all_micro_batches():
 )
 def test_only_what_is_known_is_replaced(place, model, expected):
     assert lean.trains_lean(place, model()) is expected
+
+
+def test_micro_batches_are_cut_for_what_is_trained():
+    """Lean layers store less, so more tokens fit."""
+    plain, leanly = llama(hidden_act="gelu"), llama()
+    sizes = [generator_token_bytes(accelerator(), SimpleNamespace(model=model), 40) for model in (plain, leanly)]
+    assert sizes[1] == token_bytes(leanly.config, precision="bf16", length=40, lean=True) < 0.7 * sizes[0]
