@@ -28,6 +28,7 @@ from cozyrag.preflight.loss_check import check_terms, findings_line
 from cozyrag.preflight.plan import format_time, make_plan, plan_table, rough_generator_seconds, verdict
 from cozyrag.reporting.html_report import report_at_end
 from cozyrag.reporting.run_reader import FinishedRun
+from cozyrag.retrieval.opening import named_database
 from cozyrag.retrieval.passage_index import TextColumn
 from cozyrag.runtime.atomic_files import switch, write_json, writing
 from cozyrag.runtime.distributed import main_decides, refuse
@@ -207,8 +208,11 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
     if not output.push_to_hub or output.hub_model_id is None:  # config_checks.py asks for the second with the first
         return None
     main = accelerator.is_main_process
-    reranker = settings.models.reranker is not None
-    found = refusal(output.hub_model_id, reranker=reranker, private=output.hub_private, info=say) if main else None
+    reranker, database = settings.models.reranker is not None, named_database(settings.data.index)
+    private = output.hub_private
+    found = (
+        refusal(output.hub_model_id, reranker=reranker, private=private, database=database, info=say) if main else None
+    )
     refuse(gather_object([found]))
     every_round = output.hub_strategy == "every_round"
     if not main:

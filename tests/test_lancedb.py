@@ -357,7 +357,13 @@ def test_a_pair_answers_from_its_database(pair, pair_folder, tmp_path, monkeypat
     assert CozyRAG.from_pretrained(tmp_path / "copy").answers(asked) == own.answers(asked)
     with LocalHub(tmp_path / "large", tokens={"hf_right": "me"}) as hub:
         point_client_at(hub, monkeypatch, cache=tmp_path / "cache")
-        push_pair(pair, "me/rag")
+        with pytest.raises(InputError, match="local folder .*/db, which nobody else can open"):
+            push_pair(pair, "me/rag")
+        assert not hub.repos
+        monkeypatch.setattr("cozyrag.hub.push.is_local", lambda uri: False)  # an object store, which others reach
+        lines = []
+        push_pair(pair, "me/rag", info=lines.append)
+        assert "the address of the database" in lines[0] and "full text" not in lines[0]
         assert CozyRAG.from_pretrained("me/rag").answers(asked) == own.answers(asked)
     shutil.rmtree(tmp_path / "db")
     with pytest.raises(InputError, match="cannot be read or written"):
@@ -383,6 +389,24 @@ def test_an_index_file_that_cannot_be_right_is_refused(pair, change, words):
     path.write_text(json.dumps({name: value for name, value in facts.items() if name != "checksum"}))
     with pytest.raises(InputError, match=words):
         CozyRAG.from_pretrained(pair)
+
+
+def test_a_run_that_would_push_a_local_database_is_refused_before_training(
+    tmp_path, corpus_files, generator_path, retriever_path, encoded
+):
+    place = f"lancedb:{tmp_path / 'db'}"
+    index_into(place, corpus_files["passages"], retriever_path)
+    mark = Retriever.load(str(retriever_path)).fingerprint()
+    open_index(place, fingerprint=mark).save(tmp_path / "naming-it")
+    hub = ["--push_to_hub", "--hub_model_id=me/rag"]
+    for index in (place, tmp_path / "naming-it"):
+        run = settings(
+            **corpus_files, generator=generator_path, retriever=retriever_path, index=index,
+            output_dir=tmp_path / "out", freeze_document_encoder=True,
+        )  # fmt: skip
+        with pytest.raises(InputError, match="--push_to_hub: .*nobody else can open.*Nothing was trained"):
+            train([*run, *hub])
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def settings(**values):

@@ -22,7 +22,8 @@ from cozyrag.errors import InputError, PushError
 from cozyrag.hub.model_cards import CARD, card_for_hub
 from cozyrag.models.lora import read_adapter
 from cozyrag.pair_file import CONTENTS, PAIR_FILE, check_piece, models_of, pieces_of, read_pair
-from cozyrag.retrieval.index_file import check_index_contents, made_by
+from cozyrag.retrieval.index_file import check_index_contents, made_by, read_facts
+from cozyrag.retrieval.lance_database import is_local
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.contents import CHECKSUM, sealed
 from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
@@ -40,6 +41,7 @@ PUBLIC = {
     "index": "the full text of all passages with their vectors",
     "generator": "the generator with its card",
 }
+ADDRESS = "the address of the database with the passages"  # in place of their text
 # in the order in which they are named
 HOLDS = {
     "generator": "generator; the name that loads the pair",
@@ -90,10 +92,13 @@ def push_pair(
     pair = read_pair(folder)
     pieces = _pieces(folder, pair, info)
     _check_base(folder)
+    database = read_facts(folder / "index").get("database")
+    if database and is_local(database):
+        raise InputError(f"{_unreachable(database)} and push again.")
     message = f"CoZyRAG pair, {tag}" if tag else "CoZyRAG pair"
     kept, again = kept or folder, again or push_command(folder, repo_id, private=private, tag=tag)
     try:
-        repositories = _claim_all(repo_id, pieces_of(pair), private, info)
+        repositories = _claim_all(repo_id, pieces_of(pair), private, info, database=database)
         repo_id = repositories["generator"].name
         files: dict[str, Files] = {
             role: paths | {CARD: card_for_hub(paths.get(CARD), role, repo_id).encode()}
@@ -141,13 +146,26 @@ def push_command(folder: Path, repo_id: str, *, private: bool, tag: str | None) 
     return shlex.join(words + (["--tag", tag] if tag else []))
 
 
-def refusal(repo_id: str, *, reranker: bool = False, private: bool = False, info: Info | None = None) -> str | None:
-    """Create the repositories before a run; returns why the Hub refuses them, or None.
+def refusal(
+    repo_id: str,
+    *,
+    reranker: bool = False,
+    private: bool = False,
+    database: str | None = None,
+    info: Info | None = None,
+) -> str | None:
+    """Create the repositories before a run; returns why the pair cannot be pushed, or None.
 
     A Hub that cannot be reached now is no refusal: it may be back when the upload begins.
+
+    Args:
+        reranker: whether the pair will have one. database: which its index will name, if any.
     """
+    if database and is_local(database):
+        return f"--push_to_hub: {_unreachable(database)}, or omit --push_to_hub. Nothing was trained."
+    roles = [role for role in REPOSITORIES if reranker or role != "reranker"]
     try:
-        _claim_all(repo_id, [role for role in REPOSITORIES if reranker or role != "reranker"], private, info, tries=2)
+        _claim_all(repo_id, roles, private, info, tries=2, database=database)
     except InputError as error:
         return f"--push_to_hub: {error} Nothing was trained."
     except HUB_FAULTS as error:
@@ -170,6 +188,14 @@ def _check_base(folder: Path) -> None:
             f"The generator is a LoRA adapter of a model in the local folder {adapter.base}, which nobody else can "
             f"load. Run `{shlex.join(('cozyrag', 'merge', str(folder), f'{folder}-merged'))}` and push that folder."
         )
+
+
+def _unreachable(database: str) -> str:
+    """The beginning of a refusal of a pair whose database nobody else can open."""
+    return (
+        f"The passages are in a database in the local folder {database}, which nobody else can open. Make an index in "
+        "files (`cozyrag index` with a folder as --output), or in a database with an address such as s3://"
+    )
 
 
 def _pieces(folder: Path, pair: dict, info: Info | None) -> dict[str, dict[str, Path]]:
@@ -339,7 +365,13 @@ class _Repository:
 
 
 def _claim_all(
-    repo_id: str, pieces: Collection[str], private: bool, info: Info | None, *, tries: int | None = None
+    repo_id: str,
+    pieces: Collection[str],
+    private: bool,
+    info: Info | None,
+    *,
+    tries: int | None = None,
+    database: str | None = None,
 ) -> dict[str, _Repository]:
     """The repositories of a pair by piece. Says what will be public, before anything is uploaded.
 
@@ -350,7 +382,8 @@ def _claim_all(
         raise LocalTokenNotFoundError("no token")
     unclaimed = {role: _Repository(repo_id + end, kind, api, info) for role, (end, kind) in REPOSITORIES.items()}
     claimed = {role: each.claim(private, tries) for role, each in unclaimed.items() if role in pieces}
-    public = [f"{PUBLIC[role]} ({each.address})" for role, each in claimed.items() if not each.private]
+    texts = PUBLIC | ({"index": ADDRESS} if database else {})
+    public = [f"{texts[role]} ({each.address})" for role, each in claimed.items() if not each.private]
     if public and info is not None:
         info(f"Anyone can read what is uploaded: {', '.join(public)}. {PRIVATE}")
     return claimed

@@ -57,12 +57,17 @@ def database_of(place: str) -> str | None:
     uri = place.removeprefix(PREFIX)
     check_address(uri, PREFIX)
     check_lancedb(f"{PREFIX}{uri}")
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    return str(Path(uri).expanduser().absolute()) if is_local(uri) else uri
+
+
+def is_local(uri: str) -> bool:
+    """Whether a database, as `database_of` gives it, is a folder of this machine."""
+    return "://" not in uri
 
 
 def check_address(uri: str, where: str) -> None:
     """Raise InputError for an address that LanceDB cannot use here, or that holds a password; `where` names it."""
-    scheme = uri.partition("://")[0] if "://" in uri else ""
+    scheme = "" if is_local(uri) else uri.partition("://")[0]
     if not uri.strip() or (scheme and scheme not in SCHEMES):
         known = ", ".join(f"{each}://" for each in SCHEMES)
         raise InputError(f"{where}: expected a folder or an address that begins with {known}, found {uri!r:.80}.")

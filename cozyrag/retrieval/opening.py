@@ -6,7 +6,7 @@ Left out: what is opened (passage_index.py, lance_index.py).
 from pathlib import Path
 
 from cozyrag.errors import InputError
-from cozyrag.retrieval.index_file import COPY_AGAIN, checked_database
+from cozyrag.retrieval.index_file import COPY_AGAIN, checked_database, read_facts
 from cozyrag.retrieval.lance_database import database_of
 from cozyrag.retrieval.lance_index import LanceIndex
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
@@ -24,6 +24,13 @@ def open_index(place: str | Path, *, fingerprint: str, expected: Passages | None
     if uri is not None:
         return LanceIndex.open(uri, fingerprint=fingerprint, expected=expected)
     return PassageIndex.load(place, fingerprint=fingerprint, expected=expected)
+
+
+def named_database(place: str | None) -> str | None:
+    """The database that `open_index` would open for a place, unchecked; None for an index in files."""
+    if place is None:
+        return None
+    return database_of(place) or read_facts(place).get("database")
 
 
 def check_fits(index: Index, dimensions: int) -> None:
