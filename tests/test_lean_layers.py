@@ -98,7 +98,9 @@ def test_swiglu_is_that_of_autograd():
 # ---- a step
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 6}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 6}, {"pad_token_id": 7}], ids=str
+)
 @pytest.mark.parametrize("tokens", [30, 1000])
 def test_gradients_are_as_close_to_float32_as_those_of_plain_layers(changes, tokens):
     model = llama(**changes)
@@ -150,6 +152,24 @@ def test_after_a_step_the_model_is_as_before():
         raise RuntimeError("in the middle")
     assert model.config._attn_implementation == "sdpa"
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_the_row_of_padding_is_not_trained_by_looking_it_up():
+    model = llama(tie_word_embeddings=False, pad_token_id=7)
+    rows = [Example([5, 7, 7, 9, 7, 8], 4)]
+    for leanly in (True, False):
+        _, gradients = step(model, rows=rows, leanly=leanly)
+        rows_trained = gradients["model.embed_tokens.weight"].abs().sum(1).nonzero()[:, 0].tolist()
+        assert rows_trained == [5, 9], leanly
+
+
+def test_a_layer_that_someone_has_replaced_is_left_alone():
+    model, calls = llama(), []
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda states: (calls.append(1), own(states))[1]
+    step(model)
+    assert calls and "forward" in vars(mlp)
 
 
 def test_weights_are_cast_once_for_all_micro_batches():

@@ -56,7 +56,7 @@ def lean_layers(model: LlamaForCausalLM, *, alone: bool) -> Iterator[None]:
     config, kept = model.config, model.config._attn_implementation
     changed = _in_place(model) if alone else {}
     for module in model.modules():
-        if type(module) in FORWARDS:
+        if type(module) in FORWARDS and _is_as_made(module):
             changed[module] = partial(FORWARDS[type(module)], module)
     config._attn_implementation = ATTENTION
     for module, forward in changed.items():
@@ -67,6 +67,11 @@ def lean_layers(model: LlamaForCausalLM, *, alone: bool) -> Iterator[None]:
         config._attn_implementation = kept
         for module in changed:
             del module.forward
+
+
+def _is_as_made(module: nn.Module) -> bool:
+    """Whether nobody has replaced the forward pass of this module."""
+    return "forward" not in vars(module)
 
 
 # ---- attention, norm, and activation
@@ -184,8 +189,10 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        (ids,) = ctx.saved_tensors
-        _sum_of(ctx.module.weight).index_add_(0, ids.flatten(), gradient.flatten(0, -2).float())
+        (ids,), module = ctx.saved_tensors, ctx.module
+        if module.padding_idx is not None:  # as PyTorch, which does not train this row
+            gradient = gradient.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+        _sum_of(module.weight).index_add_(0, ids.flatten(), gradient.flatten(0, -2).float())
         return None, None, None
 
 
@@ -210,10 +217,10 @@ def _in_place(model: LlamaForCausalLM) -> dict[nn.Module, Forward]:
     """The forward functions of the embedding and the head, where these are trained and plain."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     forwards: dict[nn.Module, Forward] = {}
-    if type(embedding) is nn.Embedding and embedding.weight.requires_grad:
+    if type(embedding) is nn.Embedding and _is_as_made(embedding) and embedding.weight.requires_grad:
         anchor = torch.zeros((), requires_grad=True)  # autograd calls `backward` only if an input wants a gradient
         forwards[embedding] = lambda ids: _Lookup.apply(ids, embedding, anchor)
-    if type(head) is nn.Linear and head.weight.requires_grad and head.bias is None:
+    if type(head) is nn.Linear and _is_as_made(head) and head.weight.requires_grad and head.bias is None:
         cast = head.weight.detach().bfloat16()
         forwards[head] = lambda states: _Logits.apply(states, head, cast)
     return forwards
