@@ -119,6 +119,14 @@ def test_a_processor_without_bf16_takes_float32_and_nothing_is_measured(machine)
     assert found.facts() == {"float32_gflops": None, "bf16_gflops": None, "ratio": None, "reason": found.reason}
 
 
+def test_float32_can_be_asked_for_on_every_machine(machine, monkeypatch):
+    measured = machine(native=True, rates=(197.0, 846.0))
+    monkeypatch.setenv("COZYRAG_FLOAT32", "1")
+    assert choose("cpu").name == fitting("cuda").name == "no" and measured == []
+    assert choose("cpu").sentence() == "precision float32: COZYRAG_FLOAT32=1 asks for it"
+    assert choose("cpu", "bf16").name == "bf16"
+
+
 def test_a_processor_with_bf16_takes_it_if_it_is_faster(machine):
     measured = machine(True, (197.0, 846.0))
     found = fitting("cpu")

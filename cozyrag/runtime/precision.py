@@ -16,6 +16,7 @@ from cozyrag.errors import InputError
 
 MEASURED = "precision_measured"  # beside the settings in settings.json
 ALLOW_EMULATED = "COZYRAG_ALLOW_EMULATED_BF16"
+FLOAT32_ONLY = "COZYRAG_FLOAT32"  # 1: what is not asked for is computed in float32, on every machine
 LAUNCHER = "ACCELERATE_MIXED_PRECISION"
 WORTH = 1.5  # bf16 is taken if it is at least this many times as fast as float32
 SMALLEST, LARGEST = 256, 2048  # rows and columns of the matrices
@@ -143,6 +144,8 @@ def choose(device: str, asked: str | None = None, kept: Precision | None = None)
 
 def fitting(device: str, rates: tuple[float, float] | None = None) -> Precision:
     """What fits the machine. rates: from `measure_products`, if known; otherwise they are measured if they matter."""
+    if os.environ.get(FLOAT32_ONLY) == "1":
+        return Precision("no", f"{FLOAT32_ONLY}=1 asks for it")
     if device not in ("cpu", "cuda"):
         return Precision("no", f"on {device} bf16 is used only if asked for")
     if not native_bf16(device):
