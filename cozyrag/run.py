@@ -208,11 +208,12 @@ def open_hub(accelerator: Accelerator, settings: Settings) -> BackgroundPush | N
     if not output.push_to_hub or output.hub_model_id is None:  # config_checks.py asks for the second with the first
         return None
     main = accelerator.is_main_process
-    reranker, database = settings.models.reranker is not None, named_database(settings.data.index)
-    private = output.hub_private
-    found = (
-        refusal(output.hub_model_id, reranker=reranker, private=private, database=database, info=say) if main else None
-    )
+    found = None
+    if main:
+        reranker, index = settings.models.reranker is not None, settings.data.index
+        database = named_database(index) if index else None
+        private = output.hub_private
+        found = refusal(output.hub_model_id, reranker=reranker, private=private, database=database, info=say)
     refuse(gather_object([found]))
     every_round = output.hub_strategy == "every_round"
     if not main:

@@ -47,11 +47,13 @@ def seeded_test(seeded_module):
 
 @pytest.fixture(scope="session", autouse=True)
 def machine_without_bf16():
-    """What is computed does not depend on the machine: tests of the precision put in machines of their own."""
+    """What is computed, launched processes included, does not depend on the machine. Tests of the precision put in
+    machines of their own."""
     import cozyrag.runtime.precision
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cozyrag.runtime.precision, "native_bf16", lambda device: False)
+        patched.setenv(cozyrag.runtime.precision.FLOAT32_ONLY, "1")
         yield
 
 

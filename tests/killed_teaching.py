@@ -12,12 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cozyrag.cli import entry_point  # noqa: E402
 from cozyrag.preflight import probe  # noqa: E402
-from cozyrag.runtime import precision  # noqa: E402
 from cozyrag.training.checkpointing import Checkpoints  # noqa: E402
 from scripts import train_question_writer  # noqa: E402
 
 NUMBER = int(sys.argv[1])
-precision.native_bf16 = lambda device: False  # as in the tests (conftest.py), whatever the machine has
 
 
 class Killing(Checkpoints):

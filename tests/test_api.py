@@ -55,6 +55,7 @@ def test_rows_train_the_same_pair_as_files_on_the_command_line(small, undisturbe
 def test_a_notebook_can_train_twice_with_other_precisions_and_off_the_main_thread(small, tmp_path, monkeypatch):
     """Accelerate's state of the first run would refuse the second; signals are the main thread's."""
     AcceleratorState._reset_state(reset_partial_state=True)  # other tests of this process leave theirs
+    monkeypatch.delenv("COZYRAG_FLOAT32")
     monkeypatch.setattr("cozyrag.runtime.precision.native_bf16", lambda device: True)
     before, made = signal.getsignal(signal.SIGINT), []
 

@@ -32,7 +32,6 @@ from cozyrag.pair_file import describe_pair
 from cozyrag.retrieval.bm25 import LexicalIndex
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
 from cozyrag.runtime.assets import metric_module
-from cozyrag.runtime.precision import FLOAT32_ONLY
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = {"vectors": 10.0, "sentence_words": 0.5}
@@ -121,7 +120,7 @@ def launch(name, *arguments, processes=1):
         f"benchmarks.quality.{name}",
     ]
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
-    machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", FLOAT32_ONLY: "1"}
+    machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [*start, *map(str, arguments)], cwd=ROOT, env=clean | machine, capture_output=True, text=True, timeout=600
     )

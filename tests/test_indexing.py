@@ -298,14 +298,8 @@ def launch(passages, folder, retriever, *more):
     config = ROOT / "accelerate_configs" / "cpu_ddp.yaml"
     command = [*LAUNCH, "--config_file", str(config), "-m", "cozyrag.cli", "index", str(passages)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    same = [
-        "--threads",
-        "1",
-        "--index_precision",
-        "float32",
-    ]  # as in this process (conftest.py), whatever the machine has
     return subprocess.Popen(
-        [*command, "--retriever", str(retriever), "--output", str(folder), *same, *more],
+        [*command, "--retriever", str(retriever), "--output", str(folder), "--threads", "1", *more],
         env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+from cozyrag.config import TrainingSettings
 from cozyrag.models import lean_layers as lean
 from cozyrag.models.prompts import Example
 from cozyrag.models.token_losses import TokenLosses, recomputing
@@ -211,5 +212,11 @@ def test_only_what_is_known_is_replaced(place, model, expected):
 def test_micro_batches_are_cut_for_what_is_trained():
     """Lean layers store less, so more tokens fit."""
     plain, leanly = llama(attn_implementation="eager"), llama()
-    sizes = [generator_token_bytes(accelerator(), SimpleNamespace(model=model), 40) for model in (plain, leanly)]
-    assert sizes[1] == token_bytes(leanly.config, precision="bf16", length=40, lean=True) < 0.7 * sizes[0]
+
+    def bytes_of(model, **settings):
+        return generator_token_bytes(accelerator(), SimpleNamespace(model=model), TrainingSettings(**settings), 40)
+
+    assert bytes_of(leanly) == token_bytes(leanly.config, precision="bf16", length=40, lean=True)
+    assert bytes_of(leanly) < 0.7 * bytes_of(plain) and bytes_of(leanly) < bytes_of(
+        leanly, generator_sharding="full_shard"
+    )

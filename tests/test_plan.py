@@ -15,7 +15,7 @@ from tiny import corpus
 from transformers import GPT2Config
 
 from cozyrag import cli, run
-from cozyrag.config import parse_settings
+from cozyrag.config import TrainingSettings, parse_settings
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.preflight import probe
@@ -235,7 +235,7 @@ def test_activations_are_counted_where_the_process_does_not_grow(arguments, brie
     """What loading a model has freed serves the first steps of the probe, so their growth says nothing."""
     monkeypatch.setattr(probe.Probe, "_grown", lambda self: 0)
     given = loaded([*arguments, "--generator_batch_size", "2"])
-    each = generator_token_bytes(given[0], given[3], 48)
+    each = generator_token_bytes(given[0], given[3], TrainingSettings(), 48)
     assert make_plan(*given).costs.activations["generator"] == 2 * 48 * each > 0
 
 

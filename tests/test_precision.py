@@ -27,6 +27,8 @@ FACTS = {"float32_gflops": 197.0, "bf16_gflops": 846.0, "ratio": 4.29, "reason":
 def machine(monkeypatch):
     """Set a fake machine: whether it has bf16, and its rates; returns a list that grows with each measurement."""
 
+    monkeypatch.delenv("COZYRAG_FLOAT32")
+
     def fake(native, rates=None):
         measured = []
         monkeypatch.setattr(precision, "native_bf16", lambda device: native)

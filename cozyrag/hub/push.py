@@ -22,8 +22,9 @@ from cozyrag.errors import InputError, PushError
 from cozyrag.hub.model_cards import CARD, card_for_hub
 from cozyrag.models.lora import read_adapter
 from cozyrag.pair_file import CONTENTS, PAIR_FILE, check_piece, models_of, pieces_of, read_pair
-from cozyrag.retrieval.index_file import check_index_contents, made_by, read_facts
+from cozyrag.retrieval.index_file import check_index_contents, made_by
 from cozyrag.retrieval.lance_database import is_local
+from cozyrag.retrieval.opening import named_database
 from cozyrag.runtime.assets import GENERATOR_FOLDER
 from cozyrag.runtime.contents import CHECKSUM, sealed
 from cozyrag.runtime.hub_retry import HUB_FAULTS, Unsettled, explain, is_passing, patiently
@@ -92,7 +93,7 @@ def push_pair(
     pair = read_pair(folder)
     pieces = _pieces(folder, pair, info)
     _check_base(folder)
-    database = read_facts(folder / "index").get("database")
+    database = named_database(folder / "index")
     if database and is_local(database):
         raise InputError(f"{_unreachable(database)} and push again.")
     message = f"CoZyRAG pair, {tag}" if tag else "CoZyRAG pair"

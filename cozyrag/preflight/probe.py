@@ -305,7 +305,7 @@ class Probe:
         tokens, passages = self.contexts.context_tokens, retrieval.passages
         train = partial(train_generator, self.accelerator, self.generator, table, context_tokens=tokens)
         cut = generator_cut(self.accelerator, self.generator, self.training, tokens)
-        limit = cut.tokens, generator_token_bytes(self.accelerator, self.generator, tokens)
+        limit = cut.tokens, generator_token_bytes(self.accelerator, self.generator, self.training, tokens)
         whole = self.training.generator_batch_size * tokens
         self._phase("generator", train, self.generator.model, limit, whole)
         train = partial(train_retriever, self.accelerator, self.retriever, table, passages, likelihoods=likelihoods)

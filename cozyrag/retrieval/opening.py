@@ -26,11 +26,10 @@ def open_index(place: str | Path, *, fingerprint: str, expected: Passages | None
     return PassageIndex.load(place, fingerprint=fingerprint, expected=expected)
 
 
-def named_database(place: str | None) -> str | None:
-    """The database that `open_index` would open for a place, unchecked; None for an index in files."""
-    if place is None:
-        return None
-    return database_of(place) or read_facts(place).get("database")
+def named_database(place: str | Path) -> str | None:
+    """The database that `open_index` would open, which is not checked here; None for an index in files."""
+    named = database_of(str(place)) or read_facts(place).get("database")
+    return named if isinstance(named, str) else None
 
 
 def check_fits(index: Index, dimensions: int) -> None:

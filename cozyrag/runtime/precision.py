@@ -144,12 +144,12 @@ def choose(device: str, asked: str | None = None, kept: Precision | None = None)
 
 def fitting(device: str, rates: tuple[float, float] | None = None) -> Precision:
     """What fits the machine. rates: from `measure_products`, if known; otherwise they are measured if they matter."""
-    if os.environ.get(FLOAT32_ONLY) == "1":
-        return Precision("no", f"{FLOAT32_ONLY}=1 asks for it")
     if device not in ("cpu", "cuda"):
         return Precision("no", f"on {device} bf16 is used only if asked for")
     if not native_bf16(device):
         return Precision("no", f"this {'processor' if device == 'cpu' else 'GPU'} has no native bf16")
+    if os.environ.get(FLOAT32_ONLY) == "1":
+        return Precision("no", f"{FLOAT32_ONLY}=1 asks for it")
     if device == "cuda":
         return Precision("bf16", "this GPU has it natively")
     float32, bf16 = rates or measure_products()

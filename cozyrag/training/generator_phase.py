@@ -113,7 +113,7 @@ def generator_cut(
     Args:
         free: bytes available to this process for training; None: measured.
     """
-    each = generator_token_bytes(accelerator, generator, context_tokens)
+    each = generator_token_bytes(accelerator, generator, settings, context_tokens)
     if each is None:
         return Cut(tokens=ENOUGH)
     free = room_for_training(accelerator.device) if free is None else free
@@ -124,11 +124,14 @@ def generator_cut(
     return chosen_together(accelerator, cut)
 
 
-def generator_token_bytes(accelerator: Accelerator, generator: Generator, context_tokens: int) -> int | None:
+def generator_token_bytes(
+    accelerator: Accelerator, generator: Generator, settings: TrainingSettings, context_tokens: int
+) -> int | None:
     """Estimated bytes of activations per token of a generator step; None if the model's sizes are unknown."""
     config = generator.model.config.get_text_config()
     dropout = any(getattr(config, name, None) for name in DROPOUT_FIELDS)
-    precision, lean = accelerator.mixed_precision, trains_lean(accelerator, generator.model)
+    lean = trains_lean(accelerator, generator.model) and not is_split(settings.generator_sharding)
+    precision = accelerator.mixed_precision
     return token_bytes(config, precision=precision, dropout=dropout, length=context_tokens, lean=lean)
 
 

@@ -109,7 +109,7 @@ class Rounds:
         if "retriever" not in cuts:
             cuts["retriever"] = asdict(encoder_cut(self.accelerator, self.retriever))
         sizes = {
-            "generator": generator_token_bytes(*pair, context_tokens),
+            "generator": generator_token_bytes(*pair, training, context_tokens),
             "retriever": encoder_token_bytes(self.accelerator, self.retriever),
         }
         if self.reranker is not None:
