@@ -114,7 +114,7 @@ def inspect_machine(folder: str, *, endpoint: str) -> Machine:
     """The facts about this machine. FAISS is used before runtimes are listed, so that its own is loaded."""
     faiss_agrees, losses = try_faiss(), try_training()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rates = measure_products(device)
+    precision = fitting(device)
     return Machine(
         system=platform.system(),
         python=tuple(sys.version_info[:3]),
@@ -131,8 +131,8 @@ def inspect_machine(folder: str, *, endpoint: str) -> Machine:
         hub=ask_hub(endpoint),
         losses=losses,
         faiss_agrees=faiss_agrees,
-        rates=rates,
-        precision=fitting(device, rates),
+        rates=precision.rates or measure_products(device),
+        precision=precision,
     )
 
 
