@@ -1,8 +1,12 @@
 """The precision of a run on fake machines: the hardware and its rates are faked, the arithmetic is not."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import tiny
 import torch
 from accelerate.state import AcceleratorState
 from short_run import at_step, rows, send
@@ -114,6 +118,43 @@ def test_rates_are_those_of_large_products_or_of_small_ones_if_large_ones_take_l
 
 def test_products_are_computed_and_take_time():
     assert precision._product_seconds(8, "bfloat16", "cpu") > 0
+
+
+SHAPES = """
+from pathlib import Path
+
+import torch
+
+import cozyrag
+
+def megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+weight = torch.ones(64, 96, dtype=torch.bfloat16, requires_grad=True)
+products = [torch.ones(rows, 96, dtype=torch.bfloat16) @ weight.T for rows in range(100, 110)]
+before = megabytes()
+for rows in range(110, 310):
+    (torch.ones(rows, 96, dtype=torch.bfloat16, requires_grad=True) @ weight.T).sum().backward()
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
+def test_products_of_many_shapes_keep_few_kernels():
+    """By default PyTorch kept a kernel of half a megabyte for each of the 600 shapes: 400 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHAPES], capture_output=True, text=True, timeout=tiny.PATIENCE, check=True
+    )
+    assert float(done.stdout) < 150
+
+
+def test_the_number_of_kernels_can_be_chosen():
+    show = "import os, cozyrag; print(os.environ['LRU_CACHE_CAPACITY'], os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    chosen = os.environ | {"LRU_CACHE_CAPACITY": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}
+    done = subprocess.run(
+        [sys.executable, "-c", show], env=chosen, capture_output=True, text=True, timeout=tiny.PATIENCE
+    )
+    assert done.stdout.split() == ["7", "9"]
 
 
 # ---- the choice
