@@ -7,7 +7,7 @@ vectors on the disk. Left out: passages, and all files but that of the lists (pa
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -258,6 +258,13 @@ def best(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.n
     """The k best of each line; equal scores keep the order of the rows."""
     order = np.lexsort((rows, -scores), axis=-1)[..., :k]
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
+
+
+def stacked(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best (scores, rows) of each of n questions as scores (n, k) float32 and rows (n, k) int64."""
+    scores, rows = zip(*found, strict=True) if found else ((), ())
+    shape = (len(found), k)
+    return np.array(scores, np.float32).reshape(shape), np.array(rows, np.int64).reshape(shape)
 
 
 def tune(index: faiss.Index, vectors: np.ndarray, *, asked: int = 200, k: int = 10) -> tuple[Tuned, float]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from cozyrag.data.sentences import RULES, SentenceVectors
 from cozyrag.errors import InputError
-from cozyrag.retrieval.faiss_index import SPARE, best
+from cozyrag.retrieval.faiss_index import SPARE, best, stacked
 from cozyrag.retrieval.index_file import write_database
 from cozyrag.retrieval.lance_database import AGAIN, LanceDatabase
 from cozyrag.retrieval.passage_index import Column, Passages
@@ -229,12 +229,7 @@ class LanceIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `PassageIndex.search`."""
         k = min(k, len(self))
-        found = [self._search(query, k) for query in np.asarray(queries, np.float32)]
-        shape = (len(found), k)
-        return (
-            np.array([scores for scores, _ in found], np.float32).reshape(shape),
-            np.array([rows for _, rows in found], np.int64).reshape(shape),
-        )
+        return stacked([self._search(query, k) for query in np.asarray(queries, np.float32)], k)
 
     def _search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (k,) and rows (k,) for one question."""

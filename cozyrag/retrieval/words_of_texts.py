@@ -16,7 +16,7 @@ import numpy as np
 
 from cozyrag.data.sentences import split_sentences
 from cozyrag.retrieval.bm25 import K1, B, stemmed_words
-from cozyrag.retrieval.faiss_index import SPARE, best
+from cozyrag.retrieval.faiss_index import SPARE, best, stacked
 
 KEPT = 2048  # passages whose words stay in memory, some 10 KB each
 
@@ -68,12 +68,7 @@ class WordsOfTexts(ABC):
         The engine's own scores only choose the k + `SPARE` passages that are scored.
         """
         k = min(k, len(self))
-        found = [self._search(words, k) for words in self.split(questions)]
-        shape = (len(found), k)
-        return (
-            np.array([scores for scores, _ in found], np.float32).reshape(shape),
-            np.array([rows for _, rows in found], np.int64).reshape(shape),
-        )
+        return stacked([self._search(words, k) for words in self.split(questions)], k)
 
     def _search(self, words: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (k,) and rows (k,) for one question; passages without any of its words fill up the places."""
