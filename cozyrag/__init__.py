@@ -9,8 +9,8 @@ if sys.platform == "darwin":
     # PyTorch and FAISS each bring an OpenMP runtime; on macOS the second one to load aborts the process without this.
     os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
 
-# oneDNN and PyTorch's layer over it each keep 1,024 kernels of bf16, over half a megabyte each, one for every shape of a
-# product. Layers of a model share theirs, and the next batch has other shapes. Read at the first product.
+# oneDNN and PyTorch's layer over it each keep 1,024 kernels of bf16, over half a megabyte each, one for every shape of
+# a product. Layers of a model share theirs, and the next batch has other shapes. Read at the first product.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "64")
 
