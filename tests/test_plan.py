@@ -323,7 +323,7 @@ def check_parts(arguments, tmp_path):
     phases = {name: vars(plan.sizes)[name] for name in ("generator", "retriever", "reranker")}
     for name, phase in ((name, phase) for name, phase in phases.items() if phase is not None):
         assert phase.steps == sum(row["phase"] == name for row in steps), name
-    spent = {part.name for part in plan.parts if part.name != "save" and (sum(part.seconds) or "phase" in part.name)}
+    spent = {part.name for part in plan.parts if part.name != "save"}  # a part may take no measurable time
     assert {row["part"] for row in metrics(tmp_path / "out", "time")} == spent
     assert all(math.isfinite(each) and each >= 0 for part in plan.parts for each in part.seconds)
 

@@ -220,12 +220,13 @@ def _with_reranker(parts: list[Part], settings: Settings, sizes: Sizes, costs: C
     def reading(questions: int) -> float:
         return costs.seconds("rerank", 1, questions) if questions else 0.0
 
-    found, fitted = ([reading(count) for count in counts] for counts in _reranked(settings, sizes))
+    asked, to_fit = _reranked(settings, sizes)
+    found, fitted = ([reading(count) for count in counts] for counts in (asked, to_fit))
     spent = costs.seconds("reranker", own.steps, own.rows)
     times = (0.0, *[spent] * settings.training.rounds)
     work = f"{own.steps} steps a round, about {own.usable} questions"
     more = [Part("reranker phase", work, times, round(_phase_bytes("reranker", own, sizes, costs)))]
-    more += [Part("fit reranker weight", f"{sizes.fitted} questions", tuple(fitted))] if any(fitted) else []
+    more += [Part("fit reranker weight", f"{sizes.fitted} questions", tuple(fitted))] if any(to_fit) else []
     at = [part.name for part in parts].index("retriever phase")
     parts = [*parts[:at], *more, *parts[at:]]
     return [
