@@ -8,84 +8,31 @@ import threading
 import numpy as np
 import pytest
 import tiny
-from datasets import Dataset
+from databases import COUNT, QUESTIONS, fill, index_into, local, opened, rows, searcher, settings, unit, write, writer
 from local_hub import LocalHub, point_client_at
 
-from cozyrag import cli
 from cozyrag.config import parse_settings
-from cozyrag.data.metadata import with_metadata
-from cozyrag.data.sentences import RULES, SentenceVectors, split_sentences
 from cozyrag.errors import InputError
 from cozyrag.hub.push import push_pair
 from cozyrag.models.retriever import Retriever
 from cozyrag.pipeline import CozyRAG
 from cozyrag.preflight.pair_check import check_pair
 from cozyrag.retrieval import lance_database, lance_writing
-from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.lance_database import database_of
 from cozyrag.retrieval.lance_index import LanceIndex
 from cozyrag.retrieval.lance_writing import LanceWriter
 from cozyrag.retrieval.opening import open_index
-from cozyrag.retrieval.passage_index import PassageIndex, Passages
+from cozyrag.retrieval.passage_index import Passages
 from cozyrag.retrieval.words_on_disk import word_search
 from cozyrag.run import train
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lancedb") is None, reason="lancedb is not installed")
-DIMENSIONS, COUNT = 16, 60  # so few passages that hybrid search takes all of them for candidates
-WORDS = "river fox founded hill Wien sea blue red hen sleeps running runs 1,250 3.5 vitamin C of the it's 東京".split()
-QUESTIONS = ["Which river runs to the sea?", "the red fox the red hen", "it's 1250 hills", "zebra", "", "Wien n7x"]
-
-
-def unit(count, seed):
-    made = np.random.default_rng(seed).normal(size=(count, DIMENSIONS)).astype(np.float32)
-    return made / np.linalg.norm(made, axis=1, keepdims=True)
-
-
-def drawn(count=COUNT):
-    """Passages of one to four sentences with titles and pages."""
-    rng = np.random.default_rng(0)
-
-    def sentence():
-        return " ".join(rng.choice(WORDS, rng.integers(2, 9))).capitalize() + "."
-
-    texts = [f"{' '.join(sentence() for _ in range(rng.integers(1, 5)))} Number n{n}x." for n in range(count)]
-    pages = [json.dumps({"page": n}) if n % 2 else "" for n in range(count)]
-    return Passages([f"p{n}" for n in range(count)], [f"It's_{n % 7}" for n in range(count)], texts, pages)
-
-
-def local():
-    """The index of `drawn` in memory."""
-    passages = drawn()
-    table = Dataset.from_dict({"id": passages.ids, "title": passages.titles, "text": passages.texts})
-    counts = [len(split_sentences(text)) for text in passages.texts]
-    sentences = SentenceVectors(unit(sum(counts), 1).astype(np.float16), np.cumsum(counts))
-    table = with_metadata(table, list(passages.metadata))
-    return PassageIndex(table, unit(COUNT, 2), fingerprint="f", sentences=sentences)
-
-
-def writer(uri, **how):
-    facts = {"retriever_fingerprint": "f", "precision": "float32", "sentence_rules": RULES, "stemmer": "english"}
-    return LanceWriter(str(uri), **facts | {"dimensions": DIMENSIONS} | how)
-
-
-def write(one, index, rows, hashes=None):
-    """Write these rows of a local index."""
-    rows = np.asarray(rows)
-    passages = Passages(*([column[row] for row in rows] for column in vars(index.passages).values()))
-    hashes = rows.astype(np.uint64) + 2**63 if hashes is None else hashes
-    one.write(rows, passages, hashes, hashes, index.vectors[rows], index.sentences.of(rows))
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
     """A database with the local index. No test may change it."""
-    uri = tmp_path_factory.mktemp("lancedb") / "it's"
-    one, index = writer(uri), local()
-    one.create()
-    for start in range(0, COUNT, 50):
-        write(one, index, range(start, min(COUNT, start + 50)))
-    one.finish(COUNT, lambda count: None)
-    return str(uri)
+    return fill(tmp_path_factory.mktemp("lancedb") / "it's")
 
 
 @pytest.fixture
@@ -93,18 +40,6 @@ def own(database, tmp_path):
     """A copy of the database that a test may change."""
     shutil.copytree(database, tmp_path / "own")
     return str(tmp_path / "own")
-
-
-def opened(uri):
-    return LanceIndex.open(uri, fingerprint="f")
-
-
-def searcher(index, mode):
-    lexical, words = word_search(index, mode=mode, stemmer="english")
-    asked = dict(zip(QUESTIONS, unit(len(QUESTIONS), 3), strict=True))
-    return Searcher(
-        index, lexical, encode=lambda texts: np.stack([asked[text] for text in texts]), mode=mode, words=words
-    )
 
 
 # ---- the same as locally
@@ -161,19 +96,21 @@ def test_many_vectors_are_searched_in_lists(own, monkeypatch):
 # ---- writing
 
 
-def test_two_writers_at_once_lose_nothing(tmp_path):
-    index, faults = local(), []
+@pytest.mark.parametrize("shares", [[(0, 40), (20,)], [(0, 20, 40), (0, 20, 40)]], ids=["other rows", "the same rows"])
+def test_two_writers_at_once_lose_nothing_and_write_nothing_twice(tmp_path, shares):
+    index, faults, both = local(), [], threading.Barrier(2, timeout=tiny.PATIENCE)
     writer(tmp_path / "db").create()
 
-    def work(first):
+    def work(starts):
         try:
             one = writer(tmp_path / "db")
-            for start in range(first, COUNT, 40):
-                write(one, index, range(start, start + 20))
+            both.wait()
+            for start in starts:
+                write(one, index, range(start, min(start + 20, COUNT)))
         except BaseException as error:
             faults.append(error)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 20)]
+    threads = [threading.Thread(target=work, args=(starts,)) for starts in shares]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -222,17 +159,6 @@ def test_an_index_that_is_being_changed_is_searched_as_it_was(own):
 
 
 # ---- the command
-
-
-def rows(count):
-    return [
-        {"id": f"p{n}", "title": f"Hill {n}", "text": f"The hill {n} is red. It is {n} m high.", "page": n}
-        for n in range(count)
-    ]
-
-
-def index_into(place, passages, retriever, *more):
-    cli.run("index", [str(passages), "--retriever", str(retriever), "--output", str(place), "--threads", "1", *more])
 
 
 def test_a_command_that_was_stopped_resumes_and_a_change_encodes_only_what_is_new(
@@ -407,10 +333,6 @@ def test_a_run_that_would_push_a_local_database_is_refused_before_training(
         with pytest.raises(InputError, match="--push_to_hub: .*nobody else can open.*Nothing was trained"):
             train([*run, *hub])
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def settings(**values):
-    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def test_a_run_searches_in_a_database_and_its_pair_names_it(

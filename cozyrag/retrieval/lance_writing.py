@@ -25,6 +25,8 @@ from cozyrag.retrieval.lance_index import vectors_in
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.retrieval.words_of_texts import words_of
 
+# Without this mark, two writers that add the same row at once would both keep theirs.
+KEY = pa.field("row", pa.int64(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
 ASKED = 32  # imitated questions by which the number of lists is chosen that a search reads
 NAMES = {"retriever_fingerprint": "retriever", "sentence_rules": "sentence vectors"}  # of facts in a message
 
@@ -194,7 +196,7 @@ class LanceWriter:
         texts = [(name, pa.string()) for name in ("key", "title", "text", "metadata", "words")]
         vector = pa.list_(pa.float32(), self.how["dimensions"])
         hashes = [("hash", pa.uint64()), ("named", pa.uint64())]
-        fields = [("row", pa.int64()), *hashes, *texts, ("vector", vector), ("sentences", pa.binary())]
+        fields = [KEY, *hashes, *texts, ("vector", vector), ("sentences", pa.binary())]
         return pa.schema(fields, metadata={FACTS: json.dumps(self.how)})
 
 
