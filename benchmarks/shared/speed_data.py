@@ -28,7 +28,7 @@ from benchmarks.shared import stub_modules
 from cozyrag.errors import InputError
 from cozyrag.models.generator import Generator
 from cozyrag.models.prompts import Example, encode_examples
-from cozyrag.models.retriever import Retriever
+from cozyrag.models.retriever import Retriever, embedded_path
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.runtime.assets import QUICKSTART
 
@@ -187,15 +187,14 @@ class Models:
         """The retriever, reading at most `max_tokens` of a passage; None: its own limit."""
         if self.retriever == "embedded":
             return Retriever.load_embedded(max_tokens=max_tokens, device=device)
-        folder = self.random_retriever if self.retriever == "random" else self.retriever
-        return Retriever.load(folder, max_tokens=max_tokens, device=device)
+        return Retriever.load(self.retriever_folder, max_tokens=max_tokens, device=device)
 
-    @cached_property
+    @property
     def retriever_folder(self) -> str:
-        """The retriever as a folder, for processes that cannot import the package."""
-        folder = str(Path(self._folder.name) / "any-retriever")
-        self.load_retriever("cpu").save(folder)
-        return folder
+        """The retriever as a folder as it was published: older libraries cannot load what this one saves."""
+        if self.retriever == "embedded":
+            return str(embedded_path())
+        return self.random_retriever if self.retriever == "random" else self.retriever
 
     @cached_property
     def random_retriever(self) -> str:
