@@ -185,8 +185,6 @@ class Models:
 
     def load_retriever(self, device: str, max_tokens: int | None = None) -> Retriever:
         """The retriever, reading at most `max_tokens` of a passage; None: its own limit."""
-        if self.retriever == "embedded":
-            return Retriever.load_embedded(max_tokens=max_tokens, device=device)
         return Retriever.load(self.retriever_folder, max_tokens=max_tokens, device=device)
 
     @property
