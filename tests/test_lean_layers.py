@@ -1,4 +1,4 @@
-"""Lean layers of a Llama in bf16: the same losses and gradients, but for rounding, and fewer stored activations."""
+"""Lean layers in bf16: the same losses and gradients, but for rounding, and fewer stored activations."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from cozyrag.config import TrainingSettings
 from cozyrag.models import lean_layers as lean
+from cozyrag.models import product_attention
 from cozyrag.models.prompts import Example
 from cozyrag.models.token_losses import TokenLosses, recomputing
 from cozyrag.training.generator_phase import generator_step, generator_token_bytes
@@ -23,6 +24,13 @@ def llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(**SHAPE | HEADS | special | {"tie_word_embeddings": True} | changes)).train()
+
+
+def gpt2(**changes) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    shape = {"n_embd": 48, "n_head": 6, "n_layer": 3, "vocab_size": 70}
+    return GPT2LMHeadModel(GPT2Config(**shape | dropout | {"bos_token_id": 0, "eos_token_id": 0} | changes)).train()
 
 
 def accelerator(precision="bf16", processes=1, device="cpu"):
@@ -63,22 +71,6 @@ def close(found: dict, expected: dict, tolerance: float) -> None:
 # ---- each part against autograd, in float32 and float64
 
 
-def test_attention_is_that_of_pytorch():
-    draw = torch.Generator().manual_seed(2)
-    shapes = [(2, 6, 7, 8), (2, 2, 7, 8), (2, 2, 7, 8)]
-    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    seen = torch.rand(2, 1, 7, 7, generator=draw).gt(0.5) | torch.eye(7, dtype=torch.bool)
-    weight = torch.randn(2, 7, 6, 8, generator=draw, dtype=torch.float64)
-    for mask in (None, seen):
-        found, _ = lean.attention(None, *inputs, mask, scaling=0.3)
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            *inputs, attn_mask=mask, is_causal=mask is None, scale=0.3, enable_gqa=True
-        ).transpose(1, 2)
-        torch.testing.assert_close(found, expected)
-        gradients = [torch.autograd.grad((each * weight).sum(), inputs) for each in (found, expected)]
-        torch.testing.assert_close(*gradients)
-
-
 def test_the_norm_is_that_of_transformers():
     norm = modeling_llama.LlamaRMSNorm(48, eps=1e-5)
     torch.nn.init.normal_(norm.weight)
@@ -100,11 +92,21 @@ def test_swiglu_is_that_of_autograd():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 6}, {"pad_token_id": 7}], ids=str
+    ("family", "changes"),
+    [
+        (llama, {}),
+        (llama, {"tie_word_embeddings": False}),
+        (llama, {"num_key_value_heads": 6}),
+        (llama, {"pad_token_id": 7}),
+        (llama, {"hidden_act": "gelu"}),
+        (gpt2, {}),
+        (gpt2, {"tie_word_embeddings": False}),
+    ],
+    ids=lambda part: part.__name__ if callable(part) else str(part),
 )
 @pytest.mark.parametrize("tokens", [30, 1000])
-def test_gradients_are_as_close_to_float32_as_those_of_plain_layers(changes, tokens):
-    model = llama(**changes)
+def test_gradients_are_as_close_to_float32_as_those_of_plain_layers(family, changes, tokens):
+    model = family(**changes)
     exact, expected = step(model, place=accelerator("no"), tokens=tokens)
     plain, others = step(model, leanly=False, tokens=tokens)
     found, gradients = step(model, tokens=tokens)
@@ -113,17 +115,20 @@ def test_gradients_are_as_close_to_float32_as_those_of_plain_layers(changes, tok
     close(others, expected, 0.03)  # what bf16 costs anyway
 
 
+@pytest.mark.parametrize(
+    ("family", "vocabulary"), [(llama, "model.embed_tokens.weight"), (gpt2, "transformer.wte.weight")]
+)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_gradient_reaches_autograd_where_processes_share_it(processes):
+def test_every_gradient_reaches_autograd_where_processes_share_it(family, vocabulary, processes):
     """DDP adds the gradients of all processes in hooks of autograd, which see no gradient added in place."""
-    model, seen = llama(), set()
+    model, seen = family(), set()
     for name, weight in model.named_parameters():
         weight.register_post_accumulate_grad_hook(lambda _, name=name: seen.add(name))
     with lean.bf16_step(place := accelerator(processes=processes), model):
         generator_step(accelerator(), TokenLosses(model), examples(), pad_id=0, cut=Cut(tokens=30))
     everything = {name for name, _ in model.named_parameters()}
-    assert lean.trains_lean(place, model)
-    assert everything - seen == ({"model.embed_tokens.weight"} if processes == 1 else set())
+    assert product_attention.has_products(place, model)
+    assert everything - seen == ({vocabulary} if processes == 1 else set())
 
 
 def test_frozen_ends_stay_frozen():
@@ -149,7 +154,7 @@ def test_after_a_step_the_model_is_as_before():
     model = llama()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     with pytest.raises(RuntimeError, match="in the middle"), lean.bf16_step(accelerator(), model):
-        assert model.config._attn_implementation == lean.ATTENTION
+        assert model.config._attn_implementation == product_attention.ATTENTION
         raise RuntimeError("in the middle")
     assert model.config._attn_implementation == "sdpa"
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
@@ -199,14 +204,19 @@ def test_weights_are_cast_once_for_all_micro_batches():
         (accelerator(), llama, True),
         (accelerator("no"), llama, False),
         (accelerator(device="meta"), llama, False),
-        (accelerator(), lambda: llama(attention_dropout=0.1), False),
         (accelerator(), lambda: llama(hidden_act="gelu"), False),
         (accelerator(), lambda: llama(attn_implementation="eager"), False),
-        (accelerator(), lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), False),
+        (accelerator(), gpt2, False),
     ],
 )
-def test_only_what_is_known_is_replaced(place, model, expected):
+def test_only_a_llama_is_lean_in_all_parts(place, model, expected):
     assert lean.trains_lean(place, model()) is expected
+
+
+def test_an_embedding_that_scales_its_rows_is_left_alone():
+    model = gpt2()
+    model.transformer.wte.max_norm = 1.0
+    assert list(lean._in_place(model)) == [model.lm_head]
 
 
 def test_micro_batches_are_cut_for_what_is_trained():

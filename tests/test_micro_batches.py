@@ -1,5 +1,7 @@
 """How steps are cut into micro-batches, and how many tokens fit: the arithmetic, and the activations of real models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cozyrag.models.lean_layers import lean_layers
+from cozyrag.models.product_attention import attention_by_products
 from cozyrag.training.micro_batches import (
     Cut,
     Load,
@@ -103,27 +106,51 @@ MODELS = {  # two layers with the shape of a known model
 }
 
 
+def kept_per_token(model, length):
+    ids = (torch.arange(4 * length) % 500).view(4, length)
+    core = model if isinstance(model, BertModel) else model.base_model
+    options = {} if isinstance(model, BertModel) else {"use_cache": False}
+    return kept_bytes(model, lambda: core(input_ids=ids, attention_mask=torch.ones_like(ids), **options), 4 * length)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_estimate_is_close_to_the_activations_of_a_model(name, precision):
     model = MODELS[name]().train(name != "MiniLM")
-    ids = torch.arange(4 * 120).view(4, 120)
-    core = model if name == "MiniLM" else model.base_model
-    options = {} if name == "MiniLM" else {"use_cache": False}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        found = kept_bytes(model, lambda: core(input_ids=ids, attention_mask=torch.ones_like(ids), **options), 4 * 120)
+        found = kept_per_token(model, 120)
+    if precision == "bf16":
+        found -= cast_bytes(model) / (4 * 120)
     expected = token_bytes(model.config, precision=precision, dropout="with dropout" in name, length=120)
     assert 0.85 < expected / found < 1.4
+
+
+def cast_bytes(model):
+    """Bytes of the weights of the layers in bf16, which all tokens share."""
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    return sum(2 * weight.numel() for weight in layers.parameters() if weight.ndim == 2)
+
+
+PLACE = SimpleNamespace(mixed_precision="bf16", num_processes=1, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("length", [60, 240])
+@pytest.mark.parametrize("name", ["distilgpt2", "MiniLM"])
+def test_the_estimate_is_close_to_the_activations_with_attention_by_products(name, length):
+    model = MODELS[name]().train(name != "MiniLM")
+    with torch.autocast("cpu", dtype=torch.bfloat16), attention_by_products(PLACE, model):
+        found = kept_per_token(model, length)
+    expected = token_bytes(model.config, precision="bf16", length=length, products=True)
+    assert 0.85 < expected / (found - cast_bytes(model) / (4 * length)) < 1.4
 
 
 @pytest.mark.parametrize("length", [60, 240])
 def test_the_estimate_is_close_to_the_activations_of_lean_layers(length):
     model, ids = MODELS["SmolLM2-135M"]().train(), torch.arange(4 * length).view(4, length) % 500
-    with torch.autocast("cpu", dtype=torch.bfloat16), lean_layers(model, alone=True):
+    with torch.autocast("cpu", dtype=torch.bfloat16), lean_layers(PLACE, model):
         found = kept_bytes(model, lambda: model.base_model(input_ids=ids, use_cache=False), 4 * length)
-    cast = sum(2 * weight.numel() for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2)
     expected = token_bytes(model.config, precision="bf16", length=length, lean=True)
-    assert 0.85 < expected / (found - cast / (4 * length)) < 1.4
+    assert 0.85 < expected / (found - cast_bytes(model) / (4 * length)) < 1.4
 
 
 def test_a_model_of_unknown_sizes_has_no_estimate():

@@ -31,6 +31,7 @@ from cozyrag.config import TrainingSettings
 from cozyrag.models.generator import Generator
 from cozyrag.models.int8_encoding import reading_precision
 from cozyrag.models.lean_layers import bf16_step
+from cozyrag.models.loading import training_config
 from cozyrag.models.prompts import Example
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.token_losses import TokenLosses
@@ -115,7 +116,7 @@ def rates(precision: str) -> dict[str, float]:
     found["encoding"] = rate(NUMBER, lambda: retriever.encode(passages, kind="document", batch_size=NUMBER))
     module, gradients = retriever_work(accelerator, "auto")
     found["retriever"] = rate(64, step_of(accelerator, module, gradients))
-    small = generator_of(accelerator, GPT2LMHeadModel(DISTILGPT2))
+    small = generator_of(accelerator, GPT2LMHeadModel(training_config(DISTILGPT2, 0.0)))
     found["distilgpt2"] = rate(ROWS, training_step(accelerator, small))
     generator = generator_of(accelerator, LlamaForCausalLM(SHAPE))
     limits = {"context_tokens": 96, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}

@@ -1,10 +1,9 @@
-"""Llama trained in bf16 on a CPU, with fewer kernels and fewer stored activations.
+"""Training of a generator in bf16 on a CPU, with fewer kernels and fewer stored activations.
 
 In bf16 the matrix products are so fast that half of a step goes to everything around them. Parts are replaced whose
-gradients are written out: attention (PyTorch's kernel for a CPU is made for long inputs), the RMS norm (returned in
-bf16, which the products around it take), SwiGLU (stores its two inputs alone), and the gradients of the vocabulary's
-matrix, which are added in place. Results differ by rounding: scores of attention are rounded to bf16, as in
-transformers' "eager" attention. Left out: inference, float32, other families (GPT-2 gains nothing), dropout.
+gradients are written out: attention (product_attention.py), the gradients of the vocabulary's matrix, which are added
+in place, and of a Llama the RMS norm (returned in bf16, which the products around it take) and SwiGLU (stores its two
+inputs alone). Results differ by rounding. Left out: inference, float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
 
+from cozyrag.models.product_attention import attention_by_products, has_products
+
 Forward: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-ATTENTION = "cozyrag_products"  # a name for transformers' table of attention functions
 
 
 @contextmanager
@@ -33,38 +32,33 @@ def bf16_step(accelerator: Accelerator, model: PreTrainedModel) -> Iterator[None
     if accelerator.mixed_precision != "bf16":
         yield
         return
-    lean, alone = trains_lean(accelerator, model), accelerator.num_processes == 1
+    lean = has_products(accelerator, model)
     # autocast keeps cast weights until its outermost context ends
-    with accelerator.autocast(), lean_layers(model, alone=alone) if lean else nullcontext():
+    with accelerator.autocast(), lean_layers(accelerator, model) if lean else nullcontext():
         yield
 
 
 def trains_lean(accelerator: Accelerator, model: PreTrainedModel) -> bool:
-    """Whether `bf16_step` trains this model with lean layers: in bf16, on a CPU, and every part of it is known."""
-    if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu" or type(model) is not LlamaForCausalLM:
-        return False
-    config = model.config
-    return config._attn_implementation == "sdpa" and not config.attention_dropout and config.hidden_act == "silu"
+    """Whether `bf16_step` replaces every part of the model that stores much: the model is a Llama."""
+    return type(model) is LlamaForCausalLM and model.config.hidden_act == "silu" and has_products(accelerator, model)
 
 
 @contextmanager
-def lean_layers(model: LlamaForCausalLM, *, alone: bool) -> Iterator[None]:
+def lean_layers(accelerator: Accelerator, model: PreTrainedModel) -> Iterator[None]:
     """Inside, under autocast to bf16, the model trains with lean layers.
 
-    alone: there is one process. DDP has to see every gradient, so the vocabulary's are then left to autograd.
+    DDP has to see every gradient, so with several processes the vocabulary's are left to autograd.
     """
-    config, kept = model.config, model.config._attn_implementation
-    changed = _in_place(model) if alone else {}
+    changed = _in_place(model) if accelerator.num_processes == 1 else {}
     for module in model.modules():
         if type(module) in FORWARDS and _is_as_made(module):
             changed[module] = partial(FORWARDS[type(module)], module)
-    config._attn_implementation = ATTENTION
     for module, forward in changed.items():
         vars(module)["forward"] = forward
     try:
-        yield
+        with attention_by_products(accelerator, model):
+            yield
     finally:
-        config._attn_implementation = kept
         for module in changed:
             del module.forward
 
@@ -74,58 +68,7 @@ def _is_as_made(module: nn.Module) -> bool:
     return "forward" not in vars(module)
 
 
-# ---- attention, norm, and activation
-
-
-def attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask=None, **named
-) -> tuple[torch.Tensor, None]:
-    """softmax(q k^T * scaling) v, as `AttentionInterface` calls it.
-
-    Args:
-        query: (batch, heads, length, d); key, value: (batch, key-value heads, length, d).
-        attention_mask: None (causal), or (batch or 1, 1, length, length) bool, true where a key is visible.
-
-    Returns:
-        (batch, length, heads, d) in the type of `value`, and None for the weights.
-    """
-    length, kind = query.shape[2], value.dtype
-    visible = attention_mask
-    if visible is None:
-        visible = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
-    bias = torch.zeros(visible.shape, dtype=kind, device=query.device)
-    bias = bias.masked_fill_(~visible, torch.finfo(kind).min)
-    found = _Attention.apply(query.to(kind), key.to(kind), value, bias, named["scaling"])
-    return found.transpose(1, 2).contiguous(), None
-
-
-class _Attention(torch.autograd.Function):
-    """Batched products; query heads that share a key head are rows of one product."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, bias, scaling):
-        batch, heads, length, width = query.shape
-        groups = key.shape[1]
-        shared = heads // groups
-        queries = query.reshape(batch * groups, shared * length, width)
-        keys, values = (each.reshape(batch * groups, length, width) for each in (key, value))
-        bias = bias.expand(batch, groups, length, length).repeat(1, 1, shared, 1).flatten(0, 1)
-        weights = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scaling).softmax(-1)
-        ctx.save_for_backward(queries, keys, values, weights)
-        ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape)
-        return torch.bmm(weights, values).view(query.shape)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        queries, keys, values, weights = ctx.saved_tensors
-        asked, held = ctx.shapes
-        gradient = gradient.reshape(queries.shape)
-        of_values = torch.bmm(weights.transpose(1, 2), gradient)
-        of_weights = torch.bmm(gradient, values.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-        of_queries = torch.bmm(of_scores, keys)
-        of_keys = torch.bmm(of_scores.transpose(1, 2), queries)
-        return of_queries.view(asked), of_keys.view(held), of_values.view(held), None, None
+# ---- norm and activation
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -167,12 +110,12 @@ def _norm(module: LlamaRMSNorm, states: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp(module: LlamaMLP, states: torch.Tensor) -> torch.Tensor:
+    if module.config.hidden_act != "silu":
+        return type(module).forward(module, states)
     return module.down_proj(_SwiGLU.apply(module.gate_proj(states), module.up_proj(states)))
 
 
 FORWARDS: dict[type, Callable] = {LlamaRMSNorm: _norm, LlamaMLP: _mlp}
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 # ---- the vocabulary's matrix, whose gradient of 113 MB (SmolLM2) autograd makes anew, casts, and adds each time
@@ -213,17 +156,23 @@ class _Logits(torch.autograd.Function):
         return gradient @ cast, None, None
 
 
-def _in_place(model: LlamaForCausalLM) -> dict[nn.Module, Forward]:
+def _in_place(model: PreTrainedModel) -> dict[nn.Module, Forward]:
     """The forward functions of the embedding and the head, where these are trained and plain."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     forwards: dict[nn.Module, Forward] = {}
-    if type(embedding) is nn.Embedding and _is_as_made(embedding) and embedding.weight.requires_grad:
+    if type(embedding) is nn.Embedding and _is_as_made(embedding) and _is_plain(embedding):
         anchor = torch.zeros((), requires_grad=True)  # autograd calls `backward` only if an input wants a gradient
         forwards[embedding] = lambda ids: _Lookup.apply(ids, embedding, anchor)
     if type(head) is nn.Linear and _is_as_made(head) and head.weight.requires_grad and head.bias is None:
         cast = head.weight.detach().bfloat16()
         forwards[head] = lambda states: _Logits.apply(states, head, cast)
     return forwards
+
+
+def _is_plain(embedding: nn.Embedding) -> bool:
+    """Whether it is trained, and neither scales its rows nor their gradients."""
+    special = embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse
+    return embedding.weight.requires_grad and not special
 
 
 def _sum_of(weight: nn.Parameter) -> torch.Tensor:

@@ -20,6 +20,7 @@ from cozyrag.models.generator import Generator
 from cozyrag.models.lean_layers import bf16_step, trains_lean
 from cozyrag.models.loading import DROPOUT_FIELDS
 from cozyrag.models.penalties import Penalties
+from cozyrag.models.product_attention import has_products
 from cozyrag.models.prompts import Example, encode_examples, with_keywords
 from cozyrag.models.token_losses import PenalizedLosses, TokenLosses, recomputing
 from cozyrag.runtime.hardware import room_for_training
@@ -130,9 +131,15 @@ def generator_token_bytes(
     """Estimated bytes of activations per token of a generator step; None if the model's sizes are unknown."""
     config = generator.model.config.get_text_config()
     dropout = any(getattr(config, name, None) for name in DROPOUT_FIELDS)
-    lean = trains_lean(accelerator, generator.model) and not is_split(settings.generator_sharding)
-    precision = accelerator.mixed_precision
-    return token_bytes(config, precision=precision, dropout=dropout, length=context_tokens, lean=lean)
+    whole, precision = not is_split(settings.generator_sharding), accelerator.mixed_precision
+    return token_bytes(
+        config,
+        precision=precision,
+        dropout=dropout,
+        length=context_tokens,
+        products=whole and has_products(accelerator, generator.model),
+        lean=whole and trains_lean(accelerator, generator.model),
+    )
 
 
 def generator_gradients(

@@ -21,6 +21,7 @@ OF_WIDTH = 11
 OF_DROPOUT = 9
 OF_INNER = {"gelu": 2, "relu": 2, "silu": 4}  # by activation; silu is gated
 OF_OTHER_INNER = 5  # gelu_new and others that are written in Python
+OF_HALF = 2.6  # bytes of each of these floats in half precision, some of which stay in float32
 LEAN_WIDTH, LEAN_INNER = 9, 3  # the same in bf16 with the layers of lean_layers.py
 
 
@@ -137,15 +138,22 @@ def _padded_together(lengths: Sequence[int], together: int) -> int:
 
 
 def token_bytes(
-    config: PretrainedConfig, *, precision: str = "no", dropout: bool = False, length: int = 0, lean: bool = False
+    config: PretrainedConfig,
+    *,
+    precision: str = "no",
+    dropout: bool = False,
+    length: int = 0,
+    products: bool = False,
+    lean: bool = False,
 ) -> int | None:
     """Estimated bytes of activations per token of training; None if the model's config does not give its sizes.
 
     Args:
         precision: as Accelerate names it. In half precision norms and sums stay in float32.
         dropout: whether the model trains with dropout.
-        length: tokens of a row, which counts only for attention without a fused kernel ("eager", or lean).
-        lean: the layers are those of lean_layers.py, in bf16.
+        length: tokens of a row, which counts only for attention without a fused kernel ("eager", or by products).
+        products: attention is that of product_attention.py, in bf16.
+        lean: all layers are those of lean_layers.py, in bf16.
     """
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     layers, width, heads = (getattr(config, name, None) for name in names)
@@ -159,7 +167,7 @@ def token_bytes(
     kept = (OF_WIDTH + OF_DROPOUT * dropout) * wide + OF_INNER.get(activation, OF_OTHER_INNER) * inner
     if getattr(config, "_attn_implementation", None) == "eager":
         kept += (1 + 2 * dropout) * heads * length
-    return int(layers * kept * (4 if precision == "no" else 3.5))
+    return int(layers * (kept * (4 if precision == "no" else OF_HALF) + 2 * products * heads * length))
 
 
 def token_budget(each: int, free: float, *, share: float, states: float, at_most: float | None = None) -> int:

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from cozyrag.config import TrainingSettings
 from cozyrag.data.matching import contains_answer, matching_form
+from cozyrag.models.product_attention import attention_by_products
 from cozyrag.models.reranker import Pair, Reranker
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.losses import ranking_loss
@@ -145,7 +146,7 @@ def reranker_step(
     total = 0.0
     for group in groups[accelerator.process_index :: accelerator.num_processes]:
         if group:
-            with accelerator.autocast():
+            with accelerator.autocast(), attention_by_products(accelerator, reranker.model):
                 scores = reranker.logits([pair for at in group for pair in rankings[at]])
             loss = ranking_loss(scores, [len(rankings[at]) for at in group]) * len(group) / len(rankings)
             accelerator.backward(loss)

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from cozyrag.config import TrainingSettings
 from cozyrag.data.sentences import Span
+from cozyrag.models.product_attention import attention_by_products
 from cozyrag.models.retriever import EMBED_TOGETHER, Retriever, texts_and_sentences
 from cozyrag.retrieval.passage_index import Passages
 from cozyrag.training.micro_batches import Cut, Load, caching_load
@@ -208,7 +209,7 @@ class _Side:
 
     def _embed(self, micro_batch: Sequence[int]) -> torch.Tensor:
         spans = [self.spans[at] for at in micro_batch] if self.spans else None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), attention_by_products(self.accelerator, self.retriever.model):
             return self.retriever.embed([self.texts[at] for at in micro_batch], kind=self.kind, spans=spans)
 
     def gathered(self) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers import get_scheduler
 
 from cozyrag.config import TrainingSettings
 from cozyrag.models.fsdp import joined, keep_state_whole
+from cozyrag.models.product_attention import has_products
 from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.runtime.hardware import room_for_training
@@ -146,7 +147,10 @@ def encoder_cut(accelerator: Accelerator, encoder: Retriever | Reranker, *, free
 
 def encoder_token_bytes(accelerator: Accelerator, encoder: Retriever | Reranker) -> int | None:
     """Estimated bytes of activations per token of a step; None for a model without layers."""
-    return None if encoder.config is None else token_bytes(encoder.config, precision=accelerator.mixed_precision)
+    if encoder.config is None:
+        return None
+    products, length = has_products(accelerator, encoder.model), encoder.model.max_seq_length or 0
+    return token_bytes(encoder.config, precision=accelerator.mixed_precision, length=length, products=products)
 
 
 def run_phase(
