@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from tiny import corpus, write_jsonl
 
 from benchmarks.parts import ablation
 from benchmarks.shared import studies
 from cozyrag.errors import InputError
+from cozyrag.models.reranker import Reranker
 
 
 @pytest.fixture
@@ -107,6 +109,22 @@ def test_the_study_of_feedback(arguments, tmp_path, capsys):
     assert means["contrastive"] != means["contrastive + feedback"]
     assert set(means["contrastive"]) == set(studies.RetrieverStudy.names)
     assert "| contrastive + feedback |" in capsys.readouterr().out
+
+
+def test_a_reranker_teaches_by_the_softmax_of_its_scores(arguments, reranker_path, tmp_path):
+    reranker = Reranker.load(str(reranker_path))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(reranker.model[0].model.classifier.weight)
+    reranker.save(tmp_path / "teacher")
+    asked = ["feedback", *arguments, "--teacher", str(tmp_path / "teacher")]
+    setup = studies.Setup.load(ablation.parse(asked))
+    settings = studies.settings_of("--feedback_weight 0.5 --feedback_passages 3 --feedback_temperature 0.2", 1)
+    contexts = setup.contexts("train", settings)
+    given = studies.RetrieverStudy(setup)._likelihoods(settings, contexts)
+    texts = setup.passages.select(contexts["rows"][1][:3])
+    scores = reranker.score([(contexts["question"][1], text) for text in texts])
+    assert given.shape == (len(contexts), 3) and scores.std() > 0
+    assert given[1] / 0.2 == pytest.approx(scores, abs=1e-5)
 
 
 def test_the_retriever_trains_on_the_negatives_of_a_run(arguments):

@@ -376,7 +376,5 @@ def test_the_cost_of_the_checks_is_that_of_loading_and_finishing_without_them(pa
 
 def test_the_share_of_a_product_counts_the_weights_of_the_layers():
     """SmolLM2: 30 layers of 3,538,944 weights, 6 FLOPs each, 150 tokens: 95.55 GFLOP a row."""
-    line = share_of_peak(
-        [{"smollm2": 2.0, "plain": 1.0}, {"smollm2": 3.0, "plain": 1.0}, {"smollm2": 9.0, "plain": 1.0}], 573.3
-    )
+    line = share_of_peak([{"smollm2": rate, "plain smollm2": 1.0} for rate in (2.0, 3.0, 9.0)], 573.3)
     assert "SmolLM2 287, the same, layers of transformers 96: 50 % and 17 % of the 573 of a square product" in line

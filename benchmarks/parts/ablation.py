@@ -2,6 +2,7 @@
 
     python -m benchmarks.parts.ablation penalties --questions dev.jsonl.gz --train train.jsonl.gz --index vectors
     python -m benchmarks.parts.ablation feedback --questions dev.jsonl.gz --train train.jsonl.gz --index vectors
+    python -m benchmarks.parts.ablation feedback --teacher my-rag/reranker ...
     python -m benchmarks.parts.ablation own --of generator --variant "twice:--generator_epochs 2" ...
 
 A study of the generator trains it on contexts that are retrieved once, and lets it answer the questions. A study of the
@@ -161,6 +162,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train_questions", type=int, default=1500, help="size of the sample of training questions (default: 1500)")
     add("--max_passages", type=int, help="number of passages: the gold ones and a sample of the others (default: all)")
     add("--generator", default=EMBEDDED, help="embedded, a folder, or a Hub id (default: embedded)")
+    add("--teacher", metavar="RERANKER", help="a CrossEncoder whose scores are the feedback, not the generator's")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     add("--of", choices=KINDS, help="the model that `own` trains (default: generator)")
     add("--base", default="", help='settings of all rows, as one text: "--generator_epochs 2"')

@@ -23,6 +23,7 @@ from cozyrag.data.questions import read_questions, take
 from cozyrag.evaluation.evaluation import evaluate_pair
 from cozyrag.evaluation.metrics import normalize_answer, ranks_of, recall_at, reciprocal_rank
 from cozyrag.models.generator import Decoding, Generator
+from cozyrag.models.reranker import Reranker
 from cozyrag.models.retriever import Retriever
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.contexts import SEARCH_DEPTH, ContextBuilder, attach_contexts, sentence_source
@@ -242,7 +243,10 @@ class RetrieverStudy:
             }
 
     def _likelihoods(self, settings: Settings, contexts: Dataset) -> np.ndarray:
+        """What the teacher, the generator or a reranker, thinks of the passages found for each question."""
         setup = self.setup
+        if setup.options.teacher:
+            return self._scores_of_reranker(settings, contexts)
         with tqdm(desc="scoring passages with the generator", unit="passage") as bar:
             return answer_likelihoods(
                 setup.accelerator,
@@ -257,6 +261,17 @@ class RetrieverStudy:
                 folder=Path(setup.options.index) / "feedback",
                 progress=bar.update,
             )
+
+    def _scores_of_reranker(self, settings: Settings, contexts: Dataset) -> np.ndarray:
+        """Its scores, in units of the temperature: the loss divides by it, and the reranker has learned with 1."""
+        reranker = Reranker.load(self.setup.options.teacher, device=str(self.setup.accelerator.device))
+        columns, scores = contexts.select_columns(["question", "rows"])[:], []
+        with tqdm(total=len(contexts), desc="scoring passages with the reranker", unit="question") as bar:
+            for question, rows in zip(columns["question"], columns["rows"], strict=True):
+                texts = self.setup.passages.select(rows[: settings.training.feedback_passages])
+                scores.append(reranker.score([(question, text) for text in texts]))
+                bar.update()
+        return np.array(scores) * settings.training.feedback_temperature
 
     def _found(self, searcher: Searcher) -> Scores:
         columns = self.setup.validation[:]

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +37,7 @@ from cozyrag.models.prompts import Example
 from cozyrag.models.retriever import Retriever
 from cozyrag.models.token_losses import TokenLosses
 from cozyrag.runtime.precision import display_name, fitting, measure_products
+from cozyrag.training import retriever_phase
 from cozyrag.training.generator_phase import generator_cut, generator_step
 from cozyrag.training.trainer import trainable
 
@@ -44,9 +46,11 @@ NUMBER, NEW_TOKENS = 64, 8  # texts that are encoded, answered, or scored; token
 QUESTION = "Which river flows past the old stone bridge?"
 PARTS = {
     "distilgpt2": "generator steps, distilgpt2, rows/s",
+    "plain distilgpt2": "the same, layers of transformers, rows/s",
     "smollm2": "generator steps, SmolLM2, rows/s",
-    "plain": "the same, layers of transformers, rows/s",
+    "plain smollm2": "the same, layers of transformers, rows/s",
     "retriever": "retriever steps, questions/s",
+    "plain retriever": "the same, attention of PyTorch, questions/s",
     "encoding": "encoding, passages/s",
     "answers": "answers, SmolLM2, questions/s",
     "likelihoods": "likelihoods, SmolLM2, rows/s",
@@ -116,15 +120,18 @@ def rates(precision: str) -> dict[str, float]:
     found["encoding"] = rate(NUMBER, lambda: retriever.encode(passages, kind="document", batch_size=NUMBER))
     module, gradients = retriever_work(accelerator, "auto")
     found["retriever"] = rate(64, step_of(accelerator, module, gradients))
+    with patch.object(retriever_phase, "attention_by_products", lambda *_: nullcontext()):
+        found["plain retriever"] = rate(64, step_of(accelerator, module, gradients))
     small = generator_of(accelerator, GPT2LMHeadModel(training_config(DISTILGPT2, 0.0)))
     found["distilgpt2"] = rate(ROWS, training_step(accelerator, small))
+    found["plain distilgpt2"] = rate(ROWS, training_step(accelerator, small, lambda *_: nullcontext()))
     generator = generator_of(accelerator, LlamaForCausalLM(SHAPE))
     limits = {"context_tokens": 96, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     found["answers"] = rate(NUMBER, lambda: generator.write(asked, contexts, **limits))
     answers = ["the river"] * NUMBER
     found["likelihoods"] = rate(NUMBER, lambda: generator.log_likelihoods(asked, contexts, answers, context_tokens=96))
     found["smollm2"] = rate(ROWS, training_step(accelerator, generator))
-    found["plain"] = rate(ROWS, training_step(accelerator, generator, lambda *_: nullcontext()))
+    found["plain smollm2"] = rate(ROWS, training_step(accelerator, generator, lambda *_: nullcontext()))
     return found
 
 
@@ -178,7 +185,7 @@ def share_of_peak(runs: list[dict[str, float]], peak: float) -> str:
     with torch.device("meta"):
         layers = LlamaForCausalLM(SHAPE).model.layers
     flops = 6 * TOKENS * sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
-    each = {name: median(run[name] for run in runs) * flops / 1e9 for name in ("smollm2", "plain")}
+    each = {name: median(run[name] for run in runs) * flops / 1e9 for name in ("smollm2", "plain smollm2")}
     shares = ", ".join(f"{PARTS[name].removesuffix(', rows/s')} {rate:.0f}" for name, rate in each.items())
     percents = " and ".join(f"{100 * rate / peak:.0f} %" for rate in each.values())
     return f"GFLOP/s in the products of the layers: {shares}: {percents} of the {peak:.0f} of a square product."
