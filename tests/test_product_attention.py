@@ -94,8 +94,13 @@ def test_what_it_does_not_know_is_left_to_pytorch(inputs, named):
     torch.testing.assert_close(found, sdpa_attention_forward(module(causal=True), *inputs, None, **named)[0])
 
 
-def test_dropout_and_earlier_keys_are_left_to_pytorch(inputs):
+def test_dropout_earlier_keys_and_wider_values_are_left_to_pytorch(inputs):
     query, key, value = inputs
+    wide = torch.cat([value, value], dim=-1)
+    found, _ = attention(module(causal=True), query, key, wide, None, scaling=SCALING)
+    torch.testing.assert_close(
+        found, sdpa_attention_forward(module(causal=True), query, key, wide, None, scaling=SCALING)[0]
+    )
     torch.manual_seed(0)
     found, _ = attention(module(causal=True), query, key, value, None, scaling=SCALING, dropout=0.5)
     torch.manual_seed(0)

@@ -63,7 +63,7 @@ def attention(
     Returns:
         (batch, length, heads, d) in the type of `value`, and None for the weights.
     """
-    if not _is_known(query, key, attention_mask, named):
+    if not _is_known(query, key, value, attention_mask, named):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
     length, kind = query.shape[2], value.dtype
     visible = attention_mask
@@ -76,14 +76,17 @@ def attention(
     return found.transpose(1, 2).contiguous(), None
 
 
-def _is_known(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, named: dict) -> bool:
+def _is_known(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, named: dict
+) -> bool:
+    """Whether these are the arguments of plain self-attention."""
     others = (named.get(name) for name in ("position_bias", "cache", "softcap", "is_causal"))
     if named.get("dropout") or named.get("scaling") is None or any(each is not None for each in others):
         return False
     length = query.shape[2]
     shapes = {(rows, 1, length, length) for rows in (1, query.shape[0])}
     seen = attention_mask is None or (attention_mask.dtype == torch.bool and tuple(attention_mask.shape) in shapes)
-    return seen and key.shape[2] == length
+    return seen and key.shape[2] == length and key.shape == value.shape
 
 
 class _Attention(torch.autograd.Function):
