@@ -94,6 +94,13 @@ def test_what_it_does_not_know_is_left_to_pytorch(inputs, named):
     torch.testing.assert_close(found, sdpa_attention_forward(module(causal=True), *inputs, None, **named)[0])
 
 
+def test_long_rows_are_left_to_pytorch(inputs, counted, monkeypatch):
+    for longest, calls in ((LENGTH, 1), (LENGTH - 1, 1)):
+        monkeypatch.setattr(product_attention, "LONGEST", longest)
+        attention(module(causal=True), *inputs, None, scaling=SCALING)
+        assert len(counted) == calls
+
+
 def test_dropout_earlier_keys_and_wider_values_are_left_to_pytorch(inputs):
     query, key, value = inputs
     wide = torch.cat([value, value], dim=-1)

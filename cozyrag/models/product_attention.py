@@ -1,9 +1,9 @@
 """Attention as batched products, for training in bf16 on a CPU.
 
 PyTorch's fused kernel for a CPU is made for long inputs: the retriever's backward pass through it takes a quarter of a
-step. Batched products with a written-out gradient take a third of its time, if their scores stay in the cache. They are
-for rows of up to some 500 tokens. Results differ by rounding: scores are rounded to bf16, as in transformers' "eager"
-attention. Left out: inference, float32 (no gain), models that do not take attention from transformers' table.
+step. Batched products with a written-out gradient take a third of its time, if their scores stay in the cache. Results
+differ by rounding: scores are rounded to bf16, as in transformers' "eager" attention. Left out: inference, float32 (no
+gain), long rows, models that do not take attention from transformers' table.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "cozyrag_products"  # a name for transformers' table of attention functions
-CACHED = 4e6  # bytes of scores computed at a time; with 1 MB or 8 MB a step takes a fifth longer
+LONGEST = 512  # tokens; longer rows store more than they gain
+CACHED = 4e6  # bytes of scores computed at a time; with 1 MB attention takes 1.5 times as long, with 8 MB 1.2 times
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """softmax(q k^T * scaling) v, as `AttentionInterface` calls it.
 
-    What it does not know, such as dropout or a bias of positions, PyTorch's kernel computes.
+    What it does not know, such as dropout or a bias of positions, PyTorch's kernel computes, and rows beyond LONGEST.
 
     Args:
         query: (batch, heads, length, d); key, value: (batch, key-value heads, length, d).
@@ -86,7 +87,7 @@ def _is_known(
     length = query.shape[2]
     shapes = {(rows, 1, length, length) for rows in (1, query.shape[0])}
     seen = attention_mask is None or (attention_mask.dtype == torch.bool and tuple(attention_mask.shape) in shapes)
-    return seen and key.shape[2] == length and key.shape == value.shape
+    return seen and key.shape[2] == length <= LONGEST and key.shape == value.shape
 
 
 class _Attention(torch.autograd.Function):

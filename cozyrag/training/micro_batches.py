@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from cozyrag.models.product_attention import LONGEST
 from cozyrag.training.step_order import shard
 
 ENOUGH = 1200  # tokens of a generator's micro-batch above which a CPU gets no faster
@@ -161,13 +162,14 @@ def token_bytes(
         return None
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     wide = max(width, heads * (getattr(config, "head_dim", None) or 0))
+    scores = 2 * heads * min(length, LONGEST)
     if lean:
-        return layers * 2 * (LEAN_WIDTH * wide + LEAN_INNER * inner + heads * length)
+        return layers * (2 * (LEAN_WIDTH * wide + LEAN_INNER * inner) + scores)
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or ""
     kept = (OF_WIDTH + OF_DROPOUT * dropout) * wide + OF_INNER.get(activation, OF_OTHER_INNER) * inner
     if getattr(config, "_attn_implementation", None) == "eager":
         kept += (1 + 2 * dropout) * heads * length
-    return int(layers * (kept * (4 if precision == "no" else OF_HALF) + 2 * products * heads * length))
+    return int(layers * (kept * (4 if precision == "no" else OF_HALF) + products * scores))
 
 
 def token_budget(each: int, free: float, *, share: float, states: float, at_most: float | None = None) -> int:
