@@ -44,9 +44,10 @@ def _fitting(accelerator: Accelerator, model: nn.Module) -> Iterator[PreTrainedM
     if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu":
         return
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part._supports_attention_backend:
-            if part.config._attn_implementation == "sdpa":
-                yield part
+        if not isinstance(part, PreTrainedModel) or not part._supports_attention_backend:
+            continue
+        if part.config._attn_implementation == "sdpa":
+            yield part
 
 
 def attention(

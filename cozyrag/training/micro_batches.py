@@ -23,7 +23,7 @@ OF_DROPOUT = 9
 OF_INNER = {"gelu": 2, "relu": 2, "silu": 4}  # by activation; silu is gated
 OF_OTHER_INNER = 5  # gelu_new and others that are written in Python
 OF_HALF = 2.6  # bytes of each of these floats in half precision, some of which stay in float32
-LEAN_WIDTH, LEAN_INNER = 9, 3  # the same in bf16 with the layers of lean_layers.py
+LEAN_WIDTH, LEAN_INNER = 9, 3  # width and inner in bf16 with the layers of lean_layers.py
 
 
 @dataclass(frozen=True)
