@@ -7,6 +7,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -32,6 +34,7 @@ SETTINGS = parse_settings(["--questions", "my.tsv", "--rounds", "3", "--retrieve
 KEPT = {
     name: str(value) if value is None or isinstance(value, list) else value for name, value in SETTINGS.items()
 }  # as trackers receive them
+WANDB = {"x_disable_meta": True, "console": "off", "finish_timeout": 120, "finish_timeout_raises": True}
 OURS = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
@@ -73,6 +76,29 @@ def environment():
     yield os.environ
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def tracked(tmp_path):
+    """tracked(name): run a script with this tracker in a process of its own; returns its output folder and its words.
+
+    Its home, temporary and working folders are in tmp_path, and its environment holds secrets.
+    """
+
+    def run(name, script=RUN, code=0, **more):
+        for folder in ("home", "tmp", "work"):
+            (tmp_path / folder).mkdir()
+        plain = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
+        plain |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+        given = {"cwd": tmp_path / "work", "input": json.dumps(SETTINGS), "env": plain | folders | SECRETS | more}
+        done = subprocess.run(
+            [sys.executable, "-c", script, name], capture_output=True, text=True, timeout=300, **given
+        )
+        assert done.returncode == code, done.stderr
+        return tmp_path / "work" / "out", done
+
+    return run
 
 
 class Recorder:
@@ -143,7 +169,7 @@ def test_settings_are_plain_values(tmp_path, environment):
     assert values == [2, False, "None", "['mlflow', 'wandb']"]
     assert options == {
         "mlflow": {"run_name": "r", "logging_dir": str(tmp_path / "mlflow-artifacts")},
-        "wandb": {"name": "r", "dir": str(tmp_path), "settings": {"x_disable_meta": True, "console": "off"}},
+        "wandb": {"name": "r", "dir": str(tmp_path), "settings": WANDB},
     }
 
 
@@ -153,7 +179,7 @@ def test_a_resumed_run_continues_its_tracker_runs(tmp_path, environment):
         start(recorder, list(TRACKERS), tmp_path, resumed_at=resumed_at)
     [(_, _, options)] = recorder.started
     assert options["mlflow"]["run_id"] == "id of mlflow" and options["tensorboard"] == {"purge_step": 8}
-    expected = {"name": "r", "dir": str(tmp_path), "settings": {"x_disable_meta": True, "console": "off"}}
+    expected = {"name": "r", "dir": str(tmp_path), "settings": WANDB}
     assert options["wandb"] == expected | {"id": "id of wandb", "resume": "allow"}
 
 
@@ -279,27 +305,100 @@ def test_with_damaged_ids_the_trackers_begin_new_runs_and_say_so(content, tmp_pa
     assert "runs.json" in (told := capsys.readouterr().out) and "begin new runs" in told
 
 
-# ---- the real packages, each in a process whose home, temporary and working folders are in tmp_path
+# ---- servers that go away: the real clients, and a server that answers as far as they need, then no more
+
+GONE = """
+import json, sys
+from pathlib import Path
+from accelerate import Accelerator
+from cozyrag.training import tracking
+from cozyrag.training.tracking import end_trackers, log_numbers, start_trackers
+
+tracking.WAITED, out = 2, Path("out")
+accelerator = Accelerator(cpu=True, log_with=sys.argv[1:], project_dir=str(out))
+given = {"project": "p", "run_name": "r", "folder": out / "trackers", "settings": json.load(sys.stdin)}
+start_trackers(accelerator, sys.argv[1:], **given)
+for step in (3, 4):
+    log_numbers(accelerator, {"loss": 1.5}, step=step, prefix="generator")
+end_trackers(accelerator)
+print("the run ends")
+"""
+
+
+class Leaving(BaseHTTPRequestHandler):
+    """What MLflow and W&B need to begin a run; after `server.last`, or its own words, connections are only closed."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _reply(self):
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode("utf-8", "replace")
+        self.close_connection = self.server.left
+        if self.server.left:
+            return
+        content = json.dumps(self._answer(asked)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        self.server.left = self.server.last in self.path + asked
+
+    do_GET = do_POST = do_PUT = _reply
+
+    def _answer(self, asked):
+        if "UpsertBucket" in asked:
+            project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+            bucket = {"id": "r", "name": "r", "displayName": "r", "config": "{}", "project": project}
+            return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        run = {"info": {"run_id": "r", "run_uuid": "r", "experiment_id": "1", "status": "RUNNING"}, "data": {}}
+        return {"experiment_id": "1", "experiments": [], "experiment": {"experiment_id": "1", "name": "p"}, "run": run}
+
+    def log_message(self, *words):
+        pass
 
 
 @pytest.fixture
-def tracked(tmp_path):
-    """tracked(name): run RUN with this tracker and secrets in the environment; returns its output folder."""
+def leaving():
+    """leaving(last): the address of a server on loopback that leaves after the request with this word."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Leaving) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def run(name, script=RUN):
-        for folder in ("home", "tmp", "work"):
-            (tmp_path / folder).mkdir()
-        plain = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
-        plain |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
-        given = {"cwd": tmp_path / "work", "input": json.dumps(SETTINGS), "env": plain | folders | SECRETS}
-        done = subprocess.run(
-            [sys.executable, "-c", script, name], capture_output=True, text=True, timeout=300, **given
-        )
-        assert done.returncode == 0, done.stderr
-        return tmp_path / "work" / "out"
+        def begin(last):
+            server.left, server.last = last == "", last
+            return f"127.0.0.1:{server.server_address[1]}"
 
-    return run
+        yield begin
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="needs mlflow")
+def test_mlflow_without_its_server_is_refused_at_the_start_in_a_sentence_without_password(tracked, leaving):
+    _, done = tracked("mlflow", GONE, code=1, MLFLOW_TRACKING_URI=f"http://me:SECRETword@{leaving('')}")
+    error = done.stderr.strip().split("\n")[-1]
+    assert "InputError: --report_to mlflow: a tracker could not be started" in error and "omit it" in error
+    assert "SECRETword" not in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="needs mlflow")
+def test_mlflow_whose_server_goes_away_is_left_out_and_the_run_ends(tracked, leaving):
+    _, done = tracked("mlflow", GONE, MLFLOW_TRACKING_URI=f"http://me:SECRETword@{leaving('generator/loss')}")
+    assert done.stdout.count("the tracker mlflow failed") == 1 and done.stdout.endswith("the run ends\n")
+    assert "SECRETword" not in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
+def test_wandb_whose_server_goes_away_does_not_keep_the_run_from_ending(tracked, leaving):
+    """By itself W&B tries for hours to send the rest."""
+    key = "a" * 40
+    _, done = tracked("wandb", GONE, WANDB_BASE_URL=f"http://{leaving('UpsertBucket')}", WANDB_API_KEY=key)
+    assert "the tracker wandb failed (TimeoutError" in done.stdout and done.stdout.endswith("the run ends\n")
+    assert key not in done.stdout + done.stderr
+
+
+# ---- the real packages
 
 
 def holders(folder, text):
@@ -317,7 +416,7 @@ def check_place_and_secrets(tmp_path, out):
 def test_tensorboard_keeps_settings_and_numbers_below_trackers(tracked, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = tracked("tensorboard")
+    out, _ = tracked("tensorboard")
     check_place_and_secrets(tmp_path, out)
     events = EventAccumulator(str(out / "trackers" / "my-project")).Reload()
     assert {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
@@ -329,7 +428,7 @@ def test_tensorboard_keeps_settings_and_numbers_below_trackers(tracked, tmp_path
 
 
 def test_wandb_offline_keeps_settings_and_numbers_below_trackers(tracked, tmp_path):
-    out = tracked("wandb")
+    out, _ = tracked("wandb")
     check_place_and_secrets(tmp_path, out)
     [record] = (out / "trackers" / "wandb").glob("offline-run-*/run-*.wandb")
     raw = record.read_bytes()
@@ -351,7 +450,7 @@ def test_wandb_offline_keeps_settings_and_numbers_below_trackers(tracked, tmp_pa
 def test_mlflow_keeps_settings_and_numbers_in_a_database_below_trackers_and_of_a_resumed_run_new_ones_as_tags(
     tracked, tmp_path
 ):
-    out = tracked("mlflow", RUN + AGAIN)
+    out, _ = tracked("mlflow", RUN + AGAIN)
     check_place_and_secrets(tmp_path, out)
     with sqlite3.connect(out / "trackers" / "mlflow.db") as database:
 

@@ -21,6 +21,7 @@ from cozyrag.runtime.contents import read_object
 from cozyrag.runtime.terminal import one_line, say_above_bars
 
 RUN_IDS = "runs.json"
+WAITED = 120  # seconds that a finished run waits for the server of W&B, which by default it would do for hours
 
 
 def wanted_trackers(report_to: Sequence[str]) -> list[str]:
@@ -84,6 +85,7 @@ def _set_environment(names: Sequence[str], folder: Path) -> None:
     """The defaults of the trackers' own variables."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default it tries for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds of a server that takes but does not answer
     if "mlflow" in names:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute() / 'mlflow.db'}")
         _move_password(os.environ)
@@ -102,7 +104,12 @@ def _options(run_name: str, folder: Path, resumed_at: int | None) -> dict[str, d
         "wandb": {
             "name": run_name,
             "dir": str(folder),
-            "settings": {"x_disable_meta": True, "console": "off"},  # no command line, host or screen output
+            "settings": {
+                "x_disable_meta": True,  # no command line and host
+                "console": "off",
+                "finish_timeout": WAITED,
+                "finish_timeout_raises": True,
+            },
         },
         "trackio": {"name": run_name, "resume": "never" if resumed_at is None else "allow", "embed": False},
     }
