@@ -7,12 +7,14 @@ import faiss
 import numpy as np
 import pytest
 from datasets import Dataset
+from safetensors.numpy import load_file, save_file
 
 from cozyrag.errors import InputError
-from cozyrag.retrieval.faiss_index import open_vectors
+from cozyrag.retrieval.faiss_index import RUN, in_runs, open_vectors
 from cozyrag.retrieval.index_file import FILES, NEEDED, made_by
 from cozyrag.retrieval.passage_index import PassageIndex, Passages, passage_text
 
+SEALS = ("checksum", "files", "bytes")
 EAST, NORTH, WEST = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
 
 
@@ -213,3 +215,27 @@ def test_vectors_are_mapped_from_the_file(tmp_path):
 def test_the_name_of_a_folder_is_not_a_pattern(tmp_path, name):
     make([EAST, NORTH]).save(tmp_path / name / "index")
     assert PassageIndex.load(tmp_path / name / "index", fingerprint="f" * 16).passages.ids == ["p0", "p1"]
+
+
+# ---- what is checked of many vectors
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 300, 4096])
+def test_a_sample_is_runs_of_neighbours_that_reach_from_the_first_to_the_last(count):
+    rows = in_runs(np.arange(count), 64)
+    assert len(rows) <= max(64, count) and rows[0] == 0 and rows[-1] == count - 1
+    starts = np.flatnonzero(np.diff(rows, prepend=-2) > 1)
+    assert len(starts) <= 64 // RUN and (np.diff(rows) > 0).all()
+
+
+def test_of_many_vectors_a_sample_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr("cozyrag.retrieval.passage_index.CHECKED", 64)
+    make(drawn(300)).save(tmp_path)
+    facts = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({name: facts[name] for name in facts if name not in SEALS}))
+    PassageIndex.load(tmp_path, fingerprint="f" * 16)
+    tensors = load_file(tmp_path / "vectors.safetensors")
+    tensors["vectors"][20] = np.nan
+    save_file(tensors, tmp_path / "vectors.safetensors")
+    with pytest.raises(InputError, match="expected vectors of length 1"):
+        PassageIndex.load(tmp_path, fingerprint="f" * 16)

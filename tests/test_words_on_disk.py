@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -11,7 +12,7 @@ from datasets import Dataset
 
 from cozyrag.data.sentences import SentenceVectors, split_sentences
 from cozyrag.pipeline import CozyRAG
-from cozyrag.retrieval import words_on_disk
+from cozyrag.retrieval import passage_index, words_on_disk
 from cozyrag.retrieval.bm25 import LexicalIndex, SentenceWords
 from cozyrag.retrieval.hybrid import Searcher
 from cozyrag.retrieval.passage_index import PassageIndex, Passages
@@ -87,6 +88,21 @@ def test_search_finds_the_best_passages(tmp_path, passages, k):
     for asked, own, found in zip(lexical.split(QUESTIONS), scores, rows, strict=True):
         assert len(set(found.tolist())) == len(found)
         np.testing.assert_allclose(own, lexical.scores_at(asked, found), atol=1e-5)
+
+
+def test_in_a_large_corpus_words_of_most_passages_propose_none(tmp_path, monkeypatch):
+    """`the` is in all 300 passages, `hen` in 60, `fox` in 3: without `the` the best are found, as by all words."""
+    birds = ["the" if n % 5 else "hen " * (1 + n // 5) for n in range(300)]
+    texts = [f"The {bird} {'red' if n % 100 else 'fox'} number {n}." for n, bird in enumerate(birds)]
+    large = Passages([f"p{n}" for n in range(300)], [""] * 300, texts)
+    words, lexical = opened(tmp_path, large), tables(large)[0]
+    every = [words._telling(Counter(asked), 21) for asked in words.split(["the hen", "the fox", "the", "of"])]
+    monkeypatch.setattr(words_on_disk, "MANY", 300)
+    assert every == [[("hen", 1), ("the", 1)], [("fox", 1), ("the", 1)], [("the", 1)], [("of", 1)]]
+    asked = [Counter(each) for each in words.split(["the hen", "the fox", "the", "of"])]
+    assert [words._telling(each, 21) for each in asked] == [[("hen", 1)], *every[1:]]  # `fox` would fill 3 of 21 places
+    for own, other in zip(words.search(["the hen"], 5), lexical.search(["the hen"], 5), strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-5)
 
 
 def test_a_passage_that_repeats_is_found_in_each_of_its_rows(tmp_path):
@@ -213,6 +229,20 @@ def test_without_a_cache_the_words_are_beside(tmp_path, passages):
 
 
 # ---- the choice
+
+
+def test_passages_are_mapped_in_few_batches_although_they_are_read_in_many(tmp_path, monkeypatch, passages):
+    """Opening reads the head of each batch from all over the disk."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(passage_index, "PART", 10)
+    monkeypatch.setattr(passage_index, "JOINED", 10_000)
+    table = Dataset.from_dict({"id": passages.ids, "title": passages.titles, "text": passages.texts})
+    PassageIndex(table, np.eye(200, dtype=np.float32), fingerprint="f", factory="Mapped").save(tmp_path / "index")
+    for _ in range(2):  # made, then found
+        mapped = passage_index.mapped_passages(tmp_path / "index", {})[0]
+        assert Passages.of(mapped, mapped=True) == passages
+        sizes = [len(chunk) for chunk in mapped.data.column("text").chunks]
+        assert 2 <= len(sizes) <= 8 and all(size % 10 == 0 for size in sizes)
 
 
 def test_an_index_that_saves_memory_has_its_words_on_the_disk(tmp_path, monkeypatch, passages):

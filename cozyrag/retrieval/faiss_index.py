@@ -24,6 +24,7 @@ SPARE = 16  # candidates beyond k, among which ties are broken by row
 COLUMN = "vectors"
 SENTENCE_VECTORS, SENTENCE_ENDS = "sentence_vectors", "sentence_ends"  # the other tensors beside it
 TRAINED_ON = 100_000  # vectors, evenly spread, on which a quantised index is trained
+RUN = 32  # neighbouring rows read together from a mapped file
 ADDED = 65_536  # vectors passed to FAISS at once
 # Numbers in a batch of questions from which FAISS multiplies matrices. The default of newer versions, 128,000 (333
 # questions of 384 dimensions), makes 256 questions ten times as slow; older ones count questions: their 20 is right.
@@ -83,6 +84,17 @@ def choose_index(count: int, dimensions: int, memory: int | None, *, beside: int
 def evenly(vectors: np.ndarray, count: int) -> np.ndarray:
     """Rows of `count` of the vectors, evenly spread, or of all."""
     return np.unique(np.linspace(0, len(vectors) - 1, min(count, len(vectors))).astype(np.int64))
+
+
+def in_runs(vectors: np.ndarray, count: int) -> np.ndarray:
+    """About `count` of the vectors in runs of `RUN`, evenly spread; all if there are no more.
+
+    For one row of a mapped file the system reads 128 KB around it: single rows would read all of a large file.
+    """
+    if len(vectors) <= count:
+        return vectors
+    starts = evenly(vectors[RUN - 1 :], max(1, count // RUN))
+    return vectors[np.unique(starts[:, None] + np.arange(RUN))]
 
 
 def _float32(vectors: np.ndarray) -> np.ndarray:

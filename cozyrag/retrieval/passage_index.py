@@ -5,6 +5,7 @@ fail. Left out: encoding (retriever.py), index.json (index_file.py), and the use
 """
 
 import hashlib
+import mmap
 import os
 import shutil
 import tempfile
@@ -39,7 +40,7 @@ from cozyrag.retrieval.faiss_index import (
     best,
     build_faiss,
     choose_index,
-    evenly,
+    in_runs,
     open_vectors,
     rescored,
     search_shards,
@@ -65,8 +66,9 @@ from cozyrag.runtime.terminal import one_line
 PASSAGES = "passages.parquet"
 HARMLESS, UNPACKED = 1 << 28, 200  # passages may unpack to so many bytes, or to so many times the bytes of their file
 PART = 4096  # passages read at once
+JOINED = 1 << 25  # bytes of a batch of the mapped file; opening reads the head of each, from all over the disk
 UNIT = 1e-2  # tolerance of the length of a vector: bf16 and int8 round
-CHECKED = 65_536  # vectors whose length is checked if there are more, evenly spread, to load in time
+CHECKED = 65_536  # vectors whose length is checked if there are more, to load in time
 FIELDS = ["id", "title", "text"]
 
 
@@ -432,19 +434,29 @@ def _mapped(path: Path, cache: Path) -> Dataset:
     """The same, memory-mapped from an Arrow file in the cache, or, if that is read-only, a temporary one."""
     kept = cache.with_name(f"{cache.name}.arrow")
     if kept.exists():
-        with suppress(pyarrow.ArrowException, OSError):  # damaged: made again
-            return Dataset.from_file(str(kept))
+        with suppress(pyarrow.ArrowException, OSError, ValueError):  # damaged: made again
+            return _opened(kept)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
             made = _as_arrow(path, Path(beside))
             flush(made)
             os.replace(made, kept)
-        return Dataset.from_file(str(kept))
+        return _opened(kept)
     except OSError:
         # Without its name the file stays readable while it is mapped.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as beside:
-            return Dataset.from_file(str(_as_arrow(path, Path(beside))))
+            return _opened(_as_arrow(path, Path(beside)))
+
+
+def _opened(path: Path) -> Dataset:
+    """An Arrow file, memory-mapped: `Dataset.from_file`, but the system is not asked to read all of it beforehand."""
+    from datasets.table import MemoryMappedTable  # as in `_in_memory`
+
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    table = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)).read_all()
+    return Dataset(MemoryMappedTable(table, str(path)), fingerprint=path.stem)
 
 
 def _as_arrow(path: Path, folder: Path) -> Path:
@@ -453,9 +465,23 @@ def _as_arrow(path: Path, folder: Path) -> Path:
     names = _kept_columns(file)
     schema = pyarrow.schema([file.schema_arrow.field(name) for name in names])
     with pyarrow.ipc.new_stream(folder / "passages.arrow", schema) as writer:
-        for batch in _batches(path, file):
-            writer.write_batch(batch.cast(schema) if batch.schema != schema else batch)
+        for table in _joined(_batches(path, file)):
+            writer.write_table(table.cast(schema))
     return folder / "passages.arrow"
+
+
+def _joined(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.Table]:
+    """The rows of many batches, one after the other, in few that have at least `JOINED` bytes, except for the last."""
+    held: list[pyarrow.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        held.append(batch)
+        size += batch.nbytes
+        if size >= JOINED:
+            yield pyarrow.Table.from_batches(held).combine_chunks()
+            held, size = [], 0
+    if held:
+        yield pyarrow.Table.from_batches(held).combine_chunks()
 
 
 def write_index(
@@ -515,7 +541,7 @@ def _check_tensors(tensors: dict[str, np.ndarray], count: int, facts: dict, *, e
     shape = (facts.get("passages", count), facts.get("dimensions", vectors.shape[-1] if vectors.ndim else 0))
     if vectors.dtype != np.float32 or vectors.ndim != 2 or vectors.shape != shape:
         raise ValueError(f"expected vectors {shape} in float32, found {vectors.shape} in {vectors.dtype}")
-    for some in stretches(vectors) if len(vectors) <= CHECKED else stretches(vectors[evenly(vectors, CHECKED)]):
+    for some in stretches(in_runs(vectors, CHECKED)):
         lengths = np.sqrt(np.einsum("nd,nd->n", some, some))
         right = np.isfinite(lengths) if evident else np.abs(lengths - 1) <= UNIT  # false for NaN, too
         if not right.all():
@@ -531,7 +557,7 @@ def _check_sentences(vectors: np.ndarray, ends: np.ndarray, count: int, dimensio
     last = int(ends[-1]) if ends.shape == (count,) and count else 0
     if ends.shape != (count,) or last != len(vectors) or (np.diff(ends, prepend=0) < 0).any():
         raise ValueError(f"expected the ends of the sentences of {count} passages, found others")
-    if not np.isfinite(vectors[evenly(vectors, CHECKED)] if len(vectors) > CHECKED else vectors).all():
+    if not np.isfinite(in_runs(vectors, CHECKED)).all():
         raise ValueError("expected finite sentence vectors, found NaN or infinity")
 
 

@@ -39,6 +39,7 @@ VERSION = 1  # increase with every change of the words of a text, or of the file
 FACTS, ROWS, INVERTED = "words.json", "rows.safetensors", "inverted"
 HEAP = 128_000_000  # bytes that Tantivy fills before it writes a segment
 BYTES = 300  # on the disk for each passage, at most: measured are some 200
+MANY, COMMON = 100_000, 0.3  # from so many passages on, words that more than this share have propose none
 WORTHWHILE = 0.5  # share of the passages that an earlier corpus must have to be taken over
 
 
@@ -95,10 +96,23 @@ class WordsOnDisk(WordsOfTexts):
         return None
 
     def _proposed(self, words: list[str], limit: int) -> np.ndarray:
-        terms = [self._term(word, times) for word, times in sorted(Counter(words).items())]
+        terms = [self._term(word, times) for word, times in self._telling(Counter(words), limit)]
         query = tantivy.Query.boolean_query([(tantivy.Occur.Should, term) for term in terms])
         hits = self._found.search(query, limit=limit, count=False).hits
         return self._rows_of(np.array(self._found.fast_field_values("hash", [at for _, at in hits]), np.uint64))
+
+    def _telling(self, words: Counter[str], limit: int) -> list[tuple[str, int]]:
+        """The words that propose passages, with their number in the question, sorted.
+
+        Words that many passages have weigh little, and reading their lists takes most of a search: without them the
+        first 20 passages of 200 questions were the same among 5 million, in a quarter of the time. All words are taken
+        if no other one has enough passages.
+        """
+        every = sorted(words.items())
+        if len(self) < MANY:
+            return every
+        rare = [each for each in every if self._holders(each[0]) <= COMMON * len(self)]
+        return rare if any(self._holders(word) >= limit for word, _ in rare) else every
 
     def _holders(self, word: str) -> int:
         return self._counted(word)
