@@ -456,8 +456,7 @@ def _opened(path: Path) -> Dataset:
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)).read_all()
-    name = hashlib.sha256(str(path).encode()).hexdigest()[:32]  # without one, datasets would read all for its own
-    return Dataset(MemoryMappedTable(table, str(path)), fingerprint=name)
+    return Dataset(MemoryMappedTable(table, str(path)))
 
 
 def _as_arrow(path: Path, folder: Path) -> Path:
